@@ -1,0 +1,385 @@
+"""The models, devices, networks and host overheads that have a name, and their look-ups.
+
+Names ignore case, and a model's organisation may be left out. Instead of a name, a look-up takes a file of the user's
+own: for a model a Hugging Face folder or config.json, for a device or network a YAML file whose keys are the fields of
+DeviceSpec or NetworkSpec. Data-sheet peaks are exact; efficiencies, link times and host times are estimates until a
+calibration replaces them, and each `source` says what it rests on.
+
+    python -c "from engine import catalog; print(catalog.network('pairwise_nvlink', internode='infiniband_200g'))"
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.errors import InputError, unknown
+from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec
+
+GIB = 1 << 30
+Spec = TypeVar("Spec", DeviceSpec, NetworkSpec, Link)
+
+
+def _decoder(name: str, model_type: str, shape: tuple[int, int, int, int, int], vocab: int, positions: int,
+             theta: float = 10000.0, **more: Any) -> ModelSpec:  # fmt: skip
+    """A model by the numbers of its config.json: (layers, hidden, intermediate, heads, KV heads), vocabulary, ..."""
+    layers, hidden, intermediate, heads, kv_heads = shape
+    return ModelSpec(
+        name=name,
+        model_type=model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        max_position_embeddings=positions,
+        rope_theta=theta,
+        **more,
+    )
+
+
+_MISTRAL = (32, 4096, 14336, 32, 8)
+_YI = (60, 7168, 20480, 56, 8)
+_LLAMA_70B = (80, 8192, 28672, 64, 8)
+_FALCON: dict[str, Any] = {"gated_mlp": False, "parallel_block": True, "norm": "layer", "tie_word_embeddings": True}
+_PHI: dict[str, Any] = {"gated_mlp": False, "parallel_block": True, "norm": "layer", "norms_per_layer": 1,
+                        "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True,
+                        "lm_head_bias": True}  # fmt: skip
+
+MODELS = {
+    spec.name: spec
+    for spec in (
+        _decoder("mistralai/Mistral-7B-v0.1", "mistral", _MISTRAL, 32000, 32768, sliding_window=4096),
+        _decoder("mistralai/Mistral-7B-Instruct-v0.2", "mistral", _MISTRAL, 32000, 32768, 1e6),
+        _decoder("mistralai/Mistral-7B-Instruct-v0.3", "mistral", _MISTRAL, 32768, 32768, 1e6),
+        _decoder("01-ai/Yi-34B", "llama", _YI, 64000, 4096, 5e6),
+        _decoder("01-ai/Yi-34B-200K", "llama", _YI, 64000, 200000, 1e7),
+        _decoder("meta-llama/Llama-2-7b-hf", "llama", (32, 4096, 11008, 32, 32), 32000, 4096),
+        _decoder("meta-llama/Llama-2-13b-hf", "llama", (40, 5120, 13824, 40, 40), 32000, 4096),
+        _decoder("meta-llama/Llama-2-70b-hf", "llama", _LLAMA_70B, 32000, 4096),
+        _decoder("meta-llama/Meta-Llama-3-8B", "llama", _MISTRAL, 128256, 8192, 5e5),
+        _decoder("meta-llama/Meta-Llama-3-70B", "llama", _LLAMA_70B, 128256, 8192, 5e5),
+        _decoder("codellama/CodeLlama-34b-Instruct-hf", "llama", (48, 8192, 22016, 64, 8), 32000, 16384, 1e6),
+        _decoder("tiiuae/falcon-180B", "falcon", (80, 14848, 59392, 232, 8), 65024, 2048, **_FALCON),
+        _decoder("Qwen/Qwen-72B", "qwen", (80, 8192, 24576, 64, 64), 152064, 32768, 1e6, qkv_bias=True),
+        _decoder("Qwen/Qwen2.5-7B", "qwen2", (28, 3584, 18944, 28, 4), 152064, 131072, 1e6, qkv_bias=True),
+        _decoder("Qwen/Qwen2.5-72B", "qwen2", (80, 8192, 29568, 64, 8), 152064, 131072, 1e6, qkv_bias=True),
+        _decoder("internlm/internlm-20b", "internlm", (60, 5120, 13824, 40, 40), 103168, 4096),
+        _decoder("microsoft/phi-2", "phi", (32, 2560, 10240, 32, 32), 51200, 2048, rotary_fraction=0.4, **_PHI),
+    )
+}
+
+_SHEET = "NVIDIA data sheet for the peaks, CUDA's total for the memory; efficiencies are estimates"
+DEVICES = {
+    spec.name: spec
+    for spec in (
+        DeviceSpec(
+            name="a100_pcie",
+            description="NVIDIA A100 80GB PCIe",
+            peak_flops=312e12,
+            memory_bandwidth=1.935e12,
+            memory_bytes=int(79.1 * GIB),
+            matmul_efficiency=0.8,
+            attention_efficiency=0.55,
+            bandwidth_efficiency=0.85,
+            network="pairwise_nvlink",
+            source=_SHEET,
+        ),
+        DeviceSpec(
+            name="a100_sxm",
+            description="NVIDIA A100 80GB SXM4",
+            peak_flops=312e12,
+            memory_bandwidth=2.039e12,
+            memory_bytes=int(79.1 * GIB),
+            matmul_efficiency=0.8,
+            attention_efficiency=0.55,
+            bandwidth_efficiency=0.85,
+            network="nvswitch_a100",
+            source=_SHEET,
+        ),
+        DeviceSpec(
+            name="a40",
+            description="NVIDIA A40 48GB PCIe, ECC on",
+            peak_flops=149.7e12,
+            memory_bandwidth=0.696e12,
+            memory_bytes=int(44.4 * GIB),
+            matmul_efficiency=0.7,
+            attention_efficiency=0.5,
+            bandwidth_efficiency=0.85,
+            network="pairwise_nvlink_a40",
+            source=_SHEET,
+        ),
+        DeviceSpec(
+            name="h100",
+            description="NVIDIA H100 80GB SXM5",
+            peak_flops=989e12,
+            memory_bandwidth=3.35e12,
+            memory_bytes=int(79.1 * GIB),
+            matmul_efficiency=0.7,
+            attention_efficiency=0.55,
+            bandwidth_efficiency=0.85,
+            network="nvswitch_h100",
+            source=_SHEET,
+        ),
+        DeviceSpec(
+            name="h200",
+            description="NVIDIA H200 141GB SXM5",
+            peak_flops=989e12,
+            memory_bandwidth=4.8e12,
+            memory_bytes=int(139.8 * GIB),
+            matmul_efficiency=0.7,
+            attention_efficiency=0.55,
+            bandwidth_efficiency=0.85,
+            network="nvswitch_h100",
+            source=_SHEET,
+        ),
+        DeviceSpec(
+            name="l4",
+            description="NVIDIA L4 24GB PCIe",
+            peak_flops=121e12,
+            memory_bandwidth=0.3e12,
+            memory_bytes=int(22.0 * GIB),
+            matmul_efficiency=0.6,
+            attention_efficiency=0.45,
+            bandwidth_efficiency=0.85,
+            network="pcie",
+            source=_SHEET + "; the 72 W limit keeps long matrix products well under the peak",
+        ),
+        DeviceSpec(
+            name="cpu",
+            description="a generic server CPU, 16 cores",
+            peak_flops=1e12,
+            memory_bandwidth=80e9,
+            memory_bytes=64 * GIB,
+            matmul_efficiency=0.5,
+            attention_efficiency=0.3,
+            bandwidth_efficiency=0.6,
+            network="shared_memory",
+            source="an estimate throughout, to run the engine and its tests without a GPU",
+        ),
+    )
+}
+_DEVICE_ALIASES = {"a100": "a100_pcie"}  # the card of the Sarathi-Serve paper
+
+INTERNODES = {  # between nodes, per GPU and step of a collective; and where the numbers come from
+    "ethernet_100g": (
+        Link(30e-6, 10e9),
+        "100 Gb/s = 12.5 GB/s line rate, 80% of it and 30 us are an estimate",
+    ),
+    "infiniband_200g": (
+        Link(5e-6, 22e9),
+        "200 Gb/s = 25 GB/s line rate, 5 us are an estimate; 20-22 GB/s in microsoft/vidur's all-reduce over two nodes",
+    ),
+}
+
+_IB, _IB_SOURCE = INTERNODES["infiniband_200g"]
+_ETHERNET, _ETHERNET_SOURCE = INTERNODES["ethernet_100g"]
+NETWORKS = {
+    spec.name: spec
+    for spec in (
+        NetworkSpec(
+            name="nvswitch_a100",
+            description="8 GPUs on NVSwitch, NVLink 3",
+            gpus_per_node=8,
+            node=Link(3e-6, 230e9),
+            internode=_IB,
+            source="data sheet 300 GB/s per direction; an estimate of what NCCL attains, from published nccl-tests and "
+            f"ai-dynamo/aiconfigurator's A100-SXM table (small messages 10 to 22 us on 2 to 8 GPUs); {_IB_SOURCE}",
+        ),
+        NetworkSpec(
+            name="nvswitch_h100",
+            description="8 GPUs on NVSwitch, NVLink 4",
+            gpus_per_node=8,
+            node=Link(3e-6, 360e9),
+            internode=_IB,
+            source=f"data sheet 450 GB/s per direction, 80% and 3 us a step are an estimate; {_IB_SOURCE}",
+        ),
+        NetworkSpec(
+            name="pairwise_nvlink",
+            description="4 A100 PCIe, bridged two by two, over PCIe 4 x16 (Azure NC96ads v4)",
+            gpus_per_node=4,
+            pair=Link(10e-6, 190e9),
+            node=Link(9e-6, 23.6e9),
+            internode=_ETHERNET,
+            source="data sheet 300 GB/s per direction and 32 GB/s PCIe; fitted to microsoft/vidur's all-reduce "
+            f"measurements of 2 and 4 such GPUs; {_ETHERNET_SOURCE}",
+        ),
+        NetworkSpec(
+            name="pairwise_nvlink_a40",
+            description="8 A40, bridged two by two, over PCIe 4 x16",
+            gpus_per_node=8,
+            pair=Link(10e-6, 45e9),
+            node=Link(10e-6, 20e9),
+            internode=_ETHERNET,
+            source="data sheet 56.25 GB/s per direction and 32 GB/s PCIe; what is attained of them is an estimate; "
+            + _ETHERNET_SOURCE,
+        ),
+        NetworkSpec(
+            name="a40_measured",
+            description="8 A40 as microsoft/vidur measured them: no use of NVLink to be seen",
+            gpus_per_node=8,
+            node=Link(2.4e-6, 5.3e9),
+            internode=Link(55e-6, 2.2e9),
+            source="fitted to microsoft/vidur's all-reduce of 4 A40 (8 of them attain 1.7 GB/s), and its send between "
+            "nodes",
+        ),
+        NetworkSpec(
+            name="pcie",
+            description="8 GPUs over PCIe 4 x16, no bridges",
+            gpus_per_node=8,
+            node=Link(10e-6, 20e9),
+            internode=_ETHERNET,
+            source=f"32 GB/s line rate, what is attained of it is an estimate; {_ETHERNET_SOURCE}",
+        ),
+        NetworkSpec(
+            name="shared_memory",
+            description="processes on one CPU",
+            gpus_per_node=64,
+            node=Link(50e-6, 2e9),
+            internode=_ETHERNET,
+            source=f"an estimate; {_ETHERNET_SOURCE}",
+        ),
+    )
+}
+
+HOST_OVERHEADS = {
+    spec.name: spec
+    for spec in (
+        HostOverhead(
+            name="cuda_graphs",
+            iteration_s=0.5e-3,
+            sequence_s=3e-6,
+            layer_s=5e-6,
+            source="an estimate: an engine of 2025 that replays CUDA graphs and schedules while the GPU works",
+        ),
+        HostOverhead(
+            name="eager",
+            iteration_s=1.5e-3,
+            sequence_s=42e-6,
+            layer_s=0.3e-3,
+            source="a 2023-24 Python engine in one process: per iteration and per sequence from microsoft/vidur's A100 "
+            "CPU overheads at TP1 (schedule, prepare, sample, process outputs); launch time per layer is an estimate",
+        ),
+        HostOverhead(
+            name="eager_ray",
+            iteration_s=3.2e-3,
+            sequence_s=70e-6,
+            layer_s=0.6e-3,
+            source="a 2023-24 Python engine with Ray workers: from microsoft/vidur's A100 CPU overheads of "
+            "CodeLlama-34B at TP2, 8 to 128 sequences; per layer: its model execution floor, 29.4 ms for 48 layers",
+        ),
+    )
+}
+
+
+def model(name_or_path: str) -> ModelSpec:
+    """The model of that Hugging Face name, or of a folder or config.json; InputError if there is neither."""
+    short: dict[str, str] = {}
+    for name in MODELS:
+        key = name.split("/")[1].casefold()
+        short[key] = name if key not in short else ""
+    found = _find(MODELS, short, name_or_path)
+    if found is None and _is_file(name_or_path, (".json",)):
+        return ModelSpec.from_hf(name_or_path)
+    if found is None:
+        raise unknown("model", name_or_path, MODELS)
+    return MODELS[found]
+
+
+def device(name_or_path: str) -> DeviceSpec:
+    """The device of that name, or of a YAML file with DeviceSpec's fields. `a100` is the PCIe card."""
+    found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
+    if found is None and _is_file(name_or_path, (".yaml", ".yml")):
+        return _from_yaml(DeviceSpec, name_or_path)
+    if found is None:
+        raise unknown("device", name_or_path, (*DEVICES, *_DEVICE_ALIASES))
+    return DEVICES[found]
+
+
+def network(name_or_path: str, internode: str | None = None) -> NetworkSpec:
+    """The network of that name, or of a YAML file with NetworkSpec's fields.
+
+    `internode` (a name in INTERNODES) connects its nodes otherwise: `network("pairwise_nvlink", "infiniband_200g")`.
+    """
+    found = _find(NETWORKS, {}, name_or_path)
+    if found is None and _is_file(name_or_path, (".yaml", ".yml")):
+        spec = _from_yaml(NetworkSpec, name_or_path)
+    elif found is None:
+        raise unknown("network", name_or_path, NETWORKS)
+    else:
+        spec = NETWORKS[found]
+    if internode is None:
+        return spec
+    key = internode.casefold()
+    if key not in INTERNODES:
+        raise unknown("internode network", internode, INTERNODES)
+    link, source = INTERNODES[key]
+    return replace(spec, name=f"{spec.name}+{key}", internode=link, source=f"{spec.source}; between nodes: {source}")
+
+
+def host_overhead(name: str) -> HostOverhead:
+    """The host overhead of that name."""
+    found = _find(HOST_OVERHEADS, {}, name)
+    if found is None:
+        raise unknown("host overhead", name, HOST_OVERHEADS)
+    return HOST_OVERHEADS[found]
+
+
+def _find(names: Iterable[str], aliases: Mapping[str, str], wanted: str) -> str | None:
+    folded = {name.casefold(): name for name in names}
+    key = wanted.casefold()
+    return folded.get(key) or aliases.get(key) or None
+
+
+def _is_file(text: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a path was meant: it is there, or looks like one, and then reading it says what is wrong."""
+    return Path(text).exists() or text.endswith(suffixes) or text.startswith(("/", "./", "../", "~"))
+
+
+def _from_yaml(kind: type[Spec], path: str) -> Spec:
+    import yaml  # only here: specs must import fast
+
+    try:
+        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"can't read {path}: {error.strerror}: give a YAML file with {kind.__name__}'s fields"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+    if isinstance(values, dict):
+        values.setdefault("name", Path(path).stem)
+    return _build(kind, values, path)
+
+
+def _build(kind: type[Spec], values: Any, where: str) -> Spec:
+    """A spec of a mapping; each key must be a field, and each field without a default a key."""
+    known = {field.name: field for field in fields(kind)}
+    if not isinstance(values, dict):
+        raise InputError(f"{where} holds {values!r}: give the keys {', '.join(known)}")
+    for key in values:
+        if key not in known:
+            raise unknown(f"key in {where}", str(key), known)
+    for name, field in known.items():
+        if name not in values and field.default is MISSING:
+            raise InputError(f"{where}: the key {name!r} is missing: it needs {', '.join(known)}")
+    arguments = {key: _value(known[key].type, value, f"{where}: {key}") for key, value in values.items()}
+    try:
+        return kind(**arguments)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """`value` as its field wants it. YAML 1.1 reads 312e12 as text and 80e9 is no integer, so numbers are converted."""
+    if kind in (Link, Link | None):
+        return value if value is None and kind != Link else _build(Link, value, where)
+    if kind is str:
+        return str(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: {value!r}: give a number, such as 312e12") from None
+    return int(number) if kind is int and number.is_integer() else number

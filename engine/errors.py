@@ -1,0 +1,21 @@
+"""The one error a user can mend.
+
+`InputError` says what was wrong with the input and what to change; the command line prints it on one line and exits
+with code 2. Anything else that is raised is a defect of Windtunnel and keeps its traceback.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """The input asks for something impossible; the message names the value and the fix."""
+
+
+def unknown(kind: str, value: str, known: Iterable[str]) -> InputError:
+    """An error for a name that is not known, with the nearest known one."""
+    names = sorted(known)
+    folded = {name.casefold(): name for name in names}
+    near = get_close_matches(value.casefold(), folded, n=1, cutoff=0.4)
+    hint = f"did you mean {folded[near[0]]!r}? " if near else ""
+    return InputError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names)}")

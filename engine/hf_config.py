@@ -1,0 +1,205 @@
+"""Reading a Hugging Face `config.json` into a ModelSpec.
+
+A config writes down only what differs from the defaults of its model class, so the defaults of each known
+`model_type` are given here (from the configuration classes of transformers 4.x, and for qwen and internlm from the
+`configuration_*.py` beside the weights). Any other type is read as Llama-like if it has Llama's keys. Served in 16
+bits whatever the checkpoint's dtype, as vLLM's `--dtype auto` does.
+
+    python -c "from engine.specs import ModelSpec; print(ModelSpec.from_hf('path/to/model'))"
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError
+from engine.specs import ModelSpec
+
+_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "qwen", "internlm", "phi")  # elsewhere the default is tied
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
+_LLAMA_LIKE = ("rms_norm_eps", "intermediate_size")
+
+
+class _Config:
+    """A config whose missing keys are errors that name the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`; the default where it is missing or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def need(self, *keys: str) -> int:
+        """The value of the first of `keys` that is there, which must be an integer."""
+        for key in keys:
+            if (value := self.values.get(key)) is not None:
+                if not isinstance(value, int) or isinstance(value, bool):
+                    raise InputError(f"{self.where}: {key}={value!r}: give an integer")
+                return value
+        raise InputError(f"{self.where}: the key {keys[0]!r} is missing: add it as in the model's published config")
+
+
+def read(source: str | Path | Mapping[str, Any], name: str | None = None) -> ModelSpec:
+    """The ModelSpec of a config file, of a folder that holds a config.json, or of a config's contents."""
+    if isinstance(source, Mapping):
+        values, where = source, "config"
+        name = name or str(source.get("_name_or_path") or source.get("model_type") or "model")
+    else:
+        path = Path(source).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        where, name = str(path), name or path.resolve().parent.name
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"can't read {where}: {error.strerror}: give a Hugging Face folder or config.json"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"{where} is not JSON ({error}): give a Hugging Face config.json") from None
+        if not isinstance(values, Mapping):
+            raise InputError(f"{where} holds no JSON object: give a Hugging Face config.json")
+    config = _Config(values, where)
+    _refuse(config)
+    reader = {"falcon": _falcon, "phi": _phi, "qwen": _qwen}.get(config.get("model_type"), _llama_like)
+    return ModelSpec(name=name, **_shared(config), **reader(config))
+
+
+def _refuse(config: _Config) -> None:
+    def experts(key: str) -> bool:
+        value = config.get(key, 0)
+        return (isinstance(value, int) and value > 1) or isinstance(value, Mapping)
+
+    what = ""
+    if any(experts(key) for key in _EXPERTS):
+        what = "a mixture of experts"
+    elif config.get("is_encoder_decoder", False) or "encoder_layers" in config.values:
+        what = "an encoder-decoder"
+    elif "text_config" in config.values:
+        what = "multimodal (its `text_config` may be one by itself)"
+    elif "kv_lora_rank" in config.values:
+        what = "multi-head latent attention"
+    kind = config.get("model_type", "of unknown type")
+    if what:
+        raise InputError(f"{config.where} ({kind}) is {what}, not a dense decoder: only dense decoders are modelled")
+    if "quantization_config" in config.values:
+        raise InputError(f"{config.where} is quantised: only 16-bit weights are modelled, give the unquantised config")
+
+
+def _shared(config: _Config) -> dict[str, Any]:
+    """The fields that every family spells alike."""
+    kind = str(config.get("model_type", "llama"))
+    scaling = config.get("rope_parameters", {})  # transformers 5 moved rope_theta in there
+    theta = config.get("rope_theta", config.get("rotary_emb_base", scaling.get("rope_theta", 10000.0)))
+    return {
+        "model_type": kind,
+        "num_layers": config.need("num_hidden_layers", "n_layer"),
+        "hidden_size": config.need("hidden_size", "n_embd"),
+        "num_attention_heads": config.need("num_attention_heads", "n_head"),
+        "vocab_size": config.need("vocab_size"),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", kind not in _UNTIED)),
+        "rope_theta": float(theta),
+    }
+
+
+def _head_dim(config: _Config) -> int:
+    heads, hidden = config.need("num_attention_heads", "n_head"), config.need("hidden_size", "n_embd")
+    if explicit := config.get("head_dim", config.get("kv_channels")):
+        return int(explicit)
+    if heads < 1 or hidden % heads:
+        raise InputError(
+            f"{config.where}: num_attention_heads={heads} does not divide hidden_size={hidden}: give 'head_dim'"
+        )
+    return hidden // heads
+
+
+def _llama_like(config: _Config) -> dict[str, Any]:
+    """llama, mistral, qwen2, internlm and whatever else is a gated MLP and grouped-query attention after RMS norms.
+
+    Norms that a family adds to Llama's two a layer (Gemma 2's, Qwen 3's on Q and K) are not counted.
+    """
+    kind = config.get("model_type", "llama")
+    for key in _LLAMA_LIKE:
+        if key not in config.values and kind not in _UNTIED:
+            raise InputError(
+                f"{config.where}: the key {key!r} is missing and the layers of model type {kind!r} are not known: "
+                "give a dense decoder with Llama's keys, or write a ModelSpec"
+            )
+    # internlm has `bias` for Q, K, V and the output, llama `attention_bias`; qwen2 has the first three always
+    bias = bool(config.get("attention_bias", kind == "internlm" and config.get("bias", True)))
+    # qwen2 names a window that it uses only if told so; mistral has no switch, null or absent is none or 4096
+    window = config.get("sliding_window") if config.get("use_sliding_window", kind not in ("qwen2", "qwen3")) else None
+    if kind == "mistral" and "sliding_window" not in config.values:
+        window = 4096
+    return {
+        "intermediate_size": config.need("intermediate_size"),
+        "num_key_value_heads": config.get("num_key_value_heads", config.need("num_attention_heads")),
+        "head_dim": _head_dim(config),
+        "max_position_embeddings": config.need("max_position_embeddings"),
+        "qkv_bias": kind == "qwen2" or bias,
+        "attention_output_bias": kind != "qwen2" and bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "sliding_window": window,
+        "rotary_fraction": float(config.get("partial_rotary_factor", 1.0)),
+    }
+
+
+def _qwen(config: _Config) -> dict[str, Any]:
+    """Qwen 1: fused QKV with a bias whatever `no_bias` says; `intermediate_size` is gate and up together."""
+    bias = not config.get("no_bias", True)
+    return {
+        "intermediate_size": config.need("intermediate_size") // 2,
+        "num_key_value_heads": config.need("num_attention_heads"),
+        "head_dim": _head_dim(config),
+        "max_position_embeddings": config.need("seq_length", "max_position_embeddings"),
+        "qkv_bias": True,
+        "attention_output_bias": bias,
+        "mlp_bias": bias,
+        "rotary_fraction": float(config.get("rotary_pct", 1.0)),
+    }
+
+
+def _phi(config: _Config) -> dict[str, Any]:
+    """Phi-1 and 2: attention and a plain MLP side by side after one layer norm, biases everywhere."""
+    return {
+        "intermediate_size": config.need("intermediate_size"),
+        "num_key_value_heads": config.get("num_key_value_heads", config.need("num_attention_heads")),
+        "head_dim": _head_dim(config),
+        "max_position_embeddings": config.need("max_position_embeddings"),
+        "gated_mlp": False,
+        "parallel_block": True,
+        "norms_per_layer": 1,
+        "norm": "layer",
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "lm_head_bias": True,
+        "rotary_fraction": float(config.get("partial_rotary_factor", 0.5)),
+    }
+
+
+def _falcon(config: _Config) -> dict[str, Any]:
+    """Falcon: the new architecture (40B, 180B) has grouped KV heads, the old (7B) one KV head or all of them."""
+    heads, hidden = config.need("num_attention_heads", "n_head"), config.need("hidden_size", "n_embd")
+    new = bool(config.get("new_decoder_architecture", False))
+    old_kv_heads = 1 if config.get("multi_query", True) else heads
+    kv_heads = config.need("num_kv_heads", "n_head_kv") if new else old_kv_heads
+    parallel = new or bool(config.get("parallel_attn", True))
+    norms = int(config.get("num_ln_in_parallel_attn", 2 if new else 1)) if parallel else 2
+    bias = bool(config.get("bias", False))
+    return {
+        "intermediate_size": int(config.get("ffn_hidden_size", 4 * hidden)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": _head_dim(config),
+        "max_position_embeddings": int(config.get("max_position_embeddings", 2048)),
+        "gated_mlp": False,
+        "parallel_block": parallel,
+        "norms_per_layer": norms,
+        "norm": "layer",
+        "qkv_bias": bias,
+        "attention_output_bias": bias,
+        "mlp_bias": bias,
+        "rotary_fraction": 0.0 if config.get("alibi", False) else 1.0,
+    }

@@ -1,0 +1,131 @@
+"""What a model takes of a GPU's memory, and how many KV blocks are left.
+
+Follows vLLM: of `gpu_memory_utilization` of the memory, what the weights and the largest batch's activations leave
+over is KV cache, and the stage with the least decides for the whole pipeline. Weights are exact; activations are an
+estimate, stated at `activation_bytes`.
+
+    from engine import catalog, memory, specs
+    parallel = specs.ParallelSpec(tensor_parallel_size=2)
+    memory.num_kv_blocks(catalog.model("Yi-34B"), catalog.device("a100"), parallel, specs.SchedulerSpec())
+"""
+
+from engine.errors import InputError
+from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
+
+GIB = 1 << 30
+RESERVED_BYTES = GIB  # CUDA context, cuBLAS and attention workspaces, NCCL buffers, fragmentation
+DEFAULT_BATCHED_TOKENS = 2048
+MOST_WAYS = 64  # parallelism that an error message suggests at most
+
+
+def weight_bytes(model: ModelSpec, parallel: ParallelSpec, stage: int) -> int:
+    """Bytes of the weights on each rank of a pipeline stage (the ranks of a stage hold equally much).
+
+    Matrices are cut `tensor_parallel_size` ways, and so are their biases where the output is cut (Q, K, V, up, gate, LM
+    head); norms and the other biases are on every rank, and so is a KV head that several ranks share. The first stage
+    has the embedding and the last the final norm and LM head, both cut by vocabulary; a tied LM head costs nothing
+    where the embedding is anyway.
+    """
+    tp, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
+    qkv = model.q_size // tp + 2 * parallel.kv_heads_per_rank(model) * model.head_dim
+    width = model.intermediate_size // tp
+    layer = model.hidden_size * (qkv + model.q_size // tp + model.mlp_matrices * width)
+    layer += qkv * model.qkv_bias + model.hidden_size * model.attention_output_bias
+    layer += ((model.mlp_matrices - 1) * width + model.hidden_size) * model.mlp_bias
+    layer += model.norms_per_layer * model.norm_size
+    total = parallel.stage_layers(model.num_layers)[stage] * layer
+    vocab = _vocab_shard(model, parallel)
+    tables = (stage == 0) + (stage == last and not (model.tie_word_embeddings and stage == 0))
+    total += tables * vocab * model.hidden_size
+    if stage == last:
+        total += model.norm_size + vocab * model.lm_head_bias
+    return total * model.dtype_bytes
+
+
+def kv_bytes_per_block(model: ModelSpec, parallel: ParallelSpec, stage: int, block_size: int) -> int:
+    """Bytes that a KV block of `block_size` tokens takes on each rank of a stage, over the stage's layers."""
+    layers = parallel.stage_layers(model.num_layers)[stage]
+    return 2 * layers * parallel.kv_heads_per_rank(model) * model.head_dim * block_size * model.dtype_bytes
+
+
+def activation_bytes(model: ModelSpec, parallel: ParallelSpec, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+    """Estimated bytes per rank, at their peak, of the activations of a full batch and of what the runtime keeps.
+
+    Per token: the residual and the layer's input (both whole), and the larger of Q, K, V with the attention output, and
+    of the MLP's gate and up with their product. At the end fp32 logits of `max_num_seqs` rows over the rank's share of
+    the vocabulary, twice, for the sampler sorts a copy. And RESERVED_BYTES. A layer's and the logits' buffers don't
+    live at the same time, but the allocator rarely gives back the first for the second, so they are added.
+    """
+    tp = parallel.tensor_parallel_size
+    attention = 2 * model.q_size // tp + 2 * parallel.kv_heads_per_rank(model) * model.head_dim
+    mlp = model.mlp_matrices * model.intermediate_size // tp
+    token = (2 * model.hidden_size + max(attention, mlp)) * model.dtype_bytes
+    logits = 2 * max_num_seqs * _vocab_shard(model, parallel) * 4
+    return max_num_batched_tokens * token + logits + RESERVED_BYTES
+
+
+def num_kv_blocks(
+    model: ModelSpec,
+    device: DeviceSpec,
+    parallel: ParallelSpec,
+    scheduler: SchedulerSpec,
+    gpu_memory_utilization: float = 0.9,
+    max_num_batched_tokens: int | None = None,
+) -> int:
+    """KV blocks of a replica: what the fullest stage has room for.
+
+    `max_num_batched_tokens` is the largest batch, where the policy's limit is not in the scheduler spec; without
+    either it is taken to be 2048. Raises InputError when the weights leave no room, saying what would.
+    """
+    if not 0 < gpu_memory_utilization <= 1:
+        raise InputError(f"gpu_memory_utilization={gpu_memory_utilization}: give a share above 0 and up to 1")
+    parallel.validate(model)
+    tokens = max_num_batched_tokens or scheduler.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS
+    usable = int(device.memory_bytes * gpu_memory_utilization)
+    blocks = _blocks(model, parallel, scheduler, usable, tokens)
+    if blocks < 1:
+        raise _too_big(model, device, parallel, scheduler, usable, tokens)
+    return blocks
+
+
+def _vocab_shard(model: ModelSpec, parallel: ParallelSpec) -> int:
+    return -(-model.vocab_size // parallel.tensor_parallel_size)  # the last rank is padded
+
+
+def _blocks(model: ModelSpec, parallel: ParallelSpec, scheduler: SchedulerSpec, usable: int, tokens: int) -> int:
+    left = usable - activation_bytes(model, parallel, tokens, scheduler.max_num_seqs)
+    return min(
+        (left - weight_bytes(model, parallel, stage))
+        // kv_bytes_per_block(model, parallel, stage, scheduler.block_size)
+        for stage in range(parallel.pipeline_parallel_size)
+    )
+
+
+def _too_big(
+    model: ModelSpec, device: DeviceSpec, parallel: ParallelSpec, scheduler: SchedulerSpec, usable: int, tokens: int
+) -> InputError:
+    """What doesn't fit, and the smallest change that would: more TP at this PP, or more PP at this TP."""
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
+    wider = [ParallelSpec(tensor_parallel_size=n, pipeline_parallel_size=pp) for n in range(tp + 1, MOST_WAYS + 1)]
+    deeper = [ParallelSpec(tensor_parallel_size=tp, pipeline_parallel_size=n) for n in range(pp + 1, MOST_WAYS + 1)]
+
+    def first_that_fits(options: list[ParallelSpec]) -> ParallelSpec | None:
+        fit = (each for each in options if each.fits(model) and _blocks(model, each, scheduler, usable, tokens) >= 1)
+        return next(fit, None)
+
+    fixes = []
+    if option := first_that_fits(wider):
+        fixes.append(f"raise --tensor-parallel-size to {option.tensor_parallel_size}")
+    if option := first_that_fits(deeper):
+        fixes.append(f"raise --pipeline-parallel-size to {option.pipeline_parallel_size}")
+    weights = max(weight_bytes(model, parallel, stage) for stage in range(pp))
+    activations = activation_bytes(model, parallel, tokens, scheduler.max_num_seqs)
+    block = max(kv_bytes_per_block(model, parallel, stage, scheduler.block_size) for stage in range(pp))
+    advice = " or ".join(fixes) or (
+        f"{(weights + activations + block - usable) / GIB:.1f} GiB too little, and no parallelism would do: "
+        "lower --max-num-batched-tokens or --max-num-seqs, or take a device with more memory"
+    )
+    return InputError(
+        f"{model.name} needs {weights / GIB:.1f} GiB of weights and {activations / GIB:.1f} GiB of activations per GPU "
+        f"at {parallel} but {device.name} has {usable / GIB:.1f} GiB usable: {advice}"
+    )

@@ -1,0 +1,232 @@
+"""From the timestamps of requests to latencies, percentiles, goodput and verdicts: each metric is defined here, once.
+
+TTFT: first output token - arrival. TBT (alias ITL): each gap between output tokens. TPOT: (E2E - TTFT) / (output - 1).
+E2E: last token - arrival. Scheduling delay: first scheduled - arrival. Normalised latency: E2E / output tokens.
+Goodput: requests/s that meet every SLO. The keys of a summary are those of vLLM's serving benchmark where it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.specs import SLO
+
+Array = NDArray[Any]
+Columns = dict[str, Array]
+
+PERCENTILES = (90.0, 95.0, 99.0, 99.9)
+SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %
+
+
+class Gaps:
+    """Every gap between output tokens of a run (s), exactly or as a quantile sketch (Apache DataSketches' KLL)."""
+
+    def __init__(self, exact: bool = True) -> None:
+        self.exact = exact
+        self.count = 0
+        self._sum = 0.0
+        self._sum_of_squares = 0.0
+        self._max = 0.0
+        self._blocks: list[Array] = []
+        if not exact:
+            from datasketches import kll_doubles_sketch
+
+            self._sketch = kll_doubles_sketch(SKETCH_K)
+
+    @property
+    def method(self) -> str:
+        return "exact" if self.exact else f"KLL sketch, ranks within {self._sketch.normalized_rank_error(False):.2%}"
+
+    def add(self, gaps: Array) -> None:
+        if not len(gaps):
+            return
+        self.count += len(gaps)
+        self._sum += float(gaps.sum())
+        self._sum_of_squares += float(np.square(gaps).sum())
+        self._max = max(self._max, float(gaps.max()))
+        if self.exact:
+            self._blocks.append(gaps)
+        else:
+            self._sketch.update(gaps)
+
+    def statistics(self, percentiles: Sequence[float]) -> dict[str, float]:
+        """mean, std, max and the `percentiles` (as p50, p99.9, ...); empty without a gap."""
+        if not self.count:
+            return {}
+        if self.exact:
+            if len(self._blocks) > 1:
+                self._blocks = [np.concatenate(self._blocks)]
+            return statistics(self._blocks[0], percentiles)
+        mean = self._sum / self.count
+        values = self._sketch.get_quantiles([p / 100 for p in percentiles])
+        return {
+            "mean": mean,
+            "std": max(0.0, self._sum_of_squares / self.count - mean * mean) ** 0.5,
+            "max": self._max,
+            **{f"p{p:g}": float(value) for p, value in zip(percentiles, values, strict=True)},
+        }
+
+
+def statistics(values: Array, percentiles: Sequence[float]) -> dict[str, float]:
+    """mean, std, max and the `percentiles` (as p50, p99.9, ...) of `values`; empty of none."""
+    if not len(values):
+        return {}
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "max": float(values.max()),
+        **{f"p{p:g}": float(v) for p, v in zip(percentiles, np.percentile(values, percentiles), strict=True)},
+    }
+
+
+def grouped_percentile(values: Array, counts: Array, percentiles: Sequence[float]) -> list[Array]:
+    """Percentiles of consecutive groups of `values`, `counts` in each, with linear interpolation; NaN of an empty one.
+
+    Returns one array (as long as `counts`) for each percentile.
+    """
+    start = np.cumsum(counts) - counts
+    some = counts > 0
+    results = [np.full(len(counts), np.nan) for _ in percentiles]
+    if not some.any():
+        return results
+    if list(percentiles) == [100.0]:
+        results[0][some] = np.maximum.reduceat(values, start[some])
+        return results
+    ordered = values[np.lexsort((values, np.repeat(np.arange(len(counts)), counts)))]
+    for result, percentile in zip(results, percentiles, strict=True):
+        place = (counts[some] - 1) * (percentile / 100)
+        below = np.floor(place).astype(np.int64)
+        above = np.ceil(place).astype(np.int64)
+        low, high = ordered[start[some] + below], ordered[start[some] + above]
+        result[some] = low + (high - low) * (place - below)
+    return results
+
+
+def latencies(requests: Columns) -> Columns:
+    """Each per-request metric in seconds, from the columns of a Recorder; NaN where it is undefined (TPOT of one token)."""
+    e2e = requests["last_token_s"] - requests["arrived_s"]
+    ttft = requests["first_token_s"] - requests["arrived_s"]
+    output = requests["output_tokens"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tpot = np.where(output > 1, (e2e - ttft) / (output - 1), np.nan)
+    return {
+        "ttft": ttft,
+        "tpot": tpot,
+        "e2e": e2e,
+        "scheduling_delay": requests["scheduled_s"] - requests["arrived_s"],
+        "normalized_latency": e2e / output,
+    }
+
+
+def tbt_percentiles(slos: Sequence[SLO]) -> tuple[float, ...]:
+    """The percentiles of a request's own gaps that goodput under `slos` needs."""
+    return tuple(sorted({s.percentile for s in slos if s.metric == "tbt" and s.percentile not in (None, 100.0)}))  # type: ignore[type-var]
+
+
+def meets(requests: Columns, slos: Sequence[SLO]) -> Array:
+    """Which requests meet every SLO on their own.
+
+    A request has one TTFT, E2E, TPOT, scheduling delay and normalised latency, which is held against the threshold
+    whatever the statistic; of its gaps (TBT) the SLO's own statistic is taken. A metric that it lacks is met.
+    """
+    values = latencies(requests)
+    good = np.ones(len(requests["arrived_s"]), dtype=bool)
+    for slo in slos:
+        if slo.metric != "tbt":
+            value = values[slo.metric]
+        elif slo.statistic == "mean":
+            value = values["tpot"]
+        else:
+            value = requests["max_tbt_s" if slo.statistic in ("max", "p100") else f"p{slo.percentile:g}_tbt_s"]
+        good &= ~(value > slo.threshold_s)
+    return good
+
+
+def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: int, num_dropped: int) -> dict[str, Any]:
+    """The summary of a run: vLLM's benchmark keys, then ours. Latencies in ms, rates per second.
+
+    `num_arrived` requests came in; those that are not among `requests` failed. `num_dropped` were too long to be asked.
+    """
+    count = len(requests.get("arrived_s", ()))
+    if not count:
+        raise ValueError("no request finished, so there is nothing to summarise")
+    percentiles = tuple(sorted({50.0, *PERCENTILES, *(s.percentile for s in slos if s.percentile is not None)}))
+    values = latencies(requests)
+    start, end = float(requests["arrived_s"].min()), float(requests["last_token_s"].max())
+    duration = end - start
+    input_tokens, output_tokens = int(requests["prompt_tokens"].sum()), int(requests["output_tokens"].sum())
+    good = int(meets(requests, slos).sum())
+    table = {name: statistics(column[~np.isnan(column)], percentiles) for name, column in values.items()}
+    table["tbt"] = gaps.statistics(percentiles)
+    summary: dict[str, Any] = {
+        "duration": duration,
+        "completed": count,
+        "failed": num_arrived - count,
+        "dropped": num_dropped,
+        "total_input_tokens": input_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": count / duration,
+        "request_goodput": good / duration,
+        "output_throughput": output_tokens / duration,
+        "total_token_throughput": (input_tokens + output_tokens) / duration,
+    }
+    vllm_names = {"tbt": "itl", "e2e": "e2el"}
+    for metric in ("ttft", "tpot", "tbt", "e2e", "scheduling_delay", "normalized_latency"):
+        for statistic, value in table[metric].items():
+            key = "median" if statistic == "p50" else statistic
+            summary[f"{key}_{vllm_names.get(metric, metric)}_ms"] = 1e3 * value
+    summary["slos"] = [
+        {
+            "slo": str(slo),
+            "value_s": table[slo.metric].get(slo.statistic),
+            "met": table[slo.metric].get(slo.statistic, 0.0) <= slo.threshold_s,
+        }
+        for slo in slos
+    ]
+    summary["requests_meeting_slos"] = good
+    summary["preemptions"] = int(requests["preemptions"].sum())
+    summary["token_percentiles"] = gaps.method
+    summary["saturation"] = saturation(requests)
+    return summary
+
+
+def saturation(requests: Columns) -> dict[str, Any]:
+    """Is the queue growing? Judged from the requests that wait for their first scheduling, at each arrival.
+
+    The arrivals after a first fifth (warm-up) are cut into four equal parts. The queue is growing when its mean length
+    rises from part to part and the rise from the second part to the last is more than 2 % of the requests that arrived
+    meanwhile (in a stable system it is a few requests, however many arrive) and more than two requests. `growth` is
+    that rise per arrival: the share of the load that is not carried.
+    """
+    arrived = np.sort(requests["arrived_s"])
+    scheduled = np.sort(requests["scheduled_s"])
+    count = len(arrived)
+    if arrived[0] == arrived[-1]:
+        return {"growing": None, "growth": None, "verdict": "all requests arrive at once: there is no rate to sustain"}
+    waiting = np.arange(1, count + 1) - np.searchsorted(scheduled, arrived, side="right")
+    parts = np.array_split(waiting[count // 5 :], 4)
+    if min(map(len, parts)) < 5:
+        return {"growing": None, "growth": None, "verdict": f"{count} requests are too few to tell a trend"}
+    second, third, fourth = (float(part.mean()) for part in parts[1:])
+    rise = fourth - second
+    growth = rise / (len(parts[1]) / 2 + len(parts[2]) + len(parts[3]) / 2)
+    growing = second < third < fourth and growth > 0.02 and rise > 2
+    if growing:
+        verdict = f"saturated: the queue grows by {growth:.0%} of the arrivals, so no latency here is a steady one"
+    else:
+        verdict = "sustained: the queue does not grow"
+    return {"growing": growing, "growth": growth, "verdict": verdict}
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """The verdict of a run in words."""
+    lines = [summary["saturation"]["verdict"]]
+    for slo in summary["slos"]:
+        value = slo["value_s"]
+        shown = "no such token gap" if value is None else f"{value:.3g} s"
+        lines.append(f"{slo['slo']} is {'met' if slo['met'] else 'missed'}: {shown}")
+    return "; ".join(lines)

@@ -1,0 +1,254 @@
+"""How a batch is formed: one small class a policy, and one line in POLICIES.
+
+A policy looks at the scheduler and drafts a batch with its verbs: `take_decodes` (running requests that lack one
+token), `unfinished_prefills`, `admit` (take the head of the queue), `waiting`. The published policies here:
+
+| name | from | what it does |
+|---|---|---|
+| sarathi | Sarathi-Serve, OSDI 2024, algorithm 3 | decodes first, then prompts cut into chunks that fill the token budget |
+| vllm | vLLM 0.2, SOSP 2023 | whole prompts first, in batches of their own; decodes wait meanwhile |
+| orca | Orca, OSDI 2022 | whole prompts join the decodes at once; memory reserved for the longest request |
+| faster_transformer | FasterTransformer | a batch of requests runs to its end before the next one starts |
+| chunked_only | Sarathi-Serve's ablation | chunks and decodes take turns, never in one batch |
+| hybrid_only | Sarathi-Serve's ablation | decodes first, then whole prompts |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.errors import InputError, unknown
+from engine.request import Request
+from engine.specs import SchedulerSpec
+
+if TYPE_CHECKING:
+    from engine.scheduler import Scheduler
+
+
+class Draft(NamedTuple):
+    """What a policy wants in the next batch.
+
+    `stable` is a promise about a draft without prefills: asked again after those decodes, with no arrival and no
+    request finishing, the policy would draft the same requests.
+    """
+
+    decodes: list[Request]
+    prefills: list[tuple[Request, int]]
+    stable: bool = True
+
+
+class Policy:
+    """Base of the policies: admission by a request's own tokens, and a token budget of the model's length."""
+
+    def __init__(self, spec: SchedulerSpec) -> None:
+        self.spec = spec
+        self.budget = spec.max_num_batched_tokens or 0
+
+    @staticmethod
+    def default_budget(max_model_len: int) -> int:
+        """Token budget where none was asked for: a whole prompt must fit (vLLM's default)."""
+        return max(max_model_len, 2048)
+
+    def reserved_tokens(self, request: Request) -> int:
+        """Tokens to reserve KV blocks for at admission, at least."""
+        return 0
+
+    def check(self, request: Request) -> None:
+        """Raise InputError if the policy could never run `request`."""
+
+    def form(self, scheduler: Scheduler) -> Draft:
+        raise NotImplementedError
+
+
+class Sarathi(Policy):
+    """Stall-free batching: every decode, then unfinished prompts, then new ones, within the token budget.
+
+    With chunk_schedule "dynamic" a prompt's chunks shrink as its prefix grows (attention over a longer prefix costs
+    more), linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` stages of the first
+    `chunk_schedule_max_tokens` tokens.
+    """
+
+    def __init__(self, spec: SchedulerSpec) -> None:
+        super().__init__(spec)
+        if self.budget < spec.max_num_seqs:
+            raise InputError(
+                f"--max-num-batched-tokens {self.budget} is less than --max-num-seqs {spec.max_num_seqs}, so not every "
+                f"running request could decode in one batch: raise the one or lower the other"
+            )
+        self.chunk_sizes = chunk_sizes(spec) if spec.chunk_schedule == "dynamic" else []
+
+    @staticmethod
+    def default_budget(max_model_len: int) -> int:
+        return 512
+
+    def room(self, request: Request, used: int) -> int:
+        """Tokens of `request` that may join a batch that has `used` tokens."""
+        limit = self.budget
+        if self.chunk_sizes:
+            stages = len(self.chunk_sizes)
+            stage = min(request.computed * stages // (self.spec.chunk_schedule_max_tokens or 1), stages - 1)
+            limit = min(limit, self.chunk_sizes[stage])
+        return min(request.total - request.computed, limit - used)
+
+    def take_chunks(self, scheduler: Scheduler, used: int) -> list[tuple[Request, int]]:
+        """Chunks of unfinished prompts, then of new ones, that fit beside `used` tokens."""
+        prefills = []
+        for request in scheduler.unfinished_prefills():
+            chunk = self.room(request, used)
+            if chunk > 0:
+                prefills.append((request, chunk))
+                used += chunk
+        while scheduler.waiting and self.room(scheduler.waiting[0], used) > 0:
+            admitted = scheduler.admit()
+            if admitted is None:
+                break
+            chunk = self.room(admitted, used)
+            prefills.append((admitted, chunk))
+            used += chunk
+        return prefills
+
+    def form(self, scheduler: Scheduler) -> Draft:
+        decodes = scheduler.take_decodes()
+        return Draft(decodes, self.take_chunks(scheduler, len(decodes)))
+
+
+class ChunkedOnly(Sarathi):
+    """Chunked prefills without hybrid batches: a batch of chunks and a batch of decodes take turns."""
+
+    def __init__(self, spec: SchedulerSpec) -> None:
+        super().__init__(spec)
+        self.prefill_turn = True
+
+    def form(self, scheduler: Scheduler) -> Draft:
+        tried_prefills = self.prefill_turn
+        if self.prefill_turn:
+            prefills = self.take_chunks(scheduler, 0)
+            if prefills:
+                self.prefill_turn = False
+                return Draft([], prefills)
+        self.prefill_turn = True
+        decodes = scheduler.take_decodes()
+        if not decodes and not tried_prefills:
+            return self.form(scheduler)
+        return Draft(decodes, [], stable=tried_prefills)
+
+
+class VLLM(Policy):
+    """Prefills first: whole prompts in a batch of their own while any can be admitted, else every decode."""
+
+    def check(self, request: Request) -> None:
+        if request.limit - 1 > self.budget:  # a recompute may have to compute all but the last token at once
+            raise InputError(
+                f"request {request.id} ({request.prompt_tokens} prompt + {request.output_tokens} output tokens) can "
+                f"never be scheduled whole within --max-num-batched-tokens {self.budget}: raise it to "
+                f"{request.limit - 1} or more, or use a scheduler that splits prompts (sarathi)"
+            )
+
+    def form(self, scheduler: Scheduler) -> Draft:
+        prefills: list[tuple[Request, int]] = []
+        used = 0
+        while scheduler.waiting and used + scheduler.waiting[0].total <= self.budget:
+            admitted = scheduler.admit()
+            if admitted is None:
+                break
+            prefills.append((admitted, admitted.total))
+            used += admitted.total
+        return Draft([], prefills) if prefills else Draft(scheduler.take_decodes(), [])
+
+
+class Orca(Policy):
+    """Iteration-level scheduling of whole prompts beside the decodes, with memory reserved for the longest request."""
+
+    def reserved_tokens(self, request: Request) -> int:
+        return self.spec.max_model_len or request.limit
+
+    def form(self, scheduler: Scheduler) -> Draft:
+        decodes = scheduler.take_decodes()
+        return Draft(decodes, self.take_prompts(scheduler))
+
+    def take_prompts(self, scheduler: Scheduler) -> list[tuple[Request, int]]:
+        prefills = []
+        while (admitted := scheduler.admit()) is not None:
+            prefills.append((admitted, admitted.total))
+        return prefills
+
+
+class FasterTransformer(Orca):
+    """Request-level batches: those admitted together run until the last of them ends; only then come others.
+
+    Under pipeline parallelism each batch in flight is such a group. Requests that end early leave the batch.
+    """
+
+    def __init__(self, spec: SchedulerSpec) -> None:
+        super().__init__(spec)
+        self.next_group = 0
+
+    def form(self, scheduler: Scheduler) -> Draft:
+        decodes = scheduler.take_decodes()
+        if decodes:
+            group = decodes[0].group
+            return Draft([r for r in decodes if r.group == group], [])
+        prefills = self.take_prompts(scheduler)
+        self.next_group += 1
+        for request, _ in prefills:
+            request.group = self.next_group
+        return Draft([], prefills)
+
+
+class HybridOnly(Policy):
+    """Hybrid batches without chunking: every decode, then whole prompts.
+
+    The token budget bounds how many prompts join; one that is longer than the budget joins as the only prompt.
+    """
+
+    def form(self, scheduler: Scheduler) -> Draft:
+        decodes = scheduler.take_decodes()
+        used = len(decodes)
+        prefills: list[tuple[Request, int]] = []
+        while scheduler.waiting and (not prefills or used + scheduler.waiting[0].total <= self.budget):
+            admitted = scheduler.admit()
+            if admitted is None:
+                break
+            prefills.append((admitted, admitted.total))
+            used += admitted.total
+        return Draft(decodes, prefills)
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "sarathi": Sarathi,
+    "vllm": VLLM,
+    "orca": Orca,
+    "faster_transformer": FasterTransformer,
+    "chunked_only": ChunkedOnly,
+    "hybrid_only": HybridOnly,
+}
+
+
+def chunk_sizes(spec: SchedulerSpec) -> list[int]:
+    """The chunk size of each stage of the dynamic schedule, first stage first."""
+    high = spec.chunk_schedule_high or spec.max_num_batched_tokens or 0
+    low = spec.chunk_schedule_low or max(1, high // 4)
+    stages = spec.chunk_schedule_stages
+    if stages == 1:
+        return [high]
+    return [round(high - (high - low) * stage / (stages - 1)) for stage in range(stages)]
+
+
+def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
+    """`spec` with the lengths that were left open filled in from the model and the policy.
+
+    Raises InputError for an unknown policy or for limits that contradict each other.
+    """
+    if spec.policy not in POLICIES:
+        raise unknown("scheduler", spec.policy, POLICIES)
+    max_model_len = spec.max_model_len or model_max_len
+    budget = spec.max_num_batched_tokens or POLICIES[spec.policy].default_budget(max_model_len)
+    spec = replace(
+        spec,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=budget,
+        chunk_schedule_max_tokens=spec.chunk_schedule_max_tokens or max_model_len,
+    )
+    POLICIES[spec.policy](spec)  # checks the limits
+    return spec

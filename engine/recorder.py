@@ -1,0 +1,240 @@
+"""What a run leaves behind: one row a request, one row a batch and stage, and the gaps between output tokens.
+
+The engine's driver and the simulator's replica report to the same Recorder, in seconds on their own clock, so a
+simulated and a measured run have the same tables. Rows are kept in plain lists and turned into Arrow tables a block at
+a time; with a folder given, the blocks go straight to `requests.parquet` and `iterations.parquet`, so that a run of any
+length takes little memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.metrics import Columns, Gaps, grouped_percentile
+from engine.request import Batch, Request
+
+ITERATION_SCHEMA = pa.schema(
+    [
+        ("replica", pa.int32()),
+        ("stage", pa.int16()),
+        ("start_s", pa.float64()),
+        ("duration_s", pa.float64()),
+        ("num_tokens", pa.int32()),
+        ("num_decodes", pa.int32()),
+        ("num_prefills", pa.int32()),
+        ("kv_blocks", pa.int32()),  # in use by the replica once the batch has its own
+        ("num_running", pa.int32()),  # requests that hold KV blocks
+        ("num_waiting", pa.int32()),  # requests in the queue
+        ("max_tbt_s", pa.float64()),  # longest gap that a token of this batch ended; NaN but on the last stage
+        ("predicted", pa.bool_()),  # or measured
+        ("in_range", pa.bool_()),  # of what the predictor was calibrated on
+    ]
+)
+
+
+class _Table:
+    """Blocks of rows of one schema: kept, or written to a Parquet file as they come."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.writer: pq.ParquetWriter | None = None
+        self.blocks: list[pa.Table] = []
+
+    def add(self, block: pa.Table) -> None:
+        if self.path is None:
+            self.blocks.append(block)
+            return
+        if self.writer is None:
+            self.writer = pq.ParquetWriter(self.path, block.schema, compression="zstd")
+        self.writer.write_table(block)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Recorder:
+    """Collects a run.
+
+    Args:
+        folder: where the two Parquet files go; None keeps the iterations in memory (`iterations`).
+        tbt_percentiles: percentiles of a request's own token gaps to keep for each request (for goodput).
+        exact_gaps: keep every gap between tokens, or a quantile sketch of them.
+        predicted: whether the durations come from a predictor or from a clock.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        tbt_percentiles: Sequence[float] = (),
+        exact_gaps: bool = True,
+        predicted: bool = True,
+        block_rows: int = 1 << 16,
+    ) -> None:
+        self.tbt_percentiles = tuple(tbt_percentiles)
+        self.predicted = predicted
+        self.block_rows = block_rows
+        self.gaps = Gaps(exact_gaps)
+        self.num_batches = 0
+        self._requests: list[tuple[Request, int]] = []
+        self._request_tokens = 0
+        self._request_blocks: list[Columns] = []
+        self._request_table = _Table(folder and folder / "requests.parquet")
+        self._iteration_table = _Table(folder and folder / "iterations.parquet")
+        self._clear_iterations()
+
+    # -- what a driver reports -------------------------------------------------------------------------------------
+
+    def scheduled(self, batch: Batch, now: float) -> None:
+        """`batch` was formed at `now`."""
+        for request, _ in batch.prefills:
+            if request.scheduled_at is None:
+                request.scheduled_at = now
+
+    def completed(self, batch: Batch, times: list[float]) -> list[float]:
+        """`batch` ended at `times` (once for each repeat); call before the commit. Returns the longest TBT of each."""
+        longest = [now - before for before, now in zip(times, times[1:], strict=False)]
+        if batch.decodes:
+            first = times[0] - min([r.token_times[-1] if r.token_times else times[0] for r in batch.decodes])
+            for request in batch.decodes:
+                request.token_times.extend(times)
+        else:
+            first = 0.0
+        for request, chunk in batch.prefills:
+            if request.computed + chunk == request.total:
+                if request.token_times:  # recomputed after a preemption
+                    first = max(first, times[0] - request.token_times[-1])
+                request.token_times.append(times[0])
+        longest.insert(0, first)
+        return longest
+
+    def iterations(
+        self,
+        replica: int,
+        stage: int,
+        starts: Sequence[float],
+        durations: Sequence[float],
+        batch: Batch,
+        kv_blocks: Sequence[int],
+        num_running: int,
+        num_waiting: int,
+        max_tbt: Sequence[float],
+        in_range: bool,
+    ) -> None:
+        """`batch` ran on `stage` of `replica` at `starts`, for `durations` seconds: one row for each repeat."""
+        self._starts += starts
+        self._durations += durations
+        self._kv_blocks += kv_blocks
+        self._max_tbt += max_tbt
+        self._rows.append(
+            (
+                len(starts),
+                replica,
+                stage,
+                batch.num_tokens,
+                len(batch.decodes),
+                len(batch.prefills),
+                num_running,
+                num_waiting,
+                in_range,
+            )
+        )
+        if len(self._starts) >= self.block_rows:
+            self._flush_iterations()
+
+    def finished(self, request: Request, replica: int) -> None:
+        """`request` got its last token."""
+        self._requests.append((request, replica))
+        self._request_tokens += len(request.token_times)
+        if self._request_tokens >= 4 * self.block_rows:
+            self._flush_requests()
+
+    def close(self) -> None:
+        """Write what is left. The tables are complete after this."""
+        self._flush_requests()
+        self._flush_iterations()
+        self._request_table.close()
+        self._iteration_table.close()
+
+    # -- what it collected -----------------------------------------------------------------------------------------
+
+    def requests(self) -> Columns:
+        """One array a column, one entry a finished request; call after `close`."""
+        blocks = self._request_blocks
+        return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]} if blocks else {}
+
+    def iteration_table(self) -> pa.Table:
+        """The iterations of a run that was kept in memory."""
+        blocks = self._iteration_table.blocks
+        return pa.concat_tables(blocks) if blocks else ITERATION_SCHEMA.empty_table()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _clear_iterations(self) -> None:
+        self._starts: list[float] = []
+        self._durations: list[float] = []
+        self._kv_blocks: list[int] = []
+        self._max_tbt: list[float] = []
+        self._rows: list[tuple[int, int, int, int, int, int, int, int, bool]] = []
+
+    def _flush_iterations(self) -> None:
+        if not self._rows:
+            return
+        rows = np.array(self._rows, dtype=np.int32)
+        repeats = rows[:, 0]
+        names = ("replica", "stage", "num_tokens", "num_decodes", "num_prefills", "num_running", "num_waiting")
+        columns: dict[str, Any] = {name: np.repeat(rows[:, i], repeats) for i, name in enumerate(names, start=1)}
+        columns["in_range"] = np.repeat(rows[:, 8] != 0, repeats)
+        columns["start_s"] = np.array(self._starts)
+        columns["duration_s"] = np.array(self._durations)
+        columns["kv_blocks"] = np.array(self._kv_blocks, dtype=np.int32)
+        columns["max_tbt_s"] = np.array(self._max_tbt)
+        columns["predicted"] = np.full(len(self._starts), self.predicted)
+        columns["stage"] = columns["stage"].astype(np.int16)
+        self.num_batches += int(np.count_nonzero(columns["stage"] == 0))
+        self._iteration_table.add(pa.table({name: columns[name] for name in ITERATION_SCHEMA.names}, ITERATION_SCHEMA))
+        self._clear_iterations()
+
+    def _flush_requests(self) -> None:
+        if not self._requests:
+            return
+        rows = np.array(
+            [
+                (r.id, replica, r.arrived_at, r.scheduled_at, r.prompt_tokens, r.preemptions, len(r.token_times))
+                for r, replica in self._requests
+            ]
+        )
+        counts = rows[:, 6].astype(np.int64)
+        times = np.fromiter(chain.from_iterable([r.token_times for r, _ in self._requests]), float, counts.sum())
+        last = np.cumsum(counts) - 1
+        first = last - counts + 1
+        gaps = np.delete(np.diff(times, prepend=0.0), first)  # the first token of a request ends no gap
+        self.gaps.add(gaps)
+        columns: Columns = {
+            "request_id": rows[:, 0].astype(np.int64),
+            "replica": rows[:, 1].astype(np.int32),
+            "arrived_s": rows[:, 2],
+            "scheduled_s": rows[:, 3],
+            "first_token_s": times[first],
+            "last_token_s": times[last],
+            "prompt_tokens": rows[:, 4].astype(np.int32),
+            "output_tokens": counts.astype(np.int32),
+            "preemptions": rows[:, 5].astype(np.int32),
+        }
+        groups = counts - 1  # gaps of each request
+        columns["max_tbt_s"] = grouped_percentile(gaps, groups, [100.0])[0]
+        if self.tbt_percentiles:
+            tables = grouped_percentile(gaps, groups, self.tbt_percentiles)
+            for percentile, values in zip(self.tbt_percentiles, tables, strict=True):
+                columns[f"p{percentile:g}_tbt_s"] = values
+        self._request_blocks.append(columns)
+        self._request_table.add(pa.table(columns))
+        self._requests = []
+        self._request_tokens = 0

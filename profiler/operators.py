@@ -1,0 +1,98 @@
+"""The operator inventory: every operator that one iteration runs on one rank of a pipeline stage.
+
+What is measured, what is predicted and what the engine's modules are called are the same names. An operator's work
+depends on the batch through one number of rows (the batch's tokens, or the rows that are sampled) or, for attention,
+through the requests' chunks and cached tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.specs import ModelSpec, ParallelSpec
+
+Kind = Literal["gemm", "elementwise", "attention_prefill", "attention_decode", "all_reduce", "send"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator, run `count` times an iteration.
+
+    gemm: (rows, k) x (k, n). elementwise: reads and writes `bytes_per_row`, and `fixed_bytes` whatever the rows.
+    all_reduce and send: a message of `bytes_per_row` a row. Attention: `num_heads` query and `num_kv_heads` KV heads of
+    `head_dim` on this rank.
+    """
+
+    name: str
+    kind: Kind
+    count: int
+    rows: Literal["tokens", "sampled"] = "tokens"
+    k: int = 0
+    n: int = 0
+    bytes_per_row: int = 0
+    fixed_bytes: int = 0
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    sliding_window: int | None = None
+
+
+def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Operator, ...]:
+    """The operators of one rank of `stage`, in the order they run. Shapes are per rank."""
+    tp, last_stage = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
+    layers = parallel.stage_layers(model.num_layers)[stage]
+    hidden, width = model.hidden_size, model.dtype_bytes
+    q = model.q_size // tp
+    kv_heads = parallel.kv_heads_per_rank(model)
+    kv = kv_heads * model.head_dim
+    mlp = model.intermediate_size // tp
+    vocab = -(-model.vocab_size // tp)
+    heads = {
+        "num_heads": model.num_attention_heads // tp,
+        "num_kv_heads": kv_heads,
+        "head_dim": model.head_dim,
+    }
+
+    def gemm(name: str, count: int, k: int, n: int, rows: Literal["tokens", "sampled"] = "tokens") -> Operator:
+        return Operator(name, "gemm", count, rows, k=k, n=n)
+
+    def elementwise(name: str, count: int, elements: float, rows: Literal["tokens", "sampled"] = "tokens") -> Operator:
+        return Operator(name, "elementwise", count, rows, bytes_per_row=int(elements * width))
+
+    def all_reduce(name: str, count: int) -> Operator:
+        return Operator(name, "all_reduce", count, bytes_per_row=hidden * width)
+
+    operators = []
+    if stage == 0:
+        operators.append(elementwise("embedding", 1, 2 * hidden))
+        if tp > 1:
+            operators.append(all_reduce("embedding_all_reduce", 1))
+    operators.append(elementwise("input_norm", layers, 2 * hidden))
+    operators.append(gemm("qkv_proj", layers, hidden, q + 2 * kv))
+    if model.rotary_fraction > 0:
+        operators.append(elementwise("rotary", layers, 2 * (q + kv) * model.rotary_fraction))
+    operators.append(elementwise("kv_write", layers, 4 * kv))
+    window = model.sliding_window
+    operators.append(Operator("attention_prefill", "attention_prefill", layers, sliding_window=window, **heads))
+    operators.append(Operator("attention_decode", "attention_decode", layers, sliding_window=window, **heads))
+    operators.append(gemm("output_proj", layers, q, hidden))
+    if not model.parallel_block:
+        if tp > 1:
+            operators.append(all_reduce("attention_all_reduce", layers))
+        operators.append(elementwise("attention_residual_add", layers, 3 * hidden))
+    if model.norms_per_layer == 2:
+        operators.append(elementwise("post_attention_norm", layers, 2 * hidden))
+    operators.append(gemm("mlp_gate_up_proj" if model.gated_mlp else "mlp_up_proj", layers, hidden, mlp * (model.mlp_matrices - 1)))
+    operators.append(elementwise("mlp_activation", layers, mlp * model.mlp_matrices))
+    operators.append(gemm("mlp_down_proj", layers, mlp, hidden))
+    if tp > 1:
+        operators.append(all_reduce("mlp_all_reduce", layers))
+    operators.append(elementwise("mlp_residual_add", layers, (4 if model.parallel_block else 3) * hidden))
+    if stage == last_stage:
+        operators.append(elementwise("final_norm", 1, 2 * hidden))
+        operators.append(gemm("lm_head", 1, hidden, vocab, "sampled"))
+        operators.append(elementwise("sampler", 1, 3 * vocab, "sampled"))
+    else:
+        operators.append(Operator("send", "send", 1, bytes_per_row=hidden * width))
+    return tuple(operators)

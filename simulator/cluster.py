@@ -1,0 +1,211 @@
+"""A cluster in simulated time: a workload arrives, a router spreads it over replicas, a Recorder writes down the run.
+
+    from engine.workload import WorkloadSpec, make_workload
+    from simulator.cluster import deploy, simulate
+
+    replica = deploy("mistralai/Mistral-7B-v0.1", "a100")
+    run = simulate(make_workload(WorkloadSpec(request_rate=1.0)), [replica])
+    print(run.summary["p99_ttft_ms"])
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import simpy
+from simpy.core import URGENT
+
+from engine import catalog
+from engine.errors import InputError, unknown
+from engine.memory import num_kv_blocks
+from engine.metrics import Columns, summarize, tbt_percentiles
+from engine.policies import resolve
+from engine.recorder import Recorder
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.specs import SLO, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.workload import Workload
+from simulator.predictor.base import RuntimePredictor
+from simulator.predictor.roofline import Roofline
+from simulator.replica import Clock, Replica
+from simulator.router import ROUTERS
+
+EXACT_GAPS = 20_000_000  # output tokens of a run up to which every gap between tokens is kept
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One kind of replica: a model on devices, cut and scheduled in one way, with a predictor of its times."""
+
+    model: ModelSpec
+    device: DeviceSpec
+    network: NetworkSpec
+    parallel: ParallelSpec
+    scheduler: SchedulerSpec
+    num_kv_blocks: int
+    predictor: RuntimePredictor
+
+    def new_scheduler(self) -> Scheduler:
+        """The engine's scheduler for one replica of this kind."""
+        return Scheduler(
+            self.scheduler,
+            self.num_kv_blocks,
+            max_in_flight=self.parallel.pipeline_parallel_size,
+            sliding_window=self.model.sliding_window,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What there is to say about it in a summary."""
+        return {
+            "model": self.model.name,
+            "device": self.device.name,
+            "network": self.network.name,
+            "parallel": str(self.parallel),
+            "scheduler": self.scheduler.policy,
+            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+            "max_model_len": self.scheduler.max_model_len,
+            "num_gpu_blocks": self.num_kv_blocks,
+            "kv_cache_tokens": self.num_kv_blocks * self.scheduler.block_size,
+            "predictor": self.predictor.description,
+        }
+
+
+def deploy(
+    model: str | ModelSpec,
+    device: str | DeviceSpec,
+    *,
+    network: str | None = None,
+    internode_network: str | None = None,
+    parallel: ParallelSpec | None = None,
+    scheduler: SchedulerSpec | None = None,
+    host_overhead: str = "cuda_graphs",
+    gpu_memory_utilization: float = 0.9,
+    num_gpu_blocks_override: int | None = None,
+    predictor: RuntimePredictor | None = None,
+) -> Deployment:
+    """A deployment by names, with what is left open filled in. Raises InputError for what can't be."""
+    model = catalog.model(model) if isinstance(model, str) else model
+    device = catalog.device(device) if isinstance(device, str) else device
+    net = catalog.network(network or device.network, internode_network)
+    parallel = parallel or ParallelSpec()
+    parallel.validate(model)
+    spec = resolve(scheduler or SchedulerSpec(), model.max_position_embeddings)
+    if num_gpu_blocks_override is None:
+        blocks = num_kv_blocks(model, device, parallel, spec, gpu_memory_utilization)
+    elif num_gpu_blocks_override < 1:
+        raise InputError(f"num_gpu_blocks_override {num_gpu_blocks_override}: give at least 1 block")
+    else:
+        blocks = num_gpu_blocks_override
+    if predictor is None:
+        predictor = Roofline(model, device, net, parallel, catalog.host_overhead(host_overhead))
+    return Deployment(model, device, net, parallel, spec, blocks, predictor)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished simulation. With a folder the iterations are in its `iterations.parquet`, and None here."""
+
+    summary: dict[str, Any]
+    requests: Columns
+    iterations: pa.Table | None
+
+
+def simulate(
+    workload: Workload,
+    deployments: Sequence[Deployment],
+    router: str = "round_robin",
+    seed: int = 0,
+    slos: Sequence[SLO] = (),
+    folder: Path | None = None,
+    repeats: bool = True,
+    on_progress: Callable[[int], None] | None = None,
+) -> Run:
+    """Run `workload` through one replica of each of `deployments`.
+
+    Args:
+        seed: of the router's random choices.
+        folder: where `requests.parquet` and `iterations.parquet` are written as the run goes on.
+        repeats: False single-steps every batch; the result is the same, later.
+        on_progress: called now and then with the number of finished requests.
+
+    Raises InputError for a request that no replica could ever run.
+    """
+    if router not in ROUTERS:
+        raise unknown("router", router, ROUTERS)
+    if not deployments:
+        raise InputError("no replica to simulate: give at least one")
+    for deployment in set(map(id, deployments)):
+        _check_fits(workload, next(d for d in deployments if id(d) == deployment))
+    started = time.perf_counter()
+    exact = int(workload.output_tokens.sum()) <= EXACT_GAPS
+    recorder = Recorder(folder, tbt_percentiles(slos), exact_gaps=exact)
+    env = Clock()
+    all_finished = env.event()
+    finished = 0
+    report_every = max(1, len(workload) // 200)
+
+    def on_finished(request: Request) -> None:
+        nonlocal finished
+        finished += 1
+        if finished == len(workload):
+            all_finished.succeed()
+        if on_progress is not None and finished % report_every == 0:
+            on_progress(finished)
+
+    replicas = [
+        Replica(env, i, deployment.new_scheduler(), deployment.predictor, recorder, on_finished, repeats)
+        for i, deployment in enumerate(deployments)
+    ]
+    choose = ROUTERS[router](np.random.default_rng(seed))
+
+    def arrivals() -> Generator[simpy.Event, Any, None]:
+        for request in workload.requests():
+            if request.arrived_at > env.now or env.now == 0.0:
+                yield env.at(request.arrived_at, URGENT)
+            choose(request, replicas).add(request)
+
+    env.process(arrivals())
+    collected = gc.isenabled()
+    gc.disable()  # a run makes no reference cycles to speak of, and looking for them takes a fifth of its time
+    try:
+        env.run(until=all_finished)
+        recorder.close()
+    finally:
+        if collected:
+            gc.enable()
+    requests = recorder.requests()
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
+    summary["workload"] = workload.name
+    summary["router"] = router
+    summary["replicas"] = [
+        {**deployment.describe(), **_use(replica)} for deployment, replica in zip(deployments, replicas, strict=True)
+    ]
+    summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": time.perf_counter() - started}
+    return Run(summary, requests, None if folder else recorder.iteration_table())
+
+
+def _check_fits(workload: Workload, deployment: Deployment) -> None:
+    """Raise InputError if a request could never run there: the longest as a whole, and the longest prompt."""
+    scheduler = deployment.new_scheduler()
+    for row in {int(np.argmax(workload.prompt_tokens + workload.output_tokens)), int(np.argmax(workload.prompt_tokens))}:
+        scheduler.check(Request(row, 0.0, int(workload.prompt_tokens[row]), int(workload.output_tokens[row])))
+
+
+def _use(replica: Replica) -> dict[str, Any]:
+    """How busy a replica's stages were. A bubble is time that a stage idles while requests are at the replica."""
+    duration = replica.env.now
+    return {
+        "recomputed_tokens": replica.scheduler.recomputed_tokens,
+        "occupied_s": replica.occupied_s,
+        "stage_utilization": [busy / duration for busy in replica.busy_s],
+        "stage_bubbles": [
+            1 - busy / replica.occupied_s if replica.occupied_s else 0.0 for busy in replica.busy_s
+        ],
+    }

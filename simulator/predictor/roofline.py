@@ -1,0 +1,132 @@
+"""The roofline predictor: an estimate from the data sheet, for any device that has one.
+
+An operator takes the longer of its FLOPs over the peak rate and its bytes over the memory bandwidth, each times the
+efficiency that the device spec states (Williams et al. 2009, "Roofline"); collectives take latency + bytes over
+bandwidth; a stage takes the longer of that sum and the host's time to launch its layers. Nothing here is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.metrics import Array
+from engine.request import Batch
+from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
+from profiler.operators import Operator, inventory
+from simulator.predictor.base import RuntimePredictor
+
+
+class Roofline(RuntimePredictor):
+    """Spec-sheet estimate of each stage's time for one model, on one device, under one parallel layout."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        device: DeviceSpec,
+        network: NetworkSpec,
+        parallel: ParallelSpec,
+        host: HostOverhead,
+    ) -> None:
+        self.description = (
+            f"roofline estimate from the data sheet of {device.name} ({network.name}, host overhead {host.name}); "
+            f"nothing in it is measured"
+        )
+        self.device = device
+        self.network = network
+        self.parallel = parallel
+        self.host = host
+        self.stages = [_Stage(self, model, stage) for stage in range(parallel.pipeline_parallel_size)]
+
+    def stage_time(self, batch: Batch, stage: int, decode_kv_tokens: int) -> float:
+        fixed, slope, launch, host = self.stages[stage].parts(batch)
+        return max(fixed + slope * decode_kv_tokens, launch) + host
+
+    def stage_times(self, batch: Batch, stage: int, repeats: int) -> Sequence[float]:
+        fixed, slope, launch, host = self.stages[stage].parts(batch)
+        kv, growth = batch.decode_kv_tokens, batch.decode_kv_growth
+        return [max(fixed + slope * (kv + i * growth), launch) + host for i in range(repeats)]
+
+    def send_time(self, batch: Batch, stage: int) -> float:
+        return self.stages[stage].send_time(batch.num_tokens)
+
+
+class _Stage:
+    """A stage's times, tabulated by the number of rows as far as they have been asked for."""
+
+    def __init__(self, roofline: Roofline, model: ModelSpec, stage: int) -> None:
+        device, parallel = roofline.device, roofline.parallel
+        self.flops = device.peak_flops * device.matmul_efficiency
+        self.attention_flops = device.peak_flops * device.attention_efficiency
+        self.bandwidth = device.memory_bandwidth * device.bandwidth_efficiency
+        self.network = roofline.network
+        self.width = model.dtype_bytes
+        self.tp = parallel.tensor_parallel_size
+        self.first_rank = stage * self.tp
+        operators = inventory(model, parallel, stage)
+        self.by_rows = [op for op in operators if op.kind in ("gemm", "elementwise", "all_reduce")]
+        (self.prefill,) = [op for op in operators if op.kind == "attention_prefill"]
+        (decode,) = [op for op in operators if op.kind == "attention_decode"]
+        self.send = next((op for op in operators if op.kind == "send"), None)
+        # decode attention reads each cached token once, and a request's query and output once
+        kv_bytes = 2 * decode.num_kv_heads * decode.head_dim * self.width
+        kv_flops = 4 * decode.num_heads * decode.head_dim
+        self.decode_per_kv_token = decode.count * max(kv_bytes / self.bandwidth, kv_flops / self.attention_flops)
+        self.decode_per_request = decode.count * 2 * decode.num_heads * decode.head_dim * self.width / self.bandwidth
+        host = roofline.host
+        self.launch = parallel.stage_layers(model.num_layers)[stage] * host.layer_s
+        self.host_iteration = host.iteration_s if stage == 0 else 0.0
+        self.host_sequence = host.sequence_s if stage == 0 else 0.0
+        self.tables: dict[str, list[float]] = {"tokens": [], "sampled": []}
+
+    def parts(self, batch: Batch) -> tuple[float, float, float, float]:
+        """Seconds: GPU time without decode attention's cached tokens, per cached token, launch, unhidden host time."""
+        fixed = self.rows_time("tokens", batch.num_tokens) + self.rows_time("sampled", batch.num_sampled)
+        decodes = len(batch.decodes)
+        fixed += self.decode_per_request * decodes
+        for chunk, prefix in batch.prefill_shapes:
+            fixed += self.prefill_time(chunk, prefix)
+        host = self.host_iteration + self.host_sequence * (decodes + len(batch.prefills))
+        return fixed, self.decode_per_kv_token, self.launch, host
+
+    def rows_time(self, rows: str, count: int) -> float:
+        """Seconds of every operator that depends on `count` rows (batch tokens, or sampled rows)."""
+        table = self.tables[rows]
+        if count >= len(table):
+            size = max(1024, 2 * count)
+            counts = np.arange(size)
+            times = sum((self.operator_times(op, counts) for op in self.by_rows if op.rows == rows), np.zeros(size))
+            times[0] = 0.0  # an operator without rows is not run
+            table = self.tables[rows] = times.tolist()
+        return table[count]
+
+    def operator_times(self, op: Operator, rows: Array) -> Array:
+        """Seconds of all `op.count` runs of an operator, for each number of rows."""
+        if op.kind == "gemm":
+            flops = 2.0 * rows * op.k * op.n
+            traffic = (rows * (op.k + op.n) + op.k * op.n) * self.width
+            return op.count * np.maximum(flops / self.flops, traffic / self.bandwidth)
+        if op.kind == "elementwise":
+            return op.count * (rows * op.bytes_per_row + op.fixed_bytes) / self.bandwidth
+        latency = self.network.allreduce_time(0, self.first_rank, self.tp)
+        per_row = self.network.allreduce_time(op.bytes_per_row, self.first_rank, self.tp) - latency
+        return op.count * (latency + rows * per_row)
+
+    def prefill_time(self, chunk: int, prefix: int) -> float:
+        """Seconds of causal attention of `chunk` tokens over themselves and `prefix` cached ones."""
+        op = self.prefill
+        window = op.sliding_window or prefix + chunk
+        full = min(chunk, max(0, prefix + chunk - window))  # tokens that see a whole window
+        rising = chunk - full  # tokens that see prefix+1, prefix+2, ...
+        attended = full * window + rising * prefix + rising * (rising + 1) // 2
+        flops = 4.0 * attended * op.num_heads * op.head_dim
+        kv_tokens = min(prefix + chunk, window + chunk)
+        traffic = 2.0 * (chunk * op.num_heads + kv_tokens * op.num_kv_heads) * op.head_dim * self.width
+        return op.count * max(flops / self.attention_flops, traffic / self.bandwidth)
+
+    def send_time(self, tokens: int) -> float:
+        """Seconds to send a batch's activations to the next stage."""
+        if self.send is None:
+            return 0.0
+        return self.network.send_time(tokens * self.send.bytes_per_row, self.first_rank, self.first_rank + self.tp)

@@ -1,0 +1,283 @@
+"""One replica in simulated time: the engine's scheduler in front of a pipeline of stages.
+
+A batch passes the stages in order. A stage takes one batch at a time, in the order they arrive, and a batch reaches the
+next stage when the stage before is done and its activations are sent (the sending stage goes on meanwhile). So a batch
+starts on a stage at max(its arrival there, the end of the batch before it).
+
+Repeats: while nothing comes in, the batches in flight mostly repeat themselves, each with one more token per request.
+`Batch.repeats` says how often that is certain. The replica works out all those completions at once (a *stretch*), sleeps
+until the last of them, and commits them together; an arrival cuts the stretch where its batch could first be formed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Generator
+from heapq import heappush
+from itertools import accumulate
+from math import nan
+from typing import Any
+
+import simpy
+from simpy.core import NORMAL, URGENT, EventPriority
+
+from engine.recorder import Recorder
+from engine.request import Batch, Request
+from engine.scheduler import Scheduler
+from simulator.predictor.base import RuntimePredictor
+
+LONGEST_STRETCH = 64  # repeats worked out at once, so that little is thrown away when an arrival cuts the stretch
+
+
+class Clock(simpy.Environment):
+    """SimPy's environment with events at absolute times, which a delay would round."""
+
+    def at(self, time: float, priority: EventPriority = NORMAL) -> simpy.Event:
+        """An event at `time`. At equal times URGENT ones (arrivals) come before NORMAL ones (completions)."""
+        event = simpy.Event(self)
+        event._ok, event._value = True, None
+        heappush(self._queue, (time, priority, next(self._eid), event))
+        return event
+
+
+class _Flight:
+    """A batch in flight: its coming completions and, for each stage, when it starts there and for how long."""
+
+    __slots__ = ("batch", "durations", "ends", "in_range", "kv_blocks", "max_tbt", "num_running", "num_waiting", "starts")
+
+    def __init__(self, batch: Batch, in_range: bool, num_running: int, num_waiting: int) -> None:
+        self.batch = batch
+        self.in_range = in_range
+        self.kv_blocks = batch.kv_blocks
+        self.num_running = num_running
+        self.num_waiting = num_waiting
+        self.max_tbt: list[float] = []
+        self.ends: list[float] = []
+        self.starts: list[list[float]] = []
+        self.durations: list[list[float]] = []
+
+
+class Replica:
+    """A replica and its life in the simulation.
+
+    Args:
+        on_finished: called with each request that got its last token.
+        repeats: False single-steps every batch (the reference that the stretches are tested against).
+    """
+
+    def __init__(
+        self,
+        env: Clock,
+        index: int,
+        scheduler: Scheduler,
+        predictor: RuntimePredictor,
+        recorder: Recorder,
+        on_finished: Callable[[Request], None],
+        repeats: bool = True,
+    ) -> None:
+        self.env = env
+        self.index = index
+        self.scheduler = scheduler
+        self.predictor = predictor
+        self.recorder = recorder
+        self.on_finished = on_finished
+        self.longest_stretch = LONGEST_STRETCH if repeats else 1
+        self.num_stages = scheduler.max_in_flight
+        self.outstanding_requests = 0
+        self.busy_s = [0.0] * self.num_stages  # time that each stage has worked
+        self.occupied_s = 0.0  # time with at least one request here
+        self._occupied_since = 0.0
+        self._tokens_in = 0  # of every request that came
+        self._tokens_done = 0
+        self._stage_free = [0.0] * self.num_stages
+        self._flights: list[_Flight] = []  # the next to complete first
+        self._completions: list[float] = []  # of the stretch; number j is of flight j % len(flights)
+        self._last = 0  # number of the completion that ends the stretch
+        self._num_running = self._num_waiting = self._kv_blocks = 0  # when the stretch began
+        self._asleep: simpy.Event | None = None
+        self._process = env.process(self._live())
+
+    # -- from outside ----------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """A request arrives, now."""
+        self.scheduler.add(request)
+        if not self.outstanding_requests:
+            self._occupied_since = self.env.now
+        self.outstanding_requests += 1
+        self._tokens_in += request.limit
+        if self._asleep is not None:
+            if not self._asleep.triggered:
+                self._asleep.succeed()
+        elif len(self._flights) < self.num_stages:
+            self._process.interrupt()
+        elif self._last > 0:
+            last = bisect_left(self._completions, self.env.now, hi=self._last)
+            if last < self._last:
+                self._last = last
+                self._process.interrupt()
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Tokens still to compute or to generate for the requests here."""
+        done = bisect_left(self._completions, self.env.now, hi=min(self._last, len(self._completions)))
+        in_stretch = sum(self._flights[j % len(self._flights)].batch.num_tokens for j in range(done))
+        return self._tokens_in + self.scheduler.recomputed_tokens - self._tokens_done - in_stretch
+
+    # -- its life --------------------------------------------------------------------------------------------------
+
+    def _live(self) -> Generator[simpy.Event, Any, None]:
+        while True:
+            self._launch()
+            if not self._flights:
+                self._asleep = self.env.event()
+                yield self._asleep
+                self._asleep = None
+                continue
+            self._plan_stretch()
+            try:
+                yield self.env.at(self._completions[self._last])
+            except simpy.Interrupt:
+                if len(self._flights) < self.num_stages:  # there is room for the arrival at once
+                    self._settle(bisect_left(self._completions, self.env.now, hi=self._last))
+                    continue
+                yield self.env.at(self._completions[self._last])
+            if self.num_stages > 1:
+                self._settle(self._last)
+            self._complete()
+
+    def _launch(self) -> None:
+        """Form batches until the pipeline is full or nothing more can run."""
+        scheduler = self.scheduler
+        now = self.env.now
+        while (batch := scheduler.schedule()) is not None:
+            self.recorder.scheduled(batch, now)
+            flight = _Flight(
+                batch, self.predictor.in_range(batch), len(scheduler.running), len(scheduler.waiting)
+            )
+            if self.num_stages > 1:
+                durations = [self.predictor.stage_times(batch, stage, 1)[0] for stage in range(self.num_stages)]
+                self._pass(flight, now, durations)
+            self._flights.append(flight)
+
+    def _pass(self, flight: _Flight, time: float, durations: list[float]) -> None:
+        """Send a batch through the stages, from `time` on."""
+        if not flight.starts:
+            flight.starts = [[] for _ in durations]
+            flight.durations = [[] for _ in durations]
+        free = self._stage_free
+        for stage, duration in enumerate(durations):
+            start = max(time, free[stage])
+            flight.starts[stage].append(start)
+            flight.durations[stage].append(duration)
+            free[stage] = end = start + duration
+            time = end + self.predictor.send_time(flight.batch, stage)
+        flight.ends.append(end)
+
+    def _plan_stretch(self) -> None:
+        """Work out the completions until one that changes something."""
+        flights = self._flights
+        self._num_running = len(self.scheduler.running)
+        self._num_waiting = len(self.scheduler.waiting)
+        self._kv_blocks = self.scheduler.blocks.num_used
+        if self.num_stages == 1:
+            (flight,) = flights
+            repeats = min(flight.batch.repeats, self.longest_stretch)
+            durations = list(self.predictor.stage_times(flight.batch, 0, repeats))
+            ends = list(accumulate(durations, initial=self.env.now))
+            flight.durations = [durations]
+            flight.starts = [ends[:-1]]
+            flight.ends = self._completions = ends[1:]
+            self._last = repeats - 1
+            return
+        count = len(flights)
+        runs = [min(flight.batch.repeats, self.longest_stretch) for flight in flights]
+        most = min(runs) + 1  # the first to run out of repeats ends the stretch
+        durations_of = [
+            list(zip(*(self.predictor.stage_times(f.batch, s, min(r, most)) for s in range(self.num_stages)), strict=True))
+            for f, r in zip(flights, runs, strict=True)
+        ]
+        self._completions = completions = [flights[0].ends[0]]
+        j = 0
+        while (run := j // count + 1) < runs[j % count]:
+            self._pass(flights[j % count], completions[j], durations_of[j % count][run])
+            j += 1
+            completions.append(flights[j % count].ends[j // count])
+        self._last = j
+
+    def _settle(self, completions: int) -> None:
+        """The first `completions` of the stretch are past, each of their batches is in flight again, no more is."""
+        flights = self._flights
+        count = len(flights)
+        newest = count + completions - 1  # launches are numbered on from the flights that the stretch began with
+        for stage in range(self.num_stages):
+            flight, run = flights[newest % count], newest // count
+            self._stage_free[stage] = flight.starts[stage][run] + flight.durations[stage][run]
+        done = [(completions - b + count - 1) // count for b in range(count)]  # of each flight
+        taken: list[int] = []  # the completions at whose relaunch a KV block was taken
+        for b, flight in enumerate(flights):
+            if done[b]:
+                flight.max_tbt = self.recorder.completed(flight.batch, flight.ends[: done[b]])
+                self._tokens_done += done[b] * flight.batch.num_tokens
+                taken += [(run - 1) * count + b for run in self.scheduler.advance(flight.batch, done[b])]
+        taken.sort()
+        for b, flight in enumerate(flights):
+            if done[b]:
+                relaunched = range(b, b + done[b] * count, count)
+                kv_blocks = [flight.kv_blocks, *(self._kv_blocks + bisect_right(taken, j) for j in relaunched)]
+                flight.kv_blocks = kv_blocks.pop()
+                self._write(flight, done[b], kv_blocks)
+            for times in (flight.ends, *flight.starts, *flight.durations):
+                del times[1:]  # planned, but never launched
+        self._flights = flights[completions % count :] + flights[: completions % count]
+
+    def _complete(self) -> None:
+        """The stretch's last completion: commit its batch, and let go of the requests that have all their tokens."""
+        flight = self._flights.pop(0)
+        batch = flight.batch
+        runs = self._last + 1 if self.num_stages == 1 else 1
+        flight.max_tbt = self.recorder.completed(batch, flight.ends[:runs])
+        stopped = [r for r in batch.decodes if r.limit - r.total == runs]
+        for request, chunk in batch.prefills:
+            if request.computed + chunk == request.total == request.limit - 1:
+                stopped.append(request)
+        taken = self.scheduler.commit(batch, stopped, runs)
+        kv_blocks = [flight.kv_blocks] * runs
+        if taken:
+            taken.sort()
+            kv_blocks = [flight.kv_blocks + bisect_right(taken, run) for run in range(runs)]
+        self._write(flight, runs, kv_blocks)
+        self._tokens_done += runs * batch.num_tokens + len(stopped)
+        self._completions, self._last = [], 0
+        if stopped:
+            self.outstanding_requests -= len(stopped)
+            if not self.outstanding_requests:
+                self.occupied_s += self.env.now - self._occupied_since
+            for request in stopped:
+                self.recorder.finished(request, self.index)
+                self.on_finished(request)
+
+    def _write(self, flight: _Flight, runs: int, kv_blocks: list[int]) -> None:
+        """Record the flight's first `runs` runs and forget them."""
+        # the first run was launched when the flight was formed or in an earlier stretch, the others in this one
+        same = flight.num_running == self._num_running and flight.num_waiting == self._num_waiting
+        for first, last in [(0, runs)] if same else [(0, 1), (1, runs)]:
+            if first < last:
+                for stage in range(self.num_stages):
+                    self.recorder.iterations(
+                        self.index,
+                        stage,
+                        flight.starts[stage][first:last],
+                        flight.durations[stage][first:last],
+                        flight.batch,
+                        kv_blocks[first:last],
+                        flight.num_running,
+                        flight.num_waiting,
+                        flight.max_tbt[first:last] if stage == self.num_stages - 1 else [nan] * (last - first),
+                        flight.in_range,
+                    )
+                flight.num_running, flight.num_waiting = self._num_running, self._num_waiting
+        for stage in range(self.num_stages):
+            self.busy_s[stage] += sum(flight.durations[stage][:runs])
+        for times in (flight.ends, *flight.starts, *flight.durations):
+            del times[:runs]

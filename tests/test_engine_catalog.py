@@ -1,0 +1,208 @@
+"""The catalog: published sizes, look-ups by name and file, and what a wrong name or file is told."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine import catalog
+from engine.errors import InputError
+from engine.specs import DeviceSpec, Link
+
+# The count that each model's repository publishes, except two worked out by hand. falcon-180B, whose LM head is tied:
+# 80 * (2 * 14848^2 + 2 * 14848 * 512 + 8 * 14848^2 + 4 * 14848) + 65024 * 14848 + 2 * 14848. internlm-20b:
+# 60 * (4 * 5120^2 + 3 * 5120 * 13824 + 2 * 5120) + 2 * 103168 * 5120 + 5120.
+PARAMETERS = {
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "01-ai/Yi-34B": 34_388_917_248,
+    "01-ai/Yi-34B-200K": 34_388_917_248,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "codellama/CodeLlama-34b-Instruct-hf": 33_743_970_304,
+    "tiiuae/falcon-180B": 178_557_088_768,
+    "Qwen/Qwen-72B": 72_287_920_128,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "internlm/internlm-20b": 20_088_714_240,
+    "microsoft/phi-2": 2_779_683_840,
+}
+
+
+def test_every_model_has_its_published_size() -> None:
+    assert {name: model.num_parameters for name, model in catalog.MODELS.items()} == PARAMETERS
+
+
+def test_kv_bytes_per_token_by_hand() -> None:
+    assert catalog.model("Mistral-7B-v0.1").kv_bytes_per_token == 131072  # 32 layers * 2 * 8 * 128 * 2 bytes
+    assert catalog.model("Yi-34B").kv_bytes_per_token == 245760
+    assert catalog.model("Llama-2-70b-hf").kv_bytes_per_token == 327680
+    assert catalog.model("falcon-180B").kv_bytes_per_token == 163840
+    assert catalog.model("Qwen-72B").kv_bytes_per_token == 2621440  # no grouped queries
+    assert catalog.model("Qwen2.5-7B").kv_bytes_per_token == 57344
+
+
+def test_names_ignore_case_and_organisation() -> None:
+    assert catalog.model("mistral-7b-V0.1") is catalog.model("mistralai/Mistral-7B-v0.1")
+    assert catalog.model("mistralai/Mistral-7B-v0.1").sliding_window == 4096
+    assert catalog.model("Mistral-7B-Instruct-v0.3").sliding_window is None
+    assert catalog.device("A100") is catalog.device("a100_pcie")
+    assert catalog.host_overhead("Eager").name == "eager"
+
+
+@pytest.mark.parametrize(
+    ("look_up", "wrong", "near"),
+    [
+        (catalog.model, "mistralai/Mistral-7B-v1", "mistralai/Mistral-7B-v0.1"),
+        (catalog.device, "a100_sxm4", "a100_sxm"),
+        (catalog.network, "nvswich_a100", "nvswitch_a100"),
+        (catalog.host_overhead, "cuda_graph", "cuda_graphs"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest(look_up, wrong: str, near: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError, match=f"unknown .*did you mean '{near}'"):
+        look_up(wrong)
+
+
+def test_every_device_has_a_network_and_says_where_its_numbers_come_from() -> None:
+    assert len(catalog.DEVICES) >= 7
+    for device in catalog.DEVICES.values():
+        assert catalog.network(device.network).name == device.network
+        assert device.source and device.description
+    assert all(network.source for network in catalog.NETWORKS.values())
+    assert all(overhead.source for overhead in catalog.HOST_OVERHEADS.values())
+
+
+def test_peaks_are_the_data_sheets() -> None:
+    sheet = {
+        "a100_pcie": (312e12, 1.935e12, 80e9),
+        "a100_sxm": (312e12, 2.039e12, 80e9),
+        "a40": (149.7e12, 0.696e12, 48e9),
+        "h100": (989e12, 3.35e12, 80e9),
+        "h200": (989e12, 4.8e12, 141e9),
+        "l4": (121e12, 0.3e12, 24e9),
+    }
+    for name, (flops, bandwidth, capacity) in sheet.items():
+        device = catalog.device(name)
+        assert (device.peak_flops, device.memory_bandwidth) == (flops, bandwidth)
+        assert device.memory_bytes == pytest.approx(capacity, rel=0.07)  # of CUDA's total: ECC and firmware take some
+
+
+def test_links_attain_no_more_than_the_data_sheets() -> None:
+    peaks = {"nvswitch_a100": 300e9, "nvswitch_h100": 450e9, "pairwise_nvlink": 32e9, "pcie": 32e9}
+    for name, peak in peaks.items():
+        assert 0.5 * peak < catalog.network(name).node.bandwidth_bytes_per_s < peak
+    pair = catalog.network("pairwise_nvlink").pair
+    assert pair is not None and 0.5 * 300e9 < pair.bandwidth_bytes_per_s < 300e9
+
+
+def test_the_network_between_nodes_is_chosen_apart() -> None:
+    plain, other = catalog.network("pairwise_nvlink"), catalog.network("pairwise_nvlink", internode="InfiniBand_200g")
+    assert plain.internode == catalog.INTERNODES["ethernet_100g"][0]
+    assert other.internode == catalog.INTERNODES["infiniband_200g"][0]
+    assert (other.pair, other.node, other.name) == (plain.pair, plain.node, "pairwise_nvlink+infiniband_200g")
+    with pytest.raises(InputError, match="did you mean 'ethernet_100g'"):
+        catalog.network("pcie", internode="ethernet")
+
+
+def test_a_model_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({
+            "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+            "num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+            "max_position_embeddings": 8192, "rope_theta": 500000.0,
+        })
+    )  # fmt: skip
+    assert catalog.model(str(folder)) == replace(catalog.model("Meta-Llama-3-8B"), name="mine")
+    with pytest.raises(InputError, match="can't read"):
+        catalog.model(str(tmp_path / "absent"))
+
+
+DEVICE_YAML = """
+description: a card of mine
+peak_flops: 312e12
+memory_bandwidth: 1.5e+12
+memory_bytes: 48e9
+matmul_efficiency: 0.7
+attention_efficiency: 0.5
+bandwidth_efficiency: 0.8
+network: pcie
+source: its data sheet
+"""
+
+
+def test_a_device_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "my_card.yaml"
+    path.write_text(DEVICE_YAML)
+    device = catalog.device(str(path))
+    assert (device.name, device.peak_flops, device.memory_bytes) == ("my_card", 3.12e14, 48_000_000_000)
+    assert isinstance(device.memory_bytes, int) and isinstance(device.peak_flops, float)
+    path.write_text(yaml.safe_dump(asdict(catalog.device("h100"))))
+    assert catalog.device(str(path)) == catalog.device("h100")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("peak_flops:", "peek_flops:", r"unknown key in .*card\.yaml 'peek_flops': did you mean 'peak_flops'"),
+        ("network: pcie", "", r"card\.yaml: the key 'network' is missing"),
+        ("312e12", "fast", r"card\.yaml: peak_flops: 'fast': give a number"),
+        ("312e12", "-1", r"card\.yaml: DeviceSpec peak_flops=-1\.0: give a number above 0"),
+        ("0.7", "1.7", r"matmul_efficiency=1\.7: give a share between 0 and 1"),
+        ("48e9", "48.5", r"memory_bytes=48\.5: give a whole number"),
+        ("description: a card of mine", "- a", "is not YAML"),
+    ],
+)
+def test_a_wrong_device_file_says_which_key(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert old in DEVICE_YAML
+    path = tmp_path / "card.yaml"
+    path.write_text(DEVICE_YAML.replace(old, new))
+    with pytest.raises(InputError, match=said):
+        catalog.device(str(path))
+
+
+def test_a_device_file_that_is_no_mapping_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "card.yaml"
+    with pytest.raises(InputError, match="can't read"):
+        catalog.device(str(path))
+    path.write_text("3")
+    with pytest.raises(InputError, match="holds 3: give the keys name, description, peak_flops"):
+        catalog.device(str(path))
+
+
+def test_a_network_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "lab.yaml"
+    path.write_text(yaml.safe_dump(asdict(catalog.network("pairwise_nvlink"))))
+    assert catalog.network(str(path)) == catalog.network("pairwise_nvlink")
+    body = asdict(catalog.network("pcie"))
+    del body["pair"]
+    path.write_text(yaml.safe_dump(body))
+    assert catalog.network(str(path), internode="infiniband_200g").internode == Link(5e-6, 22e9)
+    path.write_text(yaml.safe_dump(body | {"node": {"latency_s": 0, "bandwidth": 1e9}}))
+    with pytest.raises(InputError, match=r"lab\.yaml: node 'bandwidth': did you mean 'bandwidth_bytes_per_s'"):
+        catalog.network(str(path))
+
+
+def test_importing_the_catalog_is_light() -> None:
+    code = (
+        "import sys, engine.catalog; print(sorted({'yaml', 'torch', 'pandas', 'numpy', 'pydantic'} & set(sys.modules)))"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path.cwd())
+    assert seen.stdout.strip() == "[]"
+
+
+def test_device_specs_are_frozen() -> None:
+    device = catalog.device("h100")
+    assert isinstance(device, DeviceSpec)
+    with pytest.raises(AttributeError):
+        device.peak_flops = 1.0  # type: ignore[misc]
