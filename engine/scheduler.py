@@ -157,6 +157,17 @@ class Scheduler:
         batch.kv_blocks = self.blocks.num_used
         return taken
 
+    def rounds(self) -> int:
+        """How many times every running request may run, its run in flight included, before the blocks may run out.
+
+        `Batch.repeats` has regard to it; a driver with several batches in flight asks again when it plans ahead, for
+        the batches formed later may have taken blocks.
+        """
+        free, growing = len(self.blocks.free), len(self.running)
+        if free >= growing:
+            return free // growing * self.blocks.block_size
+        return max(1, sorted([r.capacity - r.computed for r in self.running])[free])
+
     # -- the verbs of a policy -------------------------------------------------------------------------------------
 
     def take_decodes(self) -> list[Request]:
@@ -228,17 +239,7 @@ class Scheduler:
     def _repeats(self, decodes: Sequence[Request]) -> int:
         """How many times this batch of decodes alone may run before a request finishes or the blocks may run out."""
         repeats = min([r.limit - r.total for r in decodes])
-        if repeats == 1:
-            return 1
-        free, growing = len(self.blocks.free), len(self.running)
-        whole = free // growing  # blocks that every running request may take
-        if whole:
-            rounds = whole * self.blocks.block_size
-        else:
-            rounds = sorted([r.capacity - r.computed for r in self.running])[free]
-        if self.max_in_flight > 1:
-            rounds -= 1  # the other batches in flight may be one round ahead of this one
         window = self.sliding_window
         if window is not None:  # `decode_kv_growth` holds until the next request fills the window
-            rounds = min([rounds, *(window - r.computed for r in decodes if r.computed + 1 < window)])
-        return max(1, min(repeats, rounds))
+            repeats = min([repeats, *(window - r.computed for r in decodes if r.computed + 1 < window)])
+        return min(repeats, self.rounds()) if repeats > 1 else 1

@@ -167,8 +167,7 @@ def simulate(
 
     def arrivals() -> Generator[simpy.Event, Any, None]:
         for request in workload.requests():
-            if request.arrived_at > env.now or env.now == 0.0:
-                yield env.at(request.arrived_at, URGENT)
+            yield env.at(request.arrived_at, URGENT)
             choose(request, replicas).add(request)
 
     env.process(arrivals())

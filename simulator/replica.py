@@ -12,7 +12,7 @@ until the last of them, and commits them together; an arrival cuts the stretch w
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from heapq import heappush
 from itertools import accumulate
 from math import nan
@@ -160,7 +160,7 @@ class Replica:
                 self._pass(flight, now, durations)
             self._flights.append(flight)
 
-    def _pass(self, flight: _Flight, time: float, durations: list[float]) -> None:
+    def _pass(self, flight: _Flight, time: float, durations: Sequence[float]) -> None:
         """Send a batch through the stages, from `time` on."""
         if not flight.starts:
             flight.starts = [[] for _ in durations]
@@ -190,20 +190,21 @@ class Replica:
             flight.ends = self._completions = ends[1:]
             self._last = repeats - 1
             return
+        # unless every batch in flight repeats, the policy may have changed its mind since the oldest was formed
+        runs = min(self.scheduler.rounds(), self.longest_stretch, *(flight.batch.repeats for flight in flights))
         count = len(flights)
-        runs = [min(flight.batch.repeats, self.longest_stretch) for flight in flights]
-        most = min(runs) + 1  # the first to run out of repeats ends the stretch
-        durations_of = [
-            list(zip(*(self.predictor.stage_times(f.batch, s, min(r, most)) for s in range(self.num_stages)), strict=True))
-            for f, r in zip(flights, runs, strict=True)
-        ]
-        self._completions = completions = [flights[0].ends[0]]
-        j = 0
-        while (run := j // count + 1) < runs[j % count]:
-            self._pass(flights[j % count], completions[j], durations_of[j % count][run])
-            j += 1
-            completions.append(flights[j % count].ends[j // count])
-        self._last = j
+        self._completions = completions = [flight.ends[0] for flight in flights]
+        self._last = (runs - 1) * count
+        if runs > 1:
+            stages = range(self.num_stages)
+            durations = [
+                list(zip(*(self.predictor.stage_times(flight.batch, s, runs) for s in stages), strict=True))
+                for flight in flights
+            ]
+            for j in range(self._last):
+                flight = flights[j % count]
+                self._pass(flight, completions[j], durations[j % count][j // count + 1])
+                completions.append(flight.ends[-1])
 
     def _settle(self, completions: int) -> None:
         """The first `completions` of the stretch are past, each of their batches is in flight again, no more is."""

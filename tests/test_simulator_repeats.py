@@ -1,0 +1,112 @@
+"""The fast path (stretches of repeats) gives the identical result to single-stepping every batch."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.policies import POLICIES, resolve
+from engine.request import Batch
+from engine.specs import ParallelSpec, SchedulerSpec
+from engine.workload import Workload
+from simulator.cluster import Deployment, Run, deploy, simulate
+from simulator.predictor.base import RuntimePredictor
+
+
+class Affine(RuntimePredictor):
+    """Times that depend on everything a predictor may look at, with an odd last digit."""
+
+    def stage_time(self, batch: Batch, stage: int, decode_kv_tokens: int) -> float:
+        chunks = sum(chunk * (3 + prefix) for chunk, prefix in batch.prefill_shapes)
+        return 0.003 + 0.0007 * stage + 1e-4 * batch.num_tokens + 1.1e-6 * decode_kv_tokens + 1e-7 * chunks
+
+    def send_time(self, batch: Batch, stage: int) -> float:
+        return 1e-4 + 1e-6 * batch.num_tokens
+
+
+def deployment(
+    policy: str, stages: int, blocks: int, window: int | None = None, seqs: int = 6, budget: int = 24
+) -> Deployment:
+    spec = resolve(
+        SchedulerSpec(
+            policy=policy,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget if policy in ("sarathi", "chunked_only") else 160,
+            max_model_len=80,
+            block_size=4,
+        ),
+        80,
+    )
+    base = deploy("microsoft/phi-2", "a100", parallel=ParallelSpec(), num_gpu_blocks_override=blocks)
+    model = base.model if window is None else replace_window(base, window)
+    return Deployment(
+        model, base.device, base.network, ParallelSpec(pipeline_parallel_size=stages), spec, blocks, Affine()
+    )
+
+
+def replace_window(base: Deployment, window: int):  # type: ignore[no-untyped-def]
+    from dataclasses import replace
+
+    return replace(base.model, sliding_window=window)
+
+
+def rows(run: Run) -> list[tuple]:  # type: ignore[type-arg]
+    assert run.iterations is not None
+    table = run.iterations.to_pandas().sort_values(["replica", "stage", "start_s"]).fillna(-1.0)
+    return [tuple(row) for row in table.itertuples(index=False)]
+
+
+def assert_same(fast: Run, slow: Run) -> None:
+    assert len(fast.requests["request_id"]) > 0
+    order_fast, order_slow = (np.argsort(run.requests["request_id"]) for run in (fast, slow))
+    for name, column in slow.requests.items():
+        np.testing.assert_array_equal(fast.requests[name][order_fast], column[order_slow], err_msg=name)
+    assert rows(fast) == rows(slow)
+    for key, value in slow.summary.items():
+        if isinstance(value, int | float):  # means may add up in another order
+            assert fast.summary[key] == pytest.approx(value, rel=1e-9), key
+
+
+workloads = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.3]), st.integers(1, 40), st.integers(1, 39)),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=workloads,
+    policy=st.sampled_from(sorted(POLICIES)),
+    stages=st.sampled_from([1, 2, 3]),
+    blocks=st.integers(21, 60),
+    replicas=st.sampled_from([1, 1, 2]),
+    router=st.sampled_from(["round_robin", "least_outstanding_tokens"]),
+    window=st.sampled_from([None, 16]),
+)
+def test_stretches_equal_single_steps(requests, policy, stages, blocks, replicas, router, window):  # type: ignore[no-untyped-def]
+    gaps, prompts, outputs = map(np.array, zip(*requests, strict=True))
+    workload = Workload("random", np.cumsum(gaps).astype(float), prompts, outputs, 0)
+    kinds = [deployment(policy, stages, blocks, window)] * replicas
+    fast = simulate(workload, kinds, router=router)
+    slow = simulate(workload, kinds, router=router, repeats=False)
+    assert_same(fast, slow)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_stretches_save_most_of_the_events(stages: int) -> None:
+    """Guards the point of it: a long decode must not be stepped one batch at a time."""
+    asked = 0
+
+    class Counting(Affine):
+        def stage_times(self, batch: Batch, stage: int, repeats: int):  # type: ignore[no-untyped-def]
+            nonlocal asked
+            asked += 1
+            return super().stage_times(batch, stage, repeats)
+
+    base = deployment("sarathi", stages, 60)
+    kind = Deployment(base.model, base.device, base.network, base.parallel, base.scheduler, 60, Counting())
+    workload = Workload("one", np.zeros(1), np.array([8]), np.array([65]), 0)
+    run = simulate(workload, [kind])
+    assert run.summary["simulator"]["batches"] == 65
+    assert asked < 10 * stages
