@@ -107,7 +107,7 @@ def grouped_percentile(values: Array, counts: Array, percentiles: Sequence[float
 
 
 def latencies(requests: Columns) -> Columns:
-    """Each per-request metric in seconds, from the columns of a Recorder; NaN where it is undefined (TPOT of one token)."""
+    """Each per-request metric (s) from the columns of a Recorder; NaN where it is undefined (TPOT of one token)."""
     e2e = requests["last_token_s"] - requests["arrived_s"]
     ttft = requests["first_token_s"] - requests["arrived_s"]
     output = requests["output_tokens"]
@@ -124,7 +124,7 @@ def latencies(requests: Columns) -> Columns:
 
 def tbt_percentiles(slos: Sequence[SLO]) -> tuple[float, ...]:
     """The percentiles of a request's own gaps that goodput under `slos` needs."""
-    return tuple(sorted({s.percentile for s in slos if s.metric == "tbt" and s.percentile not in (None, 100.0)}))  # type: ignore[type-var]
+    return tuple(sorted({s.percentile for s in slos if s.metric == "tbt" and s.percentile is not None}))
 
 
 def meets(requests: Columns, slos: Sequence[SLO]) -> Array:
@@ -141,7 +141,7 @@ def meets(requests: Columns, slos: Sequence[SLO]) -> Array:
         elif slo.statistic == "mean":
             value = values["tpot"]
         else:
-            value = requests["max_tbt_s" if slo.statistic in ("max", "p100") else f"p{slo.percentile:g}_tbt_s"]
+            value = requests["max_tbt_s" if slo.percentile is None else f"p{slo.percentile:g}_tbt_s"]
         good &= ~(value > slo.threshold_s)
     return good
 

@@ -5,7 +5,7 @@ token), `unfinished_prefills`, `admit` (take the head of the queue), `waiting`. 
 
 | name | from | what it does |
 |---|---|---|
-| sarathi | Sarathi-Serve, OSDI 2024, algorithm 3 | decodes first, then prompts cut into chunks that fill the token budget |
+| sarathi | Sarathi-Serve, OSDI 2024, algorithm 3 | decodes first, then chunks of prompts that fill the token budget |
 | vllm | vLLM 0.2, SOSP 2023 | whole prompts first, in batches of their own; decodes wait meanwhile |
 | orca | Orca, OSDI 2022 | whole prompts join the decodes at once; memory reserved for the longest request |
 | faster_transformer | FasterTransformer | a batch of requests runs to its end before the next one starts |
@@ -66,7 +66,8 @@ class Sarathi(Policy):
 
     With chunk_schedule "dynamic" a prompt's chunks shrink as its prefix grows (attention over a longer prefix costs
     more), linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` stages of the first
-    `chunk_schedule_max_tokens` tokens.
+    `chunk_schedule_max_tokens` tokens (by default from the token budget to a quarter of it, in 16 stages of the longest
+    prompt).
     """
 
     def __init__(self, spec: SchedulerSpec) -> None:
@@ -77,6 +78,7 @@ class Sarathi(Policy):
                 f"running request could decode in one batch: raise the one or lower the other"
             )
         self.chunk_sizes = chunk_sizes(spec) if spec.chunk_schedule == "dynamic" else []
+        self.tokens_per_chunk_size = -(-(spec.chunk_schedule_max_tokens or 1) // max(1, len(self.chunk_sizes)))
 
     @staticmethod
     def default_budget(max_model_len: int) -> int:
@@ -86,8 +88,7 @@ class Sarathi(Policy):
         """Tokens of `request` that may join a batch that has `used` tokens."""
         limit = self.budget
         if self.chunk_sizes:
-            stages = len(self.chunk_sizes)
-            stage = min(request.computed * stages // (self.spec.chunk_schedule_max_tokens or 1), stages - 1)
+            stage = min(request.computed // self.tokens_per_chunk_size, len(self.chunk_sizes) - 1)
             limit = min(limit, self.chunk_sizes[stage])
         return min(request.total - request.computed, limit - used)
 
@@ -227,9 +228,9 @@ POLICIES: dict[str, type[Policy]] = {
 
 def chunk_sizes(spec: SchedulerSpec) -> list[int]:
     """The chunk size of each stage of the dynamic schedule, first stage first."""
-    high = spec.chunk_schedule_high or spec.max_num_batched_tokens or 0
+    high = spec.chunk_schedule_high or spec.max_num_batched_tokens or 1
     low = spec.chunk_schedule_low or max(1, high // 4)
-    stages = spec.chunk_schedule_stages
+    stages = spec.chunk_schedule_stages or 16
     if stages == 1:
         return [high]
     return [round(high - (high - low) * stage / (stages - 1)) for stage in range(stages)]

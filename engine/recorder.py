@@ -9,7 +9,7 @@ length takes little memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Recorder:
 
     def completed(self, batch: Batch, times: list[float]) -> list[float]:
         """`batch` ended at `times` (once for each repeat); call before the commit. Returns the longest TBT of each."""
-        longest = [now - before for before, now in zip(times, times[1:], strict=False)]
+        longest = [now - before for before, now in pairwise(times)]
         if batch.decodes:
             first = times[0] - min([r.token_times[-1] if r.token_times else times[0] for r in batch.decodes])
             for request in batch.decodes:

@@ -63,8 +63,8 @@ class Scheduler:
         """Raise InputError if `request` could never run here, however long it waited."""
         if self.spec.max_model_len is not None and request.limit > self.spec.max_model_len:
             raise InputError(
-                f"request {request.id} has {request.prompt_tokens} prompt + {request.output_tokens} output tokens, over "
-                f"--max-model-len {self.spec.max_model_len}: raise it or drop the request"
+                f"request {request.id} has {request.prompt_tokens} prompt + {request.output_tokens} output tokens, "
+                f"over --max-model-len {self.spec.max_model_len}: raise it or drop the request"
             )
         tokens = max(self.policy.reserved_tokens(request), request.limit)
         room = self.blocks.num_blocks - self.blocks.watermark_blocks
@@ -226,7 +226,7 @@ class Scheduler:
 
     def _progress(self, batch: Batch, repeats: int, ahead: int) -> list[int]:
         """Move the decodes `repeats` tokens on, with blocks for `ahead` more; says which rounds took a block."""
-        taken = []
+        taken: list[int] = []
         for request in batch.decodes:
             before = request.computed
             request.computed = after = before + repeats

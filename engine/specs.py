@@ -321,7 +321,7 @@ class SchedulerSpec:
 
     `watermark` is the share of KV blocks that admission leaves free. The dynamic chunk schedule is Sarathi-Serve's: the
     token budget falls linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` equal
-    stages of a prompt's first `chunk_schedule_max_tokens` tokens.
+    stages of a prompt's first `chunk_schedule_max_tokens` tokens; `engine.policies.resolve` fills in what is left open.
     """
 
     policy: str = "sarathi"
@@ -347,12 +347,9 @@ class SchedulerSpec:
                 _check(self, name)
         if self.chunk_schedule not in ("fixed", "dynamic"):
             raise unknown("chunk_schedule", str(self.chunk_schedule), ("fixed", "dynamic"))
-        if self.chunk_schedule == "dynamic":
-            if missing := [name for name in optional if getattr(self, name) is None]:
-                raise InputError(f"a dynamic chunk schedule needs {', '.join(missing)}: set them, or use 'fixed'")
-            low, high = self.chunk_schedule_low, self.chunk_schedule_high
-            if low is not None and high is not None and low > high:
-                raise InputError(f"chunk_schedule_low={low} is above chunk_schedule_high={high}: exchange them")
+        low, high = self.chunk_schedule_low, self.chunk_schedule_high
+        if low is not None and high is not None and low > high:
+            raise InputError(f"chunk_schedule_low={low} is above chunk_schedule_high={high}: exchange them")
 
 
 METRICS = ("ttft", "tbt", "tpot", "e2e", "scheduling_delay", "normalized_latency")

@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 
 ARRIVALS = ("burst", "gamma", "poisson", "static", "trace")
 SYNTHETIC = ("fixed", "uniform", "zipf")
-_DEFAULT_LENGTHS = "openchat_sharegpt4"
+DEFAULT_LENGTHS = "openchat_sharegpt4"
 _DEFAULT_NUM_PROMPTS = 1_000
 _BLOCK = 4_096  # requests made at a time while iterating
 
@@ -47,7 +47,7 @@ class WorkloadSpec:
     clip_tokens: longer requests are shortened to this many tokens instead, the prompt first, then the output.
     """
 
-    lengths: str = _DEFAULT_LENGTHS
+    lengths: str = DEFAULT_LENGTHS
     input_len: str | int | None = None
     output_len: str | int | None = None
     zipf_alpha: float = 1.2
@@ -75,7 +75,7 @@ class WorkloadSpec:
             )
 
     def _check_lengths(self) -> None:
-        if self.trace is not None and self.lengths != _DEFAULT_LENGTHS:
+        if self.trace is not None and self.lengths != DEFAULT_LENGTHS:
             raise InputError(f"lengths {self.lengths!r} and trace {self.trace} both give the lengths: leave one out")
         if not self.lengths.endswith(".json") and self.lengths not in (*builtin_names(), *SYNTHETIC):
             raise unknown("lengths", self.lengths, (*builtin_names(), *SYNTHETIC))

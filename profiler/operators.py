@@ -48,11 +48,17 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     kv = kv_heads * model.head_dim
     mlp = model.intermediate_size // tp
     vocab = -(-model.vocab_size // tp)
-    heads = {
-        "num_heads": model.num_attention_heads // tp,
-        "num_kv_heads": kv_heads,
-        "head_dim": model.head_dim,
-    }
+
+    def attention(kind: Literal["attention_prefill", "attention_decode"]) -> Operator:
+        return Operator(
+            kind,
+            kind,
+            layers,
+            num_heads=model.num_attention_heads // tp,
+            num_kv_heads=kv_heads,
+            head_dim=model.head_dim,
+            sliding_window=model.sliding_window,
+        )
 
     def gemm(name: str, count: int, k: int, n: int, rows: Literal["tokens", "sampled"] = "tokens") -> Operator:
         return Operator(name, "gemm", count, rows, k=k, n=n)
@@ -73,9 +79,8 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     if model.rotary_fraction > 0:
         operators.append(elementwise("rotary", layers, 2 * (q + kv) * model.rotary_fraction))
     operators.append(elementwise("kv_write", layers, 4 * kv))
-    window = model.sliding_window
-    operators.append(Operator("attention_prefill", "attention_prefill", layers, sliding_window=window, **heads))
-    operators.append(Operator("attention_decode", "attention_decode", layers, sliding_window=window, **heads))
+    operators.append(attention("attention_prefill"))
+    operators.append(attention("attention_decode"))
     operators.append(gemm("output_proj", layers, q, hidden))
     if not model.parallel_block:
         if tp > 1:
@@ -83,7 +88,8 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
         operators.append(elementwise("attention_residual_add", layers, 3 * hidden))
     if model.norms_per_layer == 2:
         operators.append(elementwise("post_attention_norm", layers, 2 * hidden))
-    operators.append(gemm("mlp_gate_up_proj" if model.gated_mlp else "mlp_up_proj", layers, hidden, mlp * (model.mlp_matrices - 1)))
+    up = "mlp_gate_up_proj" if model.gated_mlp else "mlp_up_proj"
+    operators.append(gemm(up, layers, hidden, mlp * (model.mlp_matrices - 1)))
     operators.append(elementwise("mlp_activation", layers, mlp * model.mlp_matrices))
     operators.append(gemm("mlp_down_proj", layers, mlp, hidden))
     if tp > 1:

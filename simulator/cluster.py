@@ -1,11 +1,11 @@
 """A cluster in simulated time: a workload arrives, a router spreads it over replicas, a Recorder writes down the run.
 
-    from engine.workload import WorkloadSpec, make_workload
-    from simulator.cluster import deploy, simulate
+from engine.workload import WorkloadSpec, make_workload
+from simulator.cluster import deploy, simulate
 
-    replica = deploy("mistralai/Mistral-7B-v0.1", "a100")
-    run = simulate(make_workload(WorkloadSpec(request_rate=1.0)), [replica])
-    print(run.summary["p99_ttft_ms"])
+replica = deploy("mistralai/Mistral-7B-v0.1", "a100")
+run = simulate(make_workload(WorkloadSpec(request_rate=1.0)), [replica])
+print(run.summary["p99_ttft_ms"])
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import simpy
-from simpy.core import URGENT
+from simpy.events import URGENT
 
 from engine import catalog
 from engine.errors import InputError, unknown
@@ -141,8 +141,8 @@ def simulate(
         raise unknown("router", router, ROUTERS)
     if not deployments:
         raise InputError("no replica to simulate: give at least one")
-    for deployment in set(map(id, deployments)):
-        _check_fits(workload, next(d for d in deployments if id(d) == deployment))
+    for deployment in {id(each): each for each in deployments}.values():
+        _check_fits(workload, deployment)
     started = time.perf_counter()
     exact = int(workload.output_tokens.sum()) <= EXACT_GAPS
     recorder = Recorder(folder, tbt_percentiles(slos), exact_gaps=exact)
@@ -193,7 +193,10 @@ def simulate(
 def _check_fits(workload: Workload, deployment: Deployment) -> None:
     """Raise InputError if a request could never run there: the longest as a whole, and the longest prompt."""
     scheduler = deployment.new_scheduler()
-    for row in {int(np.argmax(workload.prompt_tokens + workload.output_tokens)), int(np.argmax(workload.prompt_tokens))}:
+    for row in {
+        int(np.argmax(workload.prompt_tokens + workload.output_tokens)),
+        int(np.argmax(workload.prompt_tokens)),
+    }:
         scheduler.check(Request(row, 0.0, int(workload.prompt_tokens[row]), int(workload.output_tokens[row])))
 
 
@@ -205,6 +208,6 @@ def _use(replica: Replica) -> dict[str, Any]:
         "occupied_s": replica.occupied_s,
         "stage_utilization": [busy / duration for busy in replica.busy_s],
         "stage_bubbles": [
-            1 - busy / replica.occupied_s if replica.occupied_s else 0.0 for busy in replica.busy_s
+            max(0.0, 1 - busy / replica.occupied_s) if replica.occupied_s else 0.0 for busy in replica.busy_s
         ],
     }

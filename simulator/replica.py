@@ -5,8 +5,9 @@ next stage when the stage before is done and its activations are sent (the sendi
 starts on a stage at max(its arrival there, the end of the batch before it).
 
 Repeats: while nothing comes in, the batches in flight mostly repeat themselves, each with one more token per request.
-`Batch.repeats` says how often that is certain. The replica works out all those completions at once (a *stretch*), sleeps
-until the last of them, and commits them together; an arrival cuts the stretch where its batch could first be formed.
+`Batch.repeats` says how often that is certain. The replica works out all those completions at once (a *stretch*),
+sleeps until the last of them, and commits them together; an arrival cuts the stretch where its batch could first be
+formed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from math import nan
 from typing import Any
 
 import simpy
-from simpy.core import NORMAL, URGENT, EventPriority
+from simpy.events import NORMAL, EventPriority
 
 from engine.recorder import Recorder
 from engine.request import Batch, Request
@@ -43,7 +44,17 @@ class Clock(simpy.Environment):
 class _Flight:
     """A batch in flight: its coming completions and, for each stage, when it starts there and for how long."""
 
-    __slots__ = ("batch", "durations", "ends", "in_range", "kv_blocks", "max_tbt", "num_running", "num_waiting", "starts")
+    __slots__ = (
+        "batch",
+        "durations",
+        "ends",
+        "in_range",
+        "kv_blocks",
+        "max_tbt",
+        "num_running",
+        "num_waiting",
+        "starts",
+    )
 
     def __init__(self, batch: Batch, in_range: bool, num_running: int, num_waiting: int) -> None:
         self.batch = batch
@@ -152,9 +163,7 @@ class Replica:
         now = self.env.now
         while (batch := scheduler.schedule()) is not None:
             self.recorder.scheduled(batch, now)
-            flight = _Flight(
-                batch, self.predictor.in_range(batch), len(scheduler.running), len(scheduler.waiting)
-            )
+            flight = _Flight(batch, self.predictor.in_range(batch), len(scheduler.running), len(scheduler.waiting))
             if self.num_stages > 1:
                 durations = [self.predictor.stage_times(batch, stage, 1)[0] for stage in range(self.num_stages)]
                 self._pass(flight, now, durations)
@@ -197,13 +206,13 @@ class Replica:
         self._last = (runs - 1) * count
         if runs > 1:
             stages = range(self.num_stages)
-            durations = [
+            durations_of = [
                 list(zip(*(self.predictor.stage_times(flight.batch, s, runs) for s in stages), strict=True))
                 for flight in flights
             ]
             for j in range(self._last):
                 flight = flights[j % count]
-                self._pass(flight, completions[j], durations[j % count][j // count + 1])
+                self._pass(flight, completions[j], durations_of[j % count][j // count + 1])
                 completions.append(flight.ends[-1])
 
     def _settle(self, completions: int) -> None:

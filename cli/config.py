@@ -1,0 +1,189 @@
+"""The settings of a run, from flags and a YAML file: one pydantic model, which is also where the flags come from.
+
+Names follow vLLM where vLLM has one. In a file the same names are keys, with underscores; a flag wins over the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import InputError, unknown
+from engine.specs import SLO, ParallelSpec, SchedulerSpec
+from engine.workload import WorkloadSpec
+
+
+def _field(default: Any, panel: str, help: str) -> Any:
+    return Field(default, description=help, json_schema_extra={"panel": panel})
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+Settings = TypeVar("Settings", bound=_Settings)
+
+
+class ReplicaConfig(_Settings):
+    """What may differ between the replicas of a cluster."""
+
+    model: str = _field(
+        "", "Deployment", "A known model's Hugging Face name, or a folder or file with its config.json."
+    )
+    device: str = _field("", "Deployment", "A known device, or a YAML file that describes one.")
+    network: str | None = _field(
+        None, "Deployment", "Network in a node, or a YAML file; by default the device's usual."
+    )
+    internode_network: str | None = _field(None, "Deployment", "Network between nodes; by default the network's usual.")
+    tensor_parallel_size: int = _field(1, "Deployment", "GPUs that share each layer.")
+    pipeline_parallel_size: int = _field(1, "Deployment", "Pipeline stages.")
+    gpu_memory_utilization: float = _field(0.9, "Deployment", "Share of the GPU's memory to use.")
+    num_gpu_blocks_override: int | None = _field(None, "Deployment", "KV blocks, instead of what the memory holds.")
+    host_overhead: str = _field("cuda_graphs", "Deployment", "Host overhead profile of the engine.")
+    scheduler: str = _field("sarathi", "Scheduler", "Batching policy.")
+    max_num_batched_tokens: int | None = _field(None, "Scheduler", "Token budget of a batch; default by policy.")
+    max_num_seqs: int = _field(128, "Scheduler", "Most requests running at once.")
+    max_model_len: int | None = _field(None, "Scheduler", "Longest request (tokens); longer ones are dropped, counted.")
+    block_size: int = _field(16, "Scheduler", "Tokens in a KV block.")
+    watermark: float = _field(0.01, "Scheduler", "Share of the KV blocks that admission leaves free.")
+    chunk_schedule: Literal["fixed", "dynamic"] = _field("fixed", "Scheduler", "Chunk size of prompts: fixed, dynamic.")
+    chunk_schedule_low: int | None = _field(None, "Scheduler", "Dynamic schedule: smallest chunk (tokens).")
+    chunk_schedule_high: int | None = _field(None, "Scheduler", "Dynamic schedule: largest chunk (tokens).")
+    chunk_schedule_stages: int | None = _field(None, "Scheduler", "Dynamic schedule: number of chunk sizes.")
+    chunk_schedule_max_tokens: int | None = _field(None, "Scheduler", "Dynamic schedule: prompt length it spans.")
+
+    def parallel_spec(self) -> ParallelSpec:
+        return ParallelSpec(
+            tensor_parallel_size=self.tensor_parallel_size, pipeline_parallel_size=self.pipeline_parallel_size
+        )
+
+    def scheduler_spec(self) -> SchedulerSpec:
+        return SchedulerSpec(
+            policy=self.scheduler,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_model_len=self.max_model_len,
+            block_size=self.block_size,
+            watermark=self.watermark,
+            chunk_schedule=self.chunk_schedule,
+            chunk_schedule_low=self.chunk_schedule_low,
+            chunk_schedule_high=self.chunk_schedule_high,
+            chunk_schedule_stages=self.chunk_schedule_stages,
+            chunk_schedule_max_tokens=self.chunk_schedule_max_tokens,
+        )
+
+
+class RunConfig(ReplicaConfig):
+    """Everything that decides a run."""
+
+    num_replicas: int = _field(1, "Deployment", "Replicas behind the router.")
+    router: str = _field("round_robin", "Deployment", "How requests are spread over the replicas.")
+    workload: str | None = _field(None, "Workload", "Length distribution; openchat_sharegpt4 by default.")
+    trace: Path | None = _field(None, "Workload", "Recorded trace (CSV or JSONL), instead of a distribution.")
+    input_len: str | int | None = _field(
+        None, "Workload", "Prompt tokens of fixed (N), uniform and zipf (LOW:HIGH) lengths."
+    )
+    output_len: str | int | None = _field(
+        None, "Workload", "Output tokens of fixed (N), uniform and zipf (LOW:HIGH) lengths."
+    )
+    zipf_alpha: float = _field(1.2, "Workload", "Exponent of zipf lengths.")
+    clip_tokens: int | None = _field(None, "Workload", "Shorten longer requests to this many tokens.")
+    num_prompts: int | None = _field(None, "Workload", "Requests to run; default 1000, or the whole trace.")
+    request_rate: float | None = _field(None, "Workload", "Requests per second.")
+    arrival: str | None = _field(
+        None, "Workload", "poisson, gamma, static, burst (all at once) or trace (as recorded)."
+    )
+    arrival_cv: float = _field(1.0, "Workload", "Coefficient of variation of gamma arrivals.")
+    rate_scale: float = _field(1.0, "Workload", "Speed-up of recorded arrivals.")
+    seed: int = _field(0, "Workload", "Seed of every random choice.")
+    slo: list[str] = _field([], "Goals", "A latency goal such as 'p99_tbt<=0.1' (s); may be given several times.")
+
+    def workload_spec(self, max_model_len: int) -> WorkloadSpec:
+        """The workload; requests over `max_model_len` tokens are dropped."""
+        named = {} if self.workload is None else {"lengths": self.workload}
+        return WorkloadSpec(
+            **named,
+            input_len=self.input_len,
+            output_len=self.output_len,
+            zipf_alpha=self.zipf_alpha,
+            trace=self.trace,
+            arrival=self.arrival,
+            request_rate=self.request_rate,
+            arrival_cv=self.arrival_cv,
+            rate_scale=self.rate_scale,
+            num_prompts=self.num_prompts,
+            max_model_len=max_model_len,
+            clip_tokens=self.clip_tokens,
+            seed=self.seed,
+        )
+
+    def slos(self) -> list[SLO]:
+        return [SLO.parse(text) for text in self.slo]
+
+
+class ReplicaGroup(ReplicaConfig):
+    """An entry of `replicas` in a file: `count` replicas that differ from the rest of the file in the keys it gives."""
+
+    count: int = 1
+
+
+class FileConfig(RunConfig):
+    """A run's YAML file: the flags' names, and `replicas` for a cluster of several kinds."""
+
+    replicas: list[dict[str, Any]] = Field([], description="Groups of replicas of different kinds.")
+
+    def groups(self) -> list[ReplicaGroup]:
+        """The kinds of replica and how many there are of each."""
+        shared = {key: value for key, value in self.model_dump().items() if key in ReplicaConfig.model_fields}
+        if not self.replicas:
+            return [ReplicaGroup(**shared, count=self.num_replicas)]
+        if "num_replicas" in self.model_fields_set:
+            raise InputError("num_replicas and replicas both say how many replicas there are: leave one out")
+        return [_validate(ReplicaGroup, {**shared, **group}, f"replicas[{i}]") for i, group in enumerate(self.replicas)]
+
+
+def load(path: Path | None, flags: dict[str, Any]) -> FileConfig:
+    """The settings of a file (if any) with `flags` (those that are not None) on top; InputError says what is wrong."""
+    values: dict[str, Any] = {}
+    where = "the command line"
+    if path is not None:
+        values, where = _read(path), str(path)
+        for key in values:
+            if key not in FileConfig.model_fields:
+                raise unknown(f"key in {path}", str(key), FileConfig.model_fields)
+    values.update({key: value for key, value in flags.items() if value is not None})
+    config = _validate(FileConfig, values, where)
+    for needed in ("model", "device"):
+        if not getattr(config, needed) and not all(group.get(needed) for group in config.replicas or [{}]):
+            raise InputError(f"no {needed} given: add --{needed} NAME")
+    if config.num_replicas < 1:
+        raise InputError(f"--num-replicas {config.num_replicas}: give at least 1")
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"can't read the config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no settings: write one 'key: value' a line")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _validate(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    for key in values:
+        if key not in kind.model_fields:
+            raise unknown(f"key in {where}", str(key), kind.model_fields)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}: {key} is {first['input']!r}: {first['msg']}") from None

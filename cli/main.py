@@ -1,0 +1,105 @@
+"""The doors of Windtunnel: `windtunnel simulate --model Mistral-7B-v0.1 --device a100 --request-rate 1`.
+
+Thin: each command reads its settings and calls the module that does the work, importing it only then.
+"""
+
+from __future__ import annotations
+
+import time
+
+_STARTED = time.perf_counter()  # before the imports, which are most of the start-up time
+
+import inspect  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Annotated, Any, get_args  # noqa: E402
+
+import typer  # noqa: E402
+
+from cli.config import RunConfig, load  # noqa: E402
+from engine.errors import InputError  # noqa: E402
+
+app = typer.Typer(
+    help="The wind tunnel for LLM serving: predict, search and confirm how a model will be served.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """The wind tunnel for LLM serving."""
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` a flag for each setting of a run; it gets those that were given as the dict `flags`."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    settings = []
+    for name, field in RunConfig.model_fields.items():
+        kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+        kind = kinds[0] if isinstance(kinds[0], type) else str
+        extra = field.json_schema_extra
+        panel = str(extra["panel"]) if isinstance(extra, dict) else None
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default in (None, "", []) else f" [default: {default}]"
+        option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{shown}", rich_help_panel=panel)
+        annotation = list[str] if name == "slo" else kind
+        settings.append(
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
+            )
+        )
+
+    def wrapped(**arguments: Any) -> None:
+        flags = {
+            name: arguments.pop(name) or None if name == "slo" else arguments.pop(name)
+            for name in RunConfig.model_fields
+        }
+        command(flags=flags, **arguments)
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    wrapped.__signature__ = inspect.Signature([*settings, *own])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in (*settings, *own)}
+    return wrapped
+
+
+@app.command()
+@_with_settings
+def simulate(
+    *,
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for the results; must not exist.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, as the last line.")] = False,
+    chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+) -> None:
+    """Simulate a deployment under a load and write a report."""
+    from cli.simulate import run
+
+    run(load(config, flags), output_dir, as_json=json_, chrome_trace=chrome_trace, started=_STARTED)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 2 on bad input, 130 on Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(arguments)
+    except InputError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted: no results were written", 130)
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A run's folder: written beside its final place, and moved there whole when the run is finished.
+
+`config.yaml` (resolved, loadable again), `summary.json`, `requests.parquet`, `iterations.parquet`, and, when asked for,
+`trace.json` (for chrome://tracing or Perfetto). A run that is interrupted or fails leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError
+
+
+@contextmanager
+def run_folder(target: Path) -> Iterator[Path]:
+    """A folder to write a run into; it becomes `target` when the block ends well and is removed when it does not.
+
+    Raises InputError if `target` is in use, at once.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        what = "is a file" if target.is_file() else "is not empty"
+        raise InputError(f"output folder {target} {what}: give another --output-dir, or remove it")
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"can't write to {target.parent}: {error.strerror}: give another --output-dir") from None
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in missing:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """`config.yaml`: every setting of the run, as the command line reads it again."""
+    import yaml
+
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """`summary.json`."""
+    text = json.dumps(summary, indent=2, allow_nan=False)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_chrome_trace(folder: Path) -> None:
+    """`trace.json` from `iterations.parquet`: a process for each replica, a thread for each stage, times in us."""
+    import pyarrow.parquet as pq
+
+    shown = ("num_tokens", "num_decodes", "num_prefills", "kv_blocks", "num_running", "num_waiting")
+    with (folder / "trace.json").open("w", encoding="utf-8") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        separator = "\n"
+        for batch in pq.ParquetFile(folder / "iterations.parquet").iter_batches():
+            for row in batch.to_pylist():
+                event = {
+                    "name": f"{row['num_decodes']} decodes + {row['num_tokens'] - row['num_decodes']} prefill tokens",
+                    "ph": "X",
+                    "pid": row["replica"],
+                    "tid": row["stage"],
+                    "ts": 1e6 * row["start_s"],
+                    "dur": 1e6 * row["duration_s"],
+                    "args": {key: row[key] for key in shown},
+                }
+                file.write(separator + json.dumps(event))
+                separator = ",\n"
+        file.write("\n]}\n")
