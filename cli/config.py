@@ -42,6 +42,7 @@ class ReplicaConfig(_Settings):
     gpu_memory_utilization: float = _field(0.9, "Deployment", "Share of the GPU's memory to use.")
     num_gpu_blocks_override: int | None = _field(None, "Deployment", "KV blocks, instead of what the memory holds.")
     host_overhead: str = _field("cuda_graphs", "Deployment", "Host overhead profile of the engine.")
+    predictor: str = _field("roofline", "Deployment", "Where the times of batches come from.")
     scheduler: str = _field("sarathi", "Scheduler", "Batching policy.")
     max_num_batched_tokens: int | None = _field(None, "Scheduler", "Token budget of a batch; default by policy.")
     max_num_seqs: int = _field(128, "Scheduler", "Most requests running at once.")
@@ -98,6 +99,7 @@ class RunConfig(ReplicaConfig):
     arrival_cv: float = _field(1.0, "Workload", "Coefficient of variation of gamma arrivals.")
     rate_scale: float = _field(1.0, "Workload", "Speed-up of recorded arrivals.")
     seed: int = _field(0, "Workload", "Seed of every random choice.")
+    plugin: list[Path] = _field([], "Extensions", "A Python file that adds policies, routers or predictors by name.")
     slo: list[str] = _field([], "Goals", "A latency goal such as 'p99_tbt<=0.1' (s); may be given several times.")
 
     def workload_spec(self, max_model_len: int) -> WorkloadSpec:

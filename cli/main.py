@@ -14,7 +14,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Annotated, Any, get_args  # noqa: E402
+from typing import Annotated, Any, get_args, get_origin  # noqa: E402
 
 import typer  # noqa: E402
 
@@ -35,36 +35,42 @@ def _root() -> None:
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` a flag for each setting of a run; it gets those that were given as the dict `flags`."""
+    """Give `command` a flag for each setting of a run; it gets them (None: not given) as the dict `flags`."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
     settings = []
     for name, field in RunConfig.model_fields.items():
-        kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
-        kind = kinds[0] if isinstance(kinds[0], type) else str
-        extra = field.json_schema_extra
-        panel = str(extra["panel"]) if isinstance(extra, dict) else None
         default = field.get_default(call_default_factory=True)
-        shown = "" if default in (None, "", []) else f" [default: {default}]"
-        option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{shown}", rich_help_panel=panel)
-        annotation = list[str] if name == "slo" else kind
-        settings.append(
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, option]
-            )
+        shown = "" if default in (None, "", []) else f" (default: {default})"
+        extra = field.json_schema_extra
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=f"{field.description}{shown}",
+            rich_help_panel=str(extra["panel"]) if isinstance(extra, dict) else None,
         )
+        kind: Any = _flag_type(field.annotation) | None
+        flag = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        settings.append(flag)
 
     def wrapped(**arguments: Any) -> None:
-        flags = {
-            name: arguments.pop(name) or None if name == "slo" else arguments.pop(name)
-            for name in RunConfig.model_fields
-        }
-        command(flags=flags, **arguments)
+        flags = {name: arguments.pop(name) for name in RunConfig.model_fields}
+        command(
+            flags={name: value or None if isinstance(value, list) else value for name, value in flags.items()},
+            **arguments,
+        )
 
     wrapped.__doc__ = command.__doc__
     wrapped.__name__ = command.__name__
     wrapped.__signature__ = inspect.Signature([*settings, *own])  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in (*settings, *own)}
     return wrapped
+
+
+def _flag_type(annotation: Any) -> Any:
+    """A setting's type as a flag has it: without None, and text where several types or only certain words will do."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    if get_origin(annotation) is list:
+        return annotation
+    return kinds[0] if isinstance(kinds[0], type) else str
 
 
 @app.command()

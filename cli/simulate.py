@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import runpy
 import sys
 import time
 from datetime import datetime
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cli.config import FileConfig, ReplicaGroup
+from engine.errors import InputError
 from engine.metrics import describe
 from engine.run_folder import run_folder, write_chrome_trace, write_config, write_summary
 from engine.workload import DEFAULT_LENGTHS, make_workload
@@ -27,6 +29,8 @@ def run(
     config: FileConfig, output_dir: Path | None, *, as_json: bool, chrome_trace: bool, started: float
 ) -> dict[str, Any]:
     """Simulate `config`, write its folder and print what came out. `started`: perf_counter when the process began."""
+    for plugin in config.plugin:
+        _load_plugin(plugin)
     groups = config.groups()
     slos = config.slos()
     kinds = [_deployment(group) for group in groups]
@@ -67,6 +71,13 @@ def run(
     return summary
 
 
+def _load_plugin(path: Path) -> None:
+    """Run a user's file, which adds its names to POLICIES, ROUTERS or PREDICTORS."""
+    if not path.is_file():
+        raise InputError(f"plugin {path} is not a file: give the path of a Python file")
+    runpy.run_path(str(path))
+
+
 def _deployment(group: ReplicaGroup) -> Deployment:
     return deploy(
         group.model,
@@ -76,6 +87,7 @@ def _deployment(group: ReplicaGroup) -> Deployment:
         parallel=group.parallel_spec(),
         scheduler=group.scheduler_spec(),
         host_overhead=group.host_overhead,
+        predictor=group.predictor,
         gpu_memory_utilization=group.gpu_memory_utilization,
         num_gpu_blocks_override=group.num_gpu_blocks_override,
     )
@@ -95,6 +107,7 @@ def _resolved(config: FileConfig, kinds: list[Deployment], num_prompts: int) -> 
     for key in ("model", "device", "network", "trace", "workload"):
         if values[key] and Path(values[key]).exists():
             values[key] = str(Path(values[key]).resolve())
+    values["plugin"] = [str(path.resolve()) for path in config.plugin]
     return {key: value for key, value in values.items() if value not in (None, "", [])}
 
 

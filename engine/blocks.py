@@ -42,6 +42,14 @@ class BlockManager:
         request.capacity = len(request.blocks) * self.block_size
         return True
 
+    def grow(self, request: Request) -> bool:
+        """Give `request` one more block; False if none is free."""
+        if not self.free:
+            return False
+        request.blocks.append(self.free.pop())
+        request.capacity += self.block_size
+        return True
+
     def release(self, request: Request) -> None:
         """Take back every block of `request`."""
         self.free.extend(reversed(request.blocks))

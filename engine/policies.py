@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class Draft(NamedTuple):
     """What a policy wants in the next batch.
 
-    `stable` is a promise about a draft without prefills: asked again after those decodes, with no arrival and no
-    request finishing, the policy would draft the same requests.
+    `stable` promises that the policy, asked again after this batch, would draft the same requests with as many tokens
+    each, if no request arrives or ends and no prompt reaches its end. It makes the simulator fast, and is never needed.
     """
 
     decodes: list[Request]
     prefills: list[tuple[Request, int]]
-    stable: bool = True
+    stable: bool = False
 
 
 class Policy:
@@ -111,7 +111,8 @@ class Sarathi(Policy):
 
     def form(self, scheduler: Scheduler) -> Draft:
         decodes = scheduler.take_decodes()
-        return Draft(decodes, self.take_chunks(scheduler, len(decodes)))
+        prefills = self.take_chunks(scheduler, len(decodes))
+        return Draft(decodes, prefills, stable=not (prefills and self.chunk_sizes))
 
 
 class ChunkedOnly(Sarathi):
@@ -155,7 +156,7 @@ class VLLM(Policy):
                 break
             prefills.append((admitted, admitted.total))
             used += admitted.total
-        return Draft([], prefills) if prefills else Draft(scheduler.take_decodes(), [])
+        return Draft([], prefills) if prefills else Draft(scheduler.take_decodes(), [], stable=True)
 
 
 class Orca(Policy):
@@ -166,7 +167,7 @@ class Orca(Policy):
 
     def form(self, scheduler: Scheduler) -> Draft:
         decodes = scheduler.take_decodes()
-        return Draft(decodes, self.take_prompts(scheduler))
+        return Draft(decodes, self.take_prompts(scheduler), stable=True)
 
     def take_prompts(self, scheduler: Scheduler) -> list[tuple[Request, int]]:
         prefills = []
@@ -189,7 +190,7 @@ class FasterTransformer(Orca):
         decodes = scheduler.take_decodes()
         if decodes:
             group = decodes[0].group
-            return Draft([r for r in decodes if r.group == group], [])
+            return Draft([r for r in decodes if r.group == group], [], stable=True)
         prefills = self.take_prompts(scheduler)
         self.next_group += 1
         for request, _ in prefills:
@@ -213,7 +214,7 @@ class HybridOnly(Policy):
                 break
             prefills.append((admitted, admitted.total))
             used += admitted.total
-        return Draft(decodes, prefills)
+        return Draft(decodes, prefills, stable=True)
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -9,7 +9,8 @@ length takes little memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import chain
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +101,21 @@ class Recorder:
 
     def completed(self, batch: Batch, times: list[float]) -> list[float]:
         """`batch` ended at `times` (once for each repeat); call before the commit. Returns the longest TBT of each."""
-        longest = [now - before for before, now in pairwise(times)]
-        if batch.decodes:
-            first = times[0] - min([r.token_times[-1] if r.token_times else times[0] for r in batch.decodes])
-            for request in batch.decodes:
-                request.token_times.extend(times)
-        else:
-            first = 0.0
+        first = times[0]
+        oldest = first
+        for request in batch.decodes:
+            token_times = request.token_times
+            if token_times and token_times[-1] < oldest:
+                oldest = token_times[-1]
+            token_times += times
         for request, chunk in batch.prefills:
             if request.computed + chunk == request.total:
                 if request.token_times:  # recomputed after a preemption
-                    first = max(first, times[0] - request.token_times[-1])
-                request.token_times.append(times[0])
-        longest.insert(0, first)
-        return longest
+                    oldest = min(oldest, request.token_times[-1])
+                request.token_times.append(first)
+        if not batch.decodes:
+            return [first - oldest] + [0.0] * (len(times) - 1)
+        return [first - oldest, *map(sub, times[1:], times)]
 
     def iterations(
         self,
@@ -138,7 +140,7 @@ class Recorder:
                 len(starts),
                 replica,
                 stage,
-                batch.num_tokens,
+                batch.shape.num_tokens,
                 len(batch.decodes),
                 len(batch.prefills),
                 num_running,
@@ -153,7 +155,7 @@ class Recorder:
         """`request` got its last token."""
         self._requests.append((request, replica))
         self._request_tokens += len(request.token_times)
-        if self._request_tokens >= 4 * self.block_rows:
+        if self._request_tokens >= self.block_rows:
             self._flush_requests()
 
     def close(self) -> None:
@@ -215,7 +217,9 @@ class Recorder:
         times = np.fromiter(chain.from_iterable([r.token_times for r, _ in self._requests]), float, counts.sum())
         last = np.cumsum(counts) - 1
         first = last - counts + 1
-        gaps = np.delete(np.diff(times, prepend=0.0), first)  # the first token of a request ends no gap
+        ends_gap = np.ones(len(times), dtype=bool)
+        ends_gap[first] = False  # the first token of a request ends no gap
+        gaps = np.diff(times, prepend=0.0)[ends_gap]
         self.gaps.add(gaps)
         columns: Columns = {
             "request_id": rows[:, 0].astype(np.int64),

@@ -6,7 +6,10 @@ of a prompt, a decode and the recompute after a preemption are the same thing. C
 the next one.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Request:
@@ -60,24 +63,41 @@ class Request:
         return f"Request({self.id}, {self.computed}/{self.total} of {self.prompt_tokens}+{self.output_tokens})"
 
 
+class BatchShape(NamedTuple):
+    """The numbers that a batch's duration depends on; all that a runtime predictor gets to see.
+
+    `prefills` has (chunk, prefix) of each prompt: the tokens computed now, and those in the cache before them.
+    `decode_kv_tokens` is how many cached tokens the decodes attend to, in all, their own included; it grows by
+    `decode_kv_growth` each time the batch repeats. `num_sampled` rows have their next token sampled.
+    """
+
+    num_tokens: int
+    num_decodes: int
+    decode_kv_tokens: int
+    prefills: tuple[tuple[int, int], ...]
+    num_sampled: int
+    decode_kv_growth: int
+
+    def after(self, repeats: int) -> BatchShape:
+        """The shape of the same batch after `repeats` runs of it."""
+        return self._replace(
+            decode_kv_tokens=self.decode_kv_tokens + repeats * self.decode_kv_growth,
+            prefills=tuple([(chunk, prefix + repeats * chunk) for chunk, prefix in self.prefills]),
+        )
+
+
 @dataclass(slots=True)
 class Batch:
     """What one iteration computes, as plain data.
 
     A request in `decodes` computes its one uncomputed token. A pair in `prefills` is a request and how many of its
-    tokens are computed, after the `request.computed` that are in the cache already; `prefill_shapes` is the same as
-    (chunk, prefix) numbers. `decode_kv_tokens` is how many cached tokens the decodes attend to, in all, their own
-    included; when the same batch runs again it has grown by `decode_kv_growth`. The batch may run `repeats` times
-    before anything can change from inside (a request reaching its limit, the KV blocks running out), so a driver that
-    sees no arrival may commit that many at once.
+    tokens are computed, after the `request.computed` that are in the cache already. The batch may run `repeats` times
+    before anything can change from inside (a request reaching its limit, a prompt its end, the KV blocks running out),
+    so a driver that sees no arrival may commit that many at once.
     """
 
     decodes: list[Request]
     prefills: list[tuple[Request, int]]
-    prefill_shapes: tuple[tuple[int, int], ...]
-    num_tokens: int
-    decode_kv_tokens: int
-    decode_kv_growth: int
-    num_sampled: int  # rows whose next token is sampled: every decode, and each prefill that completes
-    kv_blocks: int  # blocks in use by the replica once this batch has its own
+    shape: BatchShape
+    kv_blocks: int  # in use by the replica once this batch has its own
     repeats: int = 1

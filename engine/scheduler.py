@@ -20,9 +20,11 @@ from operator import attrgetter
 
 from engine.blocks import BlockManager
 from engine.errors import InputError
-from engine.policies import POLICIES, Policy
-from engine.request import Batch, Request
+from engine.policies import POLICIES, Draft, Policy
+from engine.request import Batch, BatchShape, Request
 from engine.specs import SchedulerSpec
+
+MANY = 1 << 30  # repeats of a batch that nothing bounds
 
 _by_order = attrgetter("order")
 
@@ -97,30 +99,21 @@ class Scheduler:
                 request.in_flight = True
             for request, _ in prefills:
                 request.in_flight = True
-        num_decodes = len(decodes)
         window = self.sliding_window
+        num_tokens = num_sampled = growth = len(decodes)
         if window is None:
-            kv_tokens, growth = sum([r.computed for r in decodes]) + num_decodes, num_decodes
+            kv_tokens = sum([r.computed for r in decodes]) + num_tokens
         else:
             kv_tokens = sum([min(r.computed + 1, window) for r in decodes])
             growth = sum([r.computed + 1 < window for r in decodes])
-        batch = Batch(
-            decodes,
-            prefills,
-            tuple([(chunk, r.computed) for r, chunk in prefills]),
-            num_decodes,
-            kv_tokens,
-            growth,
-            num_decodes,
-            self.blocks.num_used,
-        )
+        chunks: tuple[tuple[int, int], ...] = ()
         if prefills:
+            chunks = tuple([(chunk, request.computed) for request, chunk in prefills])
             for request, chunk in prefills:
-                batch.num_tokens += chunk
-                batch.num_sampled += request.computed + chunk == request.total
-        elif draft.stable:
-            batch.repeats = self._repeats(decodes)
-        return batch
+                num_tokens += chunk
+                num_sampled += request.computed + chunk == request.total
+        shape = BatchShape(num_tokens, len(decodes), kv_tokens, chunks, num_sampled, growth)
+        return Batch(decodes, prefills, shape, self.blocks.num_used, self._repeats(draft) if draft.stable else 1)
 
     def commit(self, batch: Batch, stopped: Sequence[Request], repeats: int = 1) -> list[int]:
         """The batch is done, having run `repeats` (at most `batch.repeats`) times; `stopped` leave the replica.
@@ -135,8 +128,7 @@ class Scheduler:
                 request.in_flight = False
             for request, _ in batch.prefills:
                 request.in_flight = False
-        for request, chunk in batch.prefills:
-            request.computed += chunk
+        for request, _ in batch.prefills:
             left = request.total - request.computed
             if left <= 1:  # a last token left over is computed like a decode
                 self.prefilling.remove(request)
@@ -152,8 +144,8 @@ class Scheduler:
     def advance(self, batch: Batch, repeats: int) -> list[int]:
         """As `repeats` rounds of committing this batch and scheduling it again; it stays in flight."""
         taken = self._progress(batch, repeats, 1)
-        batch.repeats -= repeats
-        batch.decode_kv_tokens += repeats * batch.decode_kv_growth
+        batch.repeats = max(1, batch.repeats - repeats)
+        batch.shape = batch.shape.after(repeats)
         batch.kv_blocks = self.blocks.num_used
         return taken
 
@@ -166,7 +158,8 @@ class Scheduler:
         free, growing = len(self.blocks.free), len(self.running)
         if free >= growing:
             return free // growing * self.blocks.block_size
-        return max(1, sorted([r.capacity - r.computed for r in self.running])[free])
+        left = sorted([r.capacity - r.computed for r in self.running])  # runs until each takes a block
+        return max(1, min(left[free], left[0] + self.blocks.block_size))
 
     # -- the verbs of a policy -------------------------------------------------------------------------------------
 
@@ -181,7 +174,7 @@ class Scheduler:
             computed = request.computed
             if request.total - computed != 1 or request.in_flight:
                 continue
-            if computed == request.capacity and not self._grow(request):
+            if computed == request.capacity and not self._make_room(request):
                 continue
             decodes.append(request)
         return decodes
@@ -206,8 +199,9 @@ class Scheduler:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _grow(self, request: Request) -> bool:
-        while not self.blocks.allocate(request, request.computed + 1):
+    def _make_room(self, request: Request) -> bool:
+        """Grow `request` by a block, preempting the latest in line as need be; False if that is `request` itself."""
+        while not self.blocks.grow(request):
             victim = next(r for r in reversed(self.running) if not r.in_flight)
             self._preempt(victim)
             if victim is request:
@@ -225,21 +219,27 @@ class Scheduler:
         self.waiting.appendleft(victim)
 
     def _progress(self, batch: Batch, repeats: int, ahead: int) -> list[int]:
-        """Move the decodes `repeats` tokens on, with blocks for `ahead` more; says which rounds took a block."""
+        """Count `repeats` runs as computed, with KV blocks for `ahead` more; says which rounds took a block."""
         taken: list[int] = []
         for request in batch.decodes:
             before = request.computed
             request.computed = after = before + repeats
             request.total += repeats
-            if after + ahead > request.capacity:
-                taken += range(request.capacity - before, repeats + ahead, self.blocks.block_size)
-                assert self.blocks.allocate(request, after + ahead), "repeats went past the free KV blocks"
+            while after + ahead > request.capacity:
+                taken.append(request.capacity - before)
+                assert self.blocks.grow(request), "repeats went past the free KV blocks"
+        for request, chunk in batch.prefills:
+            request.computed += repeats * chunk
         return taken
 
-    def _repeats(self, decodes: Sequence[Request]) -> int:
-        """How many times this batch of decodes alone may run before a request finishes or the blocks may run out."""
-        repeats = min([r.limit - r.total for r in decodes])
-        window = self.sliding_window
-        if window is not None:  # `decode_kv_growth` holds until the next request fills the window
-            repeats = min([repeats, *(window - r.computed for r in decodes if r.computed + 1 < window)])
+    def _repeats(self, draft: Draft) -> int:
+        """How often the batch may run before a request or a prompt ends or the blocks may run out."""
+        repeats = min([(r.total - r.computed - 1) // chunk for r, chunk in draft.prefills] or [MANY])
+        if repeats <= 1:
+            return 1
+        if draft.decodes:
+            repeats = min(repeats, min([r.limit - r.total for r in draft.decodes]))
+            window = self.sliding_window
+            if window is not None:  # `decode_kv_growth` holds until the next request fills the window
+                repeats = min([repeats, *(window - r.computed for r in draft.decodes if r.computed + 1 < window)])
         return min(repeats, self.rounds()) if repeats > 1 else 1

@@ -30,7 +30,7 @@ from engine.policies import resolve
 from engine.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import Scheduler
-from engine.specs import SLO, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
 from engine.workload import Workload
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.roofline import Roofline
@@ -38,6 +38,10 @@ from simulator.replica import Clock, Replica
 from simulator.router import ROUTERS
 
 EXACT_GAPS = 20_000_000  # output tokens of a run up to which every gap between tokens is kept
+
+PREDICTORS: dict[str, Callable[[ModelSpec, DeviceSpec, NetworkSpec, ParallelSpec, HostOverhead], RuntimePredictor]] = {
+    "roofline": Roofline,
+}
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,12 @@ def deploy(
     host_overhead: str = "cuda_graphs",
     gpu_memory_utilization: float = 0.9,
     num_gpu_blocks_override: int | None = None,
-    predictor: RuntimePredictor | None = None,
+    predictor: str | RuntimePredictor = "roofline",
 ) -> Deployment:
-    """A deployment by names, with what is left open filled in. Raises InputError for what can't be."""
+    """A deployment by names, with what is left open filled in. Raises InputError for what can't be.
+
+    `predictor` is a name in PREDICTORS or a predictor made for this very deployment.
+    """
     model = catalog.model(model) if isinstance(model, str) else model
     device = catalog.device(device) if isinstance(device, str) else device
     net = catalog.network(network or device.network, internode_network)
@@ -103,8 +110,10 @@ def deploy(
         raise InputError(f"num_gpu_blocks_override {num_gpu_blocks_override}: give at least 1 block")
     else:
         blocks = num_gpu_blocks_override
-    if predictor is None:
-        predictor = Roofline(model, device, net, parallel, catalog.host_overhead(host_overhead))
+    if isinstance(predictor, str):
+        if predictor not in PREDICTORS:
+            raise unknown("predictor", predictor, PREDICTORS)
+        predictor = PREDICTORS[predictor](model, device, net, parallel, catalog.host_overhead(host_overhead))
     return Deployment(model, device, net, parallel, spec, blocks, predictor)
 
 

@@ -27,7 +27,7 @@ from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from simulator.predictor.base import RuntimePredictor
 
-LONGEST_STRETCH = 64  # repeats worked out at once, so that little is thrown away when an arrival cuts the stretch
+LONGEST_STRETCH = 256  # repeats worked out at once
 
 
 class Clock(simpy.Environment):
@@ -92,7 +92,8 @@ class Replica:
         self.predictor = predictor
         self.recorder = recorder
         self.on_finished = on_finished
-        self.longest_stretch = LONGEST_STRETCH if repeats else 1
+        self.repeats = repeats
+        self._reach = LONGEST_STRETCH  # repeats to work out: about twice as many as it came to last time
         self.num_stages = scheduler.max_in_flight
         self.outstanding_requests = 0
         self.busy_s = [0.0] * self.num_stages  # time that each stage has worked
@@ -120,7 +121,9 @@ class Replica:
         if self._asleep is not None:
             if not self._asleep.triggered:
                 self._asleep.succeed()
-        elif len(self._flights) < self.num_stages:
+            return
+        self._distrust_repeats()
+        if len(self._flights) < self.num_stages:
             self._process.interrupt()
         elif self._last > 0:
             last = bisect_left(self._completions, self.env.now, hi=self._last)
@@ -132,14 +135,16 @@ class Replica:
     def outstanding_tokens(self) -> int:
         """Tokens still to compute or to generate for the requests here."""
         done = bisect_left(self._completions, self.env.now, hi=min(self._last, len(self._completions)))
-        in_stretch = sum(self._flights[j % len(self._flights)].batch.num_tokens for j in range(done))
+        in_stretch = sum(self._flights[j % len(self._flights)].batch.shape.num_tokens for j in range(done))
         return self._tokens_in + self.scheduler.recomputed_tokens - self._tokens_done - in_stretch
 
     # -- its life --------------------------------------------------------------------------------------------------
 
     def _live(self) -> Generator[simpy.Event, Any, None]:
+        completed = None
         while True:
-            self._launch()
+            self._launch(completed)
+            completed = None
             if not self._flights:
                 self._asleep = self.env.event()
                 yield self._asleep
@@ -155,19 +160,33 @@ class Replica:
                 yield self.env.at(self._completions[self._last])
             if self.num_stages > 1:
                 self._settle(self._last)
-            self._complete()
+            completed = self._complete()
 
-    def _launch(self) -> None:
-        """Form batches until the pipeline is full or nothing more can run."""
+    def _launch(self, completed: Batch | None = None) -> None:
+        """Form batches until the pipeline is full or nothing more can run; `completed` has just left it."""
         scheduler = self.scheduler
         now = self.env.now
-        while (batch := scheduler.schedule()) is not None:
-            self.recorder.scheduled(batch, now)
-            flight = _Flight(batch, self.predictor.in_range(batch), len(scheduler.running), len(scheduler.waiting))
+        while len(self._flights) < self.num_stages:
+            batch = scheduler.schedule()
+            if self._flights and not _same(batch, completed):
+                self._distrust_repeats()
+            if batch is None:
+                return
+            completed = None
+            if batch.prefills:
+                self.recorder.scheduled(batch, now)
+            flight = _Flight(
+                batch, self.predictor.in_range(batch.shape), len(scheduler.running), len(scheduler.waiting)
+            )
             if self.num_stages > 1:
-                durations = [self.predictor.stage_times(batch, stage, 1)[0] for stage in range(self.num_stages)]
+                durations = [self.predictor.stage_times(batch.shape, stage, 1)[0] for stage in range(self.num_stages)]
                 self._pass(flight, now, durations)
             self._flights.append(flight)
+
+    def _distrust_repeats(self) -> None:
+        """Something came or changed that the batches in flight were formed without: each is formed anew next time."""
+        for flight in self._flights:
+            flight.batch.repeats = 1
 
     def _pass(self, flight: _Flight, time: float, durations: Sequence[float]) -> None:
         """Send a batch through the stages, from `time` on."""
@@ -180,7 +199,7 @@ class Replica:
             flight.starts[stage].append(start)
             flight.durations[stage].append(duration)
             free[stage] = end = start + duration
-            time = end + self.predictor.send_time(flight.batch, stage)
+            time = end + self.predictor.send_time(flight.batch.shape, stage)
         flight.ends.append(end)
 
     def _plan_stretch(self) -> None:
@@ -189,25 +208,25 @@ class Replica:
         self._num_running = len(self.scheduler.running)
         self._num_waiting = len(self.scheduler.waiting)
         self._kv_blocks = self.scheduler.blocks.num_used
+        most = self._reach if self.repeats else 1
         if self.num_stages == 1:
             (flight,) = flights
-            repeats = min(flight.batch.repeats, self.longest_stretch)
-            durations = list(self.predictor.stage_times(flight.batch, 0, repeats))
+            repeats = min(flight.batch.repeats, most)
+            durations = self.predictor.stage_times(flight.batch.shape, 0, repeats)
             ends = list(accumulate(durations, initial=self.env.now))
             flight.durations = [durations]
             flight.starts = [ends[:-1]]
             flight.ends = self._completions = ends[1:]
             self._last = repeats - 1
             return
-        # unless every batch in flight repeats, the policy may have changed its mind since the oldest was formed
-        runs = min(self.scheduler.rounds(), self.longest_stretch, *(flight.batch.repeats for flight in flights))
+        runs = min(self.scheduler.rounds(), most, *(flight.batch.repeats for flight in flights))
         count = len(flights)
         self._completions = completions = [flight.ends[0] for flight in flights]
         self._last = (runs - 1) * count
         if runs > 1:
             stages = range(self.num_stages)
             durations_of = [
-                list(zip(*(self.predictor.stage_times(flight.batch, s, runs) for s in stages), strict=True))
+                list(zip(*(self.predictor.stage_times(flight.batch.shape, s, runs) for s in stages), strict=True))
                 for flight in flights
             ]
             for j in range(self._last):
@@ -228,7 +247,7 @@ class Replica:
         for b, flight in enumerate(flights):
             if done[b]:
                 flight.max_tbt = self.recorder.completed(flight.batch, flight.ends[: done[b]])
-                self._tokens_done += done[b] * flight.batch.num_tokens
+                self._tokens_done += done[b] * flight.batch.shape.num_tokens
                 taken += [(run - 1) * count + b for run in self.scheduler.advance(flight.batch, done[b])]
         taken.sort()
         for b, flight in enumerate(flights):
@@ -236,12 +255,14 @@ class Replica:
                 relaunched = range(b, b + done[b] * count, count)
                 kv_blocks = [flight.kv_blocks, *(self._kv_blocks + bisect_right(taken, j) for j in relaunched)]
                 flight.kv_blocks = kv_blocks.pop()
-                self._write(flight, done[b], kv_blocks)
+                self._write(flight, 0, 1, kv_blocks[:1])  # launched before this stretch, the others in it
+                flight.num_running, flight.num_waiting = self._num_running, self._num_waiting
+                self._write(flight, 1, done[b], kv_blocks[1:])
             for times in (flight.ends, *flight.starts, *flight.durations):
-                del times[1:]  # planned, but never launched
+                times[:] = times[done[b] : done[b] + 1]  # what is in flight; later ones were planned, never launched
         self._flights = flights[completions % count :] + flights[: completions % count]
 
-    def _complete(self) -> None:
+    def _complete(self) -> Batch:
         """The stretch's last completion: commit its batch, and let go of the requests that have all their tokens."""
         flight = self._flights.pop(0)
         batch = flight.batch
@@ -256,8 +277,10 @@ class Replica:
         if taken:
             taken.sort()
             kv_blocks = [flight.kv_blocks + bisect_right(taken, run) for run in range(runs)]
-        self._write(flight, runs, kv_blocks)
-        self._tokens_done += runs * batch.num_tokens + len(stopped)
+        self._write(flight, 0, runs, kv_blocks)
+        self._tokens_done += runs * batch.shape.num_tokens + len(stopped)
+        if len(self._completions) > len(self._flights) + 1:  # it was a stretch, not one batch
+            self._reach = min(max(8, 2 * self._last + 2), LONGEST_STRETCH)
         self._completions, self._last = [], 0
         if stopped:
             self.outstanding_requests -= len(stopped)
@@ -266,28 +289,29 @@ class Replica:
             for request in stopped:
                 self.recorder.finished(request, self.index)
                 self.on_finished(request)
+        return batch
 
-    def _write(self, flight: _Flight, runs: int, kv_blocks: list[int]) -> None:
-        """Record the flight's first `runs` runs and forget them."""
-        # the first run was launched when the flight was formed or in an earlier stretch, the others in this one
-        same = flight.num_running == self._num_running and flight.num_waiting == self._num_waiting
-        for first, last in [(0, runs)] if same else [(0, 1), (1, runs)]:
-            if first < last:
-                for stage in range(self.num_stages):
-                    self.recorder.iterations(
-                        self.index,
-                        stage,
-                        flight.starts[stage][first:last],
-                        flight.durations[stage][first:last],
-                        flight.batch,
-                        kv_blocks[first:last],
-                        flight.num_running,
-                        flight.num_waiting,
-                        flight.max_tbt[first:last] if stage == self.num_stages - 1 else [nan] * (last - first),
-                        flight.in_range,
-                    )
-                flight.num_running, flight.num_waiting = self._num_running, self._num_waiting
+    def _write(self, flight: _Flight, first: int, last: int, kv_blocks: list[int]) -> None:
+        """Record the runs first..last-1 of a flight; `kv_blocks` has one entry for each."""
         for stage in range(self.num_stages):
-            self.busy_s[stage] += sum(flight.durations[stage][:runs])
-        for times in (flight.ends, *flight.starts, *flight.durations):
-            del times[:runs]
+            durations = flight.durations[stage][first:last]
+            self.busy_s[stage] += sum(durations)
+            self.recorder.iterations(
+                self.index,
+                stage,
+                flight.starts[stage][first:last],
+                durations,
+                flight.batch,
+                kv_blocks,
+                flight.num_running,
+                flight.num_waiting,
+                flight.max_tbt[first:last] if stage == self.num_stages - 1 else [nan] * (last - first),
+                flight.in_range,
+            )
+
+
+def _same(batch: Batch | None, before: Batch | None) -> bool:
+    """Whether `batch` runs the same requests as `before` did, with as many tokens each."""
+    if batch is None or before is None:
+        return batch is before
+    return batch.decodes == before.decodes and batch.prefills == before.prefills

@@ -1,8 +1,8 @@
 """What a report shows of a run, as arrays: read from the run's folder, small however long the run was.
 
 The iterations, of which there may be tens of millions, are read a chunk at a time and folded into time bins. A batch's
-state (its tokens, the KV blocks in use, the queue) holds from its start on the first stage to its end there, and a bin's
-value is the mean over the time in it that a batch was running; a bin without any is 0.
+state (its tokens, the KV blocks in use, the queue) holds from its start on the first stage to its end there, and the
+value of a bin is the mean over the time in it that a batch was running; a bin without any is 0.
 
     record = read_record(Path("runs/first"))
     print(record.timeline.kv_percent.max(axis=1))
@@ -61,11 +61,6 @@ class Timeline:
     peak_kv_percent: float
     predicted_batches: int
     outside_range: int  # batches that the predictor was not calibrated for
-
-    @property
-    def centres_s(self) -> Array:
-        """(bins,) the middle of each bin."""
-        return (self.edges_s[1:] + self.edges_s[:-1]) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +125,8 @@ def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: fl
     with pq.ParquetFile(path) as file:
         num_bins = int(np.clip(file.metadata.num_rows / stages.sum(), FEWEST_BINS, MOST_BINS))
         edges = np.linspace(0.0, max(end_s - start_s, 1e-9), num_bins + 1)
-        states = {name: _TimeMean(len(blocks), edges) for name in ("busy", "decode", "tokens", "kv", "running", "waiting")}
+        names = ("busy", "decode", "tokens", "kv", "running", "waiting")
+        states = {name: _TimeMean(len(blocks), edges) for name in names}
         gaps = _Gaps(edges)
         batches = predicted = outside = stalled = 0
         peak_kv = 0.0

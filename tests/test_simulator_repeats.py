@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.policies import POLICIES, resolve
-from engine.request import Batch
+from engine.request import BatchShape
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload import Workload
 from simulator.cluster import Deployment, Run, deploy, simulate
@@ -16,12 +16,13 @@ from simulator.predictor.base import RuntimePredictor
 class Affine(RuntimePredictor):
     """Times that depend on everything a predictor may look at, with an odd last digit."""
 
-    def stage_time(self, batch: Batch, stage: int, decode_kv_tokens: int) -> float:
-        chunks = sum(chunk * (3 + prefix) for chunk, prefix in batch.prefill_shapes)
-        return 0.003 + 0.0007 * stage + 1e-4 * batch.num_tokens + 1.1e-6 * decode_kv_tokens + 1e-7 * chunks
+    def stage_time(self, shape: BatchShape, stage: int) -> float:
+        chunks = sum(chunk * (3 + prefix) for chunk, prefix in shape.prefills)
+        sampled = 1e-5 * shape.num_sampled
+        return 0.003 + 7e-4 * stage + 1e-4 * shape.num_tokens + 1.1e-6 * shape.decode_kv_tokens + 1e-7 * chunks + sampled
 
-    def send_time(self, batch: Batch, stage: int) -> float:
-        return 1e-4 + 1e-6 * batch.num_tokens
+    def send_time(self, shape: BatchShape, stage: int) -> float:
+        return 1e-4 + 1e-6 * shape.num_tokens
 
 
 def deployment(
@@ -83,11 +84,12 @@ workloads = st.lists(
     replicas=st.sampled_from([1, 1, 2]),
     router=st.sampled_from(["round_robin", "least_outstanding_tokens"]),
     window=st.sampled_from([None, 16]),
+    budget=st.sampled_from([6, 9, 24]),
 )
-def test_stretches_equal_single_steps(requests, policy, stages, blocks, replicas, router, window):  # type: ignore[no-untyped-def]
+def test_stretches_equal_single_steps(requests, policy, stages, blocks, replicas, router, window, budget):  # type: ignore[no-untyped-def]
     gaps, prompts, outputs = map(np.array, zip(*requests, strict=True))
     workload = Workload("random", np.cumsum(gaps).astype(float), prompts, outputs, 0)
-    kinds = [deployment(policy, stages, blocks, window)] * replicas
+    kinds = [deployment(policy, stages, blocks, window, budget=budget)] * replicas
     fast = simulate(workload, kinds, router=router)
     slow = simulate(workload, kinds, router=router, repeats=False)
     assert_same(fast, slow)
@@ -99,10 +101,10 @@ def test_stretches_save_most_of_the_events(stages: int) -> None:
     asked = 0
 
     class Counting(Affine):
-        def stage_times(self, batch: Batch, stage: int, repeats: int):  # type: ignore[no-untyped-def]
+        def stage_times(self, shape: BatchShape, stage: int, repeats: int) -> list[float]:
             nonlocal asked
             asked += 1
-            return super().stage_times(batch, stage, repeats)
+            return super().stage_times(shape, stage, repeats)
 
     base = deployment("sarathi", stages, 60)
     kind = Deployment(base.model, base.device, base.network, base.parallel, base.scheduler, 60, Counting())

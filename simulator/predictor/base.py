@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.request import Batch
+from engine.request import BatchShape
 
 
 class RuntimePredictor:
     """Base of the predictors. Override `stage_time`, and whatever else you know better.
 
-    A predictor depends on the batch's numbers alone and must give the same answer each time: the simulator asks for
+    A predictor must give the same answer each time: the simulator asks for
     many repeats at once where it can.
     """
 
     #: One line for reports: where the times come from.
     description = "a user's own predictor"
 
-    def stage_time(self, batch: Batch, stage: int, decode_kv_tokens: int) -> float:
-        """Seconds that `batch` occupies `stage`, when its decodes attend to `decode_kv_tokens` tokens in all."""
+    def stage_time(self, shape: BatchShape, stage: int) -> float:
+        """Seconds that a batch occupies `stage`."""
         raise NotImplementedError
 
-    def stage_times(self, batch: Batch, stage: int, repeats: int) -> Sequence[float]:
-        """`stage_time` of the batch's next `repeats` runs, whose decodes attend to more and more tokens."""
-        first, growth = batch.decode_kv_tokens, batch.decode_kv_growth
-        return [self.stage_time(batch, stage, first + i * growth) for i in range(repeats)]
+    def stage_times(self, shape: BatchShape, stage: int, repeats: int) -> list[float]:
+        """`stage_time` of a batch and of its next `repeats` - 1 repeats (`shape.after(1)`, ...)."""
+        return [self.stage_time(shape.after(i), stage) for i in range(repeats)]
 
-    def send_time(self, batch: Batch, stage: int) -> float:
-        """Seconds from the end of `batch` on `stage` until the next stage has its activations."""
+    def send_time(self, shape: BatchShape, stage: int) -> float:
+        """Seconds from the end of a batch on `stage` until the next stage has its activations."""
         return 0.0
 
-    def in_range(self, batch: Batch) -> bool:
+    def in_range(self, shape: BatchShape) -> bool:
         """Whether the batch lies within what the predictor was calibrated on."""
         return True
 
@@ -49,12 +48,15 @@ class FixedTable(RuntimePredictor):
         self.seconds = [list(stage) for stage in seconds]
         self.send_seconds = send_seconds
 
-    def stage_time(self, batch: Batch, stage: int, decode_kv_tokens: int) -> float:
+    def stage_time(self, shape: BatchShape, stage: int) -> float:
         table = self.seconds[stage]
-        return table[min(batch.num_tokens, len(table) - 1)]
+        return table[min(shape.num_tokens, len(table) - 1)]
 
-    def send_time(self, batch: Batch, stage: int) -> float:
+    def stage_times(self, shape: BatchShape, stage: int, repeats: int) -> list[float]:
+        return [self.stage_time(shape, stage)] * repeats
+
+    def send_time(self, shape: BatchShape, stage: int) -> float:
         return self.send_seconds
 
-    def in_range(self, batch: Batch) -> bool:
-        return batch.num_tokens < len(self.seconds[0])
+    def in_range(self, shape: BatchShape) -> bool:
+        return shape.num_tokens < len(self.seconds[0])

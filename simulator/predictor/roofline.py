@@ -7,12 +7,10 @@ bandwidth; a stage takes the longer of that sum and the host's time to launch it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from engine.metrics import Array
-from engine.request import Batch
+from engine.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
 from profiler.operators import Operator, inventory
 from simulator.predictor.base import RuntimePredictor
@@ -39,17 +37,14 @@ class Roofline(RuntimePredictor):
         self.host = host
         self.stages = [_Stage(self, model, stage) for stage in range(parallel.pipeline_parallel_size)]
 
-    def stage_time(self, batch: Batch, stage: int, decode_kv_tokens: int) -> float:
-        fixed, slope, launch, host = self.stages[stage].parts(batch)
-        return max(fixed + slope * decode_kv_tokens, launch) + host
+    def stage_time(self, shape: BatchShape, stage: int) -> float:
+        return self.stage_times(shape, stage, 1)[0]
 
-    def stage_times(self, batch: Batch, stage: int, repeats: int) -> Sequence[float]:
-        fixed, slope, launch, host = self.stages[stage].parts(batch)
-        kv, growth = batch.decode_kv_tokens, batch.decode_kv_growth
-        return [max(fixed + slope * (kv + i * growth), launch) + host for i in range(repeats)]
+    def stage_times(self, shape: BatchShape, stage: int, repeats: int) -> list[float]:
+        return self.stages[stage].times(shape, repeats)
 
-    def send_time(self, batch: Batch, stage: int) -> float:
-        return self.stages[stage].send_time(batch.num_tokens)
+    def send_time(self, shape: BatchShape, stage: int) -> float:
+        return self.stages[stage].send_time(shape.num_tokens)
 
 
 class _Stage:
@@ -80,15 +75,23 @@ class _Stage:
         self.host_sequence = host.sequence_s if stage == 0 else 0.0
         self.tables: dict[str, list[float]] = {"tokens": [], "sampled": []}
 
-    def parts(self, batch: Batch) -> tuple[float, float, float, float]:
-        """Seconds: GPU time without decode attention's cached tokens, per cached token, launch, unhidden host time."""
-        fixed = self.rows_time("tokens", batch.num_tokens) + self.rows_time("sampled", batch.num_sampled)
-        decodes = len(batch.decodes)
-        fixed += self.decode_per_request * decodes
-        for chunk, prefix in batch.prefill_shapes:
-            fixed += self.prefill_time(chunk, prefix)
-        host = self.host_iteration + self.host_sequence * (decodes + len(batch.prefills))
-        return fixed, self.decode_per_kv_token, self.launch, host
+    def times(self, shape: BatchShape, repeats: int) -> list[float]:
+        """Seconds of the batch and of its next repeats: the longer of GPU and launch, and the host time not hidden."""
+        tokens, decodes, kv, prefills, sampled, growth = shape
+        host = self.host_iteration + self.host_sequence * (decodes + len(prefills))
+        launch = self.launch + host
+        gpu = self.rows_time("tokens", tokens) + self.rows_time("sampled", sampled) + self.decode_per_request * decodes
+        gpu += host
+        slope = self.decode_per_kv_token
+        if not prefills:
+            return [max(gpu + slope * (kv + i * growth), launch) for i in range(repeats)]
+        times = []
+        for i in range(repeats):
+            attention = slope * (kv + i * growth)
+            for chunk, prefix in prefills:
+                attention += self.prefill_time(chunk, prefix + i * chunk)
+            times.append(max(gpu + attention, launch))
+        return times
 
     def rows_time(self, rows: str, count: int) -> float:
         """Seconds of every operator that depends on `count` rows (batch tokens, or sampled rows)."""

@@ -1,0 +1,406 @@
+"""The figures of a report: each function draws a part of a Record, and `panels` is the order they are shown in.
+
+Colours of text and grid are left to the page, which knows whether it is light or dark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+
+from engine.metrics import Array
+from studies.report_record import STALL_FACTOR, Record, Timeline
+
+# told apart with any colour vision, and on a light ground as on a dark one
+BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"
+GOOD, BAD = "#1f9e77", "#d6453d"
+
+METRIC_NAMES = {
+    "ttft": "TTFT",
+    "tbt": "TBT",
+    "tpot": "TPOT",
+    "e2e": "E2E",
+    "scheduling_delay": "Scheduling delay",
+    "normalized_latency": "Normalised latency",
+}
+_MOST_BARS = 16
+_NO_GAPS = "No request has more than one output token, so there is no gap between tokens."
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A figure with its words. Without a figure the caption stands alone."""
+
+    title: str
+    caption: str
+    figure: go.Figure | None
+    width: Literal["third", "half", "full"] = "full"
+    height_px: int = 300
+
+
+def panels(record: Record) -> list[tuple[str, list[Panel]]]:
+    """The sections of a report: a heading and its panels."""
+    return [
+        ("Latency", [latency_cdf(record, metric) for metric in ("ttft", "tbt", "e2e")]),
+        ("Over time", [tbt_over_time(record), batch_composition(record), kv_use(record), queue(record)]),
+        ("Stages", [stage_use(record)]),
+    ]
+
+
+# -- latency -------------------------------------------------------------------------------------------------------
+
+
+def latency_cdf(record: Record, metric: str) -> Panel:
+    """The share of requests (or token gaps) within each latency, with the SLOs on that metric."""
+    name, things = {
+        "ttft": ("Time to first token (TTFT)", "requests"),
+        "tbt": ("Time between tokens (TBT)", "gaps between tokens"),
+        "e2e": ("End-to-end latency (E2E)", "requests"),
+    }[metric]
+    distribution = record.latencies.get(metric)
+    if distribution is None:
+        return Panel(name, _NO_GAPS, None, "third")
+    slos = [(slo, value, met) for slo, value, met in record.slos if slo.metric == metric]
+    values = distribution.values_s
+    exact = len(distribution.values_s) > 10
+    figure = _figure(legend=False)
+    figure.add_scatter(
+        x=values,
+        y=100 * distribution.quantiles,
+        mode="lines" if exact else "markers",
+        line={"color": BLUE, "width": 2.5},
+        marker={"color": BLUE, "size": 8},
+        hovertemplate="%{y:.4~g} % within %{x:.3~g} s<extra></extra>",
+    )
+    shown = np.concatenate([values, [slo.threshold_s for slo, _, _ in slos]])
+    figure.update_xaxes(title_text=f"{METRIC_NAMES[metric]} (s)", **_value_axis(shown[shown > 0]))
+    for i, (slo, value, met) in enumerate(slos):
+        colour = GOOD if met else BAD
+        within = float(np.interp(slo.threshold_s, values, distribution.quantiles))
+        words = f"{_statistic(slo.statistic)} ≤ {slo.threshold_s:g} s"
+        _vertical_line(figure, slo.threshold_s, within, words, colour, i)
+        share = {"max": 100.0}.get(slo.statistic, slo.percentile)
+        if value is not None and share is not None:
+            figure.add_scatter(
+                x=[value],
+                y=[share],
+                mode="markers",
+                marker={"color": colour, "size": 9, "line": {"color": "white", "width": 1.5}},
+                hovertemplate=f"{_statistic(slo.statistic)} is %{{x:.3~g}} s<extra></extra>",
+            )
+    figure.update_yaxes(title_text="Share (%)", range=[0, 102], tickvals=[0, 25, 50, 75, 100])
+    figure.update_layout(hovermode="closest")
+    caption = f"Height: share of {things} within this time." + (
+        "" if exact else " Only the percentiles that were kept are shown."
+    )
+    if slos:
+        caption += " Dashed: SLO; the dot is what the run had, and must lie left of its line."
+    return Panel(name, caption, figure, "third", 270)
+
+
+def _statistic(statistic: str) -> str:
+    return {"mean": "mean", "max": "max", "p50": "median"}.get(statistic, statistic.upper())
+
+
+# -- over time -----------------------------------------------------------------------------------------------------
+
+
+def tbt_over_time(record: Record) -> Panel:
+    """The longest and the typical gap between tokens in each time bin, with the stalls marked."""
+    timeline, title = record.timeline, "Time between tokens over time"
+    some = ~np.isnan(timeline.max_tbt_s)
+    threshold = timeline.stall_threshold_s
+    if not some.any() or threshold is None:
+        return Panel(title, _NO_GAPS, None)
+    unit_s, unit = _time_unit(timeline)
+    edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
+    centres = (timeline.edges_s[1:] + timeline.edges_s[:-1]) / 2 / unit_s
+    figure = _figure()
+    longest = timeline.max_tbt_s
+    stalled = some & (longest > threshold)
+    common: dict[str, Any] = {"hovertemplate": "%{y:.3~g} s"}
+    median = _steps(timeline.median_tbt_s)
+    figure.add_scatter(x=edges, y=median, name="median", mode="lines", line={"color": BLUE, "width": 2}, **common)
+    for name, points, marker in (
+        ("longest", some & ~stalled, {"color": GREY, "size": 4.5}),
+        ("longest, a stall", stalled, {"color": BAD, "size": 6.5, "symbol": "diamond"}),
+    ):
+        if points.any():
+            figure.add_scatter(x=centres[points], y=longest[points], name=name, mode="markers", marker=marker, **common)
+    if stalled.any():
+        figure.add_hline(y=threshold, line={"color": BAD, "width": 1, "dash": "dot"})
+    shown = np.concatenate([longest[some], timeline.median_tbt_s[some], [threshold] if stalled.any() else []])
+    figure.update_yaxes(title_text="TBT (s)", **_value_axis(shown))
+    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
+    stalls = f"a gap over {STALL_FACTOR:g} times the run's median, {seconds(threshold)}"
+    if timeline.stalled_batches:
+        count = timeline.stalled_batches
+        found = (
+            f"Generation stalls (red, above the dotted line: {stalls}, mostly waiting for other requests' prefills): "
+            f"{count:,} of {timeline.batches:,} batches ({number(100 * count / timeline.batches)} %) ended one."
+        )
+    else:
+        found = f"No generation stall: none had {stalls}."
+    caption = (
+        f"Longest gap that a token ended in each {seconds(timeline.edges_s[1])} bin, and the median of the "
+        f"batches' longest gaps. {found}"
+    )
+    return Panel(title, caption, figure)
+
+
+def batch_composition(record: Record) -> Panel:
+    """Decode and prefill tokens in a batch, stacked, with the token budget; below it the decode tokens alone."""
+    timeline = record.timeline
+    unit_s, unit = _time_unit(timeline)
+    edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
+    figure = _figure()
+    figure.set_subplots(rows=2, shared_xaxes=True, row_heights=[0.64, 0.36], vertical_spacing=0.09)
+    _style_axes(figure)
+    for name, colour, tokens in (
+        ("decode tokens", BLUE, timeline.decode_tokens),
+        ("prefill tokens", ORANGE, timeline.prefill_tokens),
+    ):
+        figure.add_scatter(
+            x=edges, y=_steps(tokens), name=name, stackgroup="tokens", mode="lines",
+            line={"color": colour, "width": 0.5}, fillcolor=_faded(colour, 0.75),
+            hovertemplate="%{y:,.3~g}", row=1, col=1,
+        )  # fmt: skip
+    figure.add_scatter(
+        x=edges, y=_steps(timeline.decode_tokens), mode="lines", fill="tozeroy", showlegend=False, name="decode tokens",
+        line={"color": BLUE, "width": 0.5}, fillcolor=_faded(BLUE, 0.75),
+        hovertemplate="%{y:,.3~g}", row=2, col=1,
+    )  # fmt: skip
+    highest = float((timeline.decode_tokens + timeline.prefill_tokens).max())
+    budgets = sorted({replica.get("max_num_batched_tokens") or 0 for replica in record.summary["replicas"]} - {0})
+    caption = (
+        "Tokens of the running batch, averaged over the time that batches ran, so that long batches count for more; "
+        "below, the decode tokens alone."
+    )
+    # a line far above everything would only flatten the rest
+    shown = [budget for budget in budgets if budget <= 4 * highest]
+    for budget in shown:
+        figure.add_scatter(
+            x=[edges[0], edges[-1]], y=[budget, budget], name=f"token budget, {budget:,}", mode="lines",
+            line={"color": GREY, "width": 1.5, "dash": "dash"}, hoverinfo="skip",
+            row=1, col=1,
+        )  # fmt: skip
+    if budgets and not shown:
+        caption += f" The token budget, {' and '.join(f'{budget:,}' for budget in budgets)}, is far above."
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title_text="Tokens per batch", row=1)
+    figure.update_yaxes(title_text="Decodes", row=2, nticks=4)
+    figure.update_xaxes(range=[0, edges[-1]])
+    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", row=2)
+    return Panel("Batch composition over time", caption, figure, height_px=390)
+
+
+def kv_use(record: Record) -> Panel:
+    """KV blocks in use, as a share of the replica's."""
+    timeline = record.timeline
+    unit_s, unit = _time_unit(timeline)
+    edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
+    several = len(timeline.kv_percent) > 1
+    figure = _figure(legend=several)
+    _mean_and_range(figure, edges, timeline.kv_percent, "", BLUE, "%{y:.3~g} %")
+    top = 105.0 if timeline.peak_kv_percent > 25 else None
+    figure.update_yaxes(title_text="KV blocks in use (%)", range=[0, top], rangemode="tozero")
+    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
+    caption = f"Share of a replica's KV cache that requests hold; the peak is {number(timeline.peak_kv_percent)} %."
+    caption += " Band: lowest to highest replica." * several
+    return Panel("KV cache use over time", caption, figure, "half")
+
+
+def queue(record: Record) -> Panel:
+    """Running and waiting requests of a replica."""
+    timeline = record.timeline
+    unit_s, unit = _time_unit(timeline)
+    edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
+    several = len(timeline.kv_percent) > 1
+    figure = _figure()
+    _mean_and_range(figure, edges, timeline.num_running, "running", BLUE, "%{y:.3~g}")
+    _mean_and_range(figure, edges, timeline.num_waiting, "waiting", ORANGE, "%{y:.3~g}")
+    figure.update_yaxes(title_text="Requests per replica" if several else "Requests", rangemode="tozero")
+    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
+    caption = "Running requests hold KV blocks, waiting ones are in the queue; one that keeps growing means saturation."
+    caption += " Bands: lowest to highest replica." * several
+    return Panel("Running and waiting requests", caption, figure, "half")
+
+
+def _mean_and_range(figure: go.Figure, edges: Array, values: Array, name: str, colour: str, hover: str) -> None:
+    """The mean of `values` (replicas, bins); of several also a band from the lowest to the highest."""
+    several = len(values) > 1
+    if several:
+        common: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
+        figure.add_scatter(x=edges, y=_steps(values.min(axis=0)), **common)
+        figure.add_scatter(
+            x=edges, y=_steps(values.max(axis=0)), fill="tonexty", fillcolor=_faded(colour, 0.25), **common
+        )
+    figure.add_scatter(
+        x=edges, y=_steps(values.mean(axis=0)), name=", ".join(filter(None, [name, "mean of replicas" * several])),
+        mode="lines", line={"color": colour, "width": 2}, hovertemplate=hover,
+        **({} if several else {"fill": "tozeroy", "fillcolor": _faded(colour, 0.18)}),
+    )  # fmt: skip
+
+
+# -- stages --------------------------------------------------------------------------------------------------------
+
+
+def stage_shares(record: Record) -> list[tuple[str, Array]]:
+    """A label and the shares (3, replicas) of the run that each stage worked, was a bubble, and had no request.
+
+    One entry for each stage of each replica; where those are too many to show, one for each stage of all replicas.
+    """
+    shares: list[list[Array]] = []
+    for replica in record.summary["replicas"]:
+        busy, bubbles = np.array(replica["stage_utilization"]), np.array(replica["stage_bubbles"])
+        # a bubble is told as a share of the time with requests, of which the stage works the rest
+        bubble = np.where(bubbles < 1, busy * bubbles / np.where(bubbles < 1, 1 - bubbles, 1.0), 0.0)
+        shares.append(list(np.clip([busy, bubble, 1 - busy - bubble], 0.0, 1.0).T))
+    if sum(map(len, shares)) <= _MOST_BARS:
+        several, pipelined = len(shares) > 1, max(map(len, shares)) > 1
+        return [
+            (
+                ", ".join([f"replica {i}"] * several + [f"stage {j}"] * pipelined) or "replica 0",
+                share[:, None],
+            )
+            for i, stages in enumerate(shares)
+            for j, share in enumerate(stages)
+        ]
+    entries = []
+    for j in range(max(map(len, shares))):
+        having = [stages[j] for stages in shares if len(stages) > j]
+        label = f"{len(having)} replicas"
+        if max(map(len, shares)) > 1:
+            label = f"stage {j}, {label}"
+        entries.append((label, np.stack(having, axis=1)))
+    return entries
+
+
+def stage_use(record: Record) -> Panel:
+    """Work, bubbles and idle time of each stage."""
+    entries = stage_shares(record)
+    labels = [label for label, _ in entries]
+    together = any(shares.shape[1] > 1 for _, shares in entries)
+    figure = _figure()
+    for i, (name, colour) in enumerate([("working", BLUE), ("bubble", ORANGE), ("no request", _faded(GREY, 0.3))]):
+        means = [100 * float(shares[i].mean()) for _, shares in entries]
+        ranges = [f" ({100 * shares[i].min():.0f} to {100 * shares[i].max():.0f})" * together for _, shares in entries]
+        words = [
+            "" if mean < 11 else f"{mean:.0f} %" + (span if mean > 40 else "")
+            for mean, span in zip(means, ranges, strict=True)
+        ]
+        figure.add_bar(
+            x=means, y=labels, name=name, orientation="h", marker={"color": colour, "line": {"width": 0}},
+            text=words, textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
+            **({"textfont": {"color": "white"}} if i < 2 else {}),
+            customdata=ranges, hovertemplate="%{x:.3~g} %%{customdata}",
+        )  # fmt: skip
+    figure.update_layout(barmode="stack", bargap=0.35, hovermode="y unified")
+    figure.update_xaxes(title_text="Share of the run (%)", range=[0, 100])
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
+    caption = "A bubble is time that a stage idles while requests are at its replica."
+    if together:
+        caption += " Each bar is the mean of its replicas, with the lowest and the highest in brackets."
+    return Panel("How each stage spent the run", caption, figure, "full", 130 + 34 * len(entries))
+
+
+# -- what they share -----------------------------------------------------------------------------------------------
+
+
+def _figure(legend: bool = True) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        margin={"l": 44, "r": 14, "t": 34 if legend else 10, "b": 46},
+        showlegend=legend,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "itemclick": False,
+            "itemdoubleclick": False,
+            "traceorder": "normal",
+        },
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hovermode="x unified",
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12.5},
+    )
+    _style_axes(figure)
+    return figure
+
+
+def _style_axes(figure: go.Figure) -> None:
+    for axis in (figure.update_xaxes, figure.update_yaxes):
+        axis(zeroline=False, title={"standoff": 8, "font": {"size": 12.5}})
+    figure.update_xaxes(showgrid=False, showline=True, ticks="outside", ticklen=4, hoverformat=".4~g")
+    figure.update_yaxes(automargin=True)
+
+
+def _value_axis(values: Array) -> dict[str, Any]:
+    """An axis for positive values: logarithmic where they span more than a factor of 20, else from 0."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if not len(values) or high <= 20 * low:
+        return {"range": [0, 1.06 * high], "nticks": 6}
+    low, high = low / 1.15, high * 1.15
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    steps = (1,) if high / low > 2e3 else (1, 3) if high / low > 100 else (1, 2, 5)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    return {
+        "type": "log",
+        "range": [np.log10(low), np.log10(high)],
+        "tickvals": shown,
+        "ticktext": [f"{tick:g}" if tick < 1e5 else f"{tick:.0e}" for tick in shown],
+    }
+
+
+def _time_unit(timeline: Timeline) -> tuple[float, str]:
+    """Seconds and name of the unit of time that suits the run."""
+    for unit_s, unit in ((3600.0, "h"), (60.0, "min")):
+        if timeline.edges_s[-1] >= 10 * unit_s:
+            return unit_s, unit
+    return 1.0, "s"
+
+
+def _steps(values: Array) -> list[float | None]:
+    """Each value twice, for the beginning and the end of its bin; a gap in the line for NaN."""
+    return [None if np.isnan(value) else float(value) for value in np.repeat(values, 2)]
+
+
+def _vertical_line(figure: go.Figure, x: float, within: float, text: str, colour: str, row: int) -> None:
+    """A dashed line through a CDF that is `within` high there, with its words where they have room beside the curve."""
+    axis = figure.layout.xaxis
+    log = axis.type == "log"
+    place = float(np.log10(x)) if log else x
+    low, high = axis.range
+    left = place - low > 0.55 * (high - low)
+    top = left and within < 0.5
+    figure.add_vline(x=x, line={"color": colour, "width": 1.5, "dash": "dash"})
+    figure.add_annotation(
+        x=place, y=0.98 - 0.1 * row if top else 0.03 + 0.1 * row, yref="paper", text=text, showarrow=False,
+        font={"color": colour, "size": 12}, borderpad=1,
+        xanchor="right" if left else "left", xshift=-4 if left else 4, yanchor="top" if top else "bottom",
+    )  # fmt: skip
+
+
+def _faded(colour: str, opacity: float) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:g})"
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent unless there is no other way to be brief."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    if value == 0 or value >= 1:
+        return f"{number(value)} s"
+    return f"{number(1e3 * value)} ms" if value >= 1e-3 else f"{number(1e6 * value)} µs"
