@@ -5,6 +5,7 @@ Names follow vLLM where vLLM has one. In a file the same names are keys, with un
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -148,15 +149,10 @@ class FileConfig(RunConfig):
 
 def load(path: Path | None, flags: dict[str, Any]) -> FileConfig:
     """The settings of a file (if any) with `flags` (those that are not None) on top; InputError says what is wrong."""
-    values: dict[str, Any] = {}
-    where = "the command line"
-    if path is not None:
-        values, where = _read(path), str(path)
-        for key in values:
-            if key not in FileConfig.model_fields:
-                raise unknown(f"key in {path}", str(key), FileConfig.model_fields)
-    values.update({key: value for key, value in flags.items() if value is not None})
-    config = _validate(FileConfig, values, where)
+    values = {} if path is None else _read(path)
+    where = str(path)
+    given = {key: value for key, value in flags.items() if value is not None}
+    config = _validate(FileConfig, values | given, where, given)
     for needed in ("model", "device"):
         if not getattr(config, needed) and not all(group.get(needed) for group in config.replicas or [{}]):
             raise InputError(f"no {needed} given: add --{needed} NAME")
@@ -179,7 +175,8 @@ def _read(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _validate(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:
+def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: Collection[str] = ()) -> Settings:
+    """`values` as settings; an error names the flag, or `where` and the key."""
     for key in values:
         if key not in kind.model_fields:
             raise unknown(f"key in {where}", str(key), kind.model_fields)
@@ -187,5 +184,6 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str) -> Setti
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{where}: {key} is {first['input']!r}: {first['msg']}") from None
+        key = str(first["loc"][0])
+        place = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
+        raise InputError(f"{place} {first['input']!r}: {first['msg']}") from None

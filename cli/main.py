@@ -14,12 +14,14 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Annotated, Any, get_args, get_origin  # noqa: E402
+from typing import Annotated, Any, NoReturn, get_args, get_origin  # noqa: E402
 
 import typer  # noqa: E402
 
 from cli.config import RunConfig, load  # noqa: E402
 from engine.errors import InputError  # noqa: E402
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
 
 app = typer.Typer(
     help="The wind tunnel for LLM serving: predict, search and confirm how a model will be served.",
@@ -45,9 +47,11 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         option = typer.Option(
             f"--{name.replace('_', '-')}",
             help=f"{field.description}{shown}",
+            metavar=_type_name(field.annotation),
             rich_help_panel=str(extra["panel"]) if isinstance(extra, dict) else None,
         )
-        kind: Any = _flag_type(field.annotation) | None
+        # text, which the settings read: their errors name the value
+        kind: Any = list[str] | None if get_origin(field.annotation) is list else str | None
         flag = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
         settings.append(flag)
 
@@ -65,12 +69,11 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _flag_type(annotation: Any) -> Any:
-    """A setting's type as a flag has it: without None, and text where several types or only certain words will do."""
+def _type_name(annotation: Any) -> str:
+    """What to call a setting's type in the help."""
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
-    if get_origin(annotation) is list:
-        return annotation
-    return kinds[0] if isinstance(kinds[0], type) else str
+    names = {int: "INTEGER", float: "NUMBER", Path: "FILE"}
+    return "TEXT" if len(kinds) > 1 else names.get(kinds[0], "TEXT")
 
 
 @app.command()
@@ -90,19 +93,24 @@ def simulate(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with 2 on bad input, 130 on Ctrl-C."""
+    """Run the command line; exits with 2 on bad input, 130 when interrupted, 1 when the machine fails it."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(arguments)
+        code = app(arguments, standalone_mode=False) or 0
     except InputError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted: no results were written", 130)
+    except _UsageError as error:
+        _fail(f"{error.format_message()} (see windtunnel --help)", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    if code == 130:  # typer's word for Ctrl-C
+        _fail("interrupted: no results were written", 130)
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -99,7 +99,9 @@ def _resolved(config: FileConfig, kinds: list[Deployment], num_prompts: int) -> 
     values["num_prompts"] = num_prompts
     if config.trace is None:
         values["workload"] = config.workload or DEFAULT_LENGTHS
-    if not config.replicas:
+    if config.replicas:
+        del values["num_replicas"]
+    else:
         (kind,) = kinds
         values["network"] = config.network or kind.device.network
         values["max_num_batched_tokens"] = kind.scheduler.max_num_batched_tokens

@@ -152,7 +152,9 @@ def times_source(record: Record) -> tuple[str, str, str]:
     text = "Times come from: " + "; ".join(filter(None, predictors)) + "."
     if timeline.outside_range:
         share = 100 * timeline.outside_range / timeline.batches
-        text += f" {timeline.outside_range:,} batches ({share:.2g} %) are outside what the predictor was calibrated on."
+        text += (
+            f" {timeline.outside_range:,} batches ({number(share)} %) are outside what the predictor was calibrated on."
+        )
     if any("estimate" in predictor for predictor in predictors):
         return "unsure", "An estimate", text
     return ("unsure" if timeline.outside_range else "good"), "Predicted", text

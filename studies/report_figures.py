@@ -73,7 +73,7 @@ def latency_cdf(record: Record, metric: str) -> Panel:
         mode="lines" if exact else "markers",
         line={"color": BLUE, "width": 2.5},
         marker={"color": BLUE, "size": 8},
-        hovertemplate="%{y:.4~g} % within %{x:.3~g} s<extra></extra>",
+        hovertemplate="%{y:.4~r} % within %{x:.3~r} s<extra></extra>",
     )
     shown = np.concatenate([values, [slo.threshold_s for slo, _, _ in slos]])
     figure.update_xaxes(title_text=f"{METRIC_NAMES[metric]} (s)", **_value_axis(shown[shown > 0]))
@@ -89,7 +89,7 @@ def latency_cdf(record: Record, metric: str) -> Panel:
                 y=[share],
                 mode="markers",
                 marker={"color": colour, "size": 9, "line": {"color": "white", "width": 1.5}},
-                hovertemplate=f"{_statistic(slo.statistic)} is %{{x:.3~g}} s<extra></extra>",
+                hovertemplate=f"{_statistic(slo.statistic)} is %{{x:.3~r}} s<extra></extra>",
             )
     figure.update_yaxes(title_text="Share (%)", range=[0, 102], tickvals=[0, 25, 50, 75, 100])
     figure.update_layout(hovermode="closest")
@@ -121,15 +121,18 @@ def tbt_over_time(record: Record) -> Panel:
     figure = _figure()
     longest = timeline.max_tbt_s
     stalled = some & (longest > threshold)
-    common: dict[str, Any] = {"hovertemplate": "%{y:.3~g} s"}
-    median = _steps(timeline.median_tbt_s)
-    figure.add_scatter(x=edges, y=median, name="median", mode="lines", line={"color": BLUE, "width": 2}, **common)
+    figure.add_scatter(
+        x=edges, y=_steps(timeline.median_tbt_s), name="median", mode="lines", line={"color": BLUE, "width": 2},
+        customdata=_steps(longest), hovertemplate="%{y:.3~r} s, longest %{customdata:.3~r} s",
+    )  # fmt: skip
     for name, points, marker in (
         ("longest", some & ~stalled, {"color": GREY, "size": 4.5}),
         ("longest, a stall", stalled, {"color": BAD, "size": 6.5, "symbol": "diamond"}),
     ):
         if points.any():
-            figure.add_scatter(x=centres[points], y=longest[points], name=name, mode="markers", marker=marker, **common)
+            figure.add_scatter(
+                x=centres[points], y=longest[points], name=name, mode="markers", marker=marker, hoverinfo="skip"
+            )
     if stalled.any():
         figure.add_hline(y=threshold, line={"color": BAD, "width": 1, "dash": "dot"})
     shown = np.concatenate([longest[some], timeline.median_tbt_s[some], [threshold] if stalled.any() else []])
@@ -166,12 +169,12 @@ def batch_composition(record: Record) -> Panel:
         figure.add_scatter(
             x=edges, y=_steps(tokens), name=name, stackgroup="tokens", mode="lines",
             line={"color": colour, "width": 0.5}, fillcolor=_faded(colour, 0.75),
-            hovertemplate="%{y:,.3~g}", row=1, col=1,
+            hovertemplate="%{y:,.3~r}", row=1, col=1,
         )  # fmt: skip
     figure.add_scatter(
         x=edges, y=_steps(timeline.decode_tokens), mode="lines", fill="tozeroy", showlegend=False, name="decode tokens",
         line={"color": BLUE, "width": 0.5}, fillcolor=_faded(BLUE, 0.75),
-        hovertemplate="%{y:,.3~g}", row=2, col=1,
+        hovertemplate="%{y:,.3~r}", row=2, col=1,
     )  # fmt: skip
     highest = float((timeline.decode_tokens + timeline.prefill_tokens).max())
     budgets = sorted({replica.get("max_num_batched_tokens") or 0 for replica in record.summary["replicas"]} - {0})
@@ -204,7 +207,7 @@ def kv_use(record: Record) -> Panel:
     edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
     several = len(timeline.kv_percent) > 1
     figure = _figure(legend=several)
-    _mean_and_range(figure, edges, timeline.kv_percent, "", BLUE, "%{y:.3~g} %")
+    _mean_and_range(figure, edges, timeline.kv_percent, "", BLUE, "%{y:.3~r} %")
     top = 105.0 if timeline.peak_kv_percent > 25 else None
     figure.update_yaxes(title_text="KV blocks in use (%)", range=[0, top], rangemode="tozero")
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
@@ -220,8 +223,8 @@ def queue(record: Record) -> Panel:
     edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
     several = len(timeline.kv_percent) > 1
     figure = _figure()
-    _mean_and_range(figure, edges, timeline.num_running, "running", BLUE, "%{y:.3~g}")
-    _mean_and_range(figure, edges, timeline.num_waiting, "waiting", ORANGE, "%{y:.3~g}")
+    _mean_and_range(figure, edges, timeline.num_running, "running", BLUE, "%{y:.3~r}")
+    _mean_and_range(figure, edges, timeline.num_waiting, "waiting", ORANGE, "%{y:.3~r}")
     figure.update_yaxes(title_text="Requests per replica" if several else "Requests", rangemode="tozero")
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
     caption = "Running requests hold KV blocks, waiting ones are in the queue; one that keeps growing means saturation."
@@ -296,9 +299,9 @@ def stage_use(record: Record) -> Panel:
             x=means, y=labels, name=name, orientation="h", marker={"color": colour, "line": {"width": 0}},
             text=words, textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
             **({"textfont": {"color": "white"}} if i < 2 else {}),
-            customdata=ranges, hovertemplate="%{x:.3~g} %%{customdata}",
+            customdata=ranges, hovertemplate="%{x:.3~r} %%{customdata}",
         )  # fmt: skip
-    figure.update_layout(barmode="stack", bargap=0.35, hovermode="y unified")
+    figure.update_layout(barmode="stack", bargap=0.35, hovermode="closest")
     figure.update_xaxes(title_text="Share of the run (%)", range=[0, 100])
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     caption = "A bubble is time that a stage idles while requests are at its replica."
@@ -338,7 +341,7 @@ def _figure(legend: bool = True) -> go.Figure:
 def _style_axes(figure: go.Figure) -> None:
     for axis in (figure.update_xaxes, figure.update_yaxes):
         axis(zeroline=False, title={"standoff": 8, "font": {"size": 12.5}})
-    figure.update_xaxes(showgrid=False, showline=True, ticks="outside", ticklen=4, hoverformat=".4~g")
+    figure.update_xaxes(showgrid=False, showline=True, ticks="outside", ticklen=4, hoverformat=".4~r")
     figure.update_yaxes(automargin=True)
 
 
@@ -396,7 +399,7 @@ def _faded(colour: str, opacity: float) -> str:
 
 def number(value: float) -> str:
     """Three digits, and no exponent unless there is no other way to be brief."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def seconds(value: float) -> str:

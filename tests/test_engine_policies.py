@@ -97,7 +97,7 @@ def test_vllm_runs_whole_prompts_first_and_decodes_wait() -> None:
 
 
 def test_vllm_does_not_look_past_a_prompt_that_does_not_fit() -> None:
-    batches, _ = play("vllm", {"A": (5, 1), "B": (6, 1), "C": (2, 1)}, max_num_batched_tokens=8)
+    batches, _ = play("vllm", {"A": (5, 1), "B": (6, 1), "C": (2, 1)}, max_num_batched_tokens=8, max_num_seqs=4)
     assert batches == ["A5", "B6 C2"]
 
 

@@ -468,7 +468,7 @@ def test_vllm_refuses_what_can_not_be_recomputed_whole() -> None:
     scheduler.add(Request(4, 0.0, 10, 5))  # at most 14 tokens are ever computed at once
 
 
-@pytest.mark.xfail(reason="BUG 2: Scheduler.check lets requests without tokens in; they hang the run", strict=True)
+@pytest.mark.xfail(reason="BUG 2: Scheduler.check lets requests without tokens in; they end it in a RuntimeError", strict=True)
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize(("prompt", "output"), [(0, 3), (3, 0), (-1, 3)])
 def test_a_request_without_prompt_or_output_is_refused(policy: str, prompt: int, output: int) -> None:

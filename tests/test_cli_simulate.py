@@ -1,0 +1,228 @@
+"""`windtunnel simulate` as a user meets it: a process, its output, its exit code and the folder it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+BASE = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "8192"]
+SMALL = [*BASE, "--request-rate", "2", "--num-prompts", "40"]
+
+
+def windtunnel(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cli.main", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_run_leaves_its_folder_and_ends_with_the_report(tmp_path: Path) -> None:
+    done = windtunnel(
+        "simulate", *SMALL, "--slo", "p99_tbt<=0.1", "--slo", "p50_ttft<=1ms", "--chrome-trace", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress bar in a pipe
+    report = Path(done.stdout.splitlines()[-1].removeprefix("report: "))
+    folder = tmp_path / report.parent
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.yaml",
+        "summary.json",
+        "requests.parquet",
+        "iterations.parquet",
+        "report.html",
+        "trace.json",
+    }
+    assert "p50_ttft<=0.001 is missed" in done.stdout
+    assert "estimate" in done.stdout
+    summary = json.loads((folder / "summary.json").read_text())
+    requests, iterations = pq.read_table(folder / "requests.parquet"), pq.read_table(folder / "iterations.parquet")
+    assert summary["completed"] == requests.num_rows == 40
+    assert summary["total_output_tokens"] == sum(requests["output_tokens"].to_pylist())
+    assert summary["simulator"]["batches"] == iterations.num_rows
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert len(events) == iterations.num_rows
+
+
+def test_the_summary_has_the_keys_of_vllms_benchmark(tmp_path: Path) -> None:
+    done = windtunnel("simulate", *SMALL, "--json", "--output-dir", "out", cwd=tmp_path)
+    summary = json.loads(done.stdout.splitlines()[-1])
+    wanted = (
+        "duration completed failed total_input_tokens total_output_tokens request_throughput request_goodput "
+        "output_throughput total_token_throughput"
+    ).split()
+    wanted += [f"{s}_{m}_ms" for s in ("mean", "median", "std", "p99") for m in ("ttft", "tpot", "itl", "e2el")]
+    assert set(wanted) <= set(summary)
+    assert {"batches", "startup_seconds", "loop_seconds", "peak_rss_bytes"} <= set(summary["simulator"])
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_the_config_of_a_run_runs_it_again(tmp_path: Path) -> None:
+    first = windtunnel("simulate", *SMALL, "--seed", "7", "--output-dir", "a", cwd=tmp_path)
+    again = windtunnel("simulate", "--config", "a/config.yaml", "--output-dir", "b", cwd=tmp_path)
+    assert first.returncode == again.returncode == 0, again.stderr
+    for name in ("requests.parquet", "iterations.parquet", "config.yaml"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    settings = {"model": "microsoft/phi-2", "device": "a40", "request-rate": 1.0, "num_prompts": 5, "seed": 1}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = windtunnel("simulate", "--config", "run.yaml", "--num-prompts", "7", "--output-dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (config["num_prompts"], config["device"], config["max_num_batched_tokens"]) == (7, "a40", 512)
+
+
+def test_a_cluster_of_two_kinds(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: mistralai/Mistral-7B-v0.1\ndevice: a100\nrequest_rate: 4\nnum_prompts: 60\nmax_model_len: 4096\n"
+        "router: least_outstanding_tokens\n"
+        "replicas:\n  - count: 2\n  - {device: h100, scheduler: vllm}\n"
+    )
+    done = windtunnel("simulate", "--config", "run.yaml", "--json", "--output-dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    replicas = json.loads(done.stdout)["replicas"]
+    assert [(r["device"], r["scheduler"]) for r in replicas] == [("a100_pcie", "sarathi")] * 2 + [("h100", "vllm")]
+    assert "out" in done.stderr  # the words go to stderr, the JSON stands alone
+    again = windtunnel("simulate", "--config", "out/config.yaml", "--output-dir", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_plugin_adds_a_policy(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from engine.policies import POLICIES, VLLM\nclass Mine(VLLM):\n    pass\nPOLICIES['mine'] = Mine\n"
+    )
+    done = windtunnel(
+        "simulate", *SMALL, "--plugin", "mine.py", "--scheduler", "mine", "--output-dir", "o", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_too_long_requests_are_dropped_and_counted(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("num_prefill_tokens,num_decode_tokens\n100,10\n5000,10\n200,20\n")
+    done = windtunnel(
+        "simulate", "--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--trace", "t.csv",
+        "--request-rate", "1", "--json", "--output-dir", "out", cwd=tmp_path,
+    )  # fmt: skip
+    summary = json.loads(done.stdout)
+    assert (summary["completed"], summary["dropped"], summary["failed"]) == (2, 1, 0)
+
+
+BAD = {
+    "unknown model": (["--model", "mistralai/Mistral-7B-v0.l"], "Mistral-7B-v0.1"),
+    "unknown device": (["--device", "a1000"], "a100"),
+    "unknown scheduler": (["--scheduler", "sarati"], "sarathi"),
+    "unknown router": (["--router", "robin"], "round_robin"),
+    "unknown predictor": (["--predictor", "rooflines"], "roofline"),
+    "unknown workload": (["--workload", "azure_con"], "azure_conv"),
+    "TP that does not divide": (["--tensor-parallel-size", "3"], "tensor_parallel_size=3"),
+    "TP of zero": (["--tensor-parallel-size", "0"], "tensor_parallel_size=0"),
+    "no replicas": (["--num-replicas", "0"], "--num-replicas 0"),
+    "model too large": (["--model", "tiiuae/falcon-180B"], "--tensor-parallel-size"),
+    "negative rate": (["--request-rate", "-1"], "-1"),
+    "zero rate": (["--request-rate", "0"], "0"),
+    "no number": (["--request-rate", "fast"], "fast"),
+    "no requests": (["--num-prompts", "0"], "0"),
+    "unknown SLO": (["--slo", "p99_tbtt<=1"], "tbtt"),
+    "SLO without a bound": (["--slo", "p99_tbt"], "p99_tbt"),
+    "missing trace": (["--trace", "nowhere.csv"], "nowhere.csv"),
+    "empty trace": (["--trace", "empty.csv"], "empty.csv"),
+    "truncated trace": (["--trace", "truncated.csv"], "line 3"),
+    "no numbers in the trace": (["--trace", "words.csv"], "words.csv"),
+    "longer than the KV cache": (["--num-gpu-blocks-override", "10"], "KV cache"),
+    "prompt over vllm's budget": (
+        ["--scheduler", "vllm", "--max-num-batched-tokens", "512"],
+        "--max-num-batched-tokens 512",
+    ),
+    "budget below the sequences": (["--max-num-batched-tokens", "64"], "--max-num-seqs 128"),
+    "folder in use": (["--output-dir", "used"], "used"),
+    "folder is a file": (["--output-dir", "empty.csv"], "empty.csv"),
+    "unknown key": (["--config", "bad.yaml"], "request_rate"),
+    "no such config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "unknown flag": (["--request-rates", "1"], "--request-rate"),
+    "missing plugin": (["--plugin", "nowhere.py"], "nowhere.py"),
+    "utilization over 1": (["--gpu-memory-utilization", "1.5"], "1.5"),
+    "negative seed": (["--seed", "-1"], "-1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_error_and_exit_code_2(case: str, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "words.csv").write_text("num_prefill_tokens,num_decode_tokens\nmany,few\n")
+    (tmp_path / "truncated.csv").write_text("num_prefill_tokens,num_decode_tokens\n10,10\n12")
+    (tmp_path / "bad.yaml").write_text("request_rat: 3\n")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "precious.txt").write_text("keep me")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    arguments, told = BAD[case]
+    defaults = {"--model": "Mistral-7B-v0.1", "--device": "a100", "--max-model-len": "8192", "--request-rate": "2"}
+    defaults |= {"--num-prompts": "40"} if "--trace" not in arguments else {}
+    for flag in arguments[::2]:
+        defaults.pop(flag, None)
+    done = windtunnel("simulate", *[word for pair in defaults.items() for word in pair], *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr + done.stdout
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sum("error" in line.lower() for line in done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert (tmp_path / "used" / "precious.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_no_folder(number: int, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli.main", "simulate", *BASE, "--request-rate", "2", "--num-prompts", "300000"]
+        + ["--output-dir", "deep/out"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("deep/.out.partial-*/iterations.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)  # until it is in the middle of the run
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import pyarrow.parquet as pq, cli.main, engine.recorder as r\n"
+        "class Full(pq.ParquetWriter):\n"
+        "    def __init__(self, path, schema, **options):\n"
+        "        super().__init__(open('/dev/full', 'wb', buffering=0), schema, **options)\n"
+        "r.pq.ParquetWriter = Full\n"
+        f"cli.main.main({['simulate', *SMALL, '--output-dir', 'out']!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_setting(tmp_path: Path) -> None:
+    from cli.config import RunConfig
+
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", "simulate", "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    for name in RunConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in done.stdout

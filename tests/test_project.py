@@ -1,0 +1,102 @@
+"""Rules of the house: who may import whom, what never imports torch, and that README, docs and CI tell the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import engine
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "engine": set(),
+    "profiler": {"engine"},
+    "simulator": {"engine", "profiler"},
+    "studies": {"engine", "profiler", "simulator"},
+    "cli": {"engine", "profiler", "simulator", "studies"},
+}
+SOURCES = [path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_packages_import_in_one_direction(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    assert imported(path) & set(MAY_IMPORT) <= MAY_IMPORT[package] | {package}
+
+
+def test_every_package_has_sources() -> None:
+    assert len(SOURCES) > 20
+    assert {path.relative_to(ROOT).parts[0] for path in SOURCES} == set(MAY_IMPORT)
+
+
+def test_the_simulator_imports_without_torch_ray_and_plotly() -> None:
+    code = (
+        "import sys, cli.main, cli.simulate, simulator.cluster, profiler.operators; "
+        "print([name for name in ('torch', 'ray', 'plotly', 'pandas', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_checkout_is_what_is_tested() -> None:
+    assert Path(engine.__file__).is_relative_to(ROOT)
+
+
+def test_ci_runs_the_command_of_the_readme() -> None:
+    command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+    assert "pytest" in command
+    assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    ]
+    assert links
+    for page, link in links:
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_examples_of_the_extension_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from engine.policies import POLICIES
+    from simulator.cluster import PREDICTORS
+    from simulator.router import ROUTERS
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extend.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    namespace: dict[str, object] = {}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/extend.md", "exec"), namespace)
+        run = namespace["run"]
+        assert run.summary["completed"] == 100  # type: ignore[attr-defined]
+        assert {replica["scheduler"] for replica in run.summary["replicas"]} == {"shortest_first"}  # type: ignore[attr-defined]
+        assert "two straight lines" in run.summary["replicas"][0]["predictor"]  # type: ignore[attr-defined]
+    finally:
+        for names in (POLICIES, ROUTERS, PREDICTORS):
+            for name in ("shortest_first", "fewest_waiting", "two_lines"):
+                names.pop(name, None)  # type: ignore[attr-defined]
+    assert "p99_ttft<=2" in capsys.readouterr().out
+
+
+def test_the_device_of_the_extension_page_is_a_device(tmp_path: Path) -> None:
+    from engine.catalog import device
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "extend.md").read_text("utf-8"), re.DOTALL)
+    path = tmp_path / "my_gpu.yaml"
+    path.write_text(block, encoding="utf-8")
+    assert device(str(path)).peak_flops == 400e12

@@ -1,0 +1,321 @@
+"""A run's report shows what its tables say, on one page that needs nothing else."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from engine.metrics import describe
+from engine.recorder import ITERATION_SCHEMA
+from engine.specs import SLO, ParallelSpec, SchedulerSpec
+from engine.workload import WorkloadSpec, make_workload
+from simulator.cluster import deploy, simulate
+from studies.report import times_source, verdict, write_report
+from studies.report_figures import panels, stage_shares
+from studies.report_record import QUANTILES, STALL_FACTOR, read_record, read_timeline
+
+SLOS = ("p99_tbt<=0.02", "p99_ttft<=100", "mean_e2e<=0.001", "p50_scheduling_delay<=2")
+
+
+def make_run(
+    folder: Path,
+    *,
+    replicas: int = 1,
+    stages: int = 1,
+    policy: str = "sarathi",
+    slos: tuple[str, ...] = SLOS,
+    **workload: Any,
+) -> Path:
+    """The folder of a small simulated run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parallel = ParallelSpec(pipeline_parallel_size=stages)
+    kind = deploy("microsoft/phi-2", "a100", parallel=parallel, scheduler=SchedulerSpec(policy=policy))
+    requests = make_workload(WorkloadSpec(**workload))
+    run = simulate(requests, [kind] * replicas, slos=[SLO.parse(slo) for slo in slos], folder=folder)
+    summary = {**run.summary, "version": "9.9.9"}
+    if "median_itl_ms" in summary:
+        # stands for the quantiles that the run itself keeps; what matters here is that they are drawn as given
+        summary["tbt_quantiles_s"] = [[float(q), 0.01 + 0.01 * float(q)] for q in QUANTILES]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    config = {
+        "model": "microsoft/phi-2",
+        "request_rate": workload.get("request_rate"),
+        "slo": list(slos),
+        "note": "<b>&",
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def steady(**changes: Any) -> dict[str, Any]:
+    return {"lengths": "azure_conv", "request_rate": 12.0, "num_prompts": 80, "max_model_len": 2048, **changes}
+
+
+@pytest.fixture(scope="module")
+def pipelined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two replicas of three stages."""
+    return make_run(tmp_path_factory.mktemp("pipelined"), replicas=2, stages=3, **steady())
+
+
+class Page(HTMLParser):
+    """What of a page matters here."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.ids: set[str] = set()
+        self.words: list[str] = []
+        self.scripts: dict[str, str] = {}
+        self._inside: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+        self.text = " ".join(" ".join(self.words).replace("\N{NO-BREAK SPACE}", " ").split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.ids.add(values.get("id") or "")
+        self.references += [
+            values[name] or "" for name in ("src", "href", "data", "srcset", "action") if name in values
+        ]
+        if tag in ("script", "style", "title"):
+            self._inside.append((tag, values.get("id") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._inside and self._inside[-1][0] == tag:
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside:
+            self.words.append(data)
+        elif self._inside[-1][0] == "script" and self._inside[-1][1]:
+            self.scripts[self._inside[-1][1]] = self.scripts.get(self._inside[-1][1], "") + data
+
+
+def read_page(folder: Path) -> Page:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    assert path.stat().st_size < 6e6
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def time_mean(start: np.ndarray, end: np.ndarray, value: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Mean of `value` over the time in each bin that intervals cover, from their overlaps with every bin."""
+    overlap = np.minimum(end[:, None], edges[1:]) - np.maximum(start[:, None], edges[:-1])
+    overlap = np.maximum(overlap, 0.0)
+    time = overlap.sum(axis=0)
+    return np.divide((overlap * value[:, None]).sum(axis=0), time, out=np.zeros(len(time)), where=time > 1e-9)
+
+
+def test_states_are_time_weighted_means_of_the_first_stage(pipelined: Path) -> None:
+    record = read_record(pipelined)
+    timeline, edges = record.timeline, record.timeline.edges_s
+    table = pq.read_table(pipelined / "iterations.parquet").to_pandas()
+    origin = pq.read_table(pipelined / "requests.parquet")["arrived_s"].to_numpy().min()
+    first = table[table.stage == 0]
+    assert len(first) > 100
+    assert timeline.batches == len(first) == record.summary["simulator"]["batches"]
+    assert len(edges) - 1 == 240
+
+    start, end = first.start_s.to_numpy() - origin, (first.start_s + first.duration_s).to_numpy() - origin
+    decodes, tokens = first.num_decodes.to_numpy(), first.num_tokens.to_numpy()
+    np.testing.assert_allclose(timeline.decode_tokens, time_mean(start, end, decodes, edges), atol=1e-6)
+    np.testing.assert_allclose(timeline.prefill_tokens, time_mean(start, end, tokens - decodes, edges), atol=1e-5)
+    for replica in range(2):
+        own = (first.replica == replica).to_numpy()
+        for column, found in (
+            (100 * first.kv_blocks / record.summary["replicas"][replica]["num_gpu_blocks"], timeline.kv_percent),
+            (first.num_running, timeline.num_running),
+            (first.num_waiting, timeline.num_waiting),
+        ):
+            expected = time_mean(start[own], end[own], column.to_numpy()[own], edges)
+            np.testing.assert_allclose(found[replica], expected, atol=1e-6)
+    peak = 100 * (first.kv_blocks / record.summary["replicas"][0]["num_gpu_blocks"]).max()
+    assert timeline.peak_kv_percent == pytest.approx(peak)
+
+
+def test_gaps_are_binned_where_they_ended(pipelined: Path) -> None:
+    timeline = read_record(pipelined).timeline
+    table = pq.read_table(pipelined / "iterations.parquet").to_pandas()
+    ended = table[(table.stage == 2) & (table.max_tbt_s > 0)]
+    assert len(ended) > 100
+    index = np.searchsorted(timeline.edges_s, (ended.start_s + ended.duration_s).to_numpy(), side="right") - 1
+    index = np.minimum(index, len(timeline.max_tbt_s) - 1)
+    gaps = ended.max_tbt_s.to_numpy()
+    for i in range(len(timeline.max_tbt_s)):
+        own = gaps[index == i]
+        if len(own):
+            assert timeline.max_tbt_s[i] == own.max()
+            assert timeline.median_tbt_s[i] == pytest.approx(np.sort(own)[(len(own) - 1) // 2], rel=0.0101)
+        else:
+            assert np.isnan(timeline.max_tbt_s[i]) and np.isnan(timeline.median_tbt_s[i])
+
+
+def test_whole_prompts_stall_decodes(tmp_path: Path) -> None:
+    record = read_record(make_run(tmp_path, policy="vllm", **steady(request_rate=30.0)))
+    gaps = pq.read_table(tmp_path / "iterations.parquet")["max_tbt_s"].to_numpy()
+    threshold = STALL_FACTOR * record.summary["median_itl_ms"] / 1e3
+    assert record.timeline.stalled_batches == (gaps > threshold).sum() > 0
+    (panel,) = [panel for _, group in panels(record) for panel in group if panel.title.endswith("tokens over time")]
+    assert f"{record.timeline.stalled_batches} of {record.timeline.batches:,} batches" in panel.caption
+    stalls = [trace for trace in panel.figure.data if trace.name == "longest, a stall"]
+    assert len(stalls[0].y) == (record.timeline.max_tbt_s > threshold).sum()
+
+
+def test_distributions(pipelined: Path) -> None:
+    record = read_record(pipelined)
+    requests = pq.read_table(pipelined / "requests.parquet").to_pandas()
+    e2e = np.sort((requests.last_token_s - requests.arrived_s).to_numpy())
+    assert record.latencies["e2e"].values_s[0] == e2e[0]
+    assert record.latencies["e2e"].values_s[-1] == e2e[-1]
+    p99 = record.latencies["ttft"].values_s[list(QUANTILES).index(0.99)]
+    assert 1e3 * p99 == pytest.approx(record.summary["p99_ttft_ms"])
+    assert record.latencies["tbt"].values_s[-1] == 0.02  # as the summary gave it
+    assert record.arrival_rate == pytest.approx(79 / (requests.arrived_s.max() - requests.arrived_s.min()))
+
+
+def test_percentiles_stand_in_for_missing_quantiles(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, **steady())
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["tbt_quantiles_s"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    record = read_record(folder)
+    assert record.latencies["tbt"].quantiles == pytest.approx([0.5, 0.9, 0.95, 0.99, 0.999, 1.0])
+    assert 1e3 * record.latencies["tbt"].values_s[3] == pytest.approx(summary["p99_itl_ms"])
+    assert "Only the percentiles that were kept are shown" in read_page(folder).text
+
+
+def test_page_stands_alone(pipelined: Path) -> None:
+    page = read_page(pipelined)
+    assert page.references == []
+    assert page.tags.count("script") == 3
+    assert "link" not in page.tags and "img" not in page.tags
+    html = (pipelined / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in html  # so a browser fetches nothing either
+    assert html.count("plotly.js v") == 1
+    figures = json.loads(page.scripts["figures"])
+    assert len(figures) == 8
+    assert set(figures) <= page.ids
+
+
+def test_page_says_the_verdict_and_every_slo(pipelined: Path) -> None:
+    page = read_page(pipelined)
+    summary = read_record(pipelined).summary
+    said = verdict(summary)
+    assert [tone for tone, _ in said[1:]] == ["good" if slo["met"] else "bad" for slo in summary["slos"]]
+    assert {tone for tone, _ in said[1:]} == {"good", "bad"}
+    assert "; ".join(text for _, text in said).lower() == describe(summary).lower()
+    for _, text in said:
+        assert text in page.text
+    assert all(slo in page.text for slo in SLOS)
+    assert "phi-2 on 6 \N{MULTIPLICATION SIGN} a100_pcie" in page.text
+    assert "2 replicas of TP1-PP3 under the sarathi scheduler (token budget 512)" in page.text
+    assert "80 requests (azure_conv) at 12 requests/s" in page.text
+    assert "An estimate" in page.text and summary["replicas"][0]["predictor"] in page.text
+    assert "<b>&" in page.text  # of the configuration, escaped
+    assert "windtunnel simulate --config config.yaml" in page.text and "Windtunnel 9.9.9" in page.text
+
+
+def test_measured_runs_and_predictions_out_of_range_say_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, **steady(num_prompts=5))
+    table = pq.read_table(folder / "iterations.parquet")
+    false = pa.array(np.zeros(len(table), dtype=bool))
+    outside = table.set_column(table.column_names.index("in_range"), "in_range", false)
+    pq.write_table(outside, folder / "iterations.parquet")
+    assert f"{len(table):,} batches (100 %) are outside" in times_source(read_record(folder))[2]
+    pq.write_table(
+        outside.set_column(table.column_names.index("predicted"), "predicted", false), folder / "iterations.parquet"
+    )
+    assert times_source(read_record(folder))[1] == "Measured"
+
+
+def test_stages_add_up_and_many_are_summarised(pipelined: Path) -> None:
+    record = read_record(pipelined)
+    entries = stage_shares(record)
+    assert [label for label, _ in entries] == [f"replica {i}, stage {j}" for i in range(2) for j in range(3)]
+    for i, replica in enumerate(record.summary["replicas"]):
+        for j in range(3):
+            work, bubble, idle = stage_shares(record)[3 * i + j][1][:, 0]
+            assert work == pytest.approx(replica["stage_utilization"][j])
+            assert work + bubble + idle == pytest.approx(1)
+            assert bubble / (work + bubble) == pytest.approx(replica["stage_bubbles"][j])
+    record.summary["replicas"] *= 10
+    assert [label for label, _ in stage_shares(record)] == [f"stage {j}, 20 replicas" for j in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("workload", "settings", "expected"),
+    [
+        (
+            {"lengths": "fixed", "input_len": 100, "output_len": 20, "arrival": "burst", "num_prompts": 1},
+            {},
+            "serving 1 request",
+        ),
+        (
+            {"lengths": "fixed", "input_len": 100, "output_len": 1, "arrival": "burst", "num_prompts": 30},
+            {},
+            "no gap between tokens",
+        ),
+        (
+            {"lengths": "fixed", "input_len": 9, "output_len": 1, "arrival": "burst", "num_prompts": 1},
+            {},
+            "came at once",
+        ),
+        (steady(request_rate=100.0, num_prompts=200), {"replicas": 64}, "64 replicas"),
+        (steady(), {"slos": ()}, "No SLO was set"),
+        (steady(), {"stages": 4}, "PP4"),
+    ],
+)
+def test_unusual_runs(tmp_path: Path, workload: dict[str, Any], settings: dict[str, Any], expected: str) -> None:
+    folder = make_run(tmp_path, **settings, **workload)
+    page = read_page(folder)
+    assert expected in page.text
+    assert " nan" not in page.text.lower()
+    assert set(json.loads(page.scripts["figures"])) <= page.ids
+
+
+def test_reading_takes_little_memory(tmp_path: Path) -> None:
+    """Of a table of more than 200 MB only a little is ever in memory."""
+    rows = 4_000_000
+    path = tmp_path / "iterations.parquet"
+    block: dict[str, Any] = {name: np.ones(rows // 20, dtype=np.int32) for name in ITERATION_SCHEMA.names}
+    block |= {"replica": block["replica"] * 0, "stage": block["stage"] * 0}
+    with pq.ParquetWriter(path, ITERATION_SCHEMA) as writer:
+        for i in range(20):
+            block["start_s"] = np.arange(i * rows // 20, (i + 1) * rows // 20) * 0.01
+            block["duration_s"] = block["max_tbt_s"] = np.full(rows // 20, 0.01)
+            table = pa.table({name: pa.array(block[name]).cast(ITERATION_SCHEMA.field(name).type) for name in block})
+            writer.write_table(table.select(ITERATION_SCHEMA.names).cast(ITERATION_SCHEMA))
+    assert table.nbytes * 20 > 200e6
+    summary = {"replicas": [{"num_gpu_blocks": 10, "stage_utilization": [1.0]}], "median_itl_ms": 10.0}
+    timeline = read_timeline(path, summary, 0.0, rows * 0.01)
+    assert timeline.batches == rows
+    np.testing.assert_allclose(timeline.kv_percent, 10.0)
+    program = f"""
+import resource
+from pathlib import Path
+from studies.report_record import read_timeline
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read_timeline(Path({str(path)!r}), {summary!r}, 0.0, {rows * 0.01})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    root = Path(__file__).resolve().parents[1]
+    grown = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert int(grown.stdout) * 1024 < 120e6
+
+
+def test_unfinished_folder_is_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, **steady(num_prompts=3))
+    (folder / "iterations.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="iterations"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
