@@ -65,7 +65,7 @@ def run(
         from studies.report import write_report  # plotly takes longer to import than everything else
 
         write_report(folder)
-    _print(summary, kinds, target, Console(stderr=as_json))
+    _print(summary, kinds, target, Console(stderr=as_json, highlight=False, soft_wrap=True))
     if as_json:
         print(json.dumps({**summary, "output_dir": str(target)}, allow_nan=False))
     return summary
@@ -138,9 +138,8 @@ def _print(summary: dict[str, Any], kinds: list[Deployment], target: Path, conso
         console.print(
             f"{kind.model.name} on {kind.device.name}, {kind.parallel}, {kind.scheduler.policy}: "
             f"{kind.num_kv_blocks * kind.scheduler.block_size:,} tokens of KV cache",
-            highlight=False,
         )
-        console.print(f"times: {kind.predictor.description}", style="dim", highlight=False)
+        console.print(f"times: {kind.predictor.description}", style="dim")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("latency (s)", "mean", "P50", "P90", "P99", "max"):
         table.add_column(column, justify="left" if column.startswith("latency") else "right")
@@ -158,14 +157,12 @@ def _print(summary: dict[str, Any], kinds: list[Deployment], target: Path, conso
         f"{summary['completed']:,} requests in {summary['duration']:,.1f} s simulated"
         + (f" ({summary['dropped']:,} too long, dropped)" if summary["dropped"] else "")
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
-        highlight=False,
     )
     simulator = summary["simulator"]
     console.print(
         f"{simulator['batches']:,} batches in {simulator['loop_seconds']:.2f} s, "
         f"{simulator['peak_rss_bytes'] / 2**20:,.0f} MiB",
         style="dim",
-        highlight=False,
     )
-    console.print(f"verdict: {describe(summary)}", style="bold", highlight=False)
-    console.print(f"report: {target / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"verdict: {describe(summary)}", style="bold")
+    console.print(f"report: {target / 'report.html'}")

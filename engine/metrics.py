@@ -32,6 +32,7 @@ class Gaps:
         self._sum_of_squares = 0.0
         self._max = 0.0
         self._blocks: list[Array] = []
+        self._sorted: Array = np.empty(0)
         if not exact:
             from datasketches import kll_doubles_sketch
 
@@ -58,18 +59,28 @@ class Gaps:
         if not self.count:
             return {}
         mean = self._sum / self.count
-        if self.exact:
-            if len(self._blocks) > 1:
-                self._blocks = [np.concatenate(self._blocks)]
-            values = np.percentile(self._blocks[0], percentiles)
-        else:
-            values = self._sketch.get_quantiles([p / 100 for p in percentiles])
         return {
             "mean": mean,
             "std": max(0.0, self._sum_of_squares / self.count - mean * mean) ** 0.5,
             "max": self._max,
-            **{f"p{p:g}": float(value) for p, value in zip(percentiles, values, strict=True)},
+            **{f"p{p:g}": value for p, value in zip(percentiles, self._percentiles(percentiles), strict=True)},
         }
+
+    def quantiles(self) -> list[tuple[float, float]]:
+        """(quantile, gap in s) pairs to draw the distribution from; empty without a gap."""
+        percentiles = [*np.arange(0, 99, 0.5).tolist(), 99.0, 99.5, 99.9, 99.99, 100.0]
+        if not self.count:
+            return []
+        return [(p / 100, value) for p, value in zip(percentiles, self._percentiles(percentiles), strict=True)]
+
+    def _percentiles(self, percentiles: Sequence[float]) -> list[float]:
+        if not self.exact:
+            return [float(value) for value in self._sketch.get_quantiles([p / 100 for p in percentiles])]
+        if self._blocks:
+            self._sorted = np.sort(np.concatenate([self._sorted, *self._blocks]))
+            self._blocks = []
+        count = np.array([self.count])
+        return [float(interpolate(self._sorted, 0, count, percentile)[0]) for percentile in percentiles]
 
 
 def statistics(values: Array, percentiles: Sequence[float]) -> dict[str, float]:
@@ -101,12 +112,17 @@ def grouped_percentile(values: Array, counts: Array, percentiles: Sequence[float
     for begin, end in zip(start.tolist(), (start + counts).tolist(), strict=True):
         ordered[begin:end].sort()  # groups are a few hundred long: much faster than one sort of (group, value)
     for result, percentile in zip(results, percentiles, strict=True):
-        place = (counts[some] - 1) * (percentile / 100)
-        below = np.floor(place).astype(np.int64)
-        above = np.ceil(place).astype(np.int64)
-        low, high = ordered[start[some] + below], ordered[start[some] + above]
-        result[some] = low + (high - low) * (place - below)
+        result[some] = interpolate(ordered, start[some], counts[some], percentile)
     return results
+
+
+def interpolate(ordered: Array, start: Array | int, counts: Array, percentile: float) -> Array:
+    """A percentile of each group of `ordered` (sorted within it), interpolated linearly between order statistics."""
+    place = (counts - 1) * (percentile / 100)
+    below = np.floor(place).astype(np.int64)
+    above = np.ceil(place).astype(np.int64)
+    low, high = ordered[start + below], ordered[start + above]
+    return low + (high - low) * (place - below)
 
 
 def latencies(requests: Columns) -> Columns:
@@ -190,6 +206,7 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
         }
         for slo in slos
     ]
+    summary["tbt_quantiles_s"] = gaps.quantiles()
     summary["requests_meeting_slos"] = good
     summary["preemptions"] = int(requests["preemptions"].sum())
     summary["token_percentiles"] = gaps.method
@@ -208,12 +225,16 @@ def saturation(requests: Columns) -> dict[str, Any]:
     arrived = np.sort(requests["arrived_s"])
     scheduled = np.sort(requests["scheduled_s"])
     count = len(arrived)
+    if count < 25:
+        return {
+            "growing": None,
+            "growth": None,
+            "verdict": f"{count} requests are too few to tell whether it is sustained",
+        }
     if arrived[0] == arrived[-1]:
         return {"growing": None, "growth": None, "verdict": "all requests arrive at once: there is no rate to sustain"}
     waiting = np.arange(1, count + 1) - np.searchsorted(scheduled, arrived, side="right")
     parts = np.array_split(waiting[count // 5 :], 4)
-    if min(map(len, parts)) < 5:
-        return {"growing": None, "growth": None, "verdict": f"{count} requests are too few to tell a trend"}
     second, third, fourth = (float(part.mean()) for part in parts[1:])
     rise = fourth - second
     growth = rise / (len(parts[1]) / 2 + len(parts[2]) + len(parts[3]) / 2)

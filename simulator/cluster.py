@@ -185,6 +185,7 @@ def simulate(
     try:
         env.run(until=all_finished)
         recorder.close()
+        loop_seconds = time.perf_counter() - started
     finally:
         if collected:
             gc.enable()
@@ -195,7 +196,7 @@ def simulate(
     summary["replicas"] = [
         {**deployment.describe(), **_use(replica)} for deployment, replica in zip(deployments, replicas, strict=True)
     ]
-    summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": time.perf_counter() - started}
+    summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
     return Run(summary, requests, None if folder else recorder.iteration_table())
 
 

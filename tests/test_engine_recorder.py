@@ -37,7 +37,6 @@ def drive(recorder: Recorder, seed: int = 0, count: int = 60) -> tuple[list[Requ
         recorder.scheduled(batch, now)
         runs = int(rng.integers(1, batch.repeats + 1))
         running, waiting = len(scheduler.running), len(scheduler.waiting)
-        # a repeated batch that completes a prompt is committed once, so the repeats are those of decodes and chunks
         durations = rng.uniform(0.01, 0.4, runs).tolist()
         starts, times = [], []
         for duration in durations:
@@ -147,8 +146,9 @@ def test_a_folder_gets_the_tables_that_memory_would_have(tmp_path: Path, block_r
     assert iterations.schema == ITERATION_SCHEMA
     assert iterations.combine_chunks().equals(memory.iteration_table().combine_chunks())
     requests = pq.read_table(tmp_path / "requests.parquet")
-    assert requests.combine_chunks().equals(pa.table(memory.requests()).combine_chunks())
+    assert requests.schema == pa.table(memory.requests()).schema
     for name, column in memory.requests().items():
+        np.testing.assert_array_equal(requests[name].to_numpy(), column, err_msg=name)
         np.testing.assert_array_equal(disk.requests()[name], column, err_msg=name)
     assert disk.iteration_table().num_rows == 0  # they are on disk, and not twice
 

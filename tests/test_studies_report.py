@@ -1,8 +1,7 @@
 """A run's report shows what its tables say, on one page that needs nothing else."""
 
 import json
-import subprocess
-import sys
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -297,20 +296,19 @@ def test_reading_takes_little_memory(tmp_path: Path) -> None:
             writer.write_table(table.select(ITERATION_SCHEMA.names).cast(ITERATION_SCHEMA))
     assert table.nbytes * 20 > 200e6
     summary = {"replicas": [{"num_gpu_blocks": 10, "stage_utilization": [1.0]}], "median_itl_ms": 10.0}
-    timeline = read_timeline(path, summary, 0.0, rows * 0.01)
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        timeline = read_timeline(path, summary, 0.0, rows * 0.01)
+        numpy_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
     assert timeline.batches == rows
     np.testing.assert_allclose(timeline.kv_percent, 10.0)
-    program = f"""
-import resource
-from pathlib import Path
-from studies.report_record import read_timeline
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-read_timeline(Path({str(path)!r}), {summary!r}, 0.0, {rows * 0.01})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    root = Path(__file__).resolve().parents[1]
-    grown = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
-    assert int(grown.stdout) * 1024 < 120e6
+    assert 0 < pool.max_memory() < 40e6
+    assert 0 < numpy_bytes < 60e6
 
 
 def test_unfinished_folder_is_refused(tmp_path: Path) -> None:
