@@ -11,12 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.specs import SLO
-
-Array = NDArray[Any]
-Columns = dict[str, Array]
+from engine.tables import Array, Columns
 
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %

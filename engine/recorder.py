@@ -8,8 +8,8 @@ length takes little memory.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from itertools import chain
 from operator import sub
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.metrics import Columns, Gaps, grouped_percentile
+from engine.metrics import Gaps, grouped_percentile
 from engine.request import Batch, Request
+from engine.tables import Columns, to_arrow
 
 ITERATION_SCHEMA = pa.schema(
     [
@@ -103,11 +104,12 @@ class Recorder:
         """`batch` ended at `times` (once for each repeat); call before the commit. Returns the longest TBT of each."""
         first = times[0]
         oldest = first
+        new = array("d", times)
         for request in batch.decodes:
             token_times = request.token_times
             if token_times and token_times[-1] < oldest:
                 oldest = token_times[-1]
-            token_times += times
+            token_times += new
         for request, chunk in batch.prefills:
             if request.computed + chunk == request.total:
                 if request.token_times:  # recomputed after a preemption
@@ -201,7 +203,7 @@ class Recorder:
         columns["predicted"] = np.full(len(self._starts), self.predicted)
         columns["stage"] = columns["stage"].astype(np.int16)
         self.num_batches += int(np.count_nonzero(columns["stage"] == 0))
-        self._iteration_table.add(pa.table({name: columns[name] for name in ITERATION_SCHEMA.names}, ITERATION_SCHEMA))
+        self._iteration_table.add(to_arrow({name: columns[name] for name in ITERATION_SCHEMA.names}))
         self._clear_iterations()
 
     def _flush_requests(self) -> None:
@@ -214,7 +216,7 @@ class Recorder:
             ]
         )
         counts = rows[:, 6].astype(np.int64)
-        times = np.fromiter(chain.from_iterable([r.token_times for r, _ in self._requests]), float, counts.sum())
+        times = np.frombuffer(b"".join([r.token_times for r, _ in self._requests]))
         last = np.cumsum(counts) - 1
         first = last - counts + 1
         ends_gap = np.ones(len(times), dtype=bool)
@@ -239,6 +241,6 @@ class Recorder:
             for percentile, values in zip(self.tbt_percentiles, tables, strict=True):
                 columns[f"p{percentile:g}_tbt_s"] = values
         self._request_blocks.append(columns)
-        self._request_table.add(pa.table(columns))
+        self._request_table.add(to_arrow(columns))
         self._requests = []
         self._request_tokens = 0

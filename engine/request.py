@@ -8,6 +8,7 @@ the next one.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Request:
         self.group = 0  # for policies that keep batches together
         self.preemptions = 0
         self.scheduled_at: float | None = None  # when it first entered a batch
-        self.token_times: list[float] = []  # when each output token came out
+        self.token_times = array("d")  # when each output token came out
 
     @property
     def generated(self) -> int:

@@ -25,12 +25,13 @@ from simpy.events import URGENT
 from engine import catalog
 from engine.errors import InputError, unknown
 from engine.memory import num_kv_blocks
-from engine.metrics import Columns, summarize, tbt_percentiles
+from engine.metrics import summarize, tbt_percentiles
 from engine.policies import resolve
 from engine.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.tables import Columns
 from engine.workload import Workload
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.roofline import Roofline

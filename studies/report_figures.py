@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from engine.metrics import Array
+from engine.tables import Array
 from studies.report_record import STALL_FACTOR, Record, Timeline
 
 # told apart with any colour vision, and on a light ground as on a dark one

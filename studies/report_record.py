@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from engine.metrics import Array, Columns, latencies
+from engine.metrics import latencies
 from engine.specs import SLO
+from engine.tables import Array, Columns, to_numpy
 
 QUANTILES = np.array([*np.arange(199) / 200, 0.995, 0.999, 1.0])
 STALL_FACTOR = 5.0  # a gap this many times the run's median is a generation stall
@@ -85,8 +87,7 @@ def read_record(folder: Path) -> Record:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     columns = ["arrived_s", "scheduled_s", "first_token_s", "last_token_s", "output_tokens"]
-    table = pq.read_table(folder / "requests.parquet", columns=columns)
-    requests: Columns = {name: table[name].to_numpy() for name in columns}
+    requests = to_numpy(pq.read_table(folder / "requests.parquet", columns=columns))
     values = latencies(requests)
     distributions = {
         metric: Distribution(QUANTILES, np.quantile(values[metric], QUANTILES)) for metric in ("ttft", "e2e")
@@ -102,7 +103,7 @@ def read_record(folder: Path) -> Record:
         summary=summary,
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
         latencies=distributions,
-        arrival_rate=(len(table) - 1) / (last - first) if last > first else None,
+        arrival_rate=(len(requests["arrived_s"]) - 1) / (last - first) if last > first else None,
         timeline=read_timeline(
             folder / "iterations.parquet", summary, start_s=first, end_s=float(requests["last_token_s"].max())
         ),
@@ -172,7 +173,7 @@ def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: fl
 
 def _chunks(file: pq.ParquetFile) -> Iterator[Columns]:
     for chunk in file.iter_batches(CHUNK_ROWS, columns=_COLUMNS):
-        yield {name: chunk[name].to_numpy(zero_copy_only=False) for name in _COLUMNS}
+        yield to_numpy(pa.Table.from_batches([chunk]))
 
 
 def _bins(times: Array, edges: Array) -> tuple[Array, Array]:

@@ -1,5 +1,7 @@
 """Metrics: hand-computed examples, naive numpy on random ones, and whether the saturation verdict can be trusted."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ def columns(rows: list[tuple[float, float, list[float]]], prompt: int = 10) -> t
     gaps = Gaps()
     longest, p50 = [], []
     for _, _, tokens in rows:
-        own = np.array([after - before for before, after in zip(tokens, tokens[1:], strict=False)])
+        own = np.array([after - before for before, after in pairwise(tokens)])
         gaps.add(own)
         longest.append(own.max() if len(own) else np.nan)
         p50.append(np.median(own) if len(own) else np.nan)
@@ -94,6 +96,14 @@ def test_the_summary_of_two_requests_by_hand() -> None:
     assert {key: summary[key] for key in expected} == pytest.approx(expected)
     assert [(slo["value_s"], slo["met"]) for slo in summary["slos"]] == [(2.5, False), (2.0, True), (4.0, True)]
     assert "p50_ttft<=2.2 is missed: 2.5 s" in describe(summary)
+
+
+def test_a_run_begins_with_its_first_arrival() -> None:
+    late = [(arrived + 7, scheduled + 7, [time + 7 for time in tokens]) for arrived, scheduled, tokens in TWO]
+    now, then = (summarize(*columns(rows), [], num_arrived=2, num_dropped=0) for rows in (TWO, late))
+    numbers = [key for key, value in now.items() if isinstance(value, int | float)]
+    assert len(numbers) > 30
+    assert {key: now[key] for key in numbers} == pytest.approx({key: then[key] for key in numbers})
 
 
 def test_a_run_of_one_token_requests_has_no_tpot_and_no_gaps() -> None:

@@ -73,9 +73,7 @@ def test_sarathi_fills_the_budget_with_chunks_beside_the_decodes() -> None:
 
 
 def test_sarathi_finishes_prompts_before_it_admits_new_ones() -> None:
-    batches, _ = play(
-        "sarathi", {"A": (7, 1), "B": (7, 1), "C": (2, 1)}, max_num_batched_tokens=5, max_num_seqs=3
-    )
+    batches, _ = play("sarathi", {"A": (7, 1), "B": (7, 1), "C": (2, 1)}, max_num_batched_tokens=5, max_num_seqs=3)
     assert batches == ["A5", "A2 B3", "B4 C1", "C"]
 
 

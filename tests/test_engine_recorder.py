@@ -1,5 +1,6 @@
 """The recorder: rows against what happened, written down naively, however often it flushes and wherever it writes."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ def drive(recorder: Recorder, seed: int = 0, count: int = 60) -> tuple[list[Requ
     rng = np.random.default_rng(seed)
     scheduler = new_scheduler()
     requests = [
-        Request(i, float(i) / 8, int(rng.integers(1, 24)), int(rng.integers(1, 24)) if i % 7 else 1) for i in range(count)
+        Request(i, float(i) / 8, int(rng.integers(1, 24)), int(rng.integers(1, 24)) if i % 7 else 1)
+        for i in range(count)
     ]
     to_come, rows, now, left = list(requests), [], 0.0, count
     while left:
@@ -57,7 +59,7 @@ def drive(recorder: Recorder, seed: int = 0, count: int = 60) -> tuple[list[Requ
                 if time in request.token_times:
                     at = request.token_times.index(time)
                     gaps += [time - request.token_times[at - 1]] if at else []
-                    assert request.token_times[: len(before[request.id])] == before[request.id]
+                    assert list(request.token_times[: len(before[request.id])]) == before[request.id]
             rows.append(
                 {
                     "start_s": starts[i],
@@ -96,8 +98,8 @@ def test_every_request_and_every_batch_gets_its_row() -> None:
     every_gap: list[float] = []
     for row, who in enumerate(columns["request_id"].tolist()):
         request = requests[who]
-        tokens = request.token_times
-        own = [after - before for before, after in zip(tokens, tokens[1:], strict=False)]
+        tokens = list(request.token_times)
+        own = [after - before for before, after in pairwise(tokens)]
         every_gap += own
         expected = {
             "arrived_s": request.arrived_at,
@@ -181,7 +183,7 @@ def test_times_keep_their_last_digit_late_in_a_run() -> None:
     recorder = Recorder()
     request = Request(2**40, 86_400.0, 3, 3)
     request.scheduled_at = 86_400.0
-    request.token_times = [86_400.5, 86_400.501, 86_400.502000001]
+    request.token_times.extend([86_400.5, 86_400.501, 86_400.502000001])
     recorder.finished(request, 0)
     recorder.close()
     columns = recorder.requests()

@@ -86,7 +86,7 @@ def mean_waits(load: float, outputs: str, seeds: int, count: int) -> Array:
 
 
 def assert_mean(samples: Array, expected: float, within: float) -> None:
-    """`expected` lies in the 99.9 % confidence interval of the samples' mean, which is narrow enough to say something."""
+    """`expected` lies in the 99.9 % confidence interval of the samples' mean, and that is narrow enough to matter."""
     half = 4.6 * samples.std(ddof=1) / len(samples) ** 0.5  # Student's t for 10 samples or more
     assert half < within * expected
     assert samples.mean() == pytest.approx(expected, abs=half)

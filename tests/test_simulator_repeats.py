@@ -19,7 +19,9 @@ class Affine(RuntimePredictor):
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         chunks = sum(chunk * (3 + prefix) for chunk, prefix in shape.prefills)
         sampled = 1e-5 * shape.num_sampled
-        return 0.003 + 7e-4 * stage + 1e-4 * shape.num_tokens + 1.1e-6 * shape.decode_kv_tokens + 1e-7 * chunks + sampled
+        return (
+            0.003 + 7e-4 * stage + 1e-4 * shape.num_tokens + 1.1e-6 * shape.decode_kv_tokens + 1e-7 * chunks + sampled
+        )
 
     def send_time(self, shape: BatchShape, stage: int) -> float:
         return 1e-4 + 1e-6 * shape.num_tokens

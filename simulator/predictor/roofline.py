@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.metrics import Array
 from engine.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
+from engine.tables import Array
 from profiler.operators import Operator, inventory
 from simulator.predictor.base import RuntimePredictor
 
