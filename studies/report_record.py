@@ -87,7 +87,7 @@ def read_record(folder: Path) -> Record:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     columns = ["arrived_s", "scheduled_s", "first_token_s", "last_token_s", "output_tokens"]
-    requests = to_numpy(pq.read_table(folder / "requests.parquet", columns=columns))
+    requests = to_numpy(pq.ParquetFile(folder / "requests.parquet").read(columns))
     values = latencies(requests)
     distributions = {
         metric: Distribution(QUANTILES, np.quantile(values[metric], QUANTILES)) for metric in ("ttft", "e2e")
