@@ -44,7 +44,7 @@ class Gaps:
             return
         self.count += len(gaps)
         self._sum += float(gaps.sum())
-        self._sum_of_squares += float(gaps @ gaps)
+        self._sum_of_squares += float(np.square(gaps).sum())  # not a dot product: BLAS would start threads
         self._max = max(self._max, float(gaps.max()))
         if self.exact:
             self._blocks.append(gaps)

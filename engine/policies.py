@@ -111,7 +111,7 @@ class Sarathi(Policy):
 
     def form(self, scheduler: Scheduler) -> Draft:
         decodes = scheduler.take_decodes()
-        prefills = self.take_chunks(scheduler, len(decodes))
+        prefills = self.take_chunks(scheduler, len(decodes)) if scheduler.waiting or scheduler.prefilling else []
         return Draft(decodes, prefills, stable=not (prefills and self.chunk_sizes))
 
 

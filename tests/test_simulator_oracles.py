@@ -155,13 +155,16 @@ def test_one_shared_queue_is_the_best_that_a_router_can_do() -> None:
     assert delay.mean() <= 1.5 * np.mean(expected)
 
 
-def test_least_outstanding_tokens_sends_short_requests_past_a_long_one() -> None:
-    arrived = np.arange(6) * 0.001
+@pytest.mark.parametrize(
+    ("router", "where"),
+    [("least_outstanding_tokens", [0, 1, 1, 1, 1, 1]), ("least_outstanding_requests", [0, 1, 0, 1, 0, 1])],
+)
+def test_short_requests_pass_a_long_one_where_the_router_counts_tokens(router: str, where: list[int]) -> None:
+    """All six come before the first batch ends; the first will make 500 tokens, the others 2."""
     outputs = np.array([500, 2, 2, 2, 2, 2])
-    run = simulate(
-        workload(arrived, 1, outputs), [replica(FixedTable([[0.0, SECONDS]]))] * 2, router="least_outstanding_tokens"
-    )
-    assert column(run, "replica").tolist() == [0, 1, 1, 1, 1, 1]
+    kind = replica(FixedTable([[0.0, SECONDS]]))
+    run = simulate(workload(np.arange(6) * 0.001, 1, outputs), [kind] * 2, router=router)
+    assert column(run, "replica").tolist() == where
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------
@@ -323,11 +326,11 @@ def test_no_batch_beats_the_data_sheet(name: str, tp: int, pp: int, shape: Batch
     gpus = tp  # the stages take turns
     assert time >= read / gpus / A100.memory_bandwidth
     assert time >= flops / gpus / A100.peak_flops
-    # and it is not far above what the stated efficiencies allow
-    bound = flops / A100.peak_flops / min(A100.matmul_efficiency, A100.attention_efficiency)
-    bound += read / A100.memory_bandwidth / A100.bandwidth_efficiency
-    moved = shape.num_tokens * model.num_layers * 2 * (40 * model.hidden_size + 8 * model.intermediate_size)
-    assert time <= (bound + 2 * moved / A100.memory_bandwidth) * (1.3 if tp == 1 else 1.3 * tp) / tp * 1.2
+    if tp == 1:  # and it is not far above what the stated efficiencies allow, activations included
+        bound = flops / A100.peak_flops / min(A100.matmul_efficiency, A100.attention_efficiency)
+        bound += read / A100.memory_bandwidth / A100.bandwidth_efficiency
+        moved = 4 * shape.num_tokens * model.num_layers * (40 * model.hidden_size + 8 * model.intermediate_size)
+        assert time <= 1.5 * (bound + moved / A100.memory_bandwidth)
 
 
 @pytest.mark.parametrize("name", MODELS[:3])
