@@ -214,15 +214,17 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
 def saturation(requests: Columns) -> dict[str, Any]:
     """Is the queue growing? Judged from the requests that wait for their first scheduling, at each arrival.
 
-    The arrivals after a first fifth (warm-up) are cut into four equal parts. The queue is growing when its mean length
-    rises from part to part and the rise from the second part to the last is more than 2 % of the requests that arrived
-    meanwhile (in a stable system it is a few requests, however many arrive) and more than two requests. `growth` is
-    that rise per arrival: the share of the load that is not carried.
+    The first fifth of the arrivals is warm-up. The rise is the queue's mean length over the last twentieth of the rest
+    less that over the first. A queue that neither grows nor shrinks wanders like a random walk, by about the standard
+    deviation of a step times the root of their number; a stable one stays far below that. The queue is growing when it
+    rose by more than that, by more than 1 % of the arrivals, and by more than two requests. `growth` is the rise per
+    arrival: the share of the load that is not carried. Near capacity short runs tell little: with Poisson arrivals of
+    equal requests at 90 % load 3 runs of 300 in 100 look saturated, at 110 % load 27 are missed.
     """
     arrived = np.sort(requests["arrived_s"])
     scheduled = np.sort(requests["scheduled_s"])
     count = len(arrived)
-    if count < 25:
+    if count < 50:
         return {
             "growing": None,
             "growth": None,
@@ -230,12 +232,13 @@ def saturation(requests: Columns) -> dict[str, Any]:
         }
     if arrived[0] == arrived[-1]:
         return {"growing": None, "growth": None, "verdict": "all requests arrive at once: there is no rate to sustain"}
-    waiting = np.arange(1, count + 1) - np.searchsorted(scheduled, arrived, side="right")
-    parts = np.array_split(waiting[count // 5 :], 4)
-    second, third, fourth = (float(part.mean()) for part in parts[1:])
-    rise = fourth - second
-    growth = rise / (len(parts[1]) / 2 + len(parts[2]) + len(parts[3]) / 2)
-    growing = second < third < fourth and growth > 0.02 and rise > 2
+    waiting = (np.arange(1, count + 1) - np.searchsorted(scheduled, arrived, side="right"))[count // 5 :]
+    span = len(waiting)
+    ends, lag = span // 20, span // 40
+    rise = float(waiting[-ends:].mean() - waiting[:ends].mean())
+    wander = float(np.sqrt((waiting[lag::lag] - waiting[:-lag:lag]).var() / lag * span))
+    growth = rise / (span - ends)
+    growing = rise > max(wander, 0.01 * span, 2.0)
     if growing:
         verdict = f"saturated: the queue grows by {growth:.0%} of the arrivals, so no latency here is a steady one"
     else:

@@ -72,12 +72,13 @@ class Sarathi(Policy):
 
     def __init__(self, spec: SchedulerSpec) -> None:
         super().__init__(spec)
-        if self.budget < spec.max_num_seqs:
-            raise InputError(
-                f"--max-num-batched-tokens {self.budget} is less than --max-num-seqs {spec.max_num_seqs}, so not every "
-                f"running request could decode in one batch: raise the one or lower the other"
-            )
+        check_budget(spec)
         self.chunk_sizes = chunk_sizes(spec) if spec.chunk_schedule == "dynamic" else []
+        if self.chunk_sizes and self.chunk_sizes[-1] < spec.max_num_seqs:
+            raise InputError(
+                f"chunk_schedule_low {self.chunk_sizes[-1]} is less than --max-num-seqs {spec.max_num_seqs}, so "
+                f"decodes could keep a long prompt from ever going on: raise the one or lower the other"
+            )
         self.tokens_per_chunk_size = -(-(spec.chunk_schedule_max_tokens or 1) // max(1, len(self.chunk_sizes)))
 
     @staticmethod
@@ -138,6 +139,10 @@ class ChunkedOnly(Sarathi):
 
 class VLLM(Policy):
     """Prefills first: whole prompts in a batch of their own while any can be admitted, else every decode."""
+
+    def __init__(self, spec: SchedulerSpec) -> None:
+        super().__init__(spec)
+        check_budget(spec)
 
     def check(self, request: Request) -> None:
         if request.limit - 1 > self.budget:  # a recompute may have to compute all but the last token at once
@@ -201,7 +206,7 @@ class FasterTransformer(Orca):
 class HybridOnly(Policy):
     """Hybrid batches without chunking: every decode, then whole prompts.
 
-    The token budget bounds how many prompts join; one that is longer than the budget joins as the only prompt.
+    The token budget bounds how many prompts join; the first always may, for a prompt may be longer than the budget.
     """
 
     def form(self, scheduler: Scheduler) -> Draft:
@@ -227,6 +232,16 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+def check_budget(spec: SchedulerSpec) -> None:
+    """Raise InputError unless every running request can decode in one batch."""
+    budget = spec.max_num_batched_tokens or 0
+    if budget < spec.max_num_seqs:
+        raise InputError(
+            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {spec.max_num_seqs}, so not every running "
+            f"request could decode in one batch: raise the one or lower the other"
+        )
+
+
 def chunk_sizes(spec: SchedulerSpec) -> list[int]:
     """The chunk size of each stage of the dynamic schedule, first stage first."""
     high = spec.chunk_schedule_high or spec.max_num_batched_tokens or 1
@@ -245,7 +260,8 @@ def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
     if spec.policy not in POLICIES:
         raise unknown("scheduler", spec.policy, POLICIES)
     max_model_len = spec.max_model_len or model_max_len
-    budget = spec.max_num_batched_tokens or POLICIES[spec.policy].default_budget(max_model_len)
+    default_budget = max(POLICIES[spec.policy].default_budget(max_model_len), spec.max_num_seqs)
+    budget = spec.max_num_batched_tokens or default_budget
     spec = replace(
         spec,
         max_model_len=max_model_len,

@@ -13,7 +13,7 @@ is formed is the policy's business (engine/policies.py); the verbs a policy uses
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect, insort
 from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
@@ -63,12 +63,17 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raise InputError if `request` could never run here, however long it waited."""
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            raise InputError(
+                f"request {request.id} has {request.prompt_tokens} prompt + {request.output_tokens} output tokens: "
+                f"give at least one of each, or drop the request"
+            )
         if self.spec.max_model_len is not None and request.limit > self.spec.max_model_len:
             raise InputError(
                 f"request {request.id} has {request.prompt_tokens} prompt + {request.output_tokens} output tokens, "
                 f"over --max-model-len {self.spec.max_model_len}: raise it or drop the request"
             )
-        tokens = max(self.policy.reserved_tokens(request), request.limit)
+        tokens = max(self.policy.reserved_tokens(request), request.limit - 1)  # the last token is never computed
         room = self.blocks.num_blocks - self.blocks.watermark_blocks
         if self.blocks.blocks_for(tokens) > room:
             raise InputError(
@@ -169,14 +174,15 @@ class Scheduler:
         When the blocks run out the latest in line is preempted: it gives up its blocks and goes back to the head of
         the queue, to be recomputed.
         """
-        decodes = []
-        for request in self.running:  # a preemption removes this request or later ones, so the iteration stays right
-            computed = request.computed
-            if request.total - computed != 1 or request.in_flight:
-                continue
-            if computed == request.capacity and not self._make_room(request):
-                continue
-            decodes.append(request)
+        decodes = [r for r in self.running if r.total - r.computed == 1 and not r.in_flight]
+        full = [r for r in decodes if r.computed == r.capacity]
+        if full:
+            before = len(self.running)
+            for request in full:
+                if request.blocks:  # else it has been preempted meanwhile
+                    self._make_room(request)
+            if len(self.running) < before:
+                decodes = [r for r in decodes if r.blocks]
         return decodes
 
     def unfinished_prefills(self) -> list[Request]:
@@ -199,14 +205,13 @@ class Scheduler:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _make_room(self, request: Request) -> bool:
-        """Grow `request` by a block, preempting the latest in line as need be; False if that is `request` itself."""
+    def _make_room(self, request: Request) -> None:
+        """Grow `request` by a block, preempting the latest in line as need be, which may be `request` itself."""
         while not self.blocks.grow(request):
             victim = next(r for r in reversed(self.running) if not r.in_flight)
             self._preempt(victim)
             if victim is request:
-                return False
-        return True
+                return
 
     def _preempt(self, victim: Request) -> None:
         self.running.remove(victim)
@@ -216,7 +221,7 @@ class Scheduler:
         self.recomputed_tokens += victim.computed
         victim.computed = 0
         victim.preemptions += 1
-        self.waiting.appendleft(victim)
+        self.waiting.insert(bisect(self.waiting, victim.order, key=_by_order), victim)  # others may be before it
 
     def _progress(self, batch: Batch, repeats: int, ahead: int) -> list[int]:
         """Count `repeats` runs as computed, with KV blocks for `ahead` more; says which rounds took a block."""

@@ -377,6 +377,7 @@ class SLO:
                 raise unknown("SLO statistic", self.statistic, ("p50", "p99", "p99.9", "mean", "max", "median"))
             if float(percentile[1]) > 100:
                 raise InputError(f"SLO statistic {self.statistic!r}: give a percentile from p0 to p100")
+            object.__setattr__(self, "statistic", f"p{float(percentile[1]):g}")  # p99 for p99.0 and p099
         _check(self, "threshold_s")
 
     @property

@@ -195,25 +195,23 @@ def simulate(
     summary["workload"] = workload.name
     summary["router"] = router
     summary["replicas"] = [
-        {**deployment.describe(), **_use(replica)} for deployment, replica in zip(deployments, replicas, strict=True)
+        {**deployment.describe(), **_use(replica, summary["duration"])}
+        for deployment, replica in zip(deployments, replicas, strict=True)
     ]
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
     return Run(summary, requests, None if folder else recorder.iteration_table())
 
 
 def _check_fits(workload: Workload, deployment: Deployment) -> None:
-    """Raise InputError if a request could never run there: the longest as a whole, and the longest prompt."""
+    """Raise InputError if a request could never run there: what a policy refuses is too long, or has no tokens."""
     scheduler = deployment.new_scheduler()
-    for row in {
-        int(np.argmax(workload.prompt_tokens + workload.output_tokens)),
-        int(np.argmax(workload.prompt_tokens)),
-    }:
+    prompts, outputs = workload.prompt_tokens, workload.output_tokens
+    for row in map(int, {prompts.argmin(), outputs.argmin(), prompts.argmax(), (prompts + outputs).argmax()}):
         scheduler.check(Request(row, 0.0, int(workload.prompt_tokens[row]), int(workload.output_tokens[row])))
 
 
-def _use(replica: Replica) -> dict[str, Any]:
+def _use(replica: Replica, duration: float) -> dict[str, Any]:
     """How busy a replica's stages were. A bubble is time that a stage idles while requests are at the replica."""
-    duration = replica.env.now
     return {
         "recomputed_tokens": replica.scheduler.recomputed_tokens,
         "occupied_s": replica.occupied_s,

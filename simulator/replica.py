@@ -16,14 +16,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Generator, Sequence
 from heapq import heappush
 from itertools import accumulate
-from math import nan
+from math import inf, nan
+from operator import add
 from typing import Any
 
 import simpy
 from simpy.events import NORMAL, EventPriority
 
 from engine.recorder import Recorder
-from engine.request import Batch, Request
+from engine.request import Batch, BatchShape, Request
 from engine.scheduler import Scheduler
 from simulator.predictor.base import RuntimePredictor
 
@@ -199,6 +200,7 @@ class Replica:
             flight.starts[stage].append(start)
             flight.durations[stage].append(duration)
             free[stage] = end = start + duration
+            self._check_times(flight.batch.shape, stage, [duration])
             time = end + self.predictor.send_time(flight.batch.shape, stage)
         flight.ends.append(end)
 
@@ -213,6 +215,7 @@ class Replica:
             (flight,) = flights
             repeats = min(flight.batch.repeats, most)
             durations = self.predictor.stage_times(flight.batch.shape, 0, repeats)
+            self._check_times(flight.batch.shape, 0, durations)
             ends = list(accumulate(durations, initial=self.env.now))
             flight.durations = [durations]
             flight.starts = [ends[:-1]]
@@ -233,6 +236,11 @@ class Replica:
                 flight = flights[j % count]
                 self._pass(flight, completions[j], durations_of[j % count][j // count + 1])
                 completions.append(flight.ends[-1])
+
+    def _check_times(self, shape: BatchShape, stage: int, durations: Sequence[float]) -> None:
+        """Raise ValueError unless a predictor's answer is positive, finite numbers."""
+        if not (min(durations) > 0 and sum(durations) < inf):  # a NaN fails one of the two, wherever it stands
+            raise ValueError(f"{self.predictor.description}: {list(durations)[:8]} s for {shape} on stage {stage}")
 
     def _settle(self, completions: int) -> None:
         """The first `completions` of the stretch are past, each of their batches is in flight again, no more is."""
@@ -275,8 +283,10 @@ class Replica:
         taken = self.scheduler.commit(batch, stopped, runs)
         kv_blocks = [flight.kv_blocks] * runs
         if taken:
-            taken.sort()
-            kv_blocks = [flight.kv_blocks + bisect_right(taken, run) for run in range(runs)]
+            more = [0] * runs
+            for run in taken:
+                more[run] += 1
+            kv_blocks = list(map(add, kv_blocks, accumulate(more)))
         self._write(flight, 0, runs, kv_blocks)
         self._tokens_done += runs * batch.shape.num_tokens + len(stopped)
         if len(self._completions) > len(self._flights) + 1:  # it was a stretch, not one batch

@@ -266,7 +266,6 @@ def test_the_token_budget_bounds_dynamic_chunks() -> None:
     assert batches == ["A5", "A5", "A3"]  # the stages allow 8, 6 and (after 10 tokens) 4
 
 
-@pytest.mark.xfail(reason="BUG 3: as many decodes as the smallest chunk starve a prompt, and later ones pass it")
 def test_dynamic_chunks_smaller_than_max_num_seqs_are_refused() -> None:
     with pytest.raises(InputError, match=r"chunk_schedule_low 2 .*--max-num-seqs 3"):
         resolve(SchedulerSpec(**{**DYNAMIC, "max_num_seqs": 3}), 30)  # type: ignore[arg-type]
@@ -282,7 +281,6 @@ def test_a_budget_below_max_num_seqs_is_refused(policy: str) -> None:
     resolve(SchedulerSpec(policy=policy, max_num_batched_tokens=8, max_num_seqs=8), 30)
 
 
-@pytest.mark.xfail(reason="BUG 4: vllm then decodes more than the budget in a batch; vLLM refuses", strict=True)
 def test_vllm_refuses_a_budget_below_max_num_seqs() -> None:
     with pytest.raises(InputError, match="--max-num-batched-tokens 7 is less than --max-num-seqs 8"):
         resolve(SchedulerSpec(policy="vllm", max_num_batched_tokens=7, max_num_seqs=8), 30)

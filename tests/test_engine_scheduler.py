@@ -219,8 +219,7 @@ def test_sarathi_and_vllm_form_the_batches_of_a_naive_scheduler(  # type: ignore
     assert_as_by_the_book(policy, jobs, 1, seqs, budget, block_size, spare, quarters)
 
 
-@pytest.mark.xfail(reason="BUG 1: the queue gets out of order once requests are preempted with batches in flight")
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @by_the_book
 def test_so_they_do_in_a_pipeline(  # type: ignore[no-untyped-def]
     policy, jobs, depth, seqs, budget, block_size, spare, quarters
@@ -239,7 +238,6 @@ def test_heavy_preemption_is_as_a_naive_scheduler_does_it(policy: str, depth: in
     assert scheduler.recomputed_tokens == naive.thrown_away > 20
 
 
-@pytest.mark.xfail(reason="BUG 1: Scheduler._preempt puts the victim before earlier ones that wait", strict=True)
 def test_preempted_requests_return_in_order_of_arrival() -> None:
     """Two batches in flight: request 2 is thrown out while request 1 waits already, and must queue behind it."""
     scheduler = make("sarathi", 24, depth=2, block_size=1, max_num_seqs=4, max_num_batched_tokens=4)
@@ -447,10 +445,10 @@ def test_a_request_that_no_empty_cache_holds_is_refused(policy: str) -> None:
     scheduler = make(policy, 13, watermark=0.2, max_num_seqs=4)  # 2 of 13 blocks stay free: 22 tokens
     needs = MAX_MODEL_LEN if policy in ("orca", "faster_transformer") else 23
     with pytest.raises(InputError, match=rf"for {needs} tokens but .* 22 \(11 blocks of 2\): lower --max-model-len"):
-        scheduler.add(Request(0, 0.0, 3, 20))
+        scheduler.add(Request(0, 0.0, 3, 21))  # its last token is never computed
     assert not scheduler.waiting
     if policy not in ("orca", "faster_transformer"):
-        scheduler.add(Request(1, 0.0, 3, 19))
+        scheduler.add(Request(1, 0.0, 3, 20))
         assert scheduler.schedule() is not None
 
 
@@ -469,7 +467,6 @@ def test_vllm_refuses_what_can_not_be_recomputed_whole() -> None:
     scheduler.add(Request(4, 0.0, 10, 5))  # at most 14 tokens are ever computed at once
 
 
-@pytest.mark.xfail(reason="BUG 2: Scheduler.check lets requests without tokens in", strict=True)
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize(("prompt", "output"), [(0, 3), (3, 0), (-1, 3)])
 def test_a_request_without_prompt_or_output_is_refused(policy: str, prompt: int, output: int) -> None:

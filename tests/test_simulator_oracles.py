@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import catalog
-from engine.metrics import Array
+from engine.tables import Array
 from engine.request import BatchShape
 from engine.specs import HostOverhead, Link, NetworkSpec, ParallelSpec, SchedulerSpec
 from engine.workload import Workload
@@ -351,6 +351,15 @@ def test_a_long_prefill_takes_the_time_of_its_flops(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS[:3])
+def test_only_a_prompts_last_chunk_pays_for_the_lm_head(name: str) -> None:
+    """And for one row of it, which takes as long as reading its weights."""
+    model, predictor = catalog.model(name), roofline(name)
+    more = seconds(predictor, shape_of(0, 0, [(512, 0)], 1)) - seconds(predictor, shape_of(0, 0, [(512, 0)], 0))
+    read = 2 * model.vocab_size * model.hidden_size / (A100.memory_bandwidth * A100.bandwidth_efficiency)
+    assert more == pytest.approx(read, rel=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS[:3])
 def test_each_cached_token_costs_its_bytes(name: str) -> None:
     model, predictor = catalog.model(name), roofline(name)
     more = seconds(predictor, shape_of(32, 2000, [])) - seconds(predictor, shape_of(32, 1000, []))
@@ -489,3 +498,18 @@ def test_an_inventory_names_each_operator_once() -> None:
         assert len(set(names)) == len(names) > 10
         narrow = replace(model, rotary_fraction=0.0)
         assert "rotary" not in [op.name for op in inventory(narrow, ParallelSpec(), 0)]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -0.01])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_times_that_are_no_times_stop_the_run(seconds: float, stages: int) -> None:
+    class Broken(RuntimePredictor):
+        description = "a broken predictor"
+
+        def stage_time(self, shape: BatchShape, stage: int) -> float:
+            return 0.01 if shape.prefills or stage < stages - 1 else seconds
+
+    parallel = ParallelSpec(pipeline_parallel_size=stages)
+    replica = deploy("microsoft/phi-2", "a100", parallel=parallel, predictor=Broken())
+    with pytest.raises(ValueError, match="a broken predictor"):
+        simulate(Workload("two", np.zeros(2), np.array([9, 9]), np.array([5, 5]), 0), [replica])
