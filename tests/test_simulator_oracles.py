@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import catalog
-from engine.tables import Array
 from engine.request import BatchShape
 from engine.specs import HostOverhead, Link, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.tables import Array
 from engine.workload import Workload
 from profiler.operators import inventory
 from simulator.cluster import Deployment, Run, deploy, simulate
