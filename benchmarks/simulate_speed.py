@@ -44,9 +44,7 @@ print(json.dumps(summary))
 def measure(arguments: list[str]) -> tuple[float, float, dict]:  # type: ignore[type-arg]
     """Wall time (s) and peak memory (MiB) of a whole Python process, and the summary that it prints last."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -79,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for requests, replicas in sizes:
             flags = f"--num-prompts {requests} --num-replicas {replicas} --request-rate {replicas} --output-dir"
-            run = ["-m", "cli.main", *CASE.split(), *flags.split(), str(Path(folder) / f"{requests}")]
+            run = ["-m", "cli", *CASE.split(), *flags.split(), str(Path(folder) / f"{requests}")]
             speeds[requests] = row(f"{requests:,} requests, {replicas} replica(s)", *measure(run))
     single = row("10,000 requests, single steps", *measure(["-c", SINGLE_STEPS, "10000"]))
     print(f"\nratio at 10,000 requests, repeats over single steps: {speeds[10_000] / single:.2f}x batches/s")

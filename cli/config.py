@@ -33,24 +33,40 @@ class ReplicaConfig(_Settings):
     model: str = _field(
         "", "Deployment", "A known model's Hugging Face name, or a folder or file with its config.json."
     )
-    device: str = _field("", "Deployment", "A known device, or a YAML file that describes one.")
+    device: str = _field("", "Deployment", "a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, or a YAML file.")
     network: str | None = _field(
-        None, "Deployment", "Network in a node, or a YAML file; by default the device's usual."
+        None,
+        "Deployment",
+        "Inside a node: nvswitch_a100, pairwise_nvlink, pcie, ... or a YAML file; default: the device's usual.",
     )
-    internode_network: str | None = _field(None, "Deployment", "Network between nodes; by default the network's usual.")
+    internode_network: str | None = _field(
+        None, "Deployment", "Between nodes: ethernet_100g or infiniband_200g; by default the network's usual."
+    )
     tensor_parallel_size: int = _field(1, "Deployment", "GPUs that share each layer.")
     pipeline_parallel_size: int = _field(1, "Deployment", "Pipeline stages.")
     gpu_memory_utilization: float = _field(0.9, "Deployment", "Share of the GPU's memory to use.")
     num_gpu_blocks_override: int | None = _field(None, "Deployment", "KV blocks, instead of what the memory holds.")
-    host_overhead: str = _field("cuda_graphs", "Deployment", "Host overhead profile of the engine.")
-    predictor: str = _field("roofline", "Deployment", "Where the times of batches come from.")
-    scheduler: str = _field("sarathi", "Scheduler", "Batching policy.")
+    host_overhead: str = _field(
+        "cuda_graphs", "Deployment", "The engine's host overhead: cuda_graphs, eager or eager_ray."
+    )
+    predictor: str = _field("roofline", "Deployment", "Where the times of batches come from: roofline.")
+    scheduler: str = _field(
+        "sarathi", "Scheduler", "sarathi, vllm, orca, faster_transformer, chunked_only or hybrid_only."
+    )
     max_num_batched_tokens: int | None = _field(None, "Scheduler", "Token budget of a batch; default by policy.")
     max_num_seqs: int = _field(128, "Scheduler", "Most requests running at once.")
-    max_model_len: int | None = _field(None, "Scheduler", "Longest request (tokens); longer ones are dropped, counted.")
+    max_model_len: int | None = _field(
+        None,
+        "Scheduler",
+        "Longest request (tokens); longer ones are dropped, counted.",
+    )
     block_size: int = _field(16, "Scheduler", "Tokens in a KV block.")
     watermark: float = _field(0.01, "Scheduler", "Share of the KV blocks that admission leaves free.")
-    chunk_schedule: Literal["fixed", "dynamic"] = _field("fixed", "Scheduler", "Chunk size of prompts: fixed, dynamic.")
+    chunk_schedule: Literal["fixed", "dynamic"] = _field(
+        "fixed",
+        "Scheduler",
+        "Chunk size of prompts: fixed, dynamic.",
+    )
     chunk_schedule_low: int | None = _field(None, "Scheduler", "Dynamic schedule: smallest chunk (tokens).")
     chunk_schedule_high: int | None = _field(None, "Scheduler", "Dynamic schedule: largest chunk (tokens).")
     chunk_schedule_stages: int | None = _field(None, "Scheduler", "Dynamic schedule: number of chunk sizes.")
@@ -81,9 +97,17 @@ class RunConfig(ReplicaConfig):
     """Everything that decides a run."""
 
     num_replicas: int = _field(1, "Deployment", "Replicas behind the router.")
-    router: str = _field("round_robin", "Deployment", "How requests are spread over the replicas.")
-    workload: str | None = _field(None, "Workload", "Length distribution; openchat_sharegpt4 by default.")
-    trace: Path | None = _field(None, "Workload", "Recorded trace (CSV or JSONL), instead of a distribution.")
+    router: str = _field(
+        "round_robin", "Deployment", "round_robin, random, least_outstanding_requests or least_outstanding_tokens."
+    )
+    workload: str | None = _field(
+        None,
+        "Workload",
+        "openchat_sharegpt4 (default), arxiv_summarization, azure_code, azure_conv, fixed, uniform, zipf or a FILE.json",
+    )
+    trace: Path | None = _field(
+        None, "Workload", "Recorded trace (CSV or JSONL; docs/settings.md), instead of a distribution."
+    )
     input_len: str | int | None = _field(
         None, "Workload", "Prompt tokens of fixed (N), uniform and zipf (LOW:HIGH) lengths."
     )
@@ -101,7 +125,9 @@ class RunConfig(ReplicaConfig):
     rate_scale: float = _field(1.0, "Workload", "Speed-up of recorded arrivals.")
     seed: int = _field(0, "Workload", "Seed of every random choice.")
     plugin: list[Path] = _field([], "Extensions", "A Python file that adds policies, routers or predictors by name.")
-    slo: list[str] = _field([], "Goals", "A latency goal such as 'p99_tbt<=0.1' (s); may be given several times.")
+    slo: list[str] = _field(
+        [], "Goals", "A latency goal such as 'p99_tbt<=0.1' (s) or 'mean_ttft<=300ms'; may be given several times."
+    )
 
     def workload_spec(self, max_model_len: int) -> WorkloadSpec:
         """The workload; requests over `max_model_len` tokens are dropped."""
@@ -144,7 +170,13 @@ class FileConfig(RunConfig):
             return [ReplicaGroup(**shared, count=self.num_replicas)]
         if "num_replicas" in self.model_fields_set:
             raise InputError("num_replicas and replicas both say how many replicas there are: leave one out")
-        return [_validate(ReplicaGroup, {**shared, **group}, f"replicas[{i}]") for i, group in enumerate(self.replicas)]
+        groups = []
+        for i, group in enumerate(self.replicas):
+            found = _validate(ReplicaGroup, {**shared, **_underscored(group)}, f"replicas[{i}]")
+            if found.count < 1:
+                raise InputError(f"replicas[{i}] count {found.count}: give at least 1")
+            groups.append(found)
+        return groups
 
 
 def load(path: Path | None, flags: dict[str, Any]) -> FileConfig:
@@ -153,6 +185,12 @@ def load(path: Path | None, flags: dict[str, Any]) -> FileConfig:
     where = str(path)
     given = {key: value for key, value in flags.items() if value is not None}
     config = _validate(FileConfig, values | given, where, given)
+    for i, group in enumerate(config.replicas):
+        if both := set(given) & set(_underscored(group)):
+            key = min(both)
+            raise InputError(
+                f"--{key.replace('_', '-')} {given[key]} and replicas[{i}] of {path} both set {key}: change one"
+            )
     for needed in ("model", "device"):
         if not getattr(config, needed) and not all(group.get(needed) for group in config.replicas or [{}]):
             raise InputError(f"no {needed} given: add --{needed} NAME")
@@ -172,6 +210,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings: write one 'key: value' a line")
+    return _underscored(values)
+
+
+def _underscored(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys may be written as the flags are."""
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 

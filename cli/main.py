@@ -5,35 +5,32 @@ Thin: each command reads its settings and calls the module that does the work, i
 
 from __future__ import annotations
 
-import time
+import inspect
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
-_STARTED = time.perf_counter()  # before the imports, which are most of the start-up time
+import typer
 
-import inspect  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Annotated, Any, NoReturn, get_args, get_origin  # noqa: E402
-
-import typer  # noqa: E402
-
-from cli.config import RunConfig, load  # noqa: E402
-from engine.errors import InputError  # noqa: E402
+from cli.config import RunConfig, load
+from engine.errors import InputError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
 
 app = typer.Typer(
-    help="The wind tunnel for LLM serving: predict, search and confirm how a model will be served.",
+    help="The wind tunnel for LLM serving: how a model on given GPUs behaves under a load.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-@app.callback()
-def _root() -> None:
-    """The wind tunnel for LLM serving."""
+@app.callback(invoke_without_command=True)
+def _root(shown: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if shown:
+        print(version("windtunnel"))
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -87,33 +84,35 @@ def simulate(
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
+    from cli.__main__ import STARTED
     from cli.simulate import run
 
-    run(load(config, flags), output_dir, as_json=json_, chrome_trace=chrome_trace, started=_STARTED)
+    run(load(config, flags), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with 2 on bad input, 130 when interrupted, 1 when the machine fails it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+def run(arguments: list[str] | None = None) -> tuple[int, str]:
+    """Run the command line. Returns the exit code, and what to say about it: 2 is bad input, 1 the machine's fault."""
     try:
         code = app(arguments, standalone_mode=False) or 0
     except InputError as error:
-        _fail(str(error), 2)
+        return 2, _in_flags(str(error))
     except _UsageError as error:
-        _fail(f"{error.format_message()} (see windtunnel --help)", 2)
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        return 2, f"{error.format_message()} (see windtunnel --help)"
+    except typer.Abort as error:  # typer's word for Ctrl-C, here and there
+        raise KeyboardInterrupt from error
+    except MemoryError as error:
+        return 1, f"out of memory ({error}): lower --num-prompts"
     except OSError as error:
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
-    if code == 130:  # typer's word for Ctrl-C
-        _fail("interrupted: no results were written", 130)
-    sys.exit(code)
+        return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    if code == 130:
+        raise KeyboardInterrupt
+    return code, ""
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+def _in_flags(message: str) -> str:
+    """The message with settings called by their flags (`max_num_seqs 0` is `--max-num-seqs 0`)."""
+    if message.startswith("unknown key"):  # in a file, where the settings' own names are right
+        return message
+    names = "|".join(sorted((name for name in RunConfig.model_fields if "_" in name), key=len, reverse=True))
+    pattern = rf"(?<![\w.])(?:(?:Scheduler|Parallel)Spec )?({names})\b(?!: )"
+    return re.sub(pattern, lambda found: "--" + found[1].replace("_", "-"), message)

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cli.config import FileConfig, ReplicaGroup
+from engine import catalog
 from engine.errors import InputError
-from engine.metrics import describe
+from engine.metrics import METRIC_NAMES, describe, summary_key
 from engine.run_folder import run_folder, write_chrome_trace, write_config, write_summary
 from engine.workload import DEFAULT_LENGTHS, make_workload
 from simulator.cluster import Deployment, deploy
@@ -65,7 +66,8 @@ def run(
         from studies.report import write_report  # plotly takes longer to import than everything else
 
         write_report(folder)
-    _print(summary, kinds, target, Console(stderr=as_json, highlight=False, soft_wrap=True))
+    counts = [(kind, group.count) for kind, group in zip(kinds, groups, strict=True)]
+    _print(summary, counts, target, Console(stderr=as_json, highlight=False, soft_wrap=True))
     if as_json:
         print(json.dumps({**summary, "output_dir": str(target)}, allow_nan=False))
     return summary
@@ -75,7 +77,10 @@ def _load_plugin(path: Path) -> None:
     """Run a user's file, which adds its names to POLICIES, ROUTERS or PREDICTORS."""
     if not path.is_file():
         raise InputError(f"plugin {path} is not a file: give the path of a Python file")
-    runpy.run_path(str(path))
+    try:
+        runpy.run_path(str(path))
+    except Exception as error:
+        raise InputError(f"plugin {path} fails: {type(error).__name__}: {error}".replace("\n", " ")) from error
 
 
 def _deployment(group: ReplicaGroup) -> Deployment:
@@ -103,18 +108,27 @@ def _resolved(config: FileConfig, kinds: list[Deployment], num_prompts: int) -> 
         del values["num_replicas"]
     else:
         (kind,) = kinds
-        values["network"] = config.network or kind.device.network
         values["max_num_batched_tokens"] = kind.scheduler.max_num_batched_tokens
         values["max_model_len"] = kind.scheduler.max_model_len
-    for key in ("model", "device", "network", "trace", "workload"):
-        if values[key] and Path(values[key]).exists():
-            values[key] = str(Path(values[key]).resolve())
+    values["replicas"] = [_full_paths(group) for group in config.replicas]
     values["plugin"] = [str(path.resolve()) for path in config.plugin]
-    return {key: value for key, value in values.items() if value not in (None, "", [])}
+    return {key: value for key, value in _full_paths(values).items() if value not in (None, "", [])}
+
+
+def _full_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with each file by its full path; a known name is no file, whatever lies in this folder."""
+    full = dict(settings)
+    for key in ("model", "device", "network"):
+        if full.get(key) and not catalog.is_name(key, full[key]):
+            full[key] = str(Path(full[key]).expanduser().resolve())
+    for key in ("trace", "workload"):
+        if full.get(key) and (key == "trace" or full[key].endswith(".json")):
+            full[key] = str(Path(full[key]).resolve())
+    return full
 
 
 def _default_folder(kind: Deployment, workload: str) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     name = f"{stamp}-{kind.model.name.split('/')[-1]}-{kind.device.name}-{kind.scheduler.policy}-{Path(workload).stem}"
     return Path("runs") / name
 
@@ -133,29 +147,33 @@ def _progress(total: int) -> Progress:
     )
 
 
-def _print(summary: dict[str, Any], kinds: list[Deployment], target: Path, console: Console) -> None:
-    for kind in {id(kind): kind for kind in kinds}.values():
+def _print(summary: dict[str, Any], counts: list[tuple[Deployment, int]], target: Path, console: Console) -> None:
+    """What came out, for a person."""
+    for kind, copies in counts:
         console.print(
-            f"{kind.model.name} on {kind.device.name}, {kind.parallel}, {kind.scheduler.policy}: "
+            f"{copies} x {kind.model.name} on {kind.device.name}, {kind.parallel}, {kind.scheduler.policy}: "
             f"{kind.num_kv_blocks * kind.scheduler.block_size:,} tokens of KV cache",
         )
+        for note in kind.notes():
+            console.print(f"note: {note}", style="yellow")
         console.print(f"times: {kind.predictor.description}", style="dim")
+    if len(summary["replicas"]) > 1:
+        console.print(f"{len(summary['replicas'])} replicas behind a {summary['router']} router")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("latency (s)", "mean", "P50", "P90", "P99", "max"):
         table.add_column(column, justify="left" if column.startswith("latency") else "right")
-    for metric, label in (
-        ("ttft", "TTFT"),
-        ("itl", "TBT"),
-        ("tpot", "TPOT"),
-        ("e2el", "E2E"),
-        ("scheduling_delay", "scheduling delay"),
-    ):
-        values = [summary.get(f"{s}_{metric}_ms") for s in ("mean", "median", "p90", "p99", "max")]
-        table.add_row(label, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
+    for metric, name in METRIC_NAMES.items():
+        values = [summary.get(summary_key(s, metric)) for s in ("mean", "p50", "p90", "p99", "max")]
+        table.add_row(name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
     console.print(table)
     console.print(
         f"{summary['completed']:,} requests in {summary['duration']:,.1f} s simulated"
         + (f" ({summary['dropped']:,} too long, dropped)" if summary["dropped"] else "")
+        + (
+            f" ({summary['trace_failures']:,} rows of the trace are failures, left out)"
+            if summary["trace_failures"]
+            else ""
+        )
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
     )
     simulator = summary["simulator"]
@@ -164,5 +182,5 @@ def _print(summary: dict[str, Any], kinds: list[Deployment], target: Path, conso
         f"{simulator['peak_rss_bytes'] / 2**20:,.0f} MiB",
         style="dim",
     )
-    console.print(f"verdict: {describe(summary)}", style="bold")
+    console.print(f"verdict: {'; '.join(describe(summary))}", style="bold")
     console.print(f"report: {target / 'report.html'}")

@@ -274,13 +274,28 @@ HOST_OVERHEADS = {
 }
 
 
-def model(name_or_path: str) -> ModelSpec:
-    """The model of that Hugging Face name, or of a folder or config.json; InputError if there is neither."""
+def is_name(kind: str, text: str) -> bool:
+    """Whether `text` names a known "model", "device" or "network", rather than a file that describes one."""
+    found = {
+        "model": lambda: _find(MODELS, _short_names(), text),
+        "device": lambda: _find(DEVICES, _DEVICE_ALIASES, text),
+        "network": lambda: _find(NETWORKS, {}, text),
+    }
+    return found[kind]() is not None
+
+
+def _short_names() -> dict[str, str]:
+    """Model names without the part before the slash, where that is unambiguous."""
     short: dict[str, str] = {}
     for name in MODELS:
         key = name.split("/")[1].casefold()
         short[key] = name if key not in short else ""
-    found = _find(MODELS, short, name_or_path)
+    return short
+
+
+def model(name_or_path: str) -> ModelSpec:
+    """The model of that Hugging Face name, or of a folder or config.json; InputError if there is neither."""
+    found = _find(MODELS, _short_names(), name_or_path)
     if found is None and _is_file(name_or_path, (".json",)):
         return ModelSpec.from_hf(name_or_path)
     if found is None:
@@ -306,6 +321,8 @@ def network(name_or_path: str, internode: str | None = None) -> NetworkSpec:
     found = _find(NETWORKS, {}, name_or_path)
     if found is None and _is_file(name_or_path, (".yaml", ".yml")):
         spec = _from_yaml(NetworkSpec, name_or_path)
+    elif found is None and name_or_path.casefold() in INTERNODES:
+        raise InputError(f"network {name_or_path!r} connects nodes: give it as --internode-network")
     elif found is None:
         raise unknown("network", name_or_path, NETWORKS)
     else:

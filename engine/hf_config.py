@@ -18,6 +18,7 @@ from engine.specs import ModelSpec
 
 _UNTIED = ("llama", "mistral", "qwen2", "qwen3", "qwen", "internlm", "phi")  # elsewhere the default is tied
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
+_MIXED_WINDOWS = ("gemma2", "gemma3_text", "cohere2", "gpt_oss")
 _LLAMA_LIKE = ("rms_norm_eps", "intermediate_size")
 
 
@@ -31,6 +32,13 @@ class _Config:
         """The value of `key`; the default where it is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
+
+    def number(self, key: str, default: float) -> float:
+        """The value of `key`, which must be a number; the default where it is missing or null."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InputError(f"{self.where}: {key}={value!r}: give a number")
+        return value
 
     def need(self, *keys: str) -> int:
         """The value of the first of `keys` that is there, which must be an integer."""
@@ -84,6 +92,17 @@ def _refuse(config: _Config) -> None:
     kind = config.get("model_type", "of unknown type")
     if what:
         raise InputError(f"{config.where} ({kind}) is {what}, not a dense decoder: only dense decoders are modelled")
+    windowed = set(config.get("layer_types", ())) if isinstance(config.get("layer_types", ()), list) else set()
+    if (
+        kind in _MIXED_WINDOWS
+        or len(windowed) > 1
+        or config.get("sliding_window_pattern")
+        or (config.get("use_sliding_window", False) and config.get("max_window_layers", 0) > 0)
+    ):
+        raise InputError(
+            f"{config.where} ({kind}) has a sliding window in some layers only: one window for all layers, or none, is "
+            "modelled"
+        )
     if "quantization_config" in config.values:
         raise InputError(f"{config.where} is quantised: only 16-bit weights are modelled, give the unquantised config")
 
@@ -91,8 +110,13 @@ def _refuse(config: _Config) -> None:
 def _shared(config: _Config) -> dict[str, Any]:
     """The fields that every family spells alike."""
     kind = str(config.get("model_type", "llama"))
-    scaling = config.get("rope_parameters", {})  # transformers 5 moved rope_theta in there
-    theta = config.get("rope_theta", config.get("rotary_emb_base", scaling.get("rope_theta", 10000.0)))
+    rope = config.get("rope_parameters", {})  # transformers 5 moved rope_theta in there
+    if not isinstance(rope, Mapping):
+        raise InputError(
+            f"{config.where}: rope_parameters={rope!r}: give an object, as in the model's published config"
+        )
+    theta = _Config(rope, f"{config.where}: rope_parameters").number("rope_theta", 10000.0)
+    theta = config.number("rope_theta", config.number("rotary_emb_base", theta))
     return {
         "model_type": kind,
         "num_layers": config.need("num_hidden_layers", "n_layer"),
@@ -100,14 +124,14 @@ def _shared(config: _Config) -> dict[str, Any]:
         "num_attention_heads": config.need("num_attention_heads", "n_head"),
         "vocab_size": config.need("vocab_size"),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", kind not in _UNTIED)),
-        "rope_theta": float(theta),
+        "rope_theta": theta,
     }
 
 
 def _head_dim(config: _Config) -> int:
     heads, hidden = config.need("num_attention_heads", "n_head"), config.need("hidden_size", "n_embd")
-    if explicit := config.get("head_dim", config.get("kv_channels")):
-        return int(explicit)
+    if config.get("head_dim", config.get("kv_channels")):
+        return config.need("head_dim", "kv_channels")
     if heads < 1 or hidden % heads:
         raise InputError(
             f"{config.where}: num_attention_heads={heads} does not divide hidden_size={hidden}: give 'head_dim'"
@@ -135,14 +159,14 @@ def _llama_like(config: _Config) -> dict[str, Any]:
         window = 4096
     return {
         "intermediate_size": config.need("intermediate_size"),
-        "num_key_value_heads": config.get("num_key_value_heads", config.need("num_attention_heads")),
+        "num_key_value_heads": config.need("num_key_value_heads", "num_attention_heads"),
         "head_dim": _head_dim(config),
         "max_position_embeddings": config.need("max_position_embeddings"),
         "qkv_bias": kind == "qwen2" or bias,
         "attention_output_bias": kind != "qwen2" and bias,
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "sliding_window": window,
-        "rotary_fraction": float(config.get("partial_rotary_factor", 1.0)),
+        "rotary_fraction": config.number("partial_rotary_factor", 1.0),
     }
 
 
@@ -157,7 +181,7 @@ def _qwen(config: _Config) -> dict[str, Any]:
         "qkv_bias": True,
         "attention_output_bias": bias,
         "mlp_bias": bias,
-        "rotary_fraction": float(config.get("rotary_pct", 1.0)),
+        "rotary_fraction": config.number("rotary_pct", 1.0),
     }
 
 
@@ -165,7 +189,7 @@ def _phi(config: _Config) -> dict[str, Any]:
     """Phi-1 and 2: attention and a plain MLP side by side after one layer norm, biases everywhere."""
     return {
         "intermediate_size": config.need("intermediate_size"),
-        "num_key_value_heads": config.get("num_key_value_heads", config.need("num_attention_heads")),
+        "num_key_value_heads": config.need("num_key_value_heads", "num_attention_heads"),
         "head_dim": _head_dim(config),
         "max_position_embeddings": config.need("max_position_embeddings"),
         "gated_mlp": False,
@@ -176,7 +200,7 @@ def _phi(config: _Config) -> dict[str, Any]:
         "attention_output_bias": True,
         "mlp_bias": True,
         "lm_head_bias": True,
-        "rotary_fraction": float(config.get("partial_rotary_factor", 0.5)),
+        "rotary_fraction": config.number("partial_rotary_factor", 0.5),
     }
 
 

@@ -19,6 +19,22 @@ PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %
 
 
+METRIC_NAMES = {
+    "ttft": "TTFT",
+    "tbt": "TBT",
+    "tpot": "TPOT",
+    "e2e": "E2E",
+    "scheduling_delay": "scheduling delay",
+    "normalized_latency": "normalised latency",
+}
+_VLLM_NAMES = {"tbt": "itl", "e2e": "e2el"}
+
+
+def summary_key(statistic: str, metric: str) -> str:
+    """The key in a summary, in ms, of a statistic (mean, p50, p99, ...) of a metric: vLLM's names where it has one."""
+    return f"{'median' if statistic == 'p50' else statistic}_{_VLLM_NAMES.get(metric, metric)}_ms"
+
+
 class Gaps:
     """Every gap between output tokens of a run (s), exactly or as a quantile sketch (Apache DataSketches' KLL)."""
 
@@ -190,11 +206,9 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
         "output_throughput": output_tokens / duration,
         "total_token_throughput": (input_tokens + output_tokens) / duration,
     }
-    vllm_names = {"tbt": "itl", "e2e": "e2el"}
-    for metric in ("ttft", "tpot", "tbt", "e2e", "scheduling_delay", "normalized_latency"):
+    for metric in METRIC_NAMES:
         for statistic, value in table[metric].items():
-            key = "median" if statistic == "p50" else statistic
-            summary[f"{key}_{vllm_names.get(metric, metric)}_ms"] = 1e3 * value
+            summary[summary_key(statistic, metric)] = 1e3 * value
     summary["slos"] = [
         {
             "slo": str(slo),
@@ -212,45 +226,67 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
 
 
 def saturation(requests: Columns) -> dict[str, Any]:
-    """Is the queue growing? Judged from the requests that wait for their first scheduling, at each arrival.
+    """Is the queue growing? Judged at each arrival from the requests that wait for their first scheduling, and from
+    those that came and have not finished.
 
-    The first fifth of the arrivals is warm-up. The rise is the queue's mean length over the last twentieth of the rest
-    less that over the first. A queue that neither grows nor shrinks wanders like a random walk, by about the standard
-    deviation of a step times the root of their number; a stable one stays far below that. The queue is growing when it
-    rose by more than that, by more than 1 % of the arrivals, and by more than two requests. `growth` is the rise per
-    arrival: the share of the load that is not carried. Near capacity short runs tell little: with Poisson arrivals of
-    equal requests at 90 % load 3 runs of 300 in 100 look saturated, at 110 % load 27 are missed.
+    The first fifth of the arrivals is warm-up. The rise of a count is its mean over the last twentieth of the rest less
+    that over the first. What neither grows nor shrinks wanders like a random walk, by about the standard deviation of a
+    step times the root of their number; what is stable stays far below that. The count is growing when it rose by more
+    than that, by more than 1 % of the arrivals, and by more than two requests. `growth` is the rise per arrival: the
+    share of the load that is not carried. Near capacity short runs tell little: with Poisson arrivals of equal requests
+    at 90 % load 3 runs of 300 in 100 look saturated, at 110 % load 27 are missed.
     """
     arrived = np.sort(requests["arrived_s"])
-    scheduled = np.sort(requests["scheduled_s"])
     count = len(arrived)
+    warm_up = count // 5
     if count < 50:
-        return {
-            "growing": None,
-            "growth": None,
-            "verdict": f"{count} requests are too few to tell whether it is sustained",
-        }
+        return _unknown(f"too few requests ({count}) to tell whether it is sustained")
     if arrived[0] == arrived[-1]:
-        return {"growing": None, "growth": None, "verdict": "all requests arrive at once: there is no rate to sustain"}
-    waiting = (np.arange(1, count + 1) - np.searchsorted(scheduled, arrived, side="right"))[count // 5 :]
-    span = len(waiting)
+        return _unknown("all requests arrive at once: there is no rate to sustain")
+    came = np.arange(1, count + 1)
+
+    def growth_of(left: Array) -> float | None:
+        return _growth((came - np.searchsorted(np.sort(left), arrived, side="right"))[warm_up:])
+
+    growth = growth_of(requests["scheduled_s"])
+    if growth is None:
+        usual = float(np.median(requests["last_token_s"] - requests["arrived_s"]))
+        if arrived[warm_up] - arrived[0] < usual:  # it is still filling up
+            span = arrived[-1] - arrived[0]
+            return _unknown(
+                f"too short to tell whether it is sustained: all requests came within {span:.3g} s and the median one "
+                f"took {usual:.3g} s; raise --num-prompts"
+            )
+        growth = growth_of(requests["last_token_s"])
+    if growth is None:
+        return {
+            "growing": False,
+            "growth": 0.0,
+            "verdict": f"sustained: the queue does not grow over these {count:,} requests",
+        }
+    verdict = f"saturated: the queue grows by {growth:.0%} of the arrivals, so no latency here is a steady one"
+    return {"growing": True, "growth": growth, "verdict": verdict}
+
+
+def _unknown(why: str) -> dict[str, Any]:
+    return {"growing": None, "growth": None, "verdict": why}
+
+
+def _growth(level: Array) -> float | None:
+    """The rise of a count per arrival, or None if it is not growing (see `saturation`)."""
+    span = len(level)
     ends, lag = span // 20, span // 40
-    rise = float(waiting[-ends:].mean() - waiting[:ends].mean())
-    wander = float(np.sqrt((waiting[lag::lag] - waiting[:-lag:lag]).var() / lag * span))
-    growth = rise / (span - ends)
-    growing = rise > max(wander, 0.01 * span, 2.0)
-    if growing:
-        verdict = f"saturated: the queue grows by {growth:.0%} of the arrivals, so no latency here is a steady one"
-    else:
-        verdict = "sustained: the queue does not grow"
-    return {"growing": growing, "growth": growth, "verdict": verdict}
+    rise = float(level[-ends:].mean() - level[:ends].mean())
+    wander = float(np.sqrt((level[lag::lag] - level[:-lag:lag]).var() / lag * span))
+    return rise / (span - ends) if rise > max(wander, 0.01 * span, 2.0) else None
 
 
-def describe(summary: Mapping[str, Any]) -> str:
-    """The verdict of a run in words."""
-    lines = [summary["saturation"]["verdict"]]
-    for slo in summary["slos"]:
-        value = slo["value_s"]
-        shown = "no such token gap" if value is None else f"{value:.3g} s"
-        lines.append(f"{slo['slo']} is {'met' if slo['met'] else 'missed'}: {shown}")
-    return "; ".join(lines)
+def describe(summary: Mapping[str, Any]) -> list[str]:
+    """The verdict of a run in words, and then each SLO's."""
+    return [summary["saturation"]["verdict"], *map(describe_slo, summary["slos"])]
+
+
+def describe_slo(entry: Mapping[str, Any]) -> str:
+    """Whether an SLO of a summary is met, in words."""
+    value = "there is no such value" if entry["value_s"] is None else f"{entry['value_s']:.3g} s"
+    return f"{entry['slo']} is {'met' if entry['met'] else 'missed'}: {value}"

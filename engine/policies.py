@@ -41,6 +41,10 @@ class Draft(NamedTuple):
 class Policy:
     """Base of the policies: admission by a request's own tokens, and a token budget of the model's length."""
 
+    has_budget = True
+    strict_budget = True  # no batch has more tokens than the budget
+    chunks = False  # whether prompts may be split
+
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
         self.budget = spec.max_num_batched_tokens or 0
@@ -70,15 +74,12 @@ class Sarathi(Policy):
     prompt).
     """
 
+    chunks = True
+
     def __init__(self, spec: SchedulerSpec) -> None:
         super().__init__(spec)
         check_budget(spec)
         self.chunk_sizes = chunk_sizes(spec) if spec.chunk_schedule == "dynamic" else []
-        if self.chunk_sizes and self.chunk_sizes[-1] < spec.max_num_seqs:
-            raise InputError(
-                f"chunk_schedule_low {self.chunk_sizes[-1]} is less than --max-num-seqs {spec.max_num_seqs}, so "
-                f"decodes could keep a long prompt from ever going on: raise the one or lower the other"
-            )
         self.tokens_per_chunk_size = -(-(spec.chunk_schedule_max_tokens or 1) // max(1, len(self.chunk_sizes)))
 
     @staticmethod
@@ -167,6 +168,9 @@ class VLLM(Policy):
 class Orca(Policy):
     """Iteration-level scheduling of whole prompts beside the decodes, with memory reserved for the longest request."""
 
+    has_budget = False
+    strict_budget = False
+
     def reserved_tokens(self, request: Request) -> int:
         return self.spec.max_model_len or request.limit
 
@@ -209,6 +213,8 @@ class HybridOnly(Policy):
     The token budget bounds how many prompts join; the first always may, for a prompt may be longer than the budget.
     """
 
+    strict_budget = False
+
     def form(self, scheduler: Scheduler) -> Draft:
         decodes = scheduler.take_decodes()
         used = len(decodes)
@@ -221,6 +227,8 @@ class HybridOnly(Policy):
             used += admitted.total
         return Draft(decodes, prefills, stable=True)
 
+
+CHUNK_SCHEDULE = ("chunk_schedule_low", "chunk_schedule_high", "chunk_schedule_stages", "chunk_schedule_max_tokens")
 
 POLICIES: dict[str, type[Policy]] = {
     "sarathi": Sarathi,
@@ -243,30 +251,47 @@ def check_budget(spec: SchedulerSpec) -> None:
 
 
 def chunk_sizes(spec: SchedulerSpec) -> list[int]:
-    """The chunk size of each stage of the dynamic schedule, first stage first."""
-    high = spec.chunk_schedule_high or spec.max_num_batched_tokens or 1
-    low = spec.chunk_schedule_low or max(1, high // 4)
-    stages = spec.chunk_schedule_stages or 16
+    """The chunk size of each stage of a resolved dynamic schedule, first stage first."""
+    high, low = spec.chunk_schedule_high or 1, spec.chunk_schedule_low or 1
+    stages = spec.chunk_schedule_stages or 1
     if stages == 1:
         return [high]
     return [round(high - (high - low) * stage / (stages - 1)) for stage in range(stages)]
 
 
 def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
-    """`spec` with the lengths that were left open filled in from the model and the policy.
+    """`spec` with what was left open filled in from the model and the policy; a policy without a budget gets None.
 
-    Raises InputError for an unknown policy or for limits that contradict each other.
+    Raises InputError for an unknown policy, for limits that contradict each other and for a chunk schedule that would
+    be ignored.
     """
     if spec.policy not in POLICIES:
         raise unknown("scheduler", spec.policy, POLICIES)
+    policy = POLICIES[spec.policy]
     max_model_len = spec.max_model_len or model_max_len
-    default_budget = max(POLICIES[spec.policy].default_budget(max_model_len), spec.max_num_seqs)
+    default_budget = max(policy.default_budget(max_model_len), spec.max_num_seqs)
     budget = spec.max_num_batched_tokens or default_budget
-    spec = replace(
-        spec,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=budget,
-        chunk_schedule_max_tokens=spec.chunk_schedule_max_tokens or max_model_len,
-    )
-    POLICIES[spec.policy](spec)  # checks the limits
+    given = [name for name in CHUNK_SCHEDULE if getattr(spec, name) is not None]
+    if spec.chunk_schedule == "dynamic" and not policy.chunks:
+        raise InputError(f"chunk_schedule 'dynamic' needs a scheduler that splits prompts; {spec.policy} does not")
+    if spec.chunk_schedule == "fixed" and given:
+        raise InputError(f"{given[0]} {getattr(spec, given[0])} needs chunk_schedule 'dynamic'")
+    if spec.chunk_schedule == "dynamic":
+        high = spec.chunk_schedule_high or budget
+        low = spec.chunk_schedule_low or min(high, max(high // 4, spec.max_num_seqs))
+        if not spec.max_num_seqs <= low <= high <= budget:
+            raise InputError(
+                f"dynamic chunks from {high} down to {low} tokens: chunk_schedule_low must be at least --max-num-seqs "
+                f"{spec.max_num_seqs} (or decodes could keep a long prompt from ever going on), chunk_schedule_high at "
+                f"least that and at most --max-num-batched-tokens {budget}"
+            )
+        spec = replace(
+            spec,
+            chunk_schedule_high=high,
+            chunk_schedule_low=low,
+            chunk_schedule_stages=spec.chunk_schedule_stages or 16,
+            chunk_schedule_max_tokens=spec.chunk_schedule_max_tokens or max_model_len,
+        )
+    spec = replace(spec, max_model_len=max_model_len, max_num_batched_tokens=budget if policy.has_budget else None)
+    policy(spec)  # checks the limits
     return spec

@@ -2,8 +2,8 @@
 
 The engine's driver and the simulator's replica report to the same Recorder, in seconds on their own clock, so a
 simulated and a measured run have the same tables. Rows are kept in plain lists and turned into Arrow tables a block at
-a time; with a folder given, the blocks go straight to `requests.parquet` and `iterations.parquet`, so that a run of any
-length takes little memory.
+a time; with a folder given, the blocks go straight to `requests.parquet` and `iterations.parquet`, so that a
+long run takes little more memory than its requests' own columns.
 """
 
 from __future__ import annotations

@@ -17,30 +17,46 @@ from typing import Any
 from engine.errors import InputError
 
 
+class _TakenError(InputError):
+    """The run is finished, but not where it should be."""
+
+
 @contextmanager
 def run_folder(target: Path) -> Iterator[Path]:
     """A folder to write a run into; it becomes `target` when the block ends well and is removed when it does not.
 
-    Raises InputError if `target` is in use, at once.
+    Raises InputError if `target` is in use, at once; if another run took it meanwhile, this one's folder is kept and
+    the error says where.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        what = "is a file" if target.is_file() else "is not empty"
-        raise InputError(f"output folder {target} {what}: give another --output-dir, or remove it")
-    missing = [folder for folder in target.parents if not folder.exists()]
+    target = target.absolute()
     try:
+        if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+            what = "is a link" if target.is_symlink() else "is not empty" if target.is_dir() else "is a file"
+            raise InputError(f"output folder {target} {what}: give another --output-dir")
+        missing = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as error:
-        raise InputError(f"can't write to {target.parent}: {error.strerror}: give another --output-dir") from None
+        raise InputError(f"can't write to {target}: {error.strerror}: give another --output-dir") from None
     try:
         yield partial
         partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException:
+        try:
+            partial.rename(target)
+        except OSError as error:
+            raise _TakenError(
+                f"{target} was taken meanwhile ({error.strerror}); the results are in {partial}"
+            ) from None
+    except _TakenError:
+        raise
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         for folder in missing:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        if isinstance(error, OSError):
+            why = f"{error.strerror or error}: free some space, or give another --output-dir"
+            raise OSError(error.errno, f"can't write the results: {why}", str(target)) from error
         raise
 
 
@@ -66,8 +82,18 @@ def write_chrome_trace(folder: Path) -> None:
     with (folder / "trace.json").open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
         separator = "\n"
+        named = set()
         for batch in pq.ParquetFile(folder / "iterations.parquet").iter_batches():
             for row in batch.to_pylist():
+                place = {"pid": row["replica"], "tid": row["stage"], "ph": "M"}
+                if (row["replica"], row["stage"]) not in named:
+                    named.add((row["replica"], row["stage"]))
+                    for kind, name in (
+                        ("process_name", f"replica {place['pid']}"),
+                        ("thread_name", f"stage {place['tid']}"),
+                    ):
+                        file.write(separator + json.dumps({**place, "name": kind, "args": {"name": name}}))
+                        separator = ",\n"
                 event = {
                     "name": f"{row['num_decodes']} decodes + {row['num_tokens'] - row['num_decodes']} prefill tokens",
                     "ph": "X",

@@ -20,7 +20,7 @@ from operator import attrgetter
 
 from engine.blocks import BlockManager
 from engine.errors import InputError
-from engine.policies import POLICIES, Draft, Policy
+from engine.policies import POLICIES, Draft
 from engine.request import Batch, BatchShape, Request
 from engine.specs import SchedulerSpec
 
@@ -45,12 +45,11 @@ class Scheduler:
         num_blocks: int,
         max_in_flight: int = 1,
         sliding_window: int | None = None,
-        policy: Policy | None = None,
     ) -> None:
         self.spec = spec
         self.max_in_flight = max_in_flight
         self.sliding_window = sliding_window
-        self.policy = policy or POLICIES[spec.policy](spec)
+        self.policy = POLICIES[spec.policy](spec)
         self.blocks = BlockManager(num_blocks, spec.block_size, spec.watermark)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
@@ -78,8 +77,8 @@ class Scheduler:
         if self.blocks.blocks_for(tokens) > room:
             raise InputError(
                 f"request {request.id} needs KV cache for {tokens} tokens but there is room for "
-                f"{room * self.blocks.block_size} ({room} blocks of {self.blocks.block_size}): lower --max-model-len, "
-                f"raise --gpu-memory-utilization or --tensor-parallel-size"
+                f"{room * self.blocks.block_size} ({room} blocks of {self.blocks.block_size}): lower --max-model-len "
+                f"or --watermark, raise --gpu-memory-utilization, --num-gpu-blocks-override or --tensor-parallel-size"
             )
         self.policy.check(request)
 
@@ -115,6 +114,8 @@ class Scheduler:
         if prefills:
             chunks = tuple([(chunk, request.computed) for request, chunk in prefills])
             for request, chunk in prefills:
+                if not 0 < chunk <= request.total - request.computed:
+                    raise ValueError(f"the policy {self.spec.policy} drafted {chunk} tokens of {request}")
                 num_tokens += chunk
                 num_sampled += request.computed + chunk == request.total
         shape = BatchShape(num_tokens, len(decodes), kv_tokens, chunks, num_sampled, growth)

@@ -321,7 +321,7 @@ class SchedulerSpec:
 
     `watermark` is the share of KV blocks that admission leaves free. The dynamic chunk schedule is Sarathi-Serve's: the
     token budget falls linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` equal
-    stages of a prompt's first `chunk_schedule_max_tokens` tokens; `engine.policies.resolve` fills in what is left open.
+    stages of a prompt's first `chunk_schedule_max_tokens` tokens. `engine.policies.resolve` fills in what is left open.
     """
 
     policy: str = "sarathi"
@@ -401,4 +401,4 @@ class SLO:
             raise InputError(f"can't read the SLO {text!r}: {match['value']!r} is no number; {_SLO_EXAMPLE}") from None
 
     def __str__(self) -> str:
-        return f"{self.statistic}_{self.metric}<={repr(self.threshold_s).removesuffix('.0')}"
+        return f"{self.statistic}_{self.metric}<={repr(self.threshold_s).removesuffix('.0')}s"

@@ -24,6 +24,7 @@ from engine.traces import read_trace
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+MOST_PROMPTS = 100_000_000  # their arrays take some gigabytes
 ARRIVALS = ("burst", "gamma", "poisson", "static", "trace")
 SYNTHETIC = ("fixed", "uniform", "zipf")
 DEFAULT_LENGTHS = "openchat_sharegpt4"
@@ -65,6 +66,8 @@ class WorkloadSpec:
         self._check_lengths()
         self._check_arrival()
         _check_whole("num_prompts", self.num_prompts, 1)
+        if self.num_prompts is not None and self.num_prompts > MOST_PROMPTS:
+            raise InputError(f"num_prompts {self.num_prompts}: give at most {MOST_PROMPTS:,}")
         _check_whole("max_model_len", self.max_model_len, 2)
         _check_whole("clip_tokens", self.clip_tokens, 2)
         _check_whole("seed", self.seed, 0)
@@ -124,6 +127,31 @@ class Workload:
     output_tokens: Ints
     num_dropped: int
     num_failed: int = 0
+
+    def __post_init__(self) -> None:
+        columns = {
+            "arrived_at": self.arrived_at,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+        }
+        for name, column in columns.items():
+            if column.ndim != 1 or len(column) != len(self.arrived_at) or not len(column):
+                shapes = ", ".join(f"{name} {column.shape}" for name, column in columns.items())
+                raise InputError(f"workload {self.name}: {shapes}: give three lists, equally long and not empty")
+            low = 0 if name == "arrived_at" else 1
+            bad = ~(np.isfinite(column) & (column >= low))
+            if name != "arrived_at":
+                bad |= column != np.floor(column)
+            if bad.any():
+                wanted = "a finite time (s) of at least 0" if low == 0 else "a whole number of at least 1"
+                row = int(bad.argmax())
+                raise InputError(f"workload {self.name}: {name}[{row}] is {column[row]}: give {wanted}")
+        if (falls := np.diff(self.arrived_at) < 0).any():
+            row = int(falls.argmax()) + 1
+            raise InputError(
+                f"workload {self.name}: arrived_at[{row}] is {self.arrived_at[row]}, earlier than the one before: "
+                "sort the requests by arrival"
+            )
 
     def __len__(self) -> int:
         return len(self.arrived_at)

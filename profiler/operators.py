@@ -2,7 +2,7 @@
 
 What is measured, what is predicted and what the engine's modules are called are the same names. An operator's work
 depends on the batch through one number of rows (the batch's tokens, or the rows that are sampled) or, for attention,
-through the requests' chunks and cached tokens.
+through the requests' chunks and cached tokens. Left out: gathering the sampled rows' logits over tensor-parallel ranks.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from engine import catalog
 from engine.errors import InputError, unknown
 from engine.memory import num_kv_blocks
 from engine.metrics import summarize, tbt_percentiles
-from engine.policies import resolve
+from engine.policies import POLICIES, resolve
 from engine.recorder import Recorder
 from engine.request import Request
 from engine.scheduler import Scheduler
@@ -38,6 +38,7 @@ from simulator.predictor.roofline import Roofline
 from simulator.replica import Clock, Replica
 from simulator.router import ROUTERS
 
+MOST_BLOCKS = 10_000_000  # KV blocks of a replica
 EXACT_GAPS = 20_000_000  # output tokens of a run up to which every gap between tokens is kept
 
 PREDICTORS: dict[str, Callable[[ModelSpec, DeviceSpec, NetworkSpec, ParallelSpec, HostOverhead], RuntimePredictor]] = {
@@ -66,19 +67,41 @@ class Deployment:
             sliding_window=self.model.sliding_window,
         )
 
+    def notes(self) -> list[str]:
+        """What a user should know who reads the results."""
+        length, positions = self.scheduler.max_model_len or 0, self.model.max_position_embeddings
+        notes = []
+        if length > positions:
+            notes.append(
+                f"--max-model-len {length} is past the {positions} positions that {self.model.name} was made for"
+            )
+        policy, longest = POLICIES[self.scheduler.policy], f"activation memory is counted for {length} tokens"
+        if not policy.has_budget:
+            notes.append(f"{self.scheduler.policy} has no token budget: a batch may hold many whole prompts; {longest}")
+        elif not policy.strict_budget:
+            notes.append(f"{self.scheduler.policy} runs a prompt over its token budget whole; {longest}")
+        tp, node = self.parallel.tensor_parallel_size, self.network.gpus_per_node
+        if tp > node:
+            rate = self.network.internode.bandwidth_bytes_per_s / 1e9
+            notes.append(f"TP{tp} spans {-(-tp // node)} nodes of {node} GPUs: its all-reduces go at {rate:g} GB/s")
+        return notes
+
     def describe(self) -> dict[str, Any]:
         """What there is to say about it in a summary."""
         return {
             "model": self.model.name,
             "device": self.device.name,
             "network": self.network.name,
+            "num_nodes": -(-self.parallel.world_size // self.network.gpus_per_node),
             "parallel": str(self.parallel),
+            "num_gpus": self.parallel.world_size,
             "scheduler": self.scheduler.policy,
             "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
             "max_model_len": self.scheduler.max_model_len,
             "num_gpu_blocks": self.num_kv_blocks,
             "kv_cache_tokens": self.num_kv_blocks * self.scheduler.block_size,
             "predictor": self.predictor.description,
+            "notes": self.notes(),
         }
 
 
@@ -106,9 +129,12 @@ def deploy(
     parallel.validate(model)
     spec = resolve(scheduler or SchedulerSpec(), model.max_position_embeddings)
     if num_gpu_blocks_override is None:
-        blocks = num_kv_blocks(model, device, parallel, spec, gpu_memory_utilization)
-    elif num_gpu_blocks_override < 1:
-        raise InputError(f"num_gpu_blocks_override {num_gpu_blocks_override}: give at least 1 block")
+        largest_batch = spec.max_num_batched_tokens or 0
+        if not POLICIES[spec.policy].strict_budget:
+            largest_batch = max(largest_batch, spec.max_model_len or 0)
+        blocks = num_kv_blocks(model, device, parallel, spec, gpu_memory_utilization, largest_batch)
+    elif not 1 <= num_gpu_blocks_override <= MOST_BLOCKS:
+        raise InputError(f"num_gpu_blocks_override {num_gpu_blocks_override}: give 1 to {MOST_BLOCKS:,} blocks")
     else:
         blocks = num_gpu_blocks_override
     if isinstance(predictor, str):
@@ -145,7 +171,7 @@ def simulate(
         repeats: False single-steps every batch; the result is the same, later.
         on_progress: called now and then with the number of finished requests.
 
-    Raises InputError for a request that no replica could ever run.
+    Raises InputError for a request that one of the replicas could never run.
     """
     if router not in ROUTERS:
         raise unknown("router", router, ROUTERS)
@@ -184,7 +210,7 @@ def simulate(
     collected = gc.isenabled()
     gc.disable()  # a run makes no reference cycles to speak of, and looking for them takes a fifth of its time
     try:
-        env.run(until=all_finished)
+        _run(env, all_finished, replicas)
         recorder.close()
         loop_seconds = time.perf_counter() - started
     finally:
@@ -193,6 +219,7 @@ def simulate(
     requests = recorder.requests()
     summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
     summary["workload"] = workload.name
+    summary["trace_failures"] = workload.num_failed
     summary["router"] = router
     summary["replicas"] = [
         {**deployment.describe(), **_use(replica, summary["duration"])}
@@ -202,11 +229,26 @@ def simulate(
     return Run(summary, requests, None if folder else recorder.iteration_table())
 
 
+def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
+    """Run the simulation; RuntimeError if a policy leaves requests waiting for ever."""
+    try:
+        env.run(until=until)
+    except RuntimeError as error:
+        left = [replica for replica in replicas if replica.outstanding_requests]
+        if until.triggered or not left:
+            raise
+        scheduler = left[0].scheduler
+        raise RuntimeError(
+            f"the policy {scheduler.spec.policy} schedules nothing although {len(scheduler.running)} requests are "
+            f"running and {len(scheduler.waiting)} are waiting"
+        ) from error
+
+
 def _check_fits(workload: Workload, deployment: Deployment) -> None:
-    """Raise InputError if a request could never run there: what a policy refuses is too long, or has no tokens."""
+    """Raise InputError if a request could never run there: what is refused is too long."""
     scheduler = deployment.new_scheduler()
     prompts, outputs = workload.prompt_tokens, workload.output_tokens
-    for row in map(int, {prompts.argmin(), outputs.argmin(), prompts.argmax(), (prompts + outputs).argmax()}):
+    for row in map(int, [(prompts + outputs).argmax(), prompts.argmax()]):
         scheduler.check(Request(row, 0.0, int(workload.prompt_tokens[row]), int(workload.output_tokens[row])))
 
 
@@ -215,7 +257,7 @@ def _use(replica: Replica, duration: float) -> dict[str, Any]:
     return {
         "recomputed_tokens": replica.scheduler.recomputed_tokens,
         "occupied_s": replica.occupied_s,
-        "stage_utilization": [busy / duration for busy in replica.busy_s],
+        "stage_utilization": [min(1.0, busy / duration) for busy in replica.busy_s],
         "stage_bubbles": [
             max(0.0, 1 - busy / replica.occupied_s) if replica.occupied_s else 0.0 for busy in replica.busy_s
         ],

@@ -157,6 +157,10 @@ class Replica:
             except simpy.Interrupt:
                 if len(self._flights) < self.num_stages:  # there is room for the arrival at once
                     self._settle(bisect_left(self._completions, self.env.now, hi=self._last))
+                    self._completions, self._last = [], 0
+                    self._asleep = self.env.at(self.env.now)  # whatever else arrives now comes before the next batch
+                    yield self._asleep
+                    self._asleep = None
                     continue
                 yield self.env.at(self._completions[self._last])
             if self.num_stages > 1:

@@ -18,12 +18,11 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from engine.metrics import describe
-from studies.report_figures import METRIC_NAMES, Panel, number, panels, seconds
+from engine.metrics import METRIC_NAMES, describe_slo, summary_key
+from studies.report_figures import Panel, number, panels, seconds
 from studies.report_record import Record, read_record
 
 _PAGE = Path(__file__).with_name("report_page.html")
-_VLLM_NAMES = {"tbt": "itl", "e2e": "e2el"}  # of the metrics in a summary's keys
 _STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
 _FILES = {
     "config.yaml": "the configuration, complete",
@@ -88,7 +87,7 @@ def _header(record: Record) -> str:
 def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
     """Each kind of replica and how many there are of it."""
     kinds: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
-    names = ("model", "device", "parallel", "scheduler", "max_num_batched_tokens")
+    names = ("model", "device", "network", "parallel", "scheduler", "max_num_batched_tokens", "max_model_len")
     for replica in record.summary["replicas"]:
         key = tuple(replica.get(name) for name in names)
         count, _ = kinds.get(key, (0, replica))
@@ -100,9 +99,7 @@ def _served(record: Record) -> str:
     """Which model on how many devices."""
     parts = []
     for count, replica in _kinds(record):
-        devices = count
-        for size in re.findall(r"\d+", replica["parallel"]):
-            devices *= int(size)
+        devices = count * replica["num_gpus"]
         parts.append(f"{replica['model'].split('/')[-1]} on {devices} \N{MULTIPLICATION SIGN} {replica['device']}")
     return " and ".join(parts)
 
@@ -132,12 +129,10 @@ def _setting(record: Record) -> str:
 
 def verdict(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The verdict and each SLO in words, each with its tone: good, bad or unsure."""
-    saturation = describe({**summary, "slos": []})
     growing = summary["saturation"]["growing"]
-    lines = [("unsure" if growing is None else "bad" if growing else "good", saturation)]
-    for slo in summary["slos"]:
-        text = describe({**summary, "slos": [slo]})[len(saturation) + 2 :]
-        lines.append(("good" if slo["met"] else "bad", text))
+    tone = "unsure" if growing is None else "bad" if growing else "good"
+    lines = [(tone, summary["saturation"]["verdict"])]
+    lines += [("good" if slo["met"] else "bad", describe_slo(slo)) for slo in summary["slos"]]
     if not summary["slos"]:
         lines.append(("unsure", "No SLO was set"))
     return [(tone, text[:1].upper() + text[1:] if i == 0 else text) for i, (tone, text) in enumerate(lines)]
@@ -211,7 +206,7 @@ def _latency_table(summary: Mapping[str, Any]) -> str:
     head = "".join(f"<th scope='col'>{name.capitalize()}</th>" for name in _STATISTICS)
     rows = []
     for metric, name in METRIC_NAMES.items():
-        keys = [f"{statistic}_{_VLLM_NAMES.get(metric, metric)}_ms" for statistic in _STATISTICS]
+        keys = [summary_key(statistic, metric) for statistic in _STATISTICS]
         values = "".join(f"<td>{escape(_latency(summary, key))}</td>" for key in keys)
         rows.append(f"<tr><th scope='row'>{escape(name)}</th>{values}</tr>")
     how = summary.get("token_percentiles", "exact")

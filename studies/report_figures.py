@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
+from engine.metrics import METRIC_NAMES
 from engine.tables import Array
 from studies.report_record import STALL_FACTOR, Record, Timeline
 
@@ -18,14 +19,6 @@ from studies.report_record import STALL_FACTOR, Record, Timeline
 BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"
 GOOD, BAD = "#1f9e77", "#d6453d"
 
-METRIC_NAMES = {
-    "ttft": "TTFT",
-    "tbt": "TBT",
-    "tpot": "TPOT",
-    "e2e": "E2E",
-    "scheduling_delay": "Scheduling delay",
-    "normalized_latency": "Normalised latency",
-}
 _MOST_BARS = 16
 _NO_GAPS = "No request has more than one output token, so there is no gap between tokens."
 
@@ -65,14 +58,12 @@ def latency_cdf(record: Record, metric: str) -> Panel:
         return Panel(name, _NO_GAPS, None, "third")
     slos = [(slo, value, met) for slo, value, met in record.slos if slo.metric == metric]
     values = distribution.values_s
-    exact = len(distribution.values_s) > 10
     figure = _figure(legend=False)
     figure.add_scatter(
         x=values,
         y=100 * distribution.quantiles,
-        mode="lines" if exact else "markers",
+        mode="lines",
         line={"color": BLUE, "width": 2.5},
-        marker={"color": BLUE, "size": 8},
         hovertemplate="%{y:.4~r} % within %{x:.3~r} s<extra></extra>",
     )
     shown = np.concatenate([values, [slo.threshold_s for slo, _, _ in slos]])
@@ -93,9 +84,7 @@ def latency_cdf(record: Record, metric: str) -> Panel:
             )
     figure.update_yaxes(title_text="Share (%)", range=[0, 102], tickvals=[0, 25, 50, 75, 100])
     figure.update_layout(hovermode="closest")
-    caption = f"Height: share of {things} within this time." + (
-        "" if exact else " Only the percentiles that were kept are shown."
-    )
+    caption = f"Height: share of {things} within this time."
     if slos:
         caption += " Dashed: SLO; the dot is what the run had, and must lie left of its line."
     return Panel(name, caption, figure, "third", 270)
@@ -138,7 +127,7 @@ def tbt_over_time(record: Record) -> Panel:
     shown = np.concatenate([longest[some], timeline.median_tbt_s[some], [threshold] if stalled.any() else []])
     figure.update_yaxes(title_text="TBT (s)", **_value_axis(shown))
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
-    stalls = f"a gap over {STALL_FACTOR:g} times the run's median, {seconds(threshold)}"
+    stalls = f"a gap over {seconds(threshold)}, {STALL_FACTOR:g} times the run's median"
     if timeline.stalled_batches:
         count = timeline.stalled_batches
         found = (

@@ -92,11 +92,9 @@ def read_record(folder: Path) -> Record:
     distributions = {
         metric: Distribution(QUANTILES, np.quantile(values[metric], QUANTILES)) for metric in ("ttft", "e2e")
     }
-    if pairs := summary.get("tbt_quantiles_s"):
+    if pairs := summary["tbt_quantiles_s"]:
         quantiles, gaps = np.array(pairs, dtype=float).T
         distributions["tbt"] = Distribution(quantiles, gaps)
-    elif known := _known_percentiles(summary, "itl"):
-        distributions["tbt"] = Distribution(np.array(list(known)) / 100, np.array(list(known.values())))
     first, last = float(requests["arrived_s"].min()), float(requests["arrived_s"].max())
     return Record(
         config=config,
@@ -108,13 +106,6 @@ def read_record(folder: Path) -> Record:
             folder / "iterations.parquet", summary, start_s=first, end_s=float(requests["last_token_s"].max())
         ),
     )
-
-
-def _known_percentiles(summary: dict[str, Any], metric: str) -> dict[float, float]:
-    """Percentile -> seconds, of those that the summary names."""
-    keys = {50.0: "median", 90.0: "p90", 95.0: "p95", 99.0: "p99", 99.9: "p99.9", 100.0: "max"}
-    found = {percentile: summary.get(f"{key}_{metric}_ms") for percentile, key in keys.items()}
-    return {percentile: value / 1e3 for percentile, value in found.items() if value is not None}
 
 
 def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: float) -> Timeline:

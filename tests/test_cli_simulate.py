@@ -19,7 +19,7 @@ SMALL = [*BASE, "--request-rate", "2", "--num-prompts", "40"]
 
 def windtunnel(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "cli.main", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
     )
 
 
@@ -40,7 +40,7 @@ def test_a_run_leaves_its_folder_and_ends_with_the_report(tmp_path: Path) -> Non
         "report.html",
         "trace.json",
     }
-    assert "p50_ttft<=0.001 is missed" in done.stdout
+    assert "p50_ttft<=0.001s is missed" in done.stdout
     assert "estimate" in done.stdout
     summary = json.loads((folder / "summary.json").read_text())
     requests, iterations = pq.read_table(folder / "requests.parquet"), pq.read_table(folder / "iterations.parquet")
@@ -48,7 +48,7 @@ def test_a_run_leaves_its_folder_and_ends_with_the_report(tmp_path: Path) -> Non
     assert summary["total_output_tokens"] == sum(requests["output_tokens"].to_pylist())
     assert summary["simulator"]["batches"] == iterations.num_rows
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    assert len(events) == iterations.num_rows
+    assert len([event for event in events if event["ph"] == "X"]) == iterations.num_rows
 
 
 def test_the_summary_has_the_keys_of_vllms_benchmark(tmp_path: Path) -> None:
@@ -114,6 +114,68 @@ def test_too_long_requests_are_dropped_and_counted(tmp_path: Path) -> None:
     assert (summary["completed"], summary["dropped"], summary["failed"]) == (2, 1, 0)
 
 
+def test_a_folder_named_like_a_device_is_not_taken_for_it(tmp_path: Path) -> None:
+    for name in ("a100", "azure_conv", "mistralai/Mistral-7B-v0.1", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "my_gpu.yaml").write_text(
+        "{description: mine, peak_flops: 4e14, memory_bandwidth: 3e12, memory_bytes: 96e9, matmul_efficiency: 0.7, "
+        "attention_efficiency: 0.5, bandwidth_efficiency: 0.8, network: pcie, source: a test}"
+    )
+    (tmp_path / "run.yaml").write_text(
+        "model: mistralai/Mistral-7B-v0.1\nworkload: azure_conv\nrequest_rate: 4\nnum_prompts: 30\n"
+        "replicas: [{device: a100}, {device: my_gpu.yaml, max-num-seqs: 64}]\n"
+    )
+    first = windtunnel("simulate", "--config", "run.yaml", "--output-dir", "out", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    again = windtunnel("simulate", "--config", "../out/config.yaml", "--output-dir", "o", cwd=tmp_path / "elsewhere")
+    assert again.returncode == 0, again.stderr
+    summaries = [json.loads((tmp_path / path / "summary.json").read_text()) for path in ("out", "elsewhere/o")]
+    assert summaries[0]["replicas"] == summaries[1]["replicas"]
+
+
+def test_a_run_whose_place_is_taken_meanwhile_is_kept(tmp_path: Path) -> None:
+    from engine.errors import InputError
+    from engine.run_folder import run_folder
+
+    manager = run_folder(tmp_path / "out")
+    folder = manager.__enter__()
+    (folder / "summary.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "other.txt").write_text("another run's")
+    with pytest.raises(InputError, match="taken meanwhile") as error:
+        manager.__exit__(None, None, None)
+    assert (tmp_path / "out" / "other.txt").exists()
+    assert (folder / "summary.json").exists()
+    assert str(folder) in str(error.value)
+
+
+def test_the_current_folder_may_take_the_results_if_it_is_empty(tmp_path: Path) -> None:
+    done = windtunnel("simulate", *SMALL, "--output-dir", ".", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_what_a_setting_does_not_do_is_said(tmp_path: Path) -> None:
+    flags = [
+        "--scheduler",
+        "orca",
+        "--max-num-batched-tokens",
+        "512",
+        "--max-num-seqs",
+        "8",
+        "--max-model-len",
+        "65536",
+    ]
+    done = windtunnel("simulate", *SMALL, *flags, "--json", "--output-dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (replica,) = json.loads(done.stdout)["replicas"]
+    assert replica["max_num_batched_tokens"] is None
+    for note in replica["notes"]:
+        assert f"note: {note}" in done.stderr
+    assert "no token budget" in done.stderr
+    assert "--max-model-len 65536 is past the 32768 positions" in done.stderr
+
+
 BAD = {
     "unknown model": (["--model", "mistralai/Mistral-7B-v0.l"], "Mistral-7B-v0.1"),
     "unknown device": (["--device", "a1000"], "a100"),
@@ -121,8 +183,8 @@ BAD = {
     "unknown router": (["--router", "robin"], "round_robin"),
     "unknown predictor": (["--predictor", "rooflines"], "roofline"),
     "unknown workload": (["--workload", "azure_con"], "azure_conv"),
-    "TP that does not divide": (["--tensor-parallel-size", "3"], "tensor_parallel_size=3"),
-    "TP of zero": (["--tensor-parallel-size", "0"], "tensor_parallel_size=0"),
+    "TP that does not divide": (["--tensor-parallel-size", "3"], "--tensor-parallel-size=3"),
+    "TP of zero": (["--tensor-parallel-size", "0"], "--tensor-parallel-size=0"),
     "no replicas": (["--num-replicas", "0"], "--num-replicas 0"),
     "model too large": (["--model", "tiiuae/falcon-180B"], "--tensor-parallel-size"),
     "negative rate": (["--request-rate", "-1"], "-1"),
@@ -148,6 +210,9 @@ BAD = {
     "unknown flag": (["--request-rates", "1"], "--request-rate"),
     "missing plugin": (["--plugin", "nowhere.py"], "nowhere.py"),
     "utilization over 1": (["--gpu-memory-utilization", "1.5"], "1.5"),
+    "empty group": (["--config", "group.yaml"], "replicas[0] count 0"),
+    "flag and group": (["--config", "both.yaml"], "--device a100 and replicas[0]"),
+    "ignored chunk schedule": (["--chunk-schedule-low", "128"], "--chunk-schedule-low 128"),
     "negative seed": (["--seed", "-1"], "-1"),
 }
 
@@ -158,6 +223,8 @@ def test_bad_input_is_one_error_and_exit_code_2(case: str, tmp_path: Path) -> No
     (tmp_path / "words.csv").write_text("num_prefill_tokens,num_decode_tokens\nmany,few\n")
     (tmp_path / "truncated.csv").write_text("num_prefill_tokens,num_decode_tokens\n10,10\n12")
     (tmp_path / "bad.yaml").write_text("request_rat: 3\n")
+    (tmp_path / "group.yaml").write_text("replicas: [{count: 0}]\n")
+    (tmp_path / "both.yaml").write_text("replicas: [{device: h100}]\n")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "precious.txt").write_text("keep me")
     before = sorted(path.name for path in tmp_path.rglob("*"))
@@ -179,7 +246,7 @@ def test_bad_input_is_one_error_and_exit_code_2(case: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_leaves_no_folder(number: int, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli.main", "simulate", *LONG, "--output-dir", "deep/out"],
+        [sys.executable, "-m", "cli", "simulate", *LONG, "--output-dir", "deep/out"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -187,6 +254,7 @@ def test_interrupting_leaves_no_folder(number: int, tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("deep/.out.partial-*/iterations.parquet")) and time.monotonic() < deadline:
         time.sleep(0.05)  # until it is in the middle of the run
+    assert list(tmp_path.glob("deep/.out.partial-*/iterations.parquet")), "it never got to the middle of the run"
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -198,12 +266,12 @@ def test_interrupting_leaves_no_folder(number: int, tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import pyarrow.parquet as pq, cli.main, engine.recorder as r\n"
+        "import pyarrow.parquet as pq, cli.__main__, engine.recorder as r\n"
         "class Full(pq.ParquetWriter):\n"
         "    def __init__(self, path, schema, **options):\n"
         "        super().__init__(open('/dev/full', 'wb', buffering=0), schema, **options)\n"
         "r.pq.ParquetWriter = Full\n"
-        f"cli.main.main({['simulate', *SMALL, '--output-dir', 'out']!r})\n"
+        f"cli.__main__.main({['simulate', *SMALL, '--output-dir', 'out']!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 1
@@ -216,7 +284,7 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
     from cli.config import RunConfig
 
     done = subprocess.run(
-        [sys.executable, "-m", "cli.main", "simulate", "--help"],
+        [sys.executable, "-m", "cli", "simulate", "--help"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

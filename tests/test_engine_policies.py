@@ -6,6 +6,7 @@ token. Batches take equal times; those that complete while others wait do so old
 """
 
 import string
+from typing import Any
 
 import pytest
 
@@ -261,13 +262,25 @@ def test_dynamic_chunks_share_their_size_with_the_decodes() -> None:
     assert batches == ["B3 A5", "B A5", "B A3", "A2", "A2", "A2", "A"]
 
 
-def test_the_token_budget_bounds_dynamic_chunks() -> None:
-    batches, _ = play("sarathi", {"A": (13, 1)}, **{**DYNAMIC, "max_num_batched_tokens": 5})
-    assert batches == ["A5", "A5", "A3"]  # the stages allow 8, 6 and (after 10 tokens) 4
+def test_dynamic_chunks_larger_than_the_token_budget_are_refused() -> None:
+    with pytest.raises(InputError, match=r"from 8 down to 2 tokens: .* at most --max-num-batched-tokens 5"):
+        resolve(SchedulerSpec(**{**DYNAMIC, "max_num_batched_tokens": 5}), 30)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"chunk_schedule_low": 3}, "chunk_schedule_low 3 needs chunk_schedule 'dynamic'"),
+        ({"chunk_schedule": "dynamic", "policy": "vllm"}, "vllm does not"),
+    ],
+)
+def test_a_chunk_schedule_that_would_be_ignored_is_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        resolve(SchedulerSpec(**settings), 4096)
 
 
 def test_dynamic_chunks_smaller_than_max_num_seqs_are_refused() -> None:
-    with pytest.raises(InputError, match=r"chunk_schedule_low 2 .*--max-num-seqs 3"):
+    with pytest.raises(InputError, match=r"down to 2 tokens: chunk_schedule_low must be at least --max-num-seqs 3"):
         resolve(SchedulerSpec(**{**DYNAMIC, "max_num_seqs": 3}), 30)  # type: ignore[arg-type]
 
 
@@ -293,7 +306,7 @@ def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "budget"),
-    [("sarathi", 512), ("chunked_only", 512), ("vllm", 4096), ("orca", 4096), ("hybrid_only", 4096)],
+    [("sarathi", 512), ("chunked_only", 512), ("vllm", 4096), ("orca", None), ("hybrid_only", 4096)],
 )
 def test_lengths_left_open_come_from_the_model_and_the_policy(policy: str, budget: int) -> None:
     spec = resolve(SchedulerSpec(policy=policy), 4096)

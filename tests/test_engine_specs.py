@@ -169,7 +169,13 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
         ({"is_encoder_decoder": True}, "encoder-decoder, not a dense decoder"),
         ({"text_config": {}}, "not a dense decoder"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"model_type": "gemma2"}, "sliding window in some layers only"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding window in some layers only"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}, "in some layers only"),
         ({"hidden_size": "4096"}, "hidden_size='4096': give an integer"),
+        ({"head_dim": "x"}, "head_dim='x': give an integer"),
+        ({"rope_theta": "x"}, "rope_theta='x': give a number"),
+        ({"rope_parameters": 5}, "rope_parameters=5: give an object"),
         ({"num_attention_heads": 33}, "does not divide hidden_size"),
         ({"num_key_value_heads": 5}, "does not divide num_attention_heads=32"),
         ({"num_hidden_layers": 0}, "num_layers=0"),
@@ -306,11 +312,11 @@ def test_scheduler_ranges() -> None:
 @pytest.mark.parametrize(
     ("text", "slo", "canonical"),
     [
-        ("p99_tbt<=0.1", SLO("tbt", "p99", 0.1), "p99_tbt<=0.1"),
-        (" P99.9_ITL < 300 ms ", SLO("tbt", "p99.9", 0.3), "p99.9_tbt<=0.3"),
-        ("median_scheduling_delay<=2s", SLO("scheduling_delay", "p50", 2.0), "p50_scheduling_delay<=2"),
-        ("max_e2el<=1e2", SLO("e2e", "max", 100.0), "max_e2e<=100"),
-        ("mean_normalized_latency<=50ms", SLO("normalized_latency", "mean", 0.05), "mean_normalized_latency<=0.05"),
+        ("p99_tbt<=0.1", SLO("tbt", "p99", 0.1), "p99_tbt<=0.1s"),
+        (" P99.9_ITL < 300 ms ", SLO("tbt", "p99.9", 0.3), "p99.9_tbt<=0.3s"),
+        ("median_scheduling_delay<=2s", SLO("scheduling_delay", "p50", 2.0), "p50_scheduling_delay<=2s"),
+        ("max_e2el<=1e2", SLO("e2e", "max", 100.0), "max_e2e<=100s"),
+        ("mean_normalized_latency<=50ms", SLO("normalized_latency", "mean", 0.05), "mean_normalized_latency<=0.05s"),
     ],
 )
 def test_an_slo_is_read_and_written(text: str, slo: SLO, canonical: str) -> None:

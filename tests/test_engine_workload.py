@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from engine.traces import read_trace
-from engine.workload import WorkloadSpec, make_workload
+from engine.workload import Workload, WorkloadSpec, make_workload
 
 TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces"
 
@@ -384,3 +384,20 @@ def test_asking_a_trace_for_what_it_has_not(trace, changes, message):
     path = trace("num_prefill_tokens,num_decode_tokens\n5,5\n10,10\n20,20\n")
     with pytest.raises(InputError, match=message):
         make_workload(WorkloadSpec(**({"trace": path, "arrival": "burst"} | changes)))
+
+
+@pytest.mark.parametrize(
+    ("arrived", "prompt", "output", "told"),
+    [
+        ([5.0, 1.0, 3.0], [1, 1, 1], [1, 1, 1], r"arrived_at\[1\] is 1.0, earlier than the one before"),
+        ([0.0, float("nan")], [1, 1], [1, 1], r"arrived_at\[1\] is nan"),
+        ([-1.0, 0.0], [1, 1], [1, 1], r"arrived_at\[0\] is -1.0"),
+        ([0.0, 1.0], [1, 0], [1, 1], r"prompt_tokens\[1\] is 0"),
+        ([0.0, 1.0], [1, 1], [1.5, 1], r"output_tokens\[0\] is 1.5"),
+        ([0.0, 1.0], [1], [1, 1], r"prompt_tokens \(1,\)"),
+        ([], [], [], "not empty"),
+    ],
+)
+def test_a_workload_made_by_hand_is_checked(arrived, prompt, output, told):
+    with pytest.raises(InputError, match=told):
+        Workload("mine", np.array(arrived), np.array(prompt), np.array(output), 0)

@@ -93,6 +93,43 @@ def test_the_examples_of_the_extension_page_run(capsys: pytest.CaptureFixture[st
     assert "p99_ttft<=2" in capsys.readouterr().out
 
 
+def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
+    from cli.config import load
+    from engine.catalog import network
+
+    cluster, net = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "settings.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "run.yaml").write_text(cluster, encoding="utf-8")
+    (tmp_path / "net.yaml").write_text(net, encoding="utf-8")
+    groups = load(tmp_path / "run.yaml", {}).groups()
+    assert [(group.count, group.device, group.scheduler) for group in groups] == [
+        (2, "a100", "sarathi"),
+        (1, "h100", "vllm"),
+    ]
+    assert network(str(tmp_path / "net.yaml")).node.bandwidth_bytes_per_s == 400e9
+
+
+def test_the_help_names_what_there_is_to_choose_from() -> None:
+    from cli.config import RunConfig
+    from engine.catalog import DEVICES, HOST_OVERHEADS, INTERNODES
+    from engine.lengths import builtin_names
+    from engine.policies import POLICIES
+    from simulator.cluster import PREDICTORS
+    from simulator.router import ROUTERS
+
+    choices = {
+        "scheduler": POLICIES,
+        "router": ROUTERS,
+        "device": DEVICES,
+        "internode_network": INTERNODES,
+        "host_overhead": HOST_OVERHEADS,
+        "predictor": PREDICTORS,
+        "workload": builtin_names(),
+    }
+    for setting, names in choices.items():
+        for name in names:
+            assert name in str(RunConfig.model_fields[setting].description), f"--{setting} does not name {name}"
+
+
 def test_the_device_of_the_extension_page_is_a_device(tmp_path: Path) -> None:
     from engine.catalog import device
 

@@ -1,0 +1,29 @@
+"""The process behind `windtunnel` (and `python -m cli`): signals, exit codes and the line that goes with them.
+
+Small, so that Ctrl-C is answered in words from the first moment on; everything else is imported inside.
+"""
+
+import signal
+import sys
+import time
+
+STARTED = time.perf_counter()  # before the imports, which are most of the start-up time
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 2 on bad input, 130 when interrupted, 1 when the machine fails it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        from cli.main import run
+
+        code, message = run(arguments)
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted: no results were written"
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
