@@ -103,7 +103,7 @@ class RunConfig(ReplicaConfig):
     workload: str | None = _field(
         None,
         "Workload",
-        "openchat_sharegpt4 (default), arxiv_summarization, azure_code, azure_conv, fixed, uniform, zipf or a FILE.json",
+        "openchat_sharegpt4 (default), arxiv_summarization, azure_code, azure_conv, fixed, uniform, zipf or FILE.json",
     )
     trace: Path | None = _field(
         None, "Workload", "Recorded trace (CSV or JSONL; docs/settings.md), instead of a distribution."
