@@ -29,7 +29,7 @@ class Forest:
 
     @classmethod
     def fit(cls, x: Array, y: Array, *, weights: Array | None = None, trees: int = 20, **options: Any) -> Forest:
-        """Extremely randomised trees (Geurts et al. 2006) on `x` (rows, features) and `y` (rows,); same data, same trees.
+        """Extremely randomised trees (Geurts et al. 2006) on `x` (rows, features), `y` (rows,); same data, same trees.
 
         `options` go to sklearn.ensemble.ExtraTreesRegressor (max_leaf_nodes, min_samples_leaf, max_features, ...).
         Numbers are rounded to what the text keeps, so a forest that was written and read again predicts the same.
@@ -59,7 +59,7 @@ class Forest:
         return total / len(self.roots)
 
     def to_lines(self) -> list[str]:
-        """A node a line: `feature threshold right`, or a leaf's value alone; an empty line before each tree but the first."""
+        """A node a line: `feature threshold right`, or a leaf's value; an empty line before each tree but the first."""
         lines = []
         starts = set(self.roots[1:].tolist())
         columns = (self.feature.tolist(), self.value.tolist(), self.right.tolist())
@@ -72,7 +72,10 @@ class Forest:
     @classmethod
     def from_lines(cls, lines: list[str]) -> Forest:
         """The forest of `to_lines`. Raises ValueError for anything else."""
-        feature, value, right, roots = [], [], [], [0]
+        feature: list[int] = []
+        value: list[float] = []
+        right: list[int] = []
+        roots = [0]
         for line in lines:
             words = line.split()
             if not words:
