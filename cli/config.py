@@ -47,9 +47,9 @@ class ReplicaConfig(_Settings):
     gpu_memory_utilization: float = _field(0.9, "Deployment", "Share of the GPU's memory to use.")
     num_gpu_blocks_override: int | None = _field(None, "Deployment", "KV blocks, instead of what the memory holds.")
     host_overhead: str = _field(
-        "cuda_graphs", "Deployment", "The engine's host overhead: cuda_graphs, eager or eager_ray."
+        "cuda_graphs", "Deployment", "The engine's host overhead: cuda_graphs, eager or sarathi_osdi24."
     )
-    predictor: str = _field("roofline", "Deployment", "Where the times of batches come from: roofline.")
+    predictor: str = _field("auto", "Deployment", "Times of batches: learned, roofline, or auto (learned if it can).")
     scheduler: str = _field(
         "sarathi", "Scheduler", "sarathi, vllm, orca, faster_transformer, chunked_only or hybrid_only."
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -90,10 +91,68 @@ def simulate(
     run(load(config, flags), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
 
 
+calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
+app.add_typer(calibrate, name="calibrate")
+
+_Device = Annotated[str, typer.Option(help="A known device.")]
+
+
+@calibrate.command("fit")
+def _fit(
+    device: _Device,
+    source: Annotated[
+        list[str], typer.Option(help="vidur:DIR or aiconfigurator:DIR; the first that has a kind gives it.")
+    ],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder; by default the device's in calibration_data.")
+    ] = None,
+) -> None:
+    """Learn a calibration from public tables and write it."""
+    from cli.calibrate import fit
+
+    fit(device, source, output_dir)
+
+
+@calibrate.command("show")
+def _show(device: _Device) -> None:
+    """What is known of a device, from where, and how well it predicts."""
+    from cli.calibrate import show
+
+    show(device)
+
+
+@calibrate.command("evaluate")
+def _evaluate(
+    device: _Device,
+    test: Annotated[list[str], typer.Option(help="Tables to predict: DIR, or KIND:DIR.")],
+    train: Annotated[
+        list[str] | None, typer.Option(help="Tables to learn from; by default what ships is tried.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the errors as JSON, as the last line.")] = False,
+) -> None:
+    """Errors on tables that a calibration was not fitted to."""
+    from cli.calibrate import evaluate
+
+    evaluate(device, train or [], test, json_)
+
+
+def _one_each(arguments: list[str]) -> list[str]:
+    """`--train A B --test C` as `--train A --train B --test C`: several folders may follow one flag."""
+    result: list[str] = []
+    flag = None
+    for word in arguments:
+        if word.startswith("-"):
+            flag = word if word in ("--train", "--test", "--source") else None
+        elif flag is not None and result[-1] != flag:
+            result.append(flag)
+        result.append(word)
+    return result
+
+
 def run(arguments: list[str] | None = None) -> tuple[int, str]:
     """Run the command line. Returns the exit code, and what to say about it: 2 is bad input, 1 the machine's fault."""
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        code = app(_one_each(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0
     except InputError as error:
         return 2, _in_flags(str(error))
     except _UsageError as error:

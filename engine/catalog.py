@@ -105,6 +105,7 @@ DEVICES = {
             peak_flops=149.7e12,
             memory_bandwidth=0.696e12,
             memory_bytes=int(44.4 * GIB),
+            num_sms=84,
             matmul_efficiency=0.7,
             attention_efficiency=0.5,
             bandwidth_efficiency=0.85,
@@ -117,6 +118,7 @@ DEVICES = {
             peak_flops=989e12,
             memory_bandwidth=3.35e12,
             memory_bytes=int(79.1 * GIB),
+            num_sms=132,
             matmul_efficiency=0.7,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -129,6 +131,7 @@ DEVICES = {
             peak_flops=989e12,
             memory_bandwidth=4.8e12,
             memory_bytes=int(139.8 * GIB),
+            num_sms=132,
             matmul_efficiency=0.7,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -141,6 +144,7 @@ DEVICES = {
             peak_flops=121e12,
             memory_bandwidth=0.3e12,
             memory_bytes=int(22.0 * GIB),
+            num_sms=58,
             matmul_efficiency=0.6,
             attention_efficiency=0.45,
             bandwidth_efficiency=0.85,
@@ -153,6 +157,7 @@ DEVICES = {
             peak_flops=1e12,
             memory_bandwidth=80e9,
             memory_bytes=64 * GIB,
+            num_sms=1,
             matmul_efficiency=0.5,
             attention_efficiency=0.3,
             bandwidth_efficiency=0.6,
@@ -244,6 +249,7 @@ NETWORKS = {
     )
 }
 
+_LAUNCH_SOURCE = "per layer: what a40.csv took at TP1 to launch a model of one layer, its embedding and norm included"
 HOST_OVERHEADS = {
     spec.name: spec
     for spec in (
@@ -252,23 +258,27 @@ HOST_OVERHEADS = {
             iteration_s=0.5e-3,
             sequence_s=3e-6,
             layer_s=5e-6,
-            source="an estimate: an engine of 2025 that replays CUDA graphs and schedules while the GPU works",
+            source="an estimate, not measured: an engine of 2025, CUDA graphs replayed, scheduling while the GPU works",
         ),
         HostOverhead(
             name="eager",
-            iteration_s=1.5e-3,
-            sequence_s=42e-6,
-            layer_s=0.3e-3,
-            source="a 2023-24 Python engine in one process: per iteration and per sequence from microsoft/vidur's A100 "
-            "CPU overheads at TP1 (schedule, prepare, sample, process outputs); launch time per layer is an estimate",
+            iteration_s=0.971e-3,
+            sequence_s=48.7e-6,
+            layer_s=0.339e-3,
+            source="fitted to microsoft/vidur's cpu_overheads: a100.csv at TP1, a Python engine in one process; a "
+            f"replica of several GPUs is taken to cost no more; {_LAUNCH_SOURCE}",
         ),
         HostOverhead(
-            name="eager_ray",
-            iteration_s=3.2e-3,
-            sequence_s=70e-6,
-            layer_s=0.6e-3,
-            source="a 2023-24 Python engine with Ray workers: from microsoft/vidur's A100 CPU overheads of "
-            "CodeLlama-34B at TP2, 8 to 128 sequences; per layer: its model execution floor, 29.4 ms for 48 layers",
+            name="sarathi_osdi24",
+            iteration_s=0.835e-3,
+            sequence_s=69.5e-6,
+            layer_s=0.339e-3,
+            message_s=2.32e-3,
+            source="fitted to microsoft/vidur's cpu_overheads/a100_codellama34b_tp2.csv: the 2023-24 Python engine, "
+            "Ray workers, all 48 layers, TP2, 8 to 128 sequences (a100.csv and a40.csv are of a later engine with "
+            f"another scheduler, sampler and messages, cut to one layer); {_LAUNCH_SOURCE}. The whole model's "
+            "execution, 28.9 ms at the least, bounds it to 0.602 ms and is no launch floor: its kernels alone take "
+            "about as long",
         ),
     )
 }

@@ -222,9 +222,10 @@ class DeviceSpec:
     bandwidth_efficiency: float
     network: str  # name of the NetworkSpec it usually comes with
     source: str  # where the numbers come from
+    num_sms: int = 108  # streaming multiprocessors, over which a kernel's tiles are spread
 
     def __post_init__(self) -> None:
-        _check(self, "peak_flops memory_bandwidth memory_bytes")
+        _check(self, "peak_flops memory_bandwidth memory_bytes num_sms")
         for name in ("matmul_efficiency", "attention_efficiency", "bandwidth_efficiency"):
             _check(self, name)
             if getattr(self, name) > 1:
@@ -300,19 +301,32 @@ class NetworkSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class HostOverhead:
-    """Host time of one iteration: iteration_s + sequence_s * sequences, and layer_s a layer to launch its kernels.
+    """Host time of one iteration: what it adds to the GPU's time, and the time to launch the layers' kernels.
 
-    The launches overlap with the GPU (a launch-bound iteration takes the longer of the two), the rest does not.
+    Launching overlaps with the GPU, so a stage takes max(GPU, launch) + added. Each stage launches its own layers; what
+    is added is the engine's serial path (schedule, prepare inputs, sample, process outputs, messages) and is charged
+    once an iteration, to the first stage.
     """
 
     name: str
-    iteration_s: float
-    sequence_s: float
-    layer_s: float
+    iteration_s: float  # added to every iteration
+    sequence_s: float  # added for each sequence of the batch
+    layer_s: float  # to launch one layer
+    message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
     source: str
 
     def __post_init__(self) -> None:
-        _check(self, "iteration_s sequence_s layer_s", zero=True)
+        _check(self, "iteration_s sequence_s layer_s message_s", zero=True)
+
+    def times(self, layers: int, sequences: int, ranks: int, stage: int = 0) -> tuple[float, float]:
+        """(launch, added) seconds of a batch of `sequences` on a pipeline `stage` that has `layers`.
+
+        `ranks` are all those of the replica. The stage takes max(GPU, launch) + added.
+        """
+        launch = layers * self.layer_s
+        if stage:
+            return launch, 0.0
+        return launch, self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

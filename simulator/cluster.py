@@ -34,6 +34,8 @@ from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, 
 from engine.tables import Columns
 from engine.workload import Workload
 from simulator.predictor.base import RuntimePredictor
+from simulator.predictor.calibration import known_devices
+from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline
 from simulator.replica import Clock, Replica
 from simulator.router import ROUTERS
@@ -41,7 +43,20 @@ from simulator.router import ROUTERS
 MOST_BLOCKS = 10_000_000  # KV blocks of a replica
 EXACT_GAPS = 20_000_000  # output tokens of a run up to which every gap between tokens is kept
 
-PREDICTORS: dict[str, Callable[[ModelSpec, DeviceSpec, NetworkSpec, ParallelSpec, HostOverhead], RuntimePredictor]] = {
+PredictorMaker = Callable[[ModelSpec, DeviceSpec, NetworkSpec, ParallelSpec, HostOverhead], RuntimePredictor]
+
+
+def calibrated_or_roofline(
+    model: ModelSpec, device: DeviceSpec, network: NetworkSpec, parallel: ParallelSpec, host: HostOverhead
+) -> RuntimePredictor:
+    """The learned predictor where the device has a calibration, else the roofline estimate."""
+    maker: PredictorMaker = learned if device.name in known_devices() else Roofline
+    return maker(model, device, network, parallel, host)
+
+
+PREDICTORS: dict[str, PredictorMaker] = {
+    "auto": calibrated_or_roofline,
+    "learned": learned,
     "roofline": Roofline,
 }
 
@@ -116,7 +131,7 @@ def deploy(
     host_overhead: str = "cuda_graphs",
     gpu_memory_utilization: float = 0.9,
     num_gpu_blocks_override: int | None = None,
-    predictor: str | RuntimePredictor = "roofline",
+    predictor: str | RuntimePredictor = "auto",
 ) -> Deployment:
     """A deployment by names, with what is left open filled in. Raises InputError for what can't be.
 

@@ -1,7 +1,7 @@
 """A small forest of regression trees that is fitted by scikit-learn and kept as text.
 
-A calibration must be readable, diffable and independent of a library's pickles, so the trees are written as one line a
-node and evaluated here, with numpy alone.
+A calibration must be readable and independent of a library's pickles, so the trees are written as text, a line each,
+and evaluated here, with numpy alone.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Forest:
         feature = np.concatenate([feature for feature, _, _ in parts])
         value = np.array([float(f"{number:.5g}") for part in parts for number in part[1]])
         right = np.concatenate([right + root for (_, _, right), root in zip(parts, roots, strict=True)])
+        right[feature < 0] = 0
         return cls(feature, value, right, roots)
 
     def predict(self, x: Array) -> Array:
@@ -59,15 +60,13 @@ class Forest:
         return total / len(self.roots)
 
     def to_lines(self) -> list[str]:
-        """A node a line: `feature threshold right`, or a leaf's value; an empty line before each tree but the first."""
-        lines = []
-        starts = set(self.roots[1:].tolist())
-        columns = (self.feature.tolist(), self.value.tolist(), self.right.tolist())
-        for node, (feature, value, right) in enumerate(zip(*columns, strict=True)):
-            if node in starts:
-                lines.append("")
-            lines.append(f"{value:.5g}" if feature < 0 else f"{feature} {value:.5g} {right}")
-        return lines
+        """A tree a line, its nodes in preorder: `feature:threshold` of an inner node, the value of a leaf."""
+        words = [
+            f"{value:.5g}" if feature < 0 else f"{feature}:{value:.5g}"
+            for feature, value in zip(self.feature.tolist(), self.value.tolist(), strict=True)
+        ]
+        ends = [*self.roots[1:].tolist(), len(words)]
+        return [" ".join(words[start:end]) for start, end in zip(self.roots.tolist(), ends, strict=True)]
 
     @classmethod
     def from_lines(cls, lines: list[str]) -> Forest:
@@ -75,18 +74,27 @@ class Forest:
         feature: list[int] = []
         value: list[float] = []
         right: list[int] = []
-        roots = [0]
+        roots: list[int] = []
         for line in lines:
-            words = line.split()
-            if not words:
-                roots.append(len(feature))
-                continue
-            if len(words) not in (1, 3):
-                raise ValueError(f"a tree node reads {line!r}: expected 'feature threshold right' or a value")
-            inner = len(words) == 3
-            feature.append(int(words[0]) if inner else -1)
-            value.append(float(words[1] if inner else words[0]))
-            right.append(int(words[2]) if inner else 0)
+            roots.append(len(feature))
+            waiting: list[int] = []  # inner nodes whose right child is still to come, innermost last
+            open_nodes = 1  # nodes that the tree still needs
+            after_leaf = False
+            for word in line.split():
+                if not open_nodes:
+                    raise ValueError(f"a tree goes on after its end with {word!r}")
+                if after_leaf:
+                    right[waiting.pop()] = len(feature)
+                name, colon, number = word.rpartition(":")
+                feature.append(int(name) if colon else -1)
+                value.append(float(number))
+                right.append(0)
+                open_nodes += 1 if colon else -1
+                if colon:
+                    waiting.append(len(feature) - 1)
+                after_leaf = not colon
+            if open_nodes:
+                raise ValueError(f"a tree of {len(line.split())} nodes is cut off")
         return cls(np.array(feature), np.array(value), np.array(right), np.array(roots))
 
 

@@ -69,17 +69,17 @@ class _Stage:
         kv_flops = 4 * decode.num_heads * decode.head_dim
         self.decode_per_kv_token = decode.count * max(kv_bytes / self.bandwidth, kv_flops / self.attention_flops)
         self.decode_per_request = decode.count * 2 * decode.num_heads * decode.head_dim * self.width / self.bandwidth
-        host = roofline.host
-        self.launch = parallel.stage_layers(model.num_layers)[stage] * host.layer_s
-        self.host_iteration = host.iteration_s if stage == 0 else 0.0
-        self.host_sequence = host.sequence_s if stage == 0 else 0.0
+        self.host = roofline.host
+        self.stage = stage
+        self.layers = parallel.stage_layers(model.num_layers)[stage]
+        self.ranks = parallel.world_size
         self.tables: dict[str, list[float]] = {"tokens": [], "sampled": []}
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         """Seconds of the batch and of its next repeats: the longer of GPU and launch, and the host time not hidden."""
         tokens, decodes, kv, prefills, sampled, growth = shape
-        host = self.host_iteration + self.host_sequence * (decodes + len(prefills))
-        launch = self.launch + host
+        launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage)
+        launch += host
         gpu = self.rows_time("tokens", tokens) + self.rows_time("sampled", sampled) + self.decode_per_request * decodes
         gpu += host
         slope = self.decode_per_kv_token

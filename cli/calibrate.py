@@ -1,0 +1,110 @@
+"""`windtunnel calibrate fit | show | evaluate`: learn a device's calibration, look at it, try it on other tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from engine import catalog
+from engine.errors import InputError
+from engine.specs import DeviceSpec
+from profiler.importers import SOURCES, read_source
+from simulator.predictor import calibration as store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def read(text: str, device: DeviceSpec) -> pd.DataFrame:
+    """The tables of a source, `KIND:DIR` or `DIR`; of `device` where it has some, else of the one device it has."""
+    kind, colon, place = text.partition(":")
+    if not colon or kind not in SOURCES:
+        place = text
+        kind = "aiconfigurator" if any(_files(Path(text), ".parquet")) else "vidur"
+    try:
+        return read_source(kind, place, device=device.name)
+    except InputError as error:
+        if "none of" not in str(error):
+            raise
+        return read_source(kind, place)
+
+
+def _files(place: Path, suffix: str) -> list[Path]:
+    return [place] if place.suffix == suffix else list(place.rglob(f"*{suffix}")) if place.is_dir() else []
+
+
+def fit(device_name: str, sources: Sequence[str], output_dir: Path | None) -> None:
+    """Learn a calibration from sources and write it."""
+    device = catalog.device(device_name)
+    if not sources:
+        raise InputError("no source given: add --source vidur:DIR or --source aiconfigurator:DIR")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    frames = [read(source, device) for source in sources]
+    for source, frame in zip(sources, frames, strict=True):
+        for note in frame.attrs.get("notes", []):
+            console.print(f"note: {source}: {note}", style="dim")
+    calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
+    folder = output_dir or store.FOLDER / device.name
+    store.save(calibration, folder)
+    show_calibration(calibration)
+    print(f"calibration: {folder}")
+
+
+def show(device_name: str) -> None:
+    """Print what is known of a device."""
+    device = catalog.device(device_name)
+    if device.name not in store.known_devices():
+        known = ", ".join(store.known_devices()) or "none yet"
+        raise InputError(f"no calibration for device {device.name!r} (there are: {known}): fit one")
+    show_calibration(store.load(store.FOLDER / device.name, device))
+
+
+def show_calibration(calibration: store.Calibration) -> None:
+    """A table of the kinds: rows, origin, held-out errors, coverage of the intervals; then the sources."""
+    console = Console(highlight=False, soft_wrap=True, width=130)
+    table = Table(box=None, title=f"{calibration.device}: errors on held-out data", title_justify="left")
+    for column in ("operator", "measured on", "rows", "mean error", "median", "P95", "bias", "90 % interval covers"):
+        table.add_column(column, justify="left" if column in ("operator", "measured on") else "right")
+    for kind, record in calibration.records.items():
+        held_out = record["held_out"]
+        shares = [f"{held_out[name]:+.1%}" if name == "bias" else f"{held_out[name]:.1%}"
+                  for name in ("mape", "p50", "p95", "bias")]  # fmt: skip
+        rows = f"{record['provenance']['rows']:,}"
+        table.add_row(kind, record["learned_on"], rows, *shares, f"{record['interval']['covers']:.0%}")
+    console.print(table)
+    for kind, record in calibration.records.items():
+        provenance = record["provenance"]
+        sources = provenance["sources"]
+        more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
+        console.print(f"{kind}: {'; '.join(sources[:3])}{more} ({'; '.join(provenance['software'])})", style="dim")
+
+
+def evaluate(device_name: str, train: Sequence[str], test: Sequence[str], as_json: bool) -> dict[str, Any]:
+    """Learn from `train` (or take what ships), and print the errors on `test`."""
+    device = catalog.device(device_name)
+    if not test:
+        raise InputError("no tables to test on: add --test DIR")
+    if train:
+        models = store.learn(device, [read(source, device) for source in train])
+        calibration = store.Calibration(device.name, models, {})
+    else:
+        calibration = store.load(store.FOLDER / device.name, device)
+    operators = store.evaluate(calibration, [read(source, device) for source in test])
+    result: dict[str, Any] = {"device": device.name, "operators": operators}
+    if as_json:
+        print(json.dumps(result))
+    else:
+        table = Table(box=None)
+        for column in ("operator", "count", "mean error", "median", "P95", "bias", "in range"):
+            table.add_column(column, justify="left" if column == "operator" else "right")
+        for kind, values in operators.items():
+            shares = [f"{values[name]:+.1%}" if name == "bias" else f"{values[name]:.1%}"
+                      for name in ("mape", "p50", "p95", "bias", "in_range")]  # fmt: skip
+            table.add_row(kind, f"{values['count']:,}", *shares)
+        Console(highlight=False).print(table)
+    return result

@@ -1,0 +1,225 @@
+"""How long collectives take: a rising curve of seconds against bytes for each layout that was measured.
+
+A layout is a network, a number of ranks and how many of them share a node. Other rank counts come from the measured
+ones by the ring's formula (Patarasuk & Yuan 2009), in which each rank moves 2(n-1)/n of the message. Eager rows of
+vLLM's own all-reduce are left out: there the host's launch is in the time.
+
+    AllReduce(device).fit(rows).seconds({"num_bytes": sizes, "num_ranks": 4, "ranks_per_node": 4, "network": "pcie"})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from engine.errors import InputError, unknown
+from engine.specs import DeviceSpec
+from engine.tables import Array
+from simulator.predictor.curves import Curve
+from simulator.predictor.kinds import KindModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HOST_BOUND = ("vllm_eager",)  # backends whose times contain the host's launch
+KNOTS_PER_OCTAVE = 4
+
+
+class Layout(NamedTuple):
+    """What a curve is of; `ranks_per_node` below `num_ranks` spans nodes."""
+
+    network: str
+    num_ranks: int
+    ranks_per_node: int
+
+    @property
+    def spans(self) -> bool:
+        return self.ranks_per_node < self.num_ranks
+
+
+class _Collective(KindModel):
+    """Curves by kernel (the table's `backend`) and layout.
+
+    Args:
+        device: what the ranks are.
+        kernel: whose times to predict, one of `kernels_`; None takes the one with most measurements on the network.
+            nccl is what an engine calls by default, vllm_graph vLLM's own kernels up to 8 MiB in a CUDA graph.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ("num_bytes", "num_ranks", "ranks_per_node", "network")
+
+    def __init__(self, device: DeviceSpec, kernel: str | None = None) -> None:
+        super().__init__(device)
+        self.kernel = kernel
+
+    def fit(self, frame: pd.DataFrame) -> Self:
+        backends = frame["backend"].astype("string").fillna("unnamed") if "backend" in frame else None
+        kernels = np.full(len(frame), "unnamed") if backends is None else backends.to_numpy(str)
+        used = ~np.isin(kernels, HOST_BOUND)
+        if not used.any():
+            raise InputError(f"no rows of {self.kind} to learn from: give some that are not eager")
+        sizes, layouts, _ = _read({name: frame[name].to_numpy() for name in self.columns})
+        seconds = frame["time_ms"].to_numpy(float) / 1e3
+        self.curves_: dict[str, dict[Layout, Curve]] = {}
+        self.rows_: dict[str, dict[str, int]] = {}
+        self.range_: dict[str, dict[Layout, list[float]]] = {}
+        for kernel in sorted(set(kernels[used].tolist())):
+            curves, limits, counts = {}, {}, dict[str, int]()
+            of_kernel = kernels == kernel
+            for number, layout in enumerate(layouts.every):
+                mine = of_kernel & (layouts.number == number)
+                if mine.any():
+                    curves[layout] = Curve.fit(sizes[mine], seconds[mine], knots_per_octave=KNOTS_PER_OCTAVE)
+                    limits[layout] = [float(sizes[mine].min()), float(sizes[mine].max())]
+                    counts[layout.network] = counts.get(layout.network, 0) + int(mine.sum())
+            self.curves_[kernel], self.range_[kernel], self.rows_[kernel] = curves, limits, counts
+        return self
+
+    @property
+    def kernels_(self) -> list[str]:
+        """The kernels that were measured."""
+        return list(self.curves_)
+
+    @property
+    def networks_(self) -> list[str]:
+        """The networks that were measured; `seconds` raises InputError for any other."""
+        return sorted({layout.network for curves in self.curves_.values() for layout in curves})
+
+    def seconds(self, columns: Mapping[str, Array]) -> Array:
+        """Predicted times, (rows,); 0 for one rank. A column "kernel" takes the place of `kernel`."""
+        sizes, layouts, kernels = _read(columns)
+        result = np.zeros(len(sizes))
+        for number, layout in enumerate(layouts.every):
+            for kernel in {None} if kernels is None else set(kernels.tolist()):
+                mine = layouts.number == number
+                if kernel is not None:
+                    mine &= kernels == kernel
+                if layout.num_ranks > 1 and mine.any():
+                    result[mine] = self._seconds(layout, self._chosen(layout.network, kernel), sizes[mine])
+        return result
+
+    def _chosen(self, network: str, kernel: str | None) -> str:
+        if network not in self.networks_:
+            raise unknown(f"network of measured {self.kind}", network, self.networks_)
+        kernel = kernel or self.kernel
+        if kernel is None:
+            return max(self.rows_, key=lambda name: self.rows_[name].get(network, 0))
+        if not self.rows_.get(kernel, {}).get(network):
+            known = [name for name, rows in self.rows_.items() if network in rows]
+            raise unknown(f"{self.kind} kernel on {network}", kernel, known)
+        return kernel
+
+    def _seconds(self, layout: Layout, kernel: str, sizes: Array) -> Array:
+        curves = self.curves_[kernel]
+        if layout in curves:
+            return curves[layout](sizes)
+        known = [other for other in curves if other.network == layout.network]
+        alike = [other for other in known if other.spans == layout.spans] or known
+        alike.sort(key=lambda other: other.num_ranks)
+        below = [other for other in alike if other.num_ranks <= layout.num_ranks]
+        above = [other for other in alike if other.num_ranks > layout.num_ranks]
+        if below and above and below[-1].num_ranks < layout.num_ranks:
+            few, many = below[-1], above[0]
+            share = np.log(layout.num_ranks / few.num_ranks) / np.log(many.num_ranks / few.num_ranks)
+            low, high = (np.log(self._carried(curves, one, layout, sizes)) for one in (few, many))
+            return np.asarray(np.exp(low + share * (high - low)))
+        return self._carried(curves, below[-1] if below else above[0], layout, sizes)
+
+    def _carried(self, curves: dict[Layout, Curve], measured: Layout, layout: Layout, sizes: Array) -> Array:
+        """The times of a layout by those of another with the same links."""
+        curve, moved, steps = curves[measured], self._moved, self._steps
+        latency = curve.seconds[0]
+        same_load = curve(sizes * moved(layout.num_ranks) / moved(measured.num_ranks)) - latency
+        return np.asarray(latency * steps(layout.num_ranks) / steps(measured.num_ranks) + same_load)
+
+    def _moved(self, ranks: int) -> float:
+        """Share of the message that each rank sends."""
+        raise NotImplementedError
+
+    def _steps(self, ranks: int) -> float:
+        """Messages one after another, which a small message's time grows with."""
+        raise NotImplementedError
+
+    def in_range(self, columns: Mapping[str, Array]) -> Array:
+        sizes, layouts, _ = _read(columns)
+        within = np.zeros(len(sizes), dtype=bool)
+        for number, layout in enumerate(layouts.every):
+            if layout.network not in self.networks_:
+                continue
+            limits = self.range_[self._chosen(layout.network, None)].get(layout)
+            if limits is not None:
+                mine = layouts.number == number
+                within[mine] = (sizes[mine] >= limits[0]) & (sizes[mine] <= limits[1])
+        return within
+
+    def to_json(self) -> dict[str, Any]:
+        curves = [
+            {
+                "kernel": kernel,
+                **layout._asdict(),
+                "range_bytes": self.range_[kernel][layout],
+                **curve.to_json(),
+            }
+            for kernel, layouts in self.curves_.items()
+            for layout, curve in layouts.items()
+        ]
+        return {"kernel": self.kernel, "rows": self.rows_, "curves": curves}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], device: DeviceSpec) -> Self:
+        self = cls(device, data["kernel"])
+        self.rows_ = data["rows"]
+        self.curves_, self.range_ = {kernel: {} for kernel in self.rows_}, {kernel: {} for kernel in self.rows_}
+        for item in data["curves"]:
+            layout = Layout(*(item[name] for name in Layout._fields))
+            self.curves_[item["kernel"]][layout] = Curve.from_json(item)
+            self.range_[item["kernel"]][layout] = item["range_bytes"]
+        return self
+
+
+class AllReduce(_Collective):
+    """All-reduce of `num_bytes` on each of `num_ranks` ranks.
+
+    Among rank counts that were measured the logarithms of the times are interpolated, beyond them bytes follow the ring
+    and the latency of small messages the depth of a tree, as NCCL chooses them (Hu et al. 2025, section 5).
+    """
+
+    kind: ClassVar[str] = "all_reduce"
+
+    def _moved(self, ranks: int) -> float:
+        return 2 * (ranks - 1) / ranks
+
+    def _steps(self, ranks: int) -> float:
+        return float(np.log2(ranks))
+
+
+class Send(_Collective):
+    """A message of `num_bytes` from one rank to another, on the same node where `ranks_per_node` is 2."""
+
+    kind: ClassVar[str] = "send"
+
+    def _moved(self, ranks: int) -> float:
+        return 1.0
+
+    def _steps(self, ranks: int) -> float:
+        return 1.0
+
+
+class _Layouts(NamedTuple):
+    every: list[Layout]
+    number: Array  # (rows,): which of them a row has
+
+
+def _read(columns: Mapping[str, Array]) -> tuple[Array, _Layouts, Array | None]:
+    """Bytes (rows,), layouts, and the kernels asked for if any."""
+    sizes = np.atleast_1d(np.asarray(columns["num_bytes"], np.float64))
+    names = [np.broadcast_to(np.asarray(columns[name], dtype=object), sizes.shape) for name in Layout._fields]
+    rows = [Layout(str(network), int(ranks), int(node)) for network, ranks, node in zip(*names, strict=True)]
+    every = sorted(set(rows))
+    place = {layout: number for number, layout in enumerate(every)}
+    kernels = None
+    if "kernel" in columns:
+        kernels = np.broadcast_to(np.asarray(columns["kernel"], dtype=object), sizes.shape)
+    return sizes, _Layouts(every, np.array([place[layout] for layout in rows], dtype=int)), kernels
