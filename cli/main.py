@@ -136,6 +136,31 @@ def _evaluate(
     evaluate(device, train or [], test, json_)
 
 
+@calibrate.command("report")
+def _report(
+    device: _Device,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")],
+    source: Annotated[list[str] | None, typer.Option(help="Tables to draw beside the predictions.")] = None,
+) -> None:
+    """Write a page about a device's calibration: held-out errors, measured and predicted."""
+    from cli.calibrate import read
+    from engine import catalog
+    from studies.calibration_report import report
+
+    known = catalog.device(device)
+    print(f"report: {report(device, [read(text, known) for text in source or []], output)}")
+
+
+@calibrate.command("accuracy")
+def _accuracy(
+    output: Annotated[Path | None, typer.Option(help="Markdown file; by default it is printed.")] = None,
+) -> None:
+    """Print or write how well the calibrations that ship predict data that was held out."""
+    from studies.accuracy import write_accuracy
+
+    write_accuracy(output)
+
+
 def _one_each(arguments: list[str]) -> list[str]:
     """`--train A B --test C` as `--train A --train B --test C`: several folders may follow one flag."""
     result: list[str] = []

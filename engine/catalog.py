@@ -109,7 +109,7 @@ DEVICES = {
             matmul_efficiency=0.7,
             attention_efficiency=0.5,
             bandwidth_efficiency=0.85,
-            network="pairwise_nvlink_a40",
+            network="a40_measured",
             source=_SHEET,
         ),
         DeviceSpec(
@@ -270,6 +270,7 @@ HOST_OVERHEADS = {
         ),
         HostOverhead(
             name="sarathi_osdi24",
+            attention_kernel="flash_attention/paged, blocks of 16 tokens",
             iteration_s=0.835e-3,
             sequence_s=69.5e-6,
             layer_s=0.339e-3,

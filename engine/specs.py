@@ -313,6 +313,7 @@ class HostOverhead:
     sequence_s: float  # added for each sequence of the batch
     layer_s: float  # to launch one layer
     message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
+    attention_kernel: str | None = None  # that such an engine runs, by its name in a calibration; None: the usual one
     source: str
 
     def __post_init__(self) -> None:

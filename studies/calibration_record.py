@@ -1,7 +1,7 @@
 """What the page about a calibration shows, as small arrays: held-out errors, measured beside predicted, efficiency.
 
-    record = read_calibration(calibration, catalog.device("a40"), [frame])
-    print(record.kinds[0].held_out["mape"], record.kinds[0].range_words)
+record = read_calibration(calibration, catalog.device("a40"), [frame])
+print(record.kinds[0].held_out["mape"], record.kinds[0].range_words)
 """
 
 from __future__ import annotations
@@ -193,10 +193,11 @@ def _columns(model: KindModel, rows: pd.DataFrame) -> dict[str, Array]:
 
 def spread_evenly(values: Array, most: int = MOST_POINTS) -> Array:
     """Indices of at most `most` values, evenly among all in rising order."""
-    order = np.argsort(values, kind="stable")
+    order: Array = np.argsort(values, kind="stable")
     if len(values) <= most:
         return order
-    return order[np.linspace(0, len(values) - 1, most).astype(int)]
+    chosen: Array = order[np.linspace(0, len(values) - 1, most).astype(int)]
+    return chosen
 
 
 def errors_by_size(measured: Array, predicted: Array) -> SizeErrors:
@@ -271,23 +272,27 @@ def _limits(model: KindModel, rows: pd.DataFrame, columns: Mapping[str, Array]) 
     flops, traffic = model.work(numbers)
     limit = np.maximum(flops / model.device.peak_flops, traffic / model.device.memory_bandwidth)
     kernels = [name.split("/")[0] for name in kernel_names(rows)]
-    heads = [
-        f"{h:.0f}/{kv:.0f} heads, {kernel.replace('_', ' ')}"
-        for h, kv, kernel in zip(numbers["num_heads"], numbers["num_kv_heads"], kernels, strict=True)
-    ]
-    labels = np.array(heads, dtype=object)
-    if isinstance(model, AttentionPrefill):
-        labels[(numbers["prefix"] > 0) | (numbers["batch_size"] > 1)] = ""
-        return limit, numbers["chunk"], labels
+    heads: Array = np.array(
+        [
+            f"{h:.0f}/{kv:.0f} heads, {kernel.replace('_', ' ')}"
+            for h, kv, kernel in zip(numbers["num_heads"], numbers["num_kv_heads"], kernels, strict=True)
+        ],
+        dtype=object,
+    )
     batch = numbers["batch_size"]
-    usual = {name: _richest(batch[labels == name], numbers["kv_tokens"][labels == name]) for name in set(heads)}
-    shown = [f"{name}, batch {usual[name]:.0f}" if usual[name] == b else "" for name, b in zip(heads, batch, strict=True)]
-    return limit, numbers["kv_tokens"], np.array(shown, dtype=object)
+    if isinstance(model, AttentionPrefill):
+        return limit, numbers["chunk"], np.where((numbers["prefix"] > 0) | (batch > 1), "", heads)
+    kv_tokens, shown = numbers["kv_tokens"], np.full(len(heads), "", dtype=object)
+    for name in set(heads.tolist()):
+        usual = _richest(batch[heads == name], kv_tokens[heads == name])
+        shown[(heads == name) & (batch == usual)] = f"{name}, batch {usual:.0f}"
+    return limit, kv_tokens, shown
 
 
 def _richest(groups: Array, sizes: Array) -> float:
-    """The group with the most different sizes."""
-    return float(max(np.unique(groups), key=lambda group: len(np.unique(sizes[groups == group]))))
+    """The largest group among those with about as many different sizes as any."""
+    counts = {float(group): len(np.unique(sizes[groups == group])) for group in np.unique(groups)}
+    return max(group for group, count in counts.items() if count >= max(counts.values()) / 2)
 
 
 # -- what was measured, in words -----------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from engine import catalog
@@ -67,13 +66,14 @@ def write_calibration_report(
 
 def render(record: CalibrationRecord) -> str:
     """The page."""
-    body = [_header(record), _cards(record), _table(record), "<h2>What was measured, and how it is predicted</h2>"]
+    body = [_header(record), _cards(record), _table(record)]
     figures: dict[str, Any] = {}
     for kind in record.kinds:
         body.append(f"<h2>{escape(kind.name)}</h2>{_about(kind)}")
         drawn = {f"{kind.kind}-{i}": panel for i, panel in enumerate(panels(kind))}
         if drawn:
-            body.append("<div class='panels'>" + "".join(_panel(panel, name) for name, panel in drawn.items()) + "</div>")
+            sections = "".join(_panel(panel, name) for name, panel in drawn.items())
+            body.append(f"<div class='panels'>{sections}</div>")
         figures |= {name: panel.figure for name, panel in drawn.items()}
     body.append(_provenance(record))
     # "<" could end the script element early, and in JSON may be written otherwise
@@ -105,8 +105,8 @@ def _header(record: CalibrationRecord) -> str:
     return f"""<header>
 <p class='kicker'>Windtunnel · calibration of {escape(record.device.name)}</p>
 <h1>{escape(record.device.description)}</h1>
-<p class='setting'>How long its operators take, learned from {rows:,} measurements published in {escape(", ".join(from_))}
-({escape("; ".join(software) or "software unknown")}).</p>
+<p class='setting'>How long its operators take, learned from {rows:,} measurements of
+{escape(" and ".join(from_))} ({escape("; ".join(software) or "software unknown")}).</p>
 <ul class='verdicts'>{verdicts}</ul>
 <p class='source'><b class='good'>Held out</b> {_text(_HELD_OUT)}</p>
 {f"<p class='source'><b class='unsure'>In-sample</b> {_text(_IN_SAMPLE)}</p>" if drawn else ""}
@@ -118,9 +118,9 @@ def _lower(names: Sequence[str]) -> str:
 
 
 def _percent(value: float | None, sign: bool = False) -> str:
-    """A fraction as a percentage; none is a dash."""
+    """A fraction as a percentage; or none."""
     if value is None:
-        return "–"
+        return "none"
     return f"{100 * value:{'+' if sign else ''}.1f} %"
 
 
@@ -129,7 +129,7 @@ def _cards(record: CalibrationRecord) -> str:
         (
             kind.name,
             _percent(kind.held_out.get("mape")),
-            f"mean held-out error; {kind.left_out} left out",
+            f"mean held-out error; {kind.left_out.split(';')[0]} left out",
         )
         for kind in record.kinds
     ]
@@ -162,6 +162,8 @@ how many are meant to.</p>
 def _about(kind: KindRecord) -> str:
     held_out = kind.held_out
     where = f"Carried over from {kind.learned_on}" if kind.carried_over else f"Measured on {kind.learned_on}"
+    others = [name for name in kind.provenance["measured_on"] if name != kind.learned_on]
+    where += f" and {', '.join(others)}" if others else ""
     groups = held_out.get("groups_over_20us", {})
     words = [f"{where}: {kind.rows:,} rows. Held out: {kind.left_out}, in {held_out['folds']} folds."]
     if groups.get("worst") is not None:
@@ -281,12 +283,13 @@ def _efficiency(kind: KindRecord) -> Panel:
     figure.update_yaxes(title_text=title, range=[0, 1.06 * top])
     figure.update_layout(hovermode="closest", legend={"font": {"size": 11}})
     if collective:
-        how = "bytes that each rank moves over the time (bus bandwidth)" if kind.kind == "all_reduce" else "bytes / time"
-        title, caption = "Bandwidth by size", f"Points: measured; lines: predicted. Height: {how}."
+        moved = "bytes that each rank sends in a ring" if kind.kind == "all_reduce" else "bytes"
+        title, caption = "Bandwidth by size", f"Points: measured; lines: predicted. Height: {moved} over the time."
     else:
-        name = {"gemm": "k × n", "elementwise": "operator"}.get(kind.kind, "query/KV heads and kernel")
+        name = {"gemm": "k and n", "elementwise": "operator"}.get(kind.kind, "query/KV heads and kernel")
         title = "Efficiency by size"
         caption = f"The roofline over the time, for a few shapes ({name}). Points: measured; lines: predicted."
+        caption += " Above 100 %: data that the cache still held." * (kind.kind == "elementwise" and top > 100)
     return Panel(title, caption, figure, "third", 320)
 
 

@@ -3,7 +3,7 @@
 A kernel's time is a sum of physical terms with coefficients from 0 (launch, the longest loop over KV tiles, the work
 of all tiles over the multiprocessors, bytes) times the exponential of a forest's correction, and never below the
 roofline divided by the best share of it that the kernel attained. The terms follow FlashAttention-2 (Dao 2023, section
-3.3): a thread block computes a tile of query rows of one head and loops over the KV in tiles; grouped-query decoding
+3.2): a thread block computes a tile of query rows of one head and loops over the KV in tiles; grouped-query decoding
 packs the heads of a group into a tile and splits the KV over thread blocks (Flash-Decoding), multi-head decoding does
 neither. Beyond what was measured the correction is held at its value at the edge and the terms go on, so times rise
 with chunk, prefix, KV length and batch. Within, the trees' steps are small but not monotone: take `monotone` of a grid.

@@ -86,7 +86,7 @@ def gather(frames: Sequence[pd.DataFrame], device: DeviceSpec) -> dict[str, pd.D
 
     found = {}
     for kind in KINDS:
-        rows = [frame[frame["kind"] == kind] for frame in frames]
+        rows = [_of_kind(frame, kind) for frame in frames]
         own = [part for part in rows if len(part) and (part["device"] == device.name).all()]
         chosen = [part for part in rows if len(part)] if kind in POOLED else own[:1]
         if chosen:
@@ -95,6 +95,11 @@ def gather(frames: Sequence[pd.DataFrame], device: DeviceSpec) -> dict[str, pd.D
         names = sorted({name for frame in frames for name in frame["device"].unique()})
         raise InputError(f"no measurements of {device.name} in the sources given: they are of {', '.join(names)}")
     return found
+
+
+def _of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """The rows of a kind that are times of the GPU; collectives launched eagerly are mostly the host's."""
+    return frame[(frame["kind"] == kind) & (frame["backend"].fillna("") != "vllm_eager")]
 
 
 def learn(device: DeviceSpec, frames: Sequence[pd.DataFrame]) -> dict[str, KindModel]:
@@ -136,11 +141,15 @@ def _learned_on(device: DeviceSpec, rows: pd.DataFrame) -> DeviceSpec:
 
 
 def columns_of(model: KindModel, rows: pd.DataFrame) -> dict[str, Array]:
-    """The columns that a model wants, as arrays; for attention also whose kernel each row is, where it knows it."""
+    """The columns that a model wants, as arrays; and whose kernel each row is, where the model knows them all."""
     columns: dict[str, Array] = {name: rows[name].to_numpy() for name in model.columns}
     if isinstance(model, AttentionPrefill | AttentionDecode):
         kernels = kernel_names(rows)
         columns["kernel"] = np.where(np.isin(kernels, list(model.kernels_)), kernels, model.kernel or model.default_)
+    elif isinstance(model, AllReduce | Send):
+        kernels = rows["backend"].fillna("").to_numpy(str)
+        if np.isin(kernels, model.kernels_).all():
+            columns["kernel"] = kernels
     return columns
 
 
@@ -167,7 +176,7 @@ def evaluate(calibration: Calibration, frames: Sequence[pd.DataFrame]) -> dict[s
     rows = pd.concat(list(frames), ignore_index=True)
     result = {}
     for kind, model in calibration.models.items():
-        mine = rows[rows["kind"] == kind].reset_index(drop=True)
+        mine = _of_kind(rows, kind).reset_index(drop=True)
         if not len(mine):
             continue
         columns = columns_of(model, mine)
@@ -224,8 +233,10 @@ def fingerprint(folder: Path) -> str:
 
 
 def _folds(names: pd.Series) -> Array:
-    """A fold for each row; rows of a group share it. As many folds as groups, FOLDS at most."""
+    """A fold for each row; rows of a group share it. As many folds as groups, FOLDS at most; of one group, by row."""
     order = {name: i for i, name in enumerate(sorted(names.unique()))}
+    if len(order) == 1:
+        return np.arange(len(names)) % FOLDS
     return np.array([order[name] % min(FOLDS, len(order)) for name in names])
 
 

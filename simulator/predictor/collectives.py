@@ -183,7 +183,7 @@ class AllReduce(_Collective):
     """All-reduce of `num_bytes` on each of `num_ranks` ranks.
 
     Among rank counts that were measured the logarithms of the times are interpolated, beyond them bytes follow the ring
-    and the latency of small messages the depth of a tree, as NCCL chooses them (Hu et al. 2025, section 5).
+    and the latency of small messages the depth of a tree, which NCCL prefers for them.
     """
 
     kind: ClassVar[str] = "all_reduce"

@@ -71,13 +71,29 @@ def fit(frame: pd.DataFrame, *, name: str = "fitted", layers: int | None = None)
     errors = []
     for value in rows[column].unique():
         seen, unseen = rows[rows[column] != value], rows[rows[column] == value]
-        trial = HostOverhead(name=name, layer_s=layer_s, source="held out", **_added(seen))
+        iteration_s, sequence_s, message_s = _added(seen)
+        trial = HostOverhead(
+            name=name,
+            layer_s=layer_s,
+            source="held out",
+            iteration_s=iteration_s,
+            sequence_s=sequence_s,
+            message_s=message_s,
+        )
         measured = unseen[[*OWN, MESSAGE]].sum(axis=1).to_numpy(np.float64)
         shapes = zip(unseen["batch_size"], unseen["tensor_parallel_size"], strict=True)
         predicted = np.array([1e3 * trial.times(0, int(batch), int(ranks))[1] for batch, ranks in shapes])
         errors.extend(np.abs(predicted / measured - 1))
     source = "; ".join(sorted(set(frame.loc[frame["kind"] == "host", "source"].dropna())))
-    overhead = HostOverhead(name=name, layer_s=layer_s, source=f"fitted to {source}", **_added(rows))
+    iteration_s, sequence_s, message_s = _added(rows)
+    overhead = HostOverhead(
+        name=name,
+        layer_s=layer_s,
+        iteration_s=iteration_s,
+        sequence_s=sequence_s,
+        message_s=message_s,
+        source=f"fitted to {source}",
+    )
     return HostFit(overhead, held_out, float(np.mean(errors)), launch, len(rows))
 
 
@@ -97,15 +113,15 @@ def _wide(frame: pd.DataFrame) -> pd.DataFrame:
     return wide.dropna(subset=[*OWN, MESSAGE])
 
 
-def _added(rows: pd.DataFrame) -> dict[str, float]:
-    """iteration_s, sequence_s and message_s; without rows of one rank, a message's constant is the message's alone."""
+def _added(rows: pd.DataFrame) -> tuple[float, float, float]:
+    """iteration_s, sequence_s, message_s (s); without rows of one rank, a message's constant is the message's alone."""
     batch = rows["batch_size"].to_numpy(np.float64)
     several = (rows["tensor_parallel_size"] > 1).to_numpy(np.float64)
     own = _least(np.column_stack([np.ones(len(rows)), batch]), rows[list(OWN)].sum(axis=1).to_numpy(np.float64))
     alone = np.ones(len(rows)) if not several.all() else np.zeros(len(rows))
     message = _least(np.column_stack([alone, batch, several]), rows[MESSAGE].to_numpy(np.float64))
-    milliseconds = {"iteration_s": own[0] + message[0], "sequence_s": own[1] + message[1], "message_s": message[2]}
-    return {field: float(value) * 1e-3 for field, value in milliseconds.items()}
+    iteration_ms, sequence_ms, message_ms = own[0] + message[0], own[1] + message[1], message[2]
+    return 1e-3 * float(iteration_ms), 1e-3 * float(sequence_ms), 1e-3 * float(message_ms)
 
 
 def _launch(rows: pd.DataFrame, layers: int | None) -> tuple[float, Literal["measured", "upper bound"]]:

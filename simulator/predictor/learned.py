@@ -27,8 +27,10 @@ from engine.tables import Array
 from profiler import operators
 from profiler.operators import Operator, inventory
 from simulator.predictor import calibration as store
+from simulator.predictor.attention import AttentionDecode, AttentionPrefill
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.calibration import Calibration
+from simulator.predictor.collectives import AllReduce, Send
 from simulator.predictor.roofline import Roofline
 
 MOST_ROWS = 16384  # batch tokens that are tabulated; larger batches go on with the last row's time per token
@@ -194,9 +196,9 @@ def learned(
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
     stages = range(parallel.pipeline_parallel_size)
     calibration = store.load(folder, device)
-    arguments = (model, device, network, parallel, store.fingerprint(folder), _code())
+    arguments = (model, device, network, parallel, host.attention_kernel, store.fingerprint(folder), _code())
     path = _cache_folder() / f"{hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]}.npz"
-    maker = _Maker(calibration, model, device, network, parallel)
+    maker = _Maker(calibration, model, device, network, parallel, host.attention_kernel)
     tables = _read(path, len(stages))
     if tables is None:
         tables = [maker.stage(stage) for stage in stages], [maker.sends(stage) for stage in stages]
@@ -221,7 +223,9 @@ class _Maker:
         device: DeviceSpec,
         network: NetworkSpec,
         parallel: ParallelSpec,
+        kernel: str | None = None,
     ) -> None:
+        self.kernel = kernel  # of attention, where it was measured; else the one measured most
         self.models = calibration.models
         self.device = device
         self.network = network
@@ -245,7 +249,7 @@ class _Maker:
 
     def by_rows(self, op: Operator, stage: int, rows: Array) -> Array:
         """Seconds of all runs of an operator, for each number of rows (at least 1)."""
-        if op.kind not in self.models:
+        if not self.knows(op):
             return self.estimate.stages[stage].operator_times(op, rows)
         columns: dict[str, Any] = {
             "operator": op.name,
@@ -261,10 +265,22 @@ class _Maker:
         }
         return op.count * self.ask(op.kind, columns, len(rows))
 
+    def knows(self, op: Operator) -> bool:
+        """Whether an operator's time is learned; collectives only over links like those that were measured."""
+        model = self.models.get(op.kind)
+        if isinstance(model, AllReduce):
+            return self.network.name in model.networks_ and self.tp <= self.network.gpus_per_node
+        if isinstance(model, Send):
+            return self.network.name in model.networks_
+        return model is not None
+
     def ask(self, kind: str, columns: dict[str, Any], count: int) -> Array:
         """A model's times; a column may be one value for all rows."""
         model = self.models[kind]
-        return model.seconds({name: np.broadcast_to(np.asarray(columns[name]), count) for name in model.columns})
+        asked = {name: np.broadcast_to(np.asarray(columns[name]), count) for name in model.columns}
+        if isinstance(model, AttentionPrefill | AttentionDecode) and self.kernel in model.kernels_:
+            asked["kernel"] = np.full(count, self.kernel)
+        return model.seconds(asked)
 
     def prefill(self, stage: int) -> Array:
         """Attention of one prompt by (chunk, prefix)."""
@@ -279,7 +295,8 @@ class _Maker:
         else:
             one = self.estimate.stages[stage].prefill_time
             seconds = np.array([one(int(chunk), int(prefix)) for chunk, prefix in zip(chunks, prefixes, strict=True)])
-        return _monotone(seconds.reshape(len(CHUNKS), len(PREFIXES)))
+        grid = seconds.reshape(len(CHUNKS), len(PREFIXES))
+        return np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
 
     def decode(self, stage: int) -> Array:
         """Attention of decodes by (number of requests from 0 on, cached tokens in all)."""
@@ -293,7 +310,8 @@ class _Maker:
         else:
             parts = self.estimate.stages[stage]
             seconds = parts.decode_per_request * requests + parts.decode_per_kv_token * kv
-        grid = _monotone(seconds.reshape(len(REQUESTS), len(KV_TOKENS)))
+        # along the cached tokens alone: the same tokens in fewer requests may well take longer
+        grid = np.maximum.accumulate(seconds.reshape(len(REQUESTS), len(KV_TOKENS)), axis=1)
         every = np.arange(MOST_REQUESTS + 1)
         return np.stack([np.interp(every, REQUESTS, column) for column in grid.T], axis=1)
 
@@ -319,7 +337,7 @@ class _Maker:
         if op is None:
             return np.zeros(MOST_ROWS + 1)
         num_bytes = ROWS * op.bytes_per_row
-        if "send" in self.models:
+        if self.knows(op):
             spans = (stage + 1) * self.tp % self.network.gpus_per_node == 0  # the next stage begins on another node
             columns = {
                 "num_bytes": num_bytes,
@@ -362,7 +380,7 @@ class _Maker:
         carried = {model.device.name for model in self.models.values()} - {self.device.name}
         if carried:
             text += f"; attention carried over from {', '.join(sorted(carried))}"
-        lacking = sorted({op.kind for stage in self.operators for op in stage} - set(self.models))
+        lacking = sorted({op.kind for stage in self.operators for op in stage if not self.knows(op)})
         if lacking:
             text += f"; an estimate from the data sheet: {', '.join(kind.replace('_', ' ') for kind in lacking)}"
         return text
@@ -373,11 +391,6 @@ def _spread(values: Array, most: int) -> Array:
     table = np.interp(np.arange(most + 1), ROWS, np.maximum.accumulate(values))
     table[0] = 0.0
     return table
-
-
-def _monotone(grid: Array) -> Array:
-    """The grid with every entry at least as large as those before it along either axis."""
-    return np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
 
 
 # -- keeping them --------------------------------------------------------------------------------------------------
