@@ -15,6 +15,7 @@ import zipfile
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,10 @@ class Limits:
     kv_tokens: int
 
     def hold(self, shape: BatchShape) -> bool:
-        if shape.num_tokens > self.tokens or shape.num_decodes > self.requests:
+        tokens, decodes, kv, prefills, _, _ = shape
+        if tokens > self.tokens or decodes > self.requests or kv > self.kv_tokens:
             return False
-        if shape.decode_kv_tokens > self.kv_tokens:
-            return False
-        return all(chunk + prefix <= self.prompt_tokens for chunk, prefix in shape.prefills)
+        return not prefills or max(map(sum, prefills)) <= self.prompt_tokens
 
 
 class _Stage:
@@ -118,41 +118,48 @@ class _Stage:
         self.sampled: list[float] = tables.sampled.tolist()
         self.prefill: list[list[float]] = tables.prefill.tolist()
         self.decode = tables.decode
-        self.decode_rows: dict[int, list[float]] = {}
+        self.decode_rows: dict[int, list[tuple[float, float, float, float]]] = {}
         self.send: list[float] = send.tolist()
-        self.host = host
-        self.layers, self.ranks, self.stage = layers, ranks, stage
+        # by the number of sequences: what the host adds is a straight line
+        self.launch, self.added = host.times(layers, 0, ranks, stage)
+        self.added_per_sequence = host.times(layers, 1, ranks, stage)[1] - self.added
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         """Seconds of the batch and of its next repeats."""
         tokens, decodes, kv, prefills, sampled, growth = shape
-        launch, added = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage)
-        fixed = _at(self.tokens, tokens) + _at(self.sampled, sampled)
-        attention = self.decode_times(decodes, kv, growth, repeats) if decodes else [0.0] * repeats
+        added = self.added + self.added_per_sequence * (decodes + len(prefills))
+        if tokens <= MOST_ROWS and sampled <= MOST_REQUESTS:
+            fixed = self.tokens[tokens] + self.sampled[sampled] + added
+        else:
+            fixed = _at(self.tokens, tokens) + _at(self.sampled, sampled) + added
+        launch = self.launch + added
+        low = slope = start = 0.0
+        if decodes:  # attention is linear in the cached tokens between the grid's points
+            low, slope, start, end = self.decode_segment(decodes, kv)
+            if kv + (repeats - 1) * growth >= end and repeats > 1:
+                return [self.times(shape.after(i), 1)[0] for i in range(repeats)]
         if not prefills:
-            return [max(fixed + seconds, launch) + added for seconds in attention]
+            if fixed + low >= launch:  # the GPU is the slower one from here on
+                return [fixed + (low + slope * (kv + i * growth - start)) for i in range(repeats)]
+            return [max(fixed + (low + slope * (kv + i * growth - start)), launch) for i in range(repeats)]
         times = []
-        for i, seconds in enumerate(attention):
+        for i in range(repeats):
+            seconds = fixed + (low + slope * (kv + i * growth - start))
             for chunk, prefix in prefills:
                 seconds += self.prefill_time(chunk, prefix + i * chunk)
-            times.append(max(fixed + seconds, launch) + added)
+            times.append(max(seconds, launch))
         return times
 
-    def decode_times(self, requests: int, kv: int, growth: int, repeats: int) -> list[float]:
-        """Attention of `requests` decodes over kv, kv + growth, ... cached tokens: linear between the grid's points."""
+    def decode_segment(self, requests: int, kv: int) -> tuple[float, float, float, float]:
+        """Where `kv` lies in the decode grid: a segment's first value (s), slope (s a token), first and last tokens."""
         row = self.decode_rows.get(requests)
         if row is None:
-            row = self.decode_rows[requests] = self.decode[min(requests, MOST_REQUESTS)].tolist()
-        grid, last = _KV, len(_KV) - 2
-        times = []
-        i = min(bisect_right(grid, kv) - 1, last)
-        for _ in range(repeats):
-            while i < last and kv >= grid[i + 1]:
-                i += 1
-            low = row[i]
-            times.append(low + (row[i + 1] - low) * ((kv - grid[i]) / (grid[i + 1] - grid[i])))
-            kv += growth
-        return times
+            values = self.decode[min(requests, MOST_REQUESTS)]
+            slopes = np.diff(values) / np.diff(KV_TOKENS)
+            ends = [*_KV[1:-1], inf]
+            row = list(zip(values.tolist(), slopes.tolist(), _KV, ends, strict=False))
+            self.decode_rows[requests] = row
+        return row[min(bisect_right(_KV, kv), len(row)) - 1]
 
     def prefill_time(self, chunk: int, prefix: int) -> float:
         """Attention of a prompt's chunk: bilinear between the grid's points."""
