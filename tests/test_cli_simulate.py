@@ -41,7 +41,7 @@ def test_a_run_leaves_its_folder_and_ends_with_the_report(tmp_path: Path) -> Non
         "trace.json",
     }
     assert "p50_ttft<=0.001s is missed" in done.stdout
-    assert "estimate" in done.stdout
+    assert "times: calibrated on measurements of a100_pcie" in done.stdout
     summary = json.loads((folder / "summary.json").read_text())
     requests, iterations = pq.read_table(folder / "requests.parquet"), pq.read_table(folder / "iterations.parquet")
     assert summary["completed"] == requests.num_rows == 40
@@ -68,6 +68,12 @@ def test_the_config_of_a_run_runs_it_again(tmp_path: Path) -> None:
     assert first.returncode == again.returncode == 0, again.stderr
     for name in ("requests.parquet", "iterations.parquet", "config.yaml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_estimate_is_called_one(tmp_path: Path) -> None:
+    done = windtunnel("simulate", *SMALL, "--predictor", "roofline", "--output-dir", "out", cwd=tmp_path)
+    assert "times: roofline estimate" in done.stdout
+    assert "estimate" in json.loads((tmp_path / "out" / "summary.json").read_text())["replicas"][0]["predictor"]
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:

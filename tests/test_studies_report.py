@@ -36,7 +36,8 @@ def make_run(
     """The folder of a small simulated run."""
     folder.mkdir(parents=True, exist_ok=True)
     parallel = ParallelSpec(pipeline_parallel_size=stages)
-    kind = deploy("microsoft/phi-2", "a100", parallel=parallel, scheduler=SchedulerSpec(policy=policy))
+    scheduler = SchedulerSpec(policy=policy)
+    kind = deploy("microsoft/phi-2", "a100", parallel=parallel, scheduler=scheduler, predictor="roofline")
     requests = make_workload(WorkloadSpec(**workload))
     run = simulate(requests, [kind] * replicas, slos=[SLO.parse(slo) for slo in slos], folder=folder)
     summary = {**run.summary, "version": "9.9.9"}
