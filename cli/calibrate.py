@@ -15,6 +15,7 @@ from engine.errors import InputError
 from engine.specs import DeviceSpec
 from profiler.importers import SOURCES, read_source
 from simulator.predictor import calibration as store
+from studies.calibration_record import range_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,10 +79,12 @@ def show_calibration(calibration: store.Calibration) -> None:
         table.add_row(kind, record["learned_on"], rows, *shares, f"{record['interval']['covers']:.0%}")
     console.print(table)
     for kind, record in calibration.records.items():
+        console.print(f"{kind}: measured over {'; '.join(range_words(calibration.models[kind]))}")
         provenance = record["provenance"]
         sources = provenance["sources"]
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
-        console.print(f"{kind}: {'; '.join(sources[:3])}{more} ({'; '.join(provenance['software'])})", style="dim")
+        software = "; ".join(provenance["software"])
+        console.print(f"    from {'; '.join(sources[:3])}{more} ({software})", style="dim")
 
 
 def evaluate(device_name: str, train: Sequence[str], test: Sequence[str], as_json: bool) -> dict[str, Any]:

@@ -116,9 +116,10 @@ class _Stage:
     ) -> None:
         self.tokens: list[float] = tables.tokens.tolist()
         self.sampled: list[float] = tables.sampled.tolist()
-        self.prefill: list[list[float]] = tables.prefill.tolist()
+        self.prefill = tables.prefill
+        self.prefill_rows: dict[int, list[Segment]] = {}
         self.decode = tables.decode
-        self.decode_rows: dict[int, list[tuple[float, float, float, float]]] = {}
+        self.decode_rows: dict[int, list[Segment]] = {}
         self.send: list[float] = send.tolist()
         # by the number of sequences: what the host adds is a straight line
         self.launch, self.added = host.times(layers, 0, ranks, stage)
@@ -150,31 +151,36 @@ class _Stage:
             times.append(max(seconds, launch))
         return times
 
-    def decode_segment(self, requests: int, kv: int) -> tuple[float, float, float, float]:
-        """Where `kv` lies in the decode grid: a segment's first value (s), slope (s a token), first and last tokens."""
+    def decode_segment(self, requests: int, kv: int) -> Segment:
+        """Where `kv` lies in the decode grid of that many requests (s, s a cached token, cached tokens)."""
         row = self.decode_rows.get(requests)
         if row is None:
-            values = self.decode[min(requests, MOST_REQUESTS)]
-            slopes = np.diff(values) / np.diff(KV_TOKENS)
-            ends = [*_KV[1:-1], inf]
-            row = list(zip(values.tolist(), slopes.tolist(), _KV, ends, strict=False))
-            self.decode_rows[requests] = row
+            row = self.decode_rows[requests] = _segments(self.decode[min(requests, MOST_REQUESTS)], KV_TOKENS)
         return row[min(bisect_right(_KV, kv), len(row)) - 1]
 
     def prefill_time(self, chunk: int, prefix: int) -> float:
         """Attention of a prompt's chunk: bilinear between the grid's points."""
-        i = min(bisect_right(_CHUNKS, chunk) - 1, len(_CHUNKS) - 2)
-        j = min(bisect_right(_PREFIXES, prefix) - 1, len(_PREFIXES) - 2)
-        across = (chunk - _CHUNKS[i]) / (_CHUNKS[i + 1] - _CHUNKS[i])
-        along = (prefix - _PREFIXES[j]) / (_PREFIXES[j + 1] - _PREFIXES[j])
-        low, high = self.prefill[i], self.prefill[i + 1]
-        return (1 - across) * (low[j] + along * (low[j + 1] - low[j])) + across * (
-            high[j] + along * (high[j + 1] - high[j])
-        )
+        row = self.prefill_rows.get(chunk)
+        if row is None:
+            i = min(int(np.searchsorted(CHUNKS, chunk, side="right")) - 1, len(CHUNKS) - 2)
+            across = (chunk - CHUNKS[i]) / (CHUNKS[i + 1] - CHUNKS[i])
+            values = self.prefill[i] + across * (self.prefill[i + 1] - self.prefill[i])
+            row = self.prefill_rows[chunk] = _segments(values, PREFIXES)
+        low, slope, start, _ = row[min(bisect_right(_PREFIXES, prefix), len(row)) - 1]
+        return low + slope * (prefix - start)
+
+
+Segment = tuple[float, float, float, float]  # of a piecewise linear function: value at its start, slope, start, end
+
+
+def _segments(values: Array, grid: Array) -> list[Segment]:
+    """The segments between the points of a grid; the last goes on for ever."""
+    slopes = np.diff(values) / np.diff(grid)
+    ends = [*grid[1:-1].tolist(), inf]
+    return list(zip(values[:-1].tolist(), slopes.tolist(), grid[:-1].tolist(), ends, strict=True))
 
 
 _KV: list[float] = KV_TOKENS.tolist()
-_CHUNKS: list[float] = CHUNKS.tolist()
 _PREFIXES: list[float] = PREFIXES.tolist()
 
 

@@ -1,0 +1,82 @@
+"""What ships in calibration_data: it loads, it is small, the pages about it are up to date, and it can be made again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import catalog
+from engine.specs import ParallelSpec
+from simulator.cluster import deploy
+from simulator.predictor import calibration as store
+from studies.accuracy import accuracy_markdown
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+DEVICES = ("a100_pcie", "a100_sxm", "a40")
+
+
+def test_these_devices_ship() -> None:
+    assert tuple(store.known_devices()) == DEVICES
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_calibration_is_complete_and_small(name: str) -> None:
+    calibration = store.load(store.FOLDER / name, catalog.device(name))
+    assert set(calibration.models) == set(store.KINDS)
+    assert sum(path.stat().st_size for path in (store.FOLDER / name).iterdir()) < 2_000_000
+    for kind, record in calibration.records.items():
+        assert record["provenance"]["sources"], kind
+        assert record["held_out"]["count"] > 100
+        assert 0.8 <= record["interval"]["covers"] <= 1.0
+
+
+def test_the_accuracy_page_is_what_the_records_say() -> None:
+    calibrations = [store.load(folder, catalog.device(name)) for name, folder in store.known_devices().items()]
+    assert (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8") == accuracy_markdown(calibrations)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "tp", "pp"),
+    [
+        ("mistralai/Mistral-7B-v0.1", "a100", 1, 1),
+        ("01-ai/Yi-34B", "a100", 2, 1),
+        ("meta-llama/Llama-2-70b-hf", "a40", 4, 2),
+        ("tiiuae/falcon-180B", "a100", 4, 2),
+        ("meta-llama/Llama-2-70b-hf", "a100_sxm", 4, 1),
+    ],
+)
+def test_published_deployments_run_on_calibrated_times(model: str, device: str, tp: int, pp: int) -> None:
+    from engine.memory import weight_bytes
+    from engine.request import BatchShape
+
+    parallel = ParallelSpec(tensor_parallel_size=tp, pipeline_parallel_size=pp)
+    replica = deploy(model, device, parallel=parallel)
+    assert "calibrated on measurements" in replica.predictor.description
+    decode = BatchShape(32, 32, 32 * 1024, (), 32, 32)
+    for stage in range(pp):
+        seconds = replica.predictor.stage_time(decode, stage)
+        least = 0.95 * weight_bytes(replica.model, parallel, stage) / replica.device.memory_bandwidth  # no embedding
+        assert least < seconds < 6 * least
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the public tables are not here")
+def test_a_calibration_is_made_again_to_the_last_byte(tmp_path: Path) -> None:
+    from cli.main import run
+
+    sources = [f"vidur:{DATA / 'vidur' / 'profiling'}", f"aiconfigurator:{DATA / 'aiconfigurator'}"]
+    arguments = ["calibrate", "fit", "--device", "a40", "--source", *sources, "--output-dir", str(tmp_path)]
+    assert run(arguments) == (0, "")
+    for path in sorted((store.FOLDER / "a40").iterdir()):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the public tables are not here")
+def test_what_was_measured_is_predicted() -> None:
+    from cli.calibrate import read
+
+    device = catalog.device("a40")
+    frame = read(f"vidur:{DATA / 'vidur' / 'profiling' / 'compute'}", device)
+    errors = store.evaluate(store.load(store.FOLDER / "a40", device), [frame])
+    assert errors["gemm"]["mape"] < 0.02  # of what it was fitted to
+    assert np.isclose(errors["gemm"]["in_range"], 1.0)
