@@ -1,4 +1,4 @@
-"""What ships in calibration_data: it loads, it is small, the pages about it are up to date, and it can be made again."""
+"""What ships in calibration_data: it loads, is small, the pages about it are up to date, and it can be made again."""
 
 from pathlib import Path
 
