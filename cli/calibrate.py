@@ -32,7 +32,22 @@ def read(text: str, device: DeviceSpec) -> pd.DataFrame:
     except InputError as error:
         if "none of" not in str(error):
             raise
-        return read_source(kind, place)
+        return read_source(kind, place)  # of another device, which is said where it matters
+
+
+def _has_attention(frame: pd.DataFrame) -> bool:
+    return bool(frame["kind"].isin(store.POOLED).any())
+
+
+def _attention_elsewhere(text: str, device: DeviceSpec) -> list[pd.DataFrame]:
+    """The attention of another device that a source has beside those of `device`: the first that there is."""
+    for other in catalog.DEVICES.values():
+        frame = read(text, other)
+        if frame["device"].eq(device.name).all() or not frame["device"].eq(other.name).all():
+            continue
+        if _has_attention(frame):
+            return [frame[frame["kind"].isin(store.POOLED)]]
+    return []
 
 
 def _files(place: Path, suffix: str) -> list[Path]:
@@ -46,9 +61,12 @@ def fit(device_name: str, sources: Sequence[str], output_dir: Path | None) -> No
         raise InputError("no source given: add --source vidur:DIR or --source aiconfigurator:DIR")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     frames = [read(source, device) for source in sources]
-    for source, frame in zip(sources, frames, strict=True):
+    if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
+        lacking = [source for source, frame in zip(sources, frames, strict=True) if not _has_attention(frame)]
+        frames += [frame for source in lacking for frame in _attention_elsewhere(source, device)]
+    for frame in frames:
         for note in frame.attrs.get("notes", []):
-            console.print(f"note: {source}: {note}", style="dim")
+            console.print(f"note: {note}", style="dim")
     calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
     folder = output_dir or store.FOLDER / device.name
     store.save(calibration, folder)
@@ -103,11 +121,21 @@ def evaluate(device_name: str, train: Sequence[str], test: Sequence[str], as_jso
         print(json.dumps(result))
     else:
         table = Table(box=None)
-        for column in ("operator", "count", "mean error", "median", "P95", "bias", "in range"):
-            table.add_column(column, justify="left" if column == "operator" else "right")
+        for column in (
+            "operator",
+            "learned on",
+            "measured on",
+            "count",
+            "mean error",
+            "median",
+            "P95",
+            "bias",
+            "in range",
+        ):
+            table.add_column(column, justify="left" if column in ("operator", "learned on", "measured on") else "right")
         for kind, values in operators.items():
             shares = [f"{values[name]:+.1%}" if name == "bias" else f"{values[name]:.1%}"
                       for name in ("mape", "p50", "p95", "bias", "in_range")]  # fmt: skip
-            table.add_row(kind, f"{values['count']:,}", *shares)
-        Console(highlight=False).print(table)
+            table.add_row(kind, values["learned_on"], values["measured_on"], f"{values['count']:,}", *shares)
+        Console(highlight=False, width=130).print(table)
     return result

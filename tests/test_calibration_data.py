@@ -60,6 +60,55 @@ def test_published_deployments_run_on_calibrated_times(model: str, device: str, 
         assert least < seconds < 6 * least
 
 
+def test_a_chunk_after_a_prefix_costs_the_newer_kernel_no_more_than_it_cost_the_older() -> None:
+    """The newer kernel was measured on whole prompts alone; what a prefix adds is known of the older one."""
+    model = store.load(store.FOLDER / "a100_pcie", catalog.device("a100_pcie")).models["attention_prefill"]
+    chunk, prefix = np.array([128.0, 512.0, 128.0, 512.0]), np.array([3584.0, 3584.0, 1024.0, 1024.0])
+    columns = {"batch_size": np.ones(4), "chunk": chunk, "num_heads": np.full(4, 8), "num_kv_heads": np.ones(4)}
+    columns["head_dim"] = np.full(4, 128)
+    after, alone = (model.seconds({**columns, "prefix": prefix * share}) for share in (1, 0))
+    assert (after >= alone).all()
+    assert (after < 150e-6).all()
+
+
+def test_a_sliding_window_shortens_long_prompts() -> None:
+    from engine.request import BatchShape
+
+    windowed, full = (
+        deploy(f"mistralai/{name}", "a100").predictor for name in ("Mistral-7B-v0.1", "Mistral-7B-Instruct-v0.3")
+    )
+    for chunk, prefix in ((512, 0), (4096, 0)):
+        shape = BatchShape(chunk, 0, 0, ((chunk, prefix),), 1, 0)
+        assert windowed.stage_time(shape, 0) == pytest.approx(full.stage_time(shape, 0), rel=0.02)
+    for chunk, prefix in ((16384, 0), (4096, 12288)):
+        shape = BatchShape(chunk, 0, 0, ((chunk, prefix),), 1, 0)
+        assert windowed.stage_time(shape, 0) < 0.95 * full.stage_time(shape, 0)
+
+
+def test_one_very_long_request_is_outside_the_range_where_many_short_ones_are_not() -> None:
+    from engine.request import BatchShape
+
+    predictor = deploy("mistralai/Mistral-7B-Instruct-v0.3", "a100").predictor
+    assert predictor.in_range(BatchShape(64, 64, 500_000, (), 64, 64))
+    assert not predictor.in_range(BatchShape(1, 1, 500_000, (), 1, 1))
+    assert not predictor.in_range(BatchShape(512, 0, 0, ((512, 30_000),), 0, 0))
+    pcie = deploy(
+        "mistralai/Mistral-7B-Instruct-v0.3", "a100", network="pcie", parallel=ParallelSpec(tensor_parallel_size=2)
+    )
+    assert not pcie.predictor.in_range(BatchShape(64, 64, 50_000, (), 64, 64))  # its all-reduce is an estimate
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the public tables are not here")
+def test_tables_of_another_network_are_left_out_of_an_evaluation() -> None:
+    from cli.calibrate import read
+
+    device = catalog.device("a100_pcie")
+    frame = read(str(DATA / "aiconfigurator"), device)
+    errors = store.evaluate(store.load(store.FOLDER / "a100_pcie", device), [frame])
+    assert set(errors) == {"gemm", "attention_prefill", "attention_decode"}
+    assert errors["gemm"]["measured_on"] == "a100_sxm"
+
+
 @pytest.mark.skipif(not DATA.exists(), reason="the public tables are not here")
 def test_a_calibration_is_made_again_to_the_last_byte(tmp_path: Path) -> None:
     from cli.main import run

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 Columns = Mapping[str, Array]
 
-MULTIPROCESSORS = {"a40": 84, "l4": 58, "h100": 132, "h200": 132}  # NVIDIA's data sheets; 108 on any A100
-DEFAULT_MULTIPROCESSORS = 108
 QUERY_TILE, KV_TILE = 128, 64  # rows and KV tokens of a FlashAttention-2 tile at head_dim 128
 WIDTH = 2  # bytes of a 16-bit element
 HEADS = ("num_heads", "num_kv_heads", "head_dim")
@@ -192,9 +190,6 @@ class _Attention(KindModel):
         self.prefix_forest_ = Forest.from_lines(data["prefix_forest"]) if data["prefix_forest"] else None
         return self
 
-    def _multiprocessors(self) -> int:
-        return MULTIPROCESSORS.get(self.device.name, DEFAULT_MULTIPROCESSORS)
-
 
 class AttentionPrefill(_Attention):
     """Prompts: `batch_size` requests that each compute `chunk` tokens after `prefix` cached ones, under a causal mask.
@@ -207,6 +202,21 @@ class AttentionPrefill(_Attention):
     kind: ClassVar[str] = "attention_prefill"
     columns: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix", *HEADS)
     sizes: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix")
+
+    def seconds(self, columns: Columns) -> Array:
+        """Predicted times. To a kernel that was measured without prefixes one adds at most what it adds to another."""
+        predicted = super().seconds(columns)
+        measured = [name for name, kernel in self.kernels_.items() if kernel["range"]["prefix"][1] > 0]
+        asked = np.broadcast_to(columns.get("kernel", np.array(self.kernel or self.default_)), len(predicted))
+        prefix = np.broadcast_to(np.asarray(columns["prefix"], float), len(predicted))
+        capped = (prefix > 0) & ~np.isin(asked, measured)
+        if not measured or not capped.any():
+            return predicted
+        like = np.full(len(predicted), measured[0])
+        whole = {**columns, "prefix": np.zeros(len(predicted))}
+        added = super().seconds({**columns, "kernel": like}) - super().seconds({**whole, "kernel": like})
+        most = super().seconds({**whole, "kernel": asked}) + np.maximum(added, 0.0)
+        return _larger(np.where(capped, np.minimum(predicted, most), predicted), self._roofline(_floats(columns)))
 
     def work(self, columns: Columns) -> tuple[Array, Array]:
         b, c, p, h, kv, d = (columns[name] for name in self.columns)
@@ -223,7 +233,7 @@ class AttentionPrefill(_Attention):
     def terms(self, columns: Columns) -> Array:
         b, c, _, h, kv, d = (columns[name] for name in self.columns)
         blocks, longest, shown, hidden = self._tiles(columns)
-        processors = self._multiprocessors()
+        processors = self.device.num_sms
         tile = 4 * QUERY_TILE * KV_TILE * d * processors / self.device.peak_flops  # seconds of one on a multiprocessor
         new = 2 * WIDTH * b * c * (h + kv) * d / self.device.memory_bandwidth  # cached KV is read behind the arithmetic
         work = [longest * tile, shown / processors * tile, blocks / processors * tile, hidden / processors * tile]
@@ -238,7 +248,7 @@ class AttentionPrefill(_Attention):
         b, c, _, h, kv, _ = (columns[name] for name in self.columns)
         blocks, longest, shown, _ = self._tiles(columns)
         flops, traffic = self.work(columns)
-        waves, roof = blocks / self._multiprocessors(), self._roofline(columns)
+        waves, roof = blocks / self.device.num_sms, self._roofline(columns)
         logs = [b, c, h, kv, h / kv, longest, shown, waves, longest / shown, roof, flops / traffic, b * h]
         filled = [waves / np.ceil(waves), c / (np.ceil(c / 128) * 128), c / (np.ceil(c / 64) * 64)]
         return np.stack([*(np.log2(values) for values in logs), *filled], axis=1)
@@ -291,13 +301,13 @@ class AttentionDecode(_Attention):
         """KV tokens of a request; whether the KV is split; thread blocks before splitting; parts of a KV."""
         b, kv_tokens, h, kv, _ = (columns[name] for name in self.columns)
         length, blocks, split = np.maximum(1.0, kv_tokens / b), b * kv, h > kv
-        parts = np.clip(self._multiprocessors() / blocks, 1, np.maximum(1, np.ceil(length / KV_TILE) / 2))
+        parts = np.clip(self.device.num_sms / blocks, 1, np.maximum(1, np.ceil(length / KV_TILE) / 2))
         return length, split, blocks, np.where(split, parts, 1.0)
 
     def terms(self, columns: Columns) -> Array:
         b, kv_tokens, h, kv, d = (columns[name] for name in self.columns)
         length, split, blocks, parts = self._shape(columns)
-        bandwidth, processors = self.device.memory_bandwidth, self._multiprocessors()
+        bandwidth, processors = self.device.memory_bandwidth, self.device.num_sms
         tile = 2 * WIDTH * KV_TILE * d * processors / bandwidth  # seconds to read one tile's share of the bandwidth
         tiles = np.ceil(length / KV_TILE)
         waves = np.ceil(blocks / processors)
@@ -320,7 +330,7 @@ class AttentionDecode(_Attention):
         b, _, h, kv, _ = (columns[name] for name in self.columns)
         length, split, blocks, _ = self._shape(columns)
         _, traffic = self.work(columns)
-        processors = self._multiprocessors()
+        processors = self.device.num_sms
         waves = np.ceil(blocks / processors)
         sequence = np.where(split, np.maximum(blocks * length / processors, 1), waves * length)
         work = blocks * np.ceil(length / 128) / processors

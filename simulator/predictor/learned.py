@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from engine import specs
 from engine.errors import InputError
 from engine.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
@@ -32,13 +33,13 @@ from simulator.predictor.attention import AttentionDecode, AttentionPrefill
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.collectives import AllReduce, Send
-from simulator.predictor.roofline import Roofline
+from simulator.predictor.roofline import Roofline, attended
 
 MOST_ROWS = 16384  # batch tokens that are tabulated; larger batches go on with the last row's time per token
 MOST_REQUESTS = 1024
 MOST_TOKENS = 1 << 22  # cached tokens of a decode batch
 PREFIXES = np.unique(np.concatenate([[0], np.geomspace(64, 1 << 18, 33).round()]))
-CHUNKS = np.unique(np.geomspace(1, MOST_ROWS, 43).round())
+CHUNKS = np.unique(np.geomspace(1, 1 << 18, 61).round())
 REQUESTS = np.unique(np.geomspace(1, MOST_REQUESTS, 41).round())
 ROWS = np.unique(
     np.concatenate([np.arange(1, 513), np.arange(512, 2049, 8), np.arange(2048, MOST_ROWS + 1, 64)])
@@ -97,15 +98,17 @@ class Limits:
     """The largest batch that lies within what was measured; all 0 where some operator was not measured at all."""
 
     tokens: int
-    prompt_tokens: int  # chunk and prefix together
+    chunk: int
+    prefix: int
     requests: int
     kv_tokens: int
+    length: int  # cached tokens of one decoding request
 
     def hold(self, shape: BatchShape) -> bool:
         tokens, decodes, kv, prefills, _, _ = shape
-        if tokens > self.tokens or decodes > self.requests or kv > self.kv_tokens:
+        if tokens > self.tokens or decodes > self.requests or kv > self.kv_tokens or kv > decodes * self.length:
             return False
-        return not prefills or max(map(sum, prefills)) <= self.prompt_tokens
+        return all(chunk <= self.chunk and prefix <= self.prefix for chunk, prefix in prefills)
 
 
 class _Stage:
@@ -209,7 +212,17 @@ def learned(
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
     stages = range(parallel.pipeline_parallel_size)
     calibration = store.load(folder, device)
-    arguments = (model, device, network, parallel, host.attention_kernel, store.fingerprint(folder), _code())
+    learned_on = [model.device for model in calibration.models.values()]
+    arguments = (
+        model,
+        device,
+        network,
+        parallel,
+        host.attention_kernel,
+        learned_on,
+        store.fingerprint(folder),
+        _code(),
+    )
     path = _cache_folder() / f"{hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]}.npz"
     maker = _Maker(calibration, model, device, network, parallel, host.attention_kernel)
     tables = _read(path, len(stages))
@@ -304,7 +317,9 @@ class _Maker:
             heads = {"num_heads": op.num_heads, "num_kv_heads": op.num_kv_heads, "head_dim": op.head_dim}
             columns = {"batch_size": 1, "chunk": chunks, "prefix": seen, **heads}
             seconds = op.count * self.ask(op.kind, columns, len(chunks))
-            seconds *= self.carried_over(op, chunks * seen + chunks * (chunks + 1) / 2, chunks, seen + chunks)
+            full = chunks * seen + chunks * (chunks + 1) / 2
+            seconds *= self.carried_over(op, full, chunks, seen + chunks)
+            seconds *= attended(chunks, prefixes, self.window) / full  # within the chunk the window hides more
         else:
             one = self.estimate.stages[stage].prefill_time
             seconds = np.array([one(int(chunk), int(prefix)) for chunk, prefix in zip(chunks, prefixes, strict=True)])
@@ -364,8 +379,8 @@ class _Maker:
 
     def limits(self) -> Limits:
         """The largest batch of which every operator lies within what was measured."""
-        if not {"gemm", "attention_prefill", "attention_decode"} <= set(self.models):
-            return Limits(0, 0, 0, 0)
+        if not all(self.knows(op) for stage in self.operators for op in stage):
+            return Limits(0, 0, 0, 0, 0, 0)
         gemms = [op for stage in self.operators for op in stage if op.kind == "gemm" and op.rows == "tokens"]
         inside = np.ones(len(ROWS), dtype=bool)
         for op in gemms:
@@ -382,9 +397,11 @@ class _Maker:
 
         return Limits(
             tokens=int(ROWS[inside].max()) if inside.any() else 0,
-            prompt_tokens=most("attention_prefill", CHUNKS, batch_size=1, chunk=CHUNKS, prefix=0),
+            chunk=most("attention_prefill", CHUNKS, batch_size=1, chunk=CHUNKS, prefix=0),
+            prefix=most("attention_prefill", PREFIXES, batch_size=1, chunk=512, prefix=PREFIXES),
             requests=most("attention_decode", REQUESTS, batch_size=REQUESTS, kv_tokens=512 * REQUESTS),
             kv_tokens=most("attention_decode", KV_TOKENS, batch_size=64, kv_tokens=KV_TOKENS),
+            length=most("attention_decode", KV_TOKENS, batch_size=1, kv_tokens=KV_TOKENS),
         )
 
     def describe(self, host: HostOverhead) -> str:
@@ -416,7 +433,7 @@ def _cache_folder() -> Path:
 @cache
 def _code() -> str:
     """A hash of the code that makes the tables."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(operators.__file__)]
+    files = [*sorted(Path(__file__).parent.glob("*.py")), Path(operators.__file__), Path(specs.__file__)]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -437,5 +454,6 @@ def _write(path: Path, tables: list[StageTables], sends: list[Array]) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
             np.savez_compressed(file, **arrays)
         Path(file.name).replace(path)
-    except OSError:
-        pass  # a home that can't be written to: the tables are made again next time
+    except OSError:  # a home that can't be written to: the tables are made again next time
+        for partial in path.parent.glob("tmp*.npz"):
+            partial.unlink(missing_ok=True)

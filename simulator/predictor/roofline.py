@@ -119,12 +119,8 @@ class _Stage:
     def prefill_time(self, chunk: int, prefix: int) -> float:
         """Seconds of causal attention of `chunk` tokens over themselves and `prefix` cached ones."""
         op = self.prefill
-        window = op.sliding_window or prefix + chunk
-        full = min(chunk, max(0, prefix + chunk - window))  # tokens that see a whole window
-        rising = chunk - full  # tokens that see prefix+1, prefix+2, ...
-        attended = full * window + rising * prefix + rising * (rising + 1) // 2
-        flops = 4.0 * attended * op.num_heads * op.head_dim
-        kv_tokens = min(prefix + chunk, window + chunk)
+        flops = 4.0 * float(attended(chunk, prefix, op.sliding_window)) * op.num_heads * op.head_dim
+        kv_tokens = prefix + chunk if op.sliding_window is None else min(prefix + chunk, op.sliding_window + chunk)
         traffic = 2.0 * (chunk * op.num_heads + kv_tokens * op.num_kv_heads) * op.head_dim * self.width
         return op.count * max(flops / self.attention_flops, traffic / self.bandwidth)
 
@@ -133,3 +129,13 @@ class _Stage:
         if self.send is None:
             return 0.0
         return self.network.send_time(tokens * self.send.bytes_per_row, self.first_rank, self.first_rank + self.tp)
+
+
+def attended(chunk: Array | int, prefix: Array | int, window: int | None) -> Array:
+    """(query, key) pairs of `chunk` tokens over themselves and `prefix` cached ones, causal, perhaps in a window."""
+    chunks, prefixes = np.asarray(chunk, float), np.asarray(prefix, float)
+    size = 1e18 if window is None else float(window)
+    full = np.clip(prefixes + chunks - size, 0.0, chunks)  # tokens that see a whole window
+    rising = chunks - full  # tokens that see prefix+1, prefix+2, ...
+    pairs: Array = full * size + rising * prefixes + rising * (rising + 1) / 2
+    return pairs
