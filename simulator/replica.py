@@ -204,7 +204,7 @@ class Replica:
             flight.starts[stage].append(start)
             flight.durations[stage].append(duration)
             free[stage] = end = start + duration
-            self._check_times(flight.batch.shape, stage, [duration])
+            self._check_times(flight.batch.shape, stage, [duration], end)
             time = end + self.predictor.send_time(flight.batch.shape, stage)
         flight.ends.append(end)
 
@@ -219,8 +219,8 @@ class Replica:
             (flight,) = flights
             repeats = min(flight.batch.repeats, most)
             durations = self.predictor.stage_times(flight.batch.shape, 0, repeats)
-            self._check_times(flight.batch.shape, 0, durations)
             ends = list(accumulate(durations, initial=self.env.now))
+            self._check_times(flight.batch.shape, 0, durations, ends[-1])
             flight.durations = [durations]
             flight.starts = [ends[:-1]]
             flight.ends = self._completions = ends[1:]
@@ -241,9 +241,9 @@ class Replica:
                 self._pass(flight, completions[j], durations_of[j % count][j // count + 1])
                 completions.append(flight.ends[-1])
 
-    def _check_times(self, shape: BatchShape, stage: int, durations: Sequence[float]) -> None:
-        """Raise ValueError unless a predictor's answer is positive, finite numbers."""
-        if not (min(durations) > 0 and sum(durations) < inf):  # a NaN fails one of the two, wherever it stands
+    def _check_times(self, shape: BatchShape, stage: int, durations: Sequence[float], end: float) -> None:
+        """Raise ValueError unless a predictor's answer is positive, finite numbers, which add up to `end`."""
+        if not (min(durations) > 0 and end < inf):  # a NaN fails one of the two, wherever it stands
             raise ValueError(f"{self.predictor.description}: {list(durations)[:8]} s for {shape} on stage {stage}")
 
     def _settle(self, completions: int) -> None:
@@ -280,7 +280,8 @@ class Replica:
         batch = flight.batch
         runs = self._last + 1 if self.num_stages == 1 else 1
         flight.max_tbt = self.recorder.completed(batch, flight.ends[:runs])
-        stopped = [r for r in batch.decodes if r.limit - r.total == runs]
+        # a batch that may still repeat holds no request at its limit
+        stopped = [] if runs < batch.repeats else [r for r in batch.decodes if r.limit - r.total == runs]
         for request, chunk in batch.prefills:
             if request.computed + chunk == request.total == request.limit - 1:
                 stopped.append(request)

@@ -108,7 +108,7 @@ class Limits:
         tokens, decodes, kv, prefills, _, _ = shape
         if tokens > self.tokens or decodes > self.requests or kv > self.kv_tokens or kv > decodes * self.length:
             return False
-        return all(chunk <= self.chunk and prefix <= self.prefix for chunk, prefix in prefills)
+        return not prefills or all(chunk <= self.chunk and prefix <= self.prefix for chunk, prefix in prefills)
 
 
 class _Stage:

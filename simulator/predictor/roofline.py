@@ -7,6 +7,8 @@ bandwidth; a stage takes the longer of that sum and the host's time to launch it
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from engine.request import BatchShape
@@ -119,7 +121,7 @@ class _Stage:
     def prefill_time(self, chunk: int, prefix: int) -> float:
         """Seconds of causal attention of `chunk` tokens over themselves and `prefix` cached ones."""
         op = self.prefill
-        flops = 4.0 * float(attended(chunk, prefix, op.sliding_window)) * op.num_heads * op.head_dim
+        flops: float = 4.0 * attended(chunk, prefix, op.sliding_window) * op.num_heads * op.head_dim
         kv_tokens = prefix + chunk if op.sliding_window is None else min(prefix + chunk, op.sliding_window + chunk)
         traffic = 2.0 * (chunk * op.num_heads + kv_tokens * op.num_kv_heads) * op.head_dim * self.width
         return op.count * max(flops / self.attention_flops, traffic / self.bandwidth)
@@ -131,11 +133,15 @@ class _Stage:
         return self.network.send_time(tokens * self.send.bytes_per_row, self.first_rank, self.first_rank + self.tp)
 
 
-def attended(chunk: Array | int, prefix: Array | int, window: int | None) -> Array:
-    """(query, key) pairs of `chunk` tokens over themselves and `prefix` cached ones, causal, perhaps in a window."""
-    chunks, prefixes = np.asarray(chunk, float), np.asarray(prefix, float)
-    size = 1e18 if window is None else float(window)
-    full = np.clip(prefixes + chunks - size, 0.0, chunks)  # tokens that see a whole window
-    rising = chunks - full  # tokens that see prefix+1, prefix+2, ...
-    pairs: Array = full * size + rising * prefixes + rising * (rising + 1) / 2
-    return pairs
+def attended(chunk: Any, prefix: Any, window: int | None) -> Any:
+    """(query, key) pairs of `chunk` tokens over themselves and `prefix` cached ones, causal, perhaps in a window.
+
+    Numbers or arrays, by plain arithmetic: it is asked for every prompt of every batch.
+    """
+    if window is None:
+        return chunk * prefix + chunk * (chunk + 1) / 2
+    full = prefix + chunk - window  # tokens that see a whole window: between none and all
+    full = full * (full > 0)
+    full = full - (full - chunk) * (full > chunk)
+    rising = chunk - full  # tokens that see prefix+1, prefix+2, ...
+    return full * window + rising * prefix + rising * (rising + 1) / 2
