@@ -85,8 +85,6 @@ class Recorder:
         self.block_rows = block_rows
         self.gaps = Gaps(exact_gaps)
         self.num_batches = 0
-        self._decoded: list[Request] = []  # of the last batch that completed, and when
-        self._decoded_at = 0.0
         self._requests: list[tuple[Request, int]] = []
         self._request_tokens = 0
         self._request_blocks: list[Columns] = []
@@ -107,18 +105,11 @@ class Recorder:
         first = times[0]
         oldest = first
         new = array("d", times)
-        decodes = batch.decodes
-        if decodes == self._decoded:  # the same requests as in the batch before: they had their last tokens together
-            oldest = self._decoded_at
-            for request in decodes:
-                request.token_times += new
-        else:
-            for request in decodes:
-                token_times = request.token_times
-                if token_times and token_times[-1] < oldest:
-                    oldest = token_times[-1]
-                token_times += new
-        self._decoded, self._decoded_at = decodes, times[-1]
+        for request in batch.decodes:
+            token_times = request.token_times
+            if token_times and token_times[-1] < oldest:
+                oldest = token_times[-1]
+            token_times += new
         for request, chunk in batch.prefills:
             if request.computed + chunk == request.total:
                 if request.token_times:  # recomputed after a preemption
