@@ -449,11 +449,13 @@ def _read(path: Path, stages: int) -> tuple[list[StageTables], list[Array]] | No
 def _write(path: Path, tables: list[StageTables], sends: list[Array]) -> None:
     arrays = {f"{name}{i}": getattr(table, name) for i, table in enumerate(tables) for name in TABLES}
     arrays |= {f"send{i}": send for i, send in enumerate(sends)}
+    partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+            partial = Path(file.name)
             np.savez_compressed(file, **arrays)
-        Path(file.name).replace(path)
+        partial.replace(path)
     except OSError:  # a home that can't be written to: the tables are made again next time
-        for partial in path.parent.glob("tmp*.npz"):
+        if partial is not None:
             partial.unlink(missing_ok=True)
