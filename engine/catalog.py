@@ -43,10 +43,12 @@ def _decoder(name: str, model_type: str, shape: tuple[int, int, int, int, int], 
 _MISTRAL = (32, 4096, 14336, 32, 8)
 _YI = (60, 7168, 20480, 56, 8)
 _LLAMA_70B = (80, 8192, 28672, 64, 8)
-_FALCON: dict[str, Any] = {"gated_mlp": False, "parallel_block": True, "norm": "layer", "tie_word_embeddings": True}
+_FALCON: dict[str, Any] = {"gated_mlp": False, "parallel_block": True, "norm": "layer", "tie_word_embeddings": True,
+                           "activation": "gelu"}  # fmt: skip
+_QWEN: dict[str, Any] = {"qkv_bias": True, "norm_eps": 1e-6}
 _PHI: dict[str, Any] = {"gated_mlp": False, "parallel_block": True, "norm": "layer", "norms_per_layer": 1,
                         "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True,
-                        "lm_head_bias": True}  # fmt: skip
+                        "lm_head_bias": True, "activation": "gelu_tanh"}  # fmt: skip
 
 MODELS = {
     spec.name: spec
@@ -63,10 +65,10 @@ MODELS = {
         _decoder("meta-llama/Meta-Llama-3-70B", "llama", _LLAMA_70B, 128256, 8192, 5e5),
         _decoder("codellama/CodeLlama-34b-Instruct-hf", "llama", (48, 8192, 22016, 64, 8), 32000, 16384, 1e6),
         _decoder("tiiuae/falcon-180B", "falcon", (80, 14848, 59392, 232, 8), 65024, 2048, **_FALCON),
-        _decoder("Qwen/Qwen-72B", "qwen", (80, 8192, 24576, 64, 64), 152064, 32768, 1e6, qkv_bias=True),
-        _decoder("Qwen/Qwen2.5-7B", "qwen2", (28, 3584, 18944, 28, 4), 152064, 131072, 1e6, qkv_bias=True),
-        _decoder("Qwen/Qwen2.5-72B", "qwen2", (80, 8192, 29568, 64, 8), 152064, 131072, 1e6, qkv_bias=True),
-        _decoder("internlm/internlm-20b", "internlm", (60, 5120, 13824, 40, 40), 103168, 4096),
+        _decoder("Qwen/Qwen-72B", "qwen", (80, 8192, 24576, 64, 64), 152064, 32768, 1e6, **_QWEN),
+        _decoder("Qwen/Qwen2.5-7B", "qwen2", (28, 3584, 18944, 28, 4), 152064, 131072, 1e6, **_QWEN),
+        _decoder("Qwen/Qwen2.5-72B", "qwen2", (80, 8192, 29568, 64, 8), 152064, 131072, 1e6, **_QWEN),
+        _decoder("internlm/internlm-20b", "internlm", (60, 5120, 13824, 40, 40), 103168, 4096, norm_eps=1e-6),
         _decoder("microsoft/phi-2", "phi", (32, 2560, 10240, 32, 32), 51200, 2048, rotary_fraction=0.4, **_PHI),
     )
 }

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.specs import ModelSpec
+from engine.specs import ModelSpec, RopeScaling
 
 _UNTIED = ("llama", "mistral", "qwen2", "qwen3", "qwen", "internlm", "phi")  # elsewhere the default is tied
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
 _MIXED_WINDOWS = ("gemma2", "gemma3_text", "cohere2", "gpt_oss")
 _LLAMA_LIKE = ("rms_norm_eps", "intermediate_size")
+_NORM_EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
+_ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 
 
 class _Config:
@@ -116,6 +118,7 @@ def _shared(config: _Config) -> dict[str, Any]:
             f"{config.where}: rope_parameters={rope!r}: give an object, as in the model's published config"
         )
     theta = _Config(rope, f"{config.where}: rope_parameters").number("rope_theta", 10000.0)
+    eps = 1e-5 if kind in ("falcon", "phi") else 1e-6
     theta = config.number("rope_theta", config.number("rotary_emb_base", theta))
     return {
         "model_type": kind,
@@ -125,7 +128,28 @@ def _shared(config: _Config) -> dict[str, Any]:
         "vocab_size": config.need("vocab_size"),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", kind not in _UNTIED)),
         "rope_theta": theta,
+        "rope_scaling": _rope_scaling(_Config(config.get("rope_scaling", rope), f"{config.where}: rope_scaling")),
+        "norm_eps": next((config.number(key, 0.0) for key in _NORM_EPS if key in config.values), eps),
     }
+
+
+def _rope_scaling(rope: _Config) -> RopeScaling | None:
+    """What `rope_scaling` (or, since transformers 5, `rope_parameters`) says, if anything."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    return RopeScaling(
+        kind=str(kind),
+        factor=rope.number("factor", 1.0),
+        low_freq_factor=rope.number("low_freq_factor", 1.0),
+        high_freq_factor=rope.number("high_freq_factor", 4.0),
+        original_max_position=int(rope.number("original_max_position_embeddings", 8192)),
+    )
+
+
+def _activation(config: _Config, *keys: str, default: str) -> str:
+    name = next((config.values[key] for key in keys if config.values.get(key)), default)
+    return _ACTIVATIONS.get(str(name), str(name))
 
 
 def _head_dim(config: _Config) -> int:
@@ -167,6 +191,7 @@ def _llama_like(config: _Config) -> dict[str, Any]:
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "sliding_window": window,
         "rotary_fraction": config.number("partial_rotary_factor", 1.0),
+        "activation": _activation(config, "hidden_act", "hidden_activation", default="silu"),
     }
 
 
@@ -201,6 +226,7 @@ def _phi(config: _Config) -> dict[str, Any]:
         "mlp_bias": True,
         "lm_head_bias": True,
         "rotary_fraction": config.number("partial_rotary_factor", 0.5),
+        "activation": _activation(config, "hidden_act", default="gelu_new"),
     }
 
 
@@ -226,4 +252,5 @@ def _falcon(config: _Config) -> dict[str, Any]:
         "attention_output_bias": bias,
         "mlp_bias": bias,
         "rotary_fraction": 0.0 if config.get("alibi", False) else 1.0,
+        "activation": _activation(config, "activation", default="gelu"),
     }

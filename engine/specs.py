@@ -28,6 +28,20 @@ def _check(spec: object, names: str, *, zero: bool = False) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the positions that a model was first trained on.
+
+    `linear` divides each by `factor`; `llama3` only those of long wavelengths. Others are named, and no engine's here.
+    """
+
+    kind: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The shape of a dense decoder-only transformer.
 
@@ -58,11 +72,14 @@ class ModelSpec:
     sliding_window: int | None = None  # tokens a query attends to, itself included
     rotary_fraction: float = 1.0  # share of head_dim that is rotated; 0: no rotary embedding
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    activation: str = "silu"  # of the MLP: silu, gelu, gelu_tanh
     dtype_bytes: int = 2  # of a weight and of a KV element, as served
 
     def __post_init__(self) -> None:
         _check(self, "num_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim")
-        _check(self, "vocab_size max_position_embeddings rope_theta dtype_bytes")
+        _check(self, "vocab_size max_position_embeddings rope_theta dtype_bytes norm_eps")
         _check(self, "rotary_fraction", zero=True)
         if self.sliding_window is not None:
             _check(self, "sliding_window")

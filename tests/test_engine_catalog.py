@@ -120,7 +120,7 @@ def test_a_model_of_a_folder(tmp_path: Path) -> None:
         json.dumps({
             "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
             "num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-            "max_position_embeddings": 8192, "rope_theta": 500000.0,
+            "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
         })
     )  # fmt: skip
     assert catalog.model(str(folder)) == replace(catalog.model("Meta-Llama-3-8B"), name="mine")

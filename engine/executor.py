@@ -1,0 +1,105 @@
+"""What the driver hands to the workers and gets back: plain data, and the protocol of who carries it there.
+
+The driver owns requests and token ids; a worker owns tensors. Each running sequence has a *row* on every worker, where
+its block table and its newest token are kept, so that a step carries only what is new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import InputError
+
+Ints = NDArray[np.int32]
+LAST_SAMPLED = -1  # in Step.tokens: the token that the worker sampled last for this row
+
+
+class WorkerError(RuntimeError):
+    """A worker died or failed; the message names its rank."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave every token in.
+
+    The same seed gives the same tokens whatever else is in the batch. A request without one gets its own from the
+    engine's seed.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature {self.temperature}: give 0 (greedy) or more")
+        if self.top_k < 0:
+            raise InputError(f"top_k {self.top_k}: give 0 (every token) or more")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p {self.top_p}: give a share above 0 and up to 1")
+
+
+GREEDY = SamplingParams()
+
+
+class NewBlocks(NamedTuple):
+    """KV blocks that rows got since the last step: block_table[rows[i], offsets[i]] = ids[i]."""
+
+    rows: Ints
+    offsets: Ints
+    ids: Ints
+
+
+class Step(NamedTuple):
+    """One batch, as the workers compute it. Sequences come in the batch's order: decodes, then prefills.
+
+    Shapes: n sequences, t tokens, m of the sequences have their next token sampled.
+    """
+
+    number: int
+    num_decodes: int
+    rows: Ints  # (n,) each sequence's row
+    starts: Ints  # (n,) tokens it has in the cache
+    chunks: Ints  # (n,) tokens computed now
+    tokens: Ints  # (t,) their ids, or LAST_SAMPLED
+    new_blocks: NewBlocks
+    sampled: Ints  # (m,) which of the n sequences are sampled
+    sampling: tuple[SamplingParams, ...] | None  # (m,) None: all greedy. Seeds are filled in
+
+
+class RankTime(NamedTuple):
+    """When a rank computed a step, in seconds of the machine's monotonic clock (time.perf_counter)."""
+
+    rank: int
+    start: float
+    end: float
+
+
+class Result(NamedTuple):
+    """A finished step: the sampled token ids (m,) and when each rank computed it."""
+
+    number: int
+    tokens: list[int]
+    times: list[RankTime]  # of every rank, by rank
+    logits: NDArray[np.float32] | None = None  # (m, vocabulary), if the executor was asked to keep them
+
+
+class Executor(Protocol):
+    """The ranks of one replica. Steps are computed, and results come back, in the order of launch."""
+
+    num_blocks: int  # KV blocks, the same on every rank
+    description: str  # one line for reports
+
+    def launch(self, step: Step) -> None:
+        """Start a step. May return before it is done. Raises WorkerError."""
+
+    def wait(self, timeout: float | None) -> Result | None:
+        """The next result; None if there is none within `timeout` seconds (None: wait for it). Raises WorkerError."""
+
+    def close(self) -> None:
+        """Stop the workers. Safe to call twice, and after an error."""

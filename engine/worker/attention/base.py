@@ -1,0 +1,63 @@
+"""What every attention backend does: attention of a batch's queries over a paged KV cache.
+
+The cache of a layer is two tensors (blocks, block_size, KV heads, head_dim). A batch is `num_decodes` sequences of one
+query each, then sequences with a chunk of queries each; a query at position p attends to the positions up to p of its
+own sequence (its own key is in the cache already), and with a sliding window w only to those above p - w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a backend is made for: heads of this rank, the cache's block size, the window in tokens."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    sliding_window: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass
+class AttentionBatch:
+    """Where the queries and keys of a batch are. n sequences, decodes first; tensors are int32 on the device."""
+
+    num_decodes: int
+    chunks: list[int]  # (n,) queries of each sequence
+    kv_lens: list[int]  # (n,) its cached tokens, these chunks' included
+    kv_lens_device: Tensor  # (n,)
+    block_table: Tensor  # (n, at least the blocks of the longest sequence)
+
+
+class AttentionBackend:
+    """Base of the backends. `plan` once a batch, then `decode` and `prefill` once a layer."""
+
+    name: str
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self.shape = shape
+
+    @classmethod
+    def unavailable(cls, shape: AttentionShape) -> str | None:
+        """Why it can't serve this shape here (not installed, wrong device, block size, ...); None if it can."""
+        raise NotImplementedError
+
+    def plan(self, batch: AttentionBatch) -> None:
+        """Prepare for a batch: what does not depend on the layer."""
+        raise NotImplementedError
+
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Queries (num_decodes, heads, head_dim) -> outputs of the same shape."""
+        raise NotImplementedError
+
+    def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """Queries of the prefills (tokens - num_decodes, heads, head_dim) -> outputs of the same shape."""
+        raise NotImplementedError
