@@ -101,7 +101,7 @@ class Recorder:
                 request.scheduled_at = now
 
     def completed(self, batch: Batch, times: list[float]) -> list[float]:
-        """`batch` ended at `times` (once for each repeat); call before the commit. Returns the longest TBT of each."""
+        """`batch` ended at `times` (once for each repeat). Returns the longest TBT of each."""
         first = times[0]
         oldest = first
         new = array("d", times)
@@ -110,11 +110,10 @@ class Recorder:
             if token_times and token_times[-1] < oldest:
                 oldest = token_times[-1]
             token_times += new
-        for request, chunk in batch.prefills:
-            if request.computed + chunk == request.total:
-                if request.token_times:  # recomputed after a preemption
-                    oldest = min(oldest, request.token_times[-1])
-                request.token_times.append(first)
+        for request in batch.ending:
+            if request.token_times:  # recomputed after a preemption
+                oldest = min(oldest, request.token_times[-1])
+            request.token_times.append(first)
         if not batch.decodes:
             return [first - oldest] + [0.0] * (len(times) - 1)
         return [first - oldest, *map(sub, times[1:], times)]

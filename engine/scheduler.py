@@ -104,22 +104,25 @@ class Scheduler:
             for request, _ in prefills:
                 request.in_flight = True
         window = self.sliding_window
-        num_tokens = num_sampled = growth = len(decodes)
+        num_tokens = growth = len(decodes)
         if window is None:
             kv_tokens = sum([r.computed for r in decodes]) + num_tokens
         else:
             kv_tokens = sum([min(r.computed + 1, window) for r in decodes])
             growth = sum([r.computed + 1 < window for r in decodes])
         chunks: tuple[tuple[int, int], ...] = ()
+        ending: list[Request] = []
         if prefills:
             chunks = tuple([(chunk, request.computed) for request, chunk in prefills])
             for request, chunk in prefills:
                 if not 0 < chunk <= request.total - request.computed:
                     raise ValueError(f"the policy {self.spec.policy} drafted {chunk} tokens of {request}")
                 num_tokens += chunk
-                num_sampled += request.computed + chunk == request.total
-        shape = BatchShape(num_tokens, len(decodes), kv_tokens, chunks, num_sampled, growth)
-        return Batch(decodes, prefills, shape, self.blocks.num_used, self._repeats(draft) if draft.stable else 1)
+                if request.computed + chunk == request.total:
+                    ending.append(request)
+        shape = BatchShape(num_tokens, len(decodes), kv_tokens, chunks, len(decodes) + len(ending), growth)
+        repeats = self._repeats(draft) if draft.stable else 1
+        return Batch(decodes, prefills, shape, self.blocks.num_used, ending, repeats)
 
     def commit(self, batch: Batch, stopped: Sequence[Request], repeats: int = 1) -> list[int]:
         """The batch is done, having run `repeats` (at most `batch.repeats`) times; `stopped` leave the replica.

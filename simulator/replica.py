@@ -281,10 +281,7 @@ class Replica:
         runs = self._last + 1 if self.num_stages == 1 else 1
         flight.max_tbt = self.recorder.completed(batch, flight.ends[:runs])
         # a batch that may still repeat holds no request at its limit
-        stopped = [] if runs < batch.repeats else [r for r in batch.decodes if r.limit - r.total == runs]
-        for request, chunk in batch.prefills:
-            if request.computed + chunk == request.total == request.limit - 1:
-                stopped.append(request)
+        stopped = [] if runs < batch.repeats else batch.reaching_limit(runs)
         taken = self.scheduler.commit(batch, stopped, runs)
         kv_blocks = [flight.kv_blocks] * runs
         if taken:
