@@ -18,6 +18,16 @@ Ints = NDArray[np.int32]
 LAST_SAMPLED = -1  # in Step.tokens: the token that the worker sampled last for this row
 
 
+def num_rows(max_num_seqs: int) -> int:
+    """Rows that the workers keep.
+
+    A sequence keeps its row to its end, preempted or not: that is never more than `max_num_seqs`, for whoever was
+    preempted runs again before anybody new is admitted. As many again may be in the batch that is formed ahead while
+    the one in which those end is still computed.
+    """
+    return 2 * max_num_seqs
+
+
 class WorkerError(RuntimeError):
     """A worker died or failed; the message names its rank."""
 

@@ -150,6 +150,13 @@ class Scheduler:
                 self.blocks.release(request)
         return taken
 
+    def drop(self, request: Request) -> None:
+        """Let go of a request that is in no batch, wherever it is."""
+        for line in (self.running, self.prefilling, self.waiting):
+            if request in line:
+                line.remove(request)
+        self.blocks.release(request)
+
     def advance(self, batch: Batch, repeats: int) -> list[int]:
         """As `repeats` rounds of committing this batch and scheduling it again; it stays in flight."""
         taken = self._progress(batch, repeats, 1)
