@@ -112,12 +112,8 @@ def _refuse(config: _Config) -> None:
 def _shared(config: _Config) -> dict[str, Any]:
     """The fields that every family spells alike."""
     kind = str(config.get("model_type", "llama"))
-    rope = config.get("rope_parameters", {})  # transformers 5 moved rope_theta in there
-    if not isinstance(rope, Mapping):
-        raise InputError(
-            f"{config.where}: rope_parameters={rope!r}: give an object, as in the model's published config"
-        )
-    theta = _Config(rope, f"{config.where}: rope_parameters").number("rope_theta", 10000.0)
+    rope = _rope_parameters(config)
+    theta = rope.number("rope_theta", 10000.0)
     eps = 1e-5 if kind in ("falcon", "phi") else 1e-6
     theta = config.number("rope_theta", config.number("rotary_emb_base", theta))
     return {
@@ -128,9 +124,26 @@ def _shared(config: _Config) -> dict[str, Any]:
         "vocab_size": config.need("vocab_size"),
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", kind not in _UNTIED)),
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(_Config(config.get("rope_scaling", rope), f"{config.where}: rope_scaling")),
+        "rope_scaling": _rope_scaling(
+            _Config(config.get("rope_scaling", rope.values), f"{config.where}: rope_scaling")
+        ),
         "norm_eps": next((config.number(key, 0.0) for key in _NORM_EPS if key in config.values), eps),
     }
+
+
+def _rope_parameters(config: _Config) -> _Config:
+    """Where transformers 5 moved `rope_theta`, `partial_rotary_factor` and the contents of `rope_scaling`."""
+    rope = config.get("rope_parameters", {})
+    if not isinstance(rope, Mapping):
+        raise InputError(
+            f"{config.where}: rope_parameters={rope!r}: give an object, as in the model's published config"
+        )
+    return _Config(rope, f"{config.where}: rope_parameters")
+
+
+def _rotary_fraction(config: _Config, default: float) -> float:
+    key = "partial_rotary_factor"
+    return config.number(key, _rope_parameters(config).number(key, default))
 
 
 def _rope_scaling(rope: _Config) -> RopeScaling | None:
@@ -190,7 +203,7 @@ def _llama_like(config: _Config) -> dict[str, Any]:
         "attention_output_bias": kind != "qwen2" and bias,
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "sliding_window": window,
-        "rotary_fraction": config.number("partial_rotary_factor", 1.0),
+        "rotary_fraction": _rotary_fraction(config, 1.0),
         "activation": _activation(config, "hidden_act", "hidden_activation", default="silu"),
     }
 
@@ -225,7 +238,7 @@ def _phi(config: _Config) -> dict[str, Any]:
         "attention_output_bias": True,
         "mlp_bias": True,
         "lm_head_bias": True,
-        "rotary_fraction": config.number("partial_rotary_factor", 0.5),
+        "rotary_fraction": _rotary_fraction(config, 0.5),
         "activation": _activation(config, "hidden_act", default="gelu_new"),
     }
 

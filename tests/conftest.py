@@ -1,8 +1,12 @@
-"""The same random examples on every CI run; new ones on each run by hand."""
+"""The same random examples on every CI run, new ones on each run by hand; and helpers that tests import by name."""
 
 import os
+import sys
+from pathlib import Path
 
 from hypothesis import settings
+
+sys.path.append(str(Path(__file__).parent))  # `import checkpoints`: --import-mode=importlib leaves it out
 
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

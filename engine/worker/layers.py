@@ -1,0 +1,191 @@
+"""What a decoder layer is made of: linear layers, norms, embedding, and the chains of elementwise operations.
+
+Chains are plain functions. On CUDA each is several kernels that read and write the whole tensor; after
+`compile_elementwise(True)` it is one, made by torch.compile. Matrices and parameters are those of one rank, and nothing
+is initialised: `engine.worker.weights` fills them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.specs import ModelSpec
+from engine.worker.names import vocabulary_rows
+from engine.worker.parallel import Rank
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+}
+ROPE_SCALINGS = ("linear", "llama3")
+
+Chain = TypeVar("Chain", bound=Callable[..., Any])
+_compile = False
+
+
+def compile_elementwise(on: bool) -> None:
+    """Whether chains of elementwise operations run compiled where their tensors are on CUDA. They don't at first."""
+    global _compile
+    _compile = on
+
+
+def _chain(function: Chain) -> Chain:
+    compiled: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def call(first: Tensor, *rest: Any) -> Any:
+        nonlocal compiled
+        if not (_compile and first.is_cuda):
+            return function(first, *rest)
+        if compiled is None:  # not before it is wanted: torch.compile takes seconds to import
+            compiled = torch.compile(function)
+        return compiled(first, *rest)
+
+    return cast(Chain, call)
+
+
+@_chain
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(t, h) -> (t, h): x / rms(x) in float32, rounded to x's type, times weight (Zhang & Sennrich 2019)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+@_chain
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The activation of each element of the up-projection (t, w)."""
+    return ACTIVATIONS[activation](x)
+
+
+@_chain
+def gated_activate(gate_up: Tensor, activation: str) -> Tensor:
+    """(t, 2w), gate and up side by side -> (t, w): activation(gate) * up (Shazeer 2020)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+@_chain
+def add3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a + (b + c)."""
+    return a + (b + c)
+
+
+@_chain
+def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (t, 1, r/2), float32, of each position's angle in every rotated plane."""
+    angles = positions.float()[:, None, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+@_chain
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (Su et al. 2021) of queries and keys (t, heads, head_dim), computed in float32.
+
+    Plane i is elements i and i + r/2 of a head (Hugging Face's order of the weights); those past r stay as they are.
+    """
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), dim=-1)
+
+
+def rotary_frequencies(spec: ModelSpec) -> Tensor:
+    """Radians a position in each of the r/2 rotated planes (float32), after the model's `rope_scaling`.
+
+    `llama3` divides those of wavelengths above original_max_position / low_freq_factor by the factor, leaves those
+    below original_max_position / high_freq_factor, and goes smoothly from one to the other in between.
+    """
+    rotated = int(spec.head_dim * spec.rotary_fraction)
+    frequencies = 1.0 / spec.rope_theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((scaling.original_max_position / wavelengths - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+class TensorModule(nn.Module):
+    """A module that returns a tensor."""
+
+    __call__: Callable[..., Tensor]
+
+
+NewParameter = Callable[..., nn.Parameter]  # sizes -> an empty parameter of the decoder's type, on its device
+
+
+def new_parameter(*sizes: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """An uninitialised parameter, without a gradient."""
+    return nn.Parameter(torch.empty(sizes, dtype=dtype, device=device), requires_grad=False)
+
+
+class Linear(TensorModule):
+    """(t, k) -> (t, n) with this rank's weight (n, k), which may be one that exists.
+
+    The outputs of a row-parallel layer are summed over ranks, so only one of them may add the bias that all hold.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        n: int,
+        bias: bool,
+        new: NewParameter,
+        *,
+        adds_bias: bool = True,
+        weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = new(n, k) if weight is None else weight
+        self.bias = new(n) if bias else None
+        self.adds_bias = adds_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias if self.adds_bias else None)
+
+
+class Norm(TensorModule):
+    """RMS or layer norm over the hidden size, computed in float32."""
+
+    def __init__(self, spec: ModelSpec, new: NewParameter) -> None:
+        super().__init__()
+        self.eps = spec.norm_eps
+        self.weight = new(spec.hidden_size)
+        self.bias = new(spec.hidden_size) if spec.norm == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return rms_norm(x, self.weight, self.eps)
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # float32 inside
+
+
+class Embedding(TensorModule):
+    """This rank's rows of the embedding table. A token of another rank's gets zeros, to be summed over the ranks."""
+
+    def __init__(self, spec: ModelSpec, rank: Rank, new: NewParameter) -> None:
+        super().__init__()
+        rows = vocabulary_rows(spec, rank)
+        self.weight = new(rows, spec.hidden_size)
+        self.first, self.whole = rank.tp_rank * rows, rank.tp_size == 1
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        if self.whole:
+            return functional.embedding(token_ids, self.weight)
+        row = token_ids - self.first
+        elsewhere = (row < 0) | (row >= self.weight.shape[0])
+        return functional.embedding(row.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)

@@ -1,0 +1,74 @@
+"""Small random Hugging Face checkpoints, one for each layout of layers that the engine knows.
+
+model = checkpoints.write(folder, "falcon_new")  # the transformers model, which knows the right logits
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 101  # divides by no number of ranks
+_SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3,
+                          "num_attention_heads": 8, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_LLAMA: dict[str, Any] = {**_SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 256,
+                          "tie_word_embeddings": False}  # fmt: skip
+_FALCON: dict[str, Any] = {**_SIZES, "num_hidden_layers": 2}
+_NEW_FALCON: dict[str, Any] = {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+_LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # the class's name without Config, its arguments
+    "llama": ("Llama", _LLAMA),
+    "llama_multi_head": ("Llama", _LLAMA | {"num_key_value_heads": 8}),
+    "llama_head_dim": ("Llama", _LLAMA | {"head_dim": 12}),
+    "llama_tied": ("Llama", _LLAMA | {"tie_word_embeddings": True}),
+    "llama_mlp_bias": ("Llama", _LLAMA | {"mlp_bias": True}),
+    "llama_gelu": ("Llama", _LLAMA | {"hidden_act": "gelu_pytorch_tanh"}),
+    "llama_linear_rope": (
+        "Llama",
+        _LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3}},
+    ),
+    "llama_llama3_rope": ("Llama", _LLAMA | {"rope_parameters": _LLAMA3_ROPE}),
+    "internlm": (
+        "Llama",
+        _LLAMA | {"num_key_value_heads": 8, "attention_bias": True},
+    ),  # as which it was later published
+    "mistral": ("Mistral", _LLAMA | {"sliding_window": 5}),
+    "qwen2": ("Qwen2", _LLAMA | {"num_key_value_heads": 4}),
+    "falcon_new": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 2}),
+    "falcon_new_one_norm": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 1}),
+    "falcon_multi_query": ("Falcon", _FALCON | {"multi_query": True, "parallel_attn": True}),
+    "falcon_multi_head": ("Falcon", _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
+    "phi": ("Phi", _SIZES | {"intermediate_size": 96, "partial_rotary_factor": 0.75}),
+}
+
+
+def write(folder: Path, name: str, **save: Any) -> transformers.PreTrainedModel:
+    """Save the checkpoint of that name and return its model. `save`: for save_pretrained, max_shard_size="20kB" say.
+
+    Every number is random, norms and biases too, and large enough for logits to differ by units.
+    """
+    kind, arguments = CONFIGS[name]
+    config = getattr(transformers, f"{kind}Config")(**arguments)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
+            else:
+                parameter.normal_(0.5, 0.3, generator=generator)
+    model.save_pretrained(folder, **save)
+    if name == "internlm":  # transformers has no class of that name
+        edit_config(folder, model_type="internlm", bias=True, attention_bias=None)
+    return model
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of the folder's config.json; None takes one out."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}), encoding="utf-8")
