@@ -6,6 +6,7 @@ its block table and its newest token are kept, so that a step carries only what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -90,6 +91,15 @@ class RankTime(NamedTuple):
     end: float
 
 
+class RankReport(NamedTuple):
+    """What one rank says of a finished step. The first rank of the last stage has the tokens."""
+
+    number: int
+    time: RankTime
+    tokens: list[int] | None
+    logits: NDArray[np.float32] | None
+
+
 class Result(NamedTuple):
     """A finished step: the sampled token ids (m,) and when each rank computed it."""
 
@@ -99,11 +109,19 @@ class Result(NamedTuple):
     logits: NDArray[np.float32] | None = None  # (m, vocabulary), if the executor was asked to keep them
 
 
+def combine(reports: Sequence[RankReport]) -> Result:
+    """The result of a step that every rank has reported."""
+    tokens, logits = next((each.tokens, each.logits) for each in reports if each.tokens is not None)
+    times = sorted(each.time for each in reports)
+    return Result(reports[0].number, tokens, times, logits)
+
+
 class Executor(Protocol):
     """The ranks of one replica. Steps are computed, and results come back, in the order of launch."""
 
     num_blocks: int  # KV blocks, the same on every rank
-    description: str  # one line for reports
+    attention_backend: str  # its name
+    hardware: str  # the name of the ranks' GPU or processor
 
     def launch(self, step: Step) -> None:
         """Start a step. May return before it is done. Raises WorkerError."""

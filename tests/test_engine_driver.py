@@ -44,7 +44,7 @@ class FakeWorkers:
     """
 
     num_blocks = 64
-    description = "fake"
+    attention_backend = hardware = "fake"
 
     def __init__(self, clock: VirtualTime, stages: int, block_size: int, seed: int = 0) -> None:
         self.clock, self.stages, self.block_size = clock, stages, block_size

@@ -2,12 +2,14 @@
 
 The cache of a layer is two tensors (blocks, block_size, KV heads, head_dim). A batch is `num_decodes` sequences of one
 query each, then sequences with a chunk of queries each; a query at position p attends to the positions up to p of its
-own sequence (its own key is in the cache already), and with a sliding window w only to those above p - w.
+own sequence (its own key is in the cache already), and with a sliding window w only to those above p - w. Scores are
+scaled by head_dim ** -0.5. What lies in cache slots that hold none of a sequence's tokens must not matter, NaN or not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,9 +40,13 @@ class AttentionBatch:
 
 
 class AttentionBackend:
-    """Base of the backends. `plan` once a batch, then `decode` and `prefill` once a layer."""
+    """Base of the backends. `plan` once a batch, then `decode` and `prefill` once a layer.
 
-    name: str
+    None of them waits for the device. Between `plan` and the last layer the batch's tensors must stay as they are.
+    """
+
+    name: ClassVar[str]
+    supports_cuda_graph: ClassVar[bool] = False
 
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
@@ -61,3 +67,12 @@ class AttentionBackend:
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Queries of the prefills (tokens - num_decodes, heads, head_dim) -> outputs of the same shape."""
         raise NotImplementedError
+
+    def for_cuda_graph(self, batch_size: int, max_blocks: int) -> AttentionBackend:
+        """A companion whose `decode` can be captured in a CUDA graph, if `supports_cuda_graph`.
+
+        Its `plan` takes up to batch_size decodes (no prefills) of up to max_blocks blocks each, and refills in place
+        the tensors that the captured kernels read: plan once before the capture, and before every replay. Its `decode`
+        takes batch_size queries; those past the batch's decodes read the first slot of block 0 and mean nothing.
+        """
+        raise NotImplementedError(f"{self.name} can't be captured in a CUDA graph")

@@ -1,0 +1,77 @@
+"""What the workers of a replica need to know to start, and who starts them.
+
+spec = EngineSpec(model=ModelSpec.from_hf(folder), folder=Path(folder), device="cpu", dtype="float32", ...)
+executor = start(spec, "in_process")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import InputError, unknown
+from engine.executor import Executor
+from engine.specs import ModelSpec, ParallelSpec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+EXECUTORS = ("in_process", "multiprocess", "ray")
+LOAD_FORMATS = ("safetensors", "dummy")
+DECODE_GRAPHS = (1, 2, 4, *range(8, 257, 8))  # batch sizes that CUDA graphs are captured for
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """One replica of the engine.
+
+    `folder` has the weights; without one they are dummies. `num_blocks` None measures how many KV blocks the memory
+    holds. `max_batch_tokens` is the largest batch there can be.
+    """
+
+    model: ModelSpec
+    folder: Path | None
+    device: Literal["cpu", "cuda"]
+    dtype: str
+    max_num_seqs: int
+    max_model_len: int
+    max_batch_tokens: int
+    block_size: int
+    parallel: ParallelSpec = field(default_factory=ParallelSpec)
+    num_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    attention_backend: str | None = None
+    cuda_graphs: tuple[int, ...] = DECODE_GRAPHS  # none: everything runs eagerly
+    seed: int = 0
+    keep_logits: bool = False
+    port: int | None = None  # where the ranks meet; None: a free one
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise unknown("dtype", self.dtype, DTYPE_BYTES)
+        if self.model.dtype_bytes != DTYPE_BYTES[self.dtype]:
+            raise ValueError(f"the model counts {self.model.dtype_bytes} bytes an element, {self.dtype} has others")
+        self.parallel.validate(self.model)
+
+
+def start(spec: EngineSpec, executor: str | None = None) -> Executor:
+    """Start the ranks and wait until they are ready. None takes one process where one rank is enough.
+
+    Raises InputError for what can't be (weights that are not there, a model too big, ...), WorkerError for what breaks.
+    """
+    name = executor or ("in_process" if spec.parallel.world_size == 1 else "multiprocess")
+    if name == "in_process":
+        if spec.parallel.world_size > 1:
+            raise InputError(f"executor 'in_process' runs one rank, {spec.parallel} has {spec.parallel.world_size}: "
+                             "use multiprocess or ray")  # fmt: skip
+        from engine.worker.in_process import InProcessExecutor
+
+        return InProcessExecutor(spec)
+    if name == "multiprocess":
+        from engine.multiprocess import MultiprocessExecutor
+
+        return MultiprocessExecutor(spec)
+    if name == "ray":
+        from engine.ray_executor import RayExecutor
+
+        return RayExecutor(spec)
+    raise unknown("executor", name, EXECUTORS)

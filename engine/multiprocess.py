@@ -1,0 +1,174 @@
+"""The executor of several ranks on one machine: a process each, and a pipe to each.
+
+The ranks find each other through torch.distributed; this process never imports torch. If a rank dies or fails, the
+others are killed and the error names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from engine.engine_spec import EngineSpec
+from engine.errors import InputError
+from engine.executor import RankReport, Result, Step, WorkerError, combine
+
+CLOSE_S = 5.0  # for ranks to end by themselves
+BLAME_S = 1.0  # a rank that fails may have lost another: how long that one's end may take to show
+
+
+class MultiprocessExecutor:
+    """Starts the ranks' processes and speaks with them."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["engine.worker.rank_process"])  # torch is imported once for all ranks
+        meeting_point = f"tcp://127.0.0.1:{spec.port or free_port()}"
+        if spec.port is not None:
+            check_port(spec.port)
+        self._reports: dict[int, list[RankReport]] = {}
+        self._launched: deque[int] = deque()  # numbers of the steps whose result has not been given
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        try:
+            for rank in range(spec.parallel.world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_run_rank, args=(theirs, spec, rank, meeting_point), name=f"rank-{rank}", daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+            ready = self._ask_all("ready")
+            self.num_blocks = min(answer[1] for answer in ready)
+            self.attention_backend, self.hardware = str(ready[0][2]), str(ready[0][3])
+            self._tell_all(("allocate", self.num_blocks))
+            self._ask_all("allocated")
+        except BaseException:
+            self._kill()
+            raise
+
+    def launch(self, step: Step) -> None:
+        self._launched.append(step.number)
+        self._reports[step.number] = []
+        self._tell_all(("step", step))
+
+    def wait(self, timeout: float | None) -> Result | None:
+        number = self._launched[0]
+        end = None if timeout is None else time.perf_counter() + timeout
+        while len(self._reports[number]) < len(self._pipes):
+            left = None if end is None else end - time.perf_counter()
+            if left is not None and left <= 0 and timeout:
+                return None
+            if not self._receive(left, self._take_report) and end is not None:
+                return None
+        self._launched.popleft()
+        return combine(self._reports.pop(number))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            for pipe in self._pipes:
+                pipe.send(("close",))
+        end = time.perf_counter() + CLOSE_S
+        for process in self._processes:
+            process.join(max(0.0, end - time.perf_counter()))
+        self._kill()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _tell_all(self, message: tuple[Any, ...]) -> None:
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send(message)
+            except OSError:
+                self._fail(rank, "closed its pipe")
+
+    def _ask_all(self, kind: str) -> list[tuple[Any, ...]]:
+        """An answer of this kind from every rank, by rank."""
+        answers: dict[int, tuple[Any, ...]] = {}
+
+        def take(rank: int, message: tuple[Any, ...]) -> None:
+            assert message[0] == kind, f"rank {rank} answered {message[0]}, not {kind}"
+            answers[rank] = message
+
+        while len(answers) < len(self._pipes):
+            self._receive(None, take)
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def _take_report(self, rank: int, message: tuple[Any, ...]) -> None:
+        report: RankReport = message[1]
+        self._reports[report.number].append(report)
+
+    def _receive(self, timeout: float | None, take: Callable[[int, tuple[Any, ...]], None]) -> bool:
+        """Wait for messages and `take` them; False if none came in time. Raises if a rank died or failed."""
+        ready = wait([*self._pipes, *(process.sentinel for process in self._processes)], timeout)
+        for rank, pipe in enumerate(self._pipes):
+            if pipe in ready:
+                try:
+                    message = pipe.recv()
+                except (EOFError, OSError):
+                    self._fail(rank, "closed its pipe")
+                if message[0] == "error":
+                    self._fail(rank, message[2], blames_input=message[1])
+                take(rank, message)
+        for rank, process in enumerate(self._processes):
+            if process.sentinel in ready and not self._pipes[rank].poll():
+                self._fail(rank, "ended")
+        return bool(ready)
+
+    def _fail(self, rank: int, text: str, blames_input: bool = False) -> None:
+        """Kill every rank and raise what went wrong: a rank that was killed explains the failure of the others."""
+        deadline = time.perf_counter() + BLAME_S
+        while not blames_input and time.perf_counter() < deadline:
+            killed = [(r, p) for r, p in enumerate(self._processes) if p.exitcode is not None and p.exitcode < 0]
+            if killed:
+                rank, process = killed[0]
+                text = f"was killed by {signal.Signals(-process.exitcode).name} (process {process.pid})"
+                break
+            time.sleep(0.01)
+        self._kill()
+        if blames_input:
+            raise InputError(text)
+        raise WorkerError(f"rank {rank} {text}" if "\n" not in text else f"rank {rank} failed: {text}")
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            if process.exitcode is None:
+                process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+
+
+def _run_rank(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) -> None:
+    from engine.worker.rank_process import main
+
+    main(driver, spec, rank, meeting_point)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Raise InputError if somebody listens on `port` already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} can't be had ({error.strerror}): give another --distributed-port, or leave it out"
+            ) from None

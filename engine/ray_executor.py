@@ -1,0 +1,132 @@
+"""The executor of ranks on the machines of a Ray cluster: an actor each, placed as close together as can be.
+
+Joins the cluster that is running (RAY_ADDRESS, or one on this machine) or starts a local one. Ray is imported only
+when this module is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from engine.engine_spec import EngineSpec
+from engine.errors import InputError
+from engine.executor import RankReport, Result, Step, WorkerError, combine
+from engine.multiprocess import free_port
+
+PLACEMENT_S = 60.0  # to find room for every rank
+
+
+class RankActor:
+    """A rank in a Ray actor. Calls run one after the other, in the order they were made."""
+
+    def __init__(self, spec: EngineSpec, rank: int) -> None:
+        self._spec, self._rank = spec, rank
+
+    def meeting_point(self) -> str:
+        """Where the ranks may meet, on this actor's machine."""
+        return f"tcp://{ray.util.get_node_ip_address()}:{self._spec.port or free_port()}"
+
+    def join(self, meeting_point: str) -> tuple[int, str, str]:
+        """Become a rank. Returns the KV blocks there is memory for, the attention backend's name and the hardware's."""
+        from engine.worker.rank import join
+
+        self._runner = join(self._spec, self._rank, 0, meeting_point)  # Ray shows an actor its own GPU only
+        return self._runner.describe()
+
+    def allocate(self, num_blocks: int) -> None:
+        self._runner.allocate(num_blocks)
+
+    def execute(self, step: Step) -> RankReport:
+        return self._runner.execute(step).wait()
+
+
+class RayExecutor:
+    """Starts the actors and speaks with them."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        self._actors: list[Any] = []
+        self._launched: deque[list[Any]] = deque()
+        self._group: Any = None
+        try:
+            need = {"GPU": 1} if spec.device == "cuda" else {"CPU": 1}
+            self._group = placement_group([need] * spec.parallel.world_size, strategy="PACK")
+            if not self._group.wait(PLACEMENT_S):
+                raise InputError(
+                    f"the Ray cluster has no room for {spec.parallel.world_size} ranks of {need} each (it has "
+                    f"{ray.cluster_resources()}): add nodes, or lower --tensor-parallel-size"
+                )
+            self._actors = [self._actor(spec, rank, need) for rank in range(spec.parallel.world_size)]
+            meeting_point = self._get([self._actors[0].meeting_point.remote()])[0]
+            ready = self._get([actor.join.remote(meeting_point) for actor in self._actors])
+            self.num_blocks: int = min(answer[0] for answer in ready)
+            self.attention_backend: str = ready[0][1]
+            self.hardware: str = ready[0][2]
+            self._get([actor.allocate.remote(self.num_blocks) for actor in self._actors])
+        except BaseException:
+            self.close()
+            raise
+
+    def _actor(self, spec: EngineSpec, rank: int, need: dict[str, int]) -> Any:
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+        options: dict[str, Any] = {"num_cpus": need.get("CPU", 0), "num_gpus": need.get("GPU", 0)}
+        return ray.remote(RankActor).options(scheduling_strategy=place, **options).remote(spec, rank)
+
+    def launch(self, step: Step) -> None:
+        shared = ray.put(step)  # once, however many ranks
+        self._launched.append([actor.execute.remote(shared) for actor in self._actors])
+
+    def wait(self, timeout: float | None) -> Result | None:
+        end = None if timeout is None else time.perf_counter() + timeout
+        waiting = list(self._launched[0])
+        while waiting:  # one by one: a rank that died is heard of while the others wait for it
+            left = None if end is None else max(0.0, end - time.perf_counter())
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+            if not done:
+                return None
+            self._get(done)
+        return combine(self._get(self._launched.popleft()))
+
+    def close(self) -> None:
+        for actor in self._actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
+        self._actors = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+        if self._started_ray:
+            ray.shutdown()
+
+    def _get(self, references: list[Any]) -> list[Any]:
+        """The answers. Raises InputError if an actor found fault with the input, WorkerError for any other failure."""
+        waiting, failed = list(references), None
+        while waiting and failed is None:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done)
+            except RayTaskError as error:
+                if isinstance(error.cause, InputError):
+                    raise InputError(str(error.cause)) from None
+                failed = error
+            except RayActorError as error:
+                raise WorkerError(f"{self._who(error)} died: {error}") from None
+        if failed is not None:
+            raise WorkerError(f"a rank failed: {failed}") from None
+        answers: list[Any] = ray.get(references)
+        return answers
+
+    def _who(self, error: RayActorError) -> str:
+        ids = [actor._actor_id.hex() for actor in self._actors]
+        return f"rank {ids.index(error.actor_id)}" if error.actor_id in ids else "a rank"

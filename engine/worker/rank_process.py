@@ -1,0 +1,65 @@
+"""The process of one rank: takes messages from the driver's process, answers with reports.
+
+Messages are ("allocate", number of KV blocks), ("step", Step) and ("close",); answers ("ready", what the runner's
+`describe` says), ("allocated",), ("report", RankReport) and ("error", whether the input is to blame, text).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections import deque
+from multiprocessing.connection import Connection, wait
+
+from engine.engine_spec import EngineSpec
+from engine.errors import InputError
+from engine.worker.rank import join, leave
+from engine.worker.runner import ModelRunner, Pending
+
+POLL_S = 50e-6
+
+
+def main(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) -> None:
+    """Live as `rank` until told to close, or until the driver is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the driver tells when to end
+    threading.Thread(target=_die_with_the_driver, daemon=True).start()
+    try:
+        runner = join(spec, rank, rank, meeting_point)
+        driver.send(("ready", *runner.describe()))
+        _serve(driver, runner)
+        leave()
+    except (BrokenPipeError, EOFError):  # the driver is gone
+        os._exit(1)
+    except BaseException as error:
+        blame = isinstance(error, InputError)
+        driver.send(("error", blame, str(error) if blame else "".join(traceback.format_exception(error))))
+        driver.close()
+        os._exit(1)  # without waiting for ranks that wait for this one
+
+
+def _serve(driver: Connection, runner: ModelRunner) -> None:
+    pending: deque[Pending] = deque()
+    while True:
+        while pending and pending[0].ready():
+            driver.send(("report", pending.popleft().wait()))
+        if pending and not driver.poll(POLL_S):
+            continue
+        match driver.recv():
+            case ("step", step):
+                pending.append(runner.execute(step))
+            case ("allocate", num_blocks):
+                runner.allocate(num_blocks)
+                driver.send(("allocated",))
+            case ("close",):
+                return
+
+
+def _die_with_the_driver() -> None:
+    """A rank that waits for another in a collective hears no pipe: end it when the driver's process has ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

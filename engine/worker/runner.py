@@ -1,0 +1,280 @@
+"""One rank at work: its part of the model, its KV cache, and what it does with a step.
+
+On a GPU a step is launched as far as it goes without waiting; `Pending` waits, and knows when the GPU worked on it.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.engine_spec import EngineSpec
+from engine.errors import InputError
+from engine.executor import NewBlocks, RankReport, RankTime, Step, num_rows
+from engine.memory import GIB, kv_bytes_per_block
+from engine.worker import weights
+from engine.worker.attention import select
+from engine.worker.attention.base import AttentionBackend, AttentionShape
+from engine.worker.graphs import DecodeGraphs
+from engine.worker.inputs import Inputs, Rows
+from engine.worker.model import Decoder
+from engine.worker.parallel import Links, Rank
+from engine.worker.sampler import sample
+
+RESERVED_BYTES = GIB // 2  # of a GPU, for what libraries take later (cuBLAS, NCCL, fragmentation)
+CPU_KV_SHARE = 0.5  # of the free memory of a CPU, for the KV caches of all ranks
+
+
+class ModelRunner:
+    """Rank `rank` of a replica. `allocate` comes before the first `execute`.
+
+    Raises InputError for weights that don't fit the model, an attention backend that is not to be had, and memory that
+    is too small.
+    """
+
+    def __init__(self, spec: EngineSpec, rank: Rank, links: Links) -> None:
+        self.spec = spec
+        self.rank = rank
+        self.links = links
+        self.device = torch.device(spec.device)
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.kv_caches: list[tuple[Tensor, Tensor]] = []
+        self._clock = _CudaClock() if self.device.type == "cuda" else None
+        self._graphs: DecodeGraphs | None = None
+        self._max_blocks = -(-spec.max_model_len // spec.block_size)
+        shape = AttentionShape(
+            num_heads=spec.model.num_attention_heads // rank.tp_size,
+            num_kv_heads=spec.parallel.kv_heads_per_rank(spec.model),
+            head_dim=spec.model.head_dim,
+            block_size=spec.block_size,
+            sliding_window=spec.model.sliding_window,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        with torch.inference_mode(), self._memory("loading the weights"):
+            self.attention = select(spec.attention_backend, shape)
+            self.model = Decoder(spec.model, rank, links, self.dtype, self.device)
+            if spec.folder is None:
+                weights.dummy(self.model, spec.seed)
+            else:
+                weights.load(self.model, spec.folder)
+            self.rows = Rows(num_rows(spec.max_num_seqs), self._max_blocks, spec.block_size, self.device)
+
+    def describe(self) -> tuple[int, str, str]:
+        """KV blocks it may have (as told, or as many as there is memory for), its attention backend, its hardware."""
+        hardware = _cpu_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        return self.spec.num_blocks or self.free_blocks(), self.attention.name, hardware
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def free_blocks(self) -> int:
+        """KV blocks that this rank has memory for beside the weights and the largest batch.
+
+        On a GPU the largest batch is run and its peak measured. On a CPU it is a share of the memory that is free, and
+        not much more than the longest requests could ever fill.
+        """
+        spec = self.spec
+        block_bytes = kv_bytes_per_block(spec.model, spec.parallel, self.rank.stage, spec.block_size)
+        if self.device.type == "cpu":
+            available = _free_cpu_bytes() * CPU_KV_SHARE / spec.parallel.world_size
+            return min(int(available / block_bytes), 2 * spec.max_num_seqs * self._max_blocks)
+        used = self._peak_bytes()
+        total = torch.cuda.mem_get_info(self.device)[1] * spec.gpu_memory_utilization
+        blocks = int((total - used - RESERVED_BYTES) / block_bytes)
+        if blocks < 1:
+            raise InputError(
+                f"rank {self.rank.rank} takes {used / GIB:.1f} GiB for weights and the largest batch, of "
+                f"{total / GIB:.1f} GiB it may use: raise --gpu-memory-utilization or --tensor-parallel-size, or lower "
+                f"--max-num-batched-tokens {spec.max_batch_tokens}"
+            )
+        return blocks
+
+    def _peak_bytes(self) -> int:
+        """Bytes of this GPU in use, by anybody, at the peak of the largest batch, which every rank runs."""
+        spec = self.spec
+        length = min(spec.max_model_len, spec.max_batch_tokens)
+        count = max(1, min(spec.max_num_seqs, spec.max_batch_tokens // length))
+        per_sequence = -(-length // spec.block_size)
+        self._make_caches(count * per_sequence)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        ids = np.arange(count * per_sequence, dtype=np.int32)
+        rows = np.arange(count, dtype=np.int32)
+        chunks = np.full(count, length, dtype=np.int32)
+        blocks = NewBlocks(np.repeat(rows, per_sequence), ids % per_sequence, ids)
+        tokens = np.zeros(count * length, dtype=np.int32)
+        self.execute(Step(0, 0, rows, rows * 0, chunks, tokens, blocks, rows, None)).wait()
+        activations = torch.cuda.max_memory_allocated() - before
+        self.kv_caches = []
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free + activations
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV caches, of `num_blocks` blocks and one more for padding, and on a GPU capture the CUDA graphs."""
+        spec = self.spec
+        with torch.inference_mode(), self._memory("allocating the KV cache"):
+            self._make_caches(num_blocks + 1)
+            self.rows.set_padding_block(num_blocks)
+            if self.device.type == "cuda" and self.attention.supports_cuda_graph:
+                self._graphs = DecodeGraphs(
+                    [size for size in spec.cuda_graphs if size <= spec.max_num_seqs],
+                    self._forward,
+                    self.attention,
+                    self._max_blocks,
+                    num_blocks * spec.block_size,
+                    None if self.rank.is_first_stage else self._hidden(1),
+                )
+
+    def _make_caches(self, num_blocks: int) -> None:
+        layers = self.spec.parallel.stage_layers(self.spec.model.num_layers)[self.rank.stage]
+        shape = self.attention.shape
+        size = (num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+
+        def empty() -> Tensor:
+            return torch.empty(size, dtype=self.dtype, device=self.device)
+
+        self.kv_caches = [(empty(), empty()) for _ in range(layers)]
+
+    @contextmanager
+    def _memory(self, doing: str) -> Iterator[None]:
+        """Turn running out of a GPU's memory into an error that says what to change."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"GPU out of memory on rank {self.rank.rank} while {doing}: lower --gpu-memory-utilization "
+                f"{self.spec.gpu_memory_utilization:g} or --max-num-batched-tokens {self.spec.max_batch_tokens}, or "
+                f"raise --tensor-parallel-size ({str(error).splitlines()[0]})"
+            ) from None
+
+    # -- a step ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> Pending:
+        """Compute a step, on a GPU as far as it goes without waiting for it."""
+        with self._memory("computing a batch"):
+            graphs = self._graphs if self._graphs is not None and step.num_decodes == len(step.rows) else None
+            size = graphs.size_for(step.num_decodes) if graphs is not None else 0
+            inputs, batch = self.rows.inputs(step, pad_to=size)
+            hidden = None if self.rank.is_first_stage else self.links.receive(self._hidden(len(step.tokens)))
+            started = self._stamp()
+            if graphs is not None and size:
+                output = graphs.run(inputs, batch, hidden)
+            else:
+                self.attention.plan(batch)
+                output = self._forward(inputs, self.attention, hidden)
+            if not self.rank.is_last_stage:
+                ended = self._stamp()
+                self.links.send(output)
+                return Pending(self, step.number, started, ended)
+            tokens = sample(output, step.sampling, (step.starts + step.chunks)[step.sampled])
+            self.rows.remember(step, tokens)
+            return Pending(self, step.number, started, self._stamp(), tokens, output if self.spec.keep_logits else None)
+
+    def _forward(self, inputs: Inputs, attention: AttentionBackend, hidden: Tensor | None) -> Tensor:
+        output: Tensor = self.model(inputs, attention, self.kv_caches, hidden)
+        return output
+
+    def _hidden(self, tokens: int) -> Tensor:
+        """Room for what the stage before sends (tokens, hidden_size)."""
+        return torch.empty(tokens, self.spec.model.hidden_size, dtype=self.dtype, device=self.device)
+
+    def _stamp(self) -> float | torch.cuda.Event:
+        return time.perf_counter() if self._clock is None else self._clock.stamp()
+
+
+class Pending:
+    """A step on its way through a rank."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        number: int,
+        started: float | torch.cuda.Event,
+        ended: float | torch.cuda.Event,
+        tokens: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> None:
+        self._rank = runner.rank
+        self._clock = runner._clock
+        self._number = number
+        self._started, self._ended = started, ended
+        self._logits = logits
+        self._tokens = tokens if self._rank.tp_rank == 0 else None
+        self._copied: torch.cuda.Event | None = None
+        if self._clock is not None:
+            if self._tokens is not None:
+                self._tokens = self._tokens.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> RankReport:
+        """What came of it, once it is done."""
+        started, ended = self._started, self._ended
+        if self._clock is not None and self._copied is not None:
+            assert isinstance(started, torch.cuda.Event) and isinstance(ended, torch.cuda.Event)
+            waited = not self._copied.query()
+            self._copied.synchronize()
+            if waited:
+                self._clock.set(ended)
+            started, ended = self._clock.time(started), self._clock.time(ended)
+        assert isinstance(started, float) and isinstance(ended, float)
+        return RankReport(
+            self._number,
+            RankTime(self._rank.rank, started, ended),
+            None if self._tokens is None else self._tokens.tolist(),
+            None if self._logits is None or self._tokens is None else self._logits.float().cpu().numpy(),
+        )
+
+
+class _CudaClock:
+    """Times of a GPU's events on the host's clock.
+
+    CUDA tells the time between two events only, in milliseconds of 24 bits. So an event whose time the host has just
+    seen serves as the origin, a new one as often as can be.
+    """
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        origin = self.stamp()
+        torch.cuda.synchronize()
+        self.set(origin)
+
+    def set(self, event: torch.cuda.Event) -> None:
+        """`event` has happened just now."""
+        self._origin, self._origin_s = event, time.perf_counter()
+
+    def stamp(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def time(self, event: torch.cuda.Event) -> float:
+        """Seconds of time.perf_counter."""
+        return self._origin_s + float(self._origin.elapsed_time(event)) / 1e3
+
+
+def _cpu_name() -> str:
+    """The processor as the kernel names it."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _free_cpu_bytes() -> int:
+    """Memory that can be had without swapping."""
+    found = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
+    return int(found["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,89 @@
+"""Next tokens from logits: greedy, temperature, top-k and top-p, row by row but in one batch.
+
+A row's randomness is a function of its seed and of the token's position alone: neither its companions in the batch,
+nor preemption and recomputation, nor another split into ranks changes it. Drawing is argmax(probability / noise) with
+exponential noise, which picks token i with probability p_i (the exponential race) and needs no look at the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from engine.executor import SamplingParams
+
+
+def sample(logits: Tensor, params: tuple[SamplingParams, ...] | None, positions: Iterable[int]) -> Tensor:
+    """The next token of each row: (m,) int64 on the logits' device.
+
+    logits: (m, vocabulary) float32; params: one a row, None: all greedy; positions: of the tokens sampled, one a row,
+    read only where a row is random. Rows whose temperature is above 0 need a seed.
+    """
+    tokens = logits.argmax(dim=-1)
+    if params is None:
+        return tokens
+    # top_k 1 is greedy too; taken here so that equal logits can't tell the two apart
+    rows = [row for row, of_row in enumerate(params) if of_row.temperature > 0 and of_row.top_k != 1]
+    if not rows:
+        return tokens
+    places = [int(position) for position in positions]
+    which = _on_device(rows, torch.int64, logits.device)
+    scores = _scores(logits[which], [params[row] for row in rows])
+    noise = torch.empty_like(scores)
+    generator = torch.Generator(logits.device)
+    for of_row, row in zip(noise, rows, strict=True):
+        of_row.exponential_(generator=generator.manual_seed(_noise_seed(params[row].seed, places[row])))
+    noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a noise of 0 would win with any token, an impossible one as NaN
+    tokens[which] = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    return tokens
+
+
+def _scores(logits: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Logits over temperature, -inf where a token is left out."""
+    device = logits.device
+    temperatures = _on_device([of_row.temperature for of_row in params], torch.float32, device)
+    # the highest becomes 0, so that no temperature is low enough to make it infinite
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
+    filtered = [row for row, of_row in enumerate(params) if of_row.top_k or of_row.top_p < 1]
+    if filtered:
+        which = _on_device(filtered, torch.int64, device)
+        scores[which] = _filter(scores[which], [params[row] for row in filtered])
+    return scores
+
+
+def _filter(scores: Tensor, params: list[SamplingParams]) -> Tensor:
+    """The top k of each row, and of these the fewest whose probability reaches p. Of equal scores the first stay."""
+    vocabulary, device = scores.shape[-1], scores.device
+    top_k = _on_device([of_row.top_k or vocabulary for of_row in params], torch.int64, device)
+    # 1 is all of them, also where rounding lets the sum reach 1 early
+    top_p = _on_device([of_row.top_p if of_row.top_p < 1 else 2.0 for of_row in params], torch.float32, device)
+    ordered, tokens = scores.sort(dim=-1, descending=True, stable=True)
+    ordered.masked_fill_(torch.arange(vocabulary, device=device) >= top_k[:, None], float("-inf"))
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # of the tokens ahead in the order
+    drop = before >= top_p[:, None]
+    drop[:, 0] = False
+    return torch.empty_like(scores).scatter_(1, tokens, ordered.masked_fill_(drop, float("-inf")))
+
+
+def _on_device(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    on_cuda = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_cuda).to(device, non_blocking=on_cuda)
+
+
+def _noise_seed(seed: int | None, position: int) -> int:
+    """A generator's seed for one token, all bits of which depend on both (twice the finaliser of splitmix64).
+
+    All bits, because torch's CPU generator takes the low 32 only, and because seeds and positions come as neighbours.
+    """
+    assert seed is not None, "a random row without a seed"
+    mask = (1 << 64) - 1
+    mixed = 0
+    for part in (seed, position):
+        mixed = (mixed + part + 0x9E3779B97F4A7C15) & mask
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & mask
+        mixed ^= mixed >> 31
+    return mixed >> 1  # manual_seed takes 63 bits
