@@ -105,7 +105,7 @@ class Driver:
         self._steps = StepBuilder(scheduler.spec.max_num_seqs, seed)
         self._flights: deque[_Flight] = deque()
         self._stage_free = [0.0] * self.num_stages  # end of the newest batch on each stage
-        self._origin = 0.0
+        self.origin = 0.0  # the clock when `run` began
         self._occupied_since = 0.0
 
     def run(self, sequences: Iterable[Sequence]) -> None:
@@ -114,7 +114,7 @@ class Driver:
         Raises InputError for a request that could never run, WorkerError when a worker fails.
         """
         arrivals = _Arrivals(sequences)
-        self._origin = self.clock.now()
+        self.origin = self.clock.now()
         while True:
             self._launch()
             if not self._flights:
@@ -139,7 +139,7 @@ class Driver:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _time(self) -> float:
-        return self.clock.now() - self._origin
+        return self.clock.now() - self.origin
 
     def _sleep_until(self, time: float) -> None:
         wait = time - self._time()
@@ -263,8 +263,8 @@ class Driver:
         starts, durations = [], []
         for stage in range(self.num_stages):
             ranks = result.times[stage * tp : (stage + 1) * tp]
-            start = min(each.start for each in ranks) - self._origin
-            end = max(each.end for each in ranks) - self._origin
+            start = min(each.start for each in ranks) - self.origin
+            end = max(each.end for each in ranks) - self.origin
             if stage == 0:
                 start = flight.launched_at
             if stage == self.num_stages - 1:

@@ -290,3 +290,13 @@ def describe_slo(entry: Mapping[str, Any]) -> str:
     """Whether an SLO of a summary is met, in words."""
     value = "there is no such value" if entry["value_s"] is None else f"{entry['value_s']:.3g} s"
     return f"{entry['slo']} is {'met' if entry['met'] else 'missed'}: {value}"
+
+
+def replica_use(recomputed_tokens: int, busy_s: Sequence[float], occupied_s: float, duration: float) -> dict[str, Any]:
+    """How busy a replica's stages were. A bubble is time that a stage idles while requests are at the replica."""
+    return {
+        "recomputed_tokens": recomputed_tokens,
+        "occupied_s": occupied_s,
+        "stage_utilization": [min(1.0, busy / duration) for busy in busy_s],
+        "stage_bubbles": [max(0.0, 1 - busy / occupied_s) if occupied_s else 0.0 for busy in busy_s],
+    }

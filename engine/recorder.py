@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ class _Table:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. With a folder the iterations are in its `iterations.parquet`, and None here."""
+
+    summary: dict[str, Any]
+    requests: Columns
+    iterations: pa.Table | None
 
 
 class Recorder:

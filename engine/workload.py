@@ -7,6 +7,8 @@ the same draws scaled, so that two rates differ in nothing but the rate. A short
     make_workload(WorkloadSpec(lengths="azure_conv", request_rate=2.0, num_prompts=500, max_model_len=8192))
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from engine.errors import InputError, unknown
 from engine.lengths import MAX_TOKENS, builtin_names, draw_lengths, load
 from engine.request import Request
+from engine.scheduler import Scheduler
 from engine.traces import read_trace
 
 Ints = NDArray[np.int64]
@@ -155,6 +158,12 @@ class Workload:
 
     def __len__(self) -> int:
         return len(self.arrived_at)
+
+    def check_fits(self, scheduler: Scheduler) -> None:
+        """Raise InputError if a request could never run there: what is refused is too long."""
+        prompts, outputs = self.prompt_tokens, self.output_tokens
+        for row in map(int, [(prompts + outputs).argmax(), prompts.argmax()]):
+            scheduler.check(Request(row, 0.0, int(prompts[row]), int(outputs[row])))
 
     def requests(self) -> Iterator[Request]:
         """Fresh requests with ids from 0, made as they are asked for."""

@@ -18,20 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import simpy
 from simpy.events import URGENT
 
 from engine import catalog
 from engine.errors import InputError, unknown
 from engine.memory import num_kv_blocks
-from engine.metrics import summarize, tbt_percentiles
+from engine.metrics import replica_use, summarize, tbt_percentiles
 from engine.policies import POLICIES, resolve
-from engine.recorder import Recorder
+from engine.recorder import Recorder, Run
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
-from engine.tables import Columns
 from engine.workload import Workload
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.calibration import known_devices
@@ -159,15 +157,6 @@ def deploy(
     return Deployment(model, device, net, parallel, spec, blocks, predictor)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished simulation. With a folder the iterations are in its `iterations.parquet`, and None here."""
-
-    summary: dict[str, Any]
-    requests: Columns
-    iterations: pa.Table | None
-
-
 def simulate(
     workload: Workload,
     deployments: Sequence[Deployment],
@@ -193,7 +182,7 @@ def simulate(
     if not deployments:
         raise InputError("no replica to simulate: give at least one")
     for deployment in {id(each): each for each in deployments}.values():
-        _check_fits(workload, deployment)
+        workload.check_fits(deployment.new_scheduler())
     started = time.perf_counter()
     exact = int(workload.output_tokens.sum()) <= EXACT_GAPS
     recorder = Recorder(folder, tbt_percentiles(slos), exact_gaps=exact)
@@ -237,7 +226,10 @@ def simulate(
     summary["trace_failures"] = workload.num_failed
     summary["router"] = router
     summary["replicas"] = [
-        {**deployment.describe(), **_use(replica, summary["duration"])}
+        {
+            **deployment.describe(),
+            **replica_use(replica.scheduler.recomputed_tokens, replica.busy_s, replica.occupied_s, summary["duration"]),
+        }
         for deployment, replica in zip(deployments, replicas, strict=True)
     ]
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
@@ -257,23 +249,3 @@ def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
             f"the policy {scheduler.spec.policy} schedules nothing although {len(scheduler.running)} requests are "
             f"running and {len(scheduler.waiting)} are waiting"
         ) from error
-
-
-def _check_fits(workload: Workload, deployment: Deployment) -> None:
-    """Raise InputError if a request could never run there: what is refused is too long."""
-    scheduler = deployment.new_scheduler()
-    prompts, outputs = workload.prompt_tokens, workload.output_tokens
-    for row in map(int, [(prompts + outputs).argmax(), prompts.argmax()]):
-        scheduler.check(Request(row, 0.0, int(workload.prompt_tokens[row]), int(workload.output_tokens[row])))
-
-
-def _use(replica: Replica, duration: float) -> dict[str, Any]:
-    """How busy a replica's stages were. A bubble is time that a stage idles while requests are at the replica."""
-    return {
-        "recomputed_tokens": replica.scheduler.recomputed_tokens,
-        "occupied_s": replica.occupied_s,
-        "stage_utilization": [min(1.0, busy / duration) for busy in replica.busy_s],
-        "stage_bubbles": [
-            max(0.0, 1 - busy / replica.occupied_s) if replica.occupied_s else 0.0 for busy in replica.busy_s
-        ],
-    }

@@ -2,7 +2,7 @@
 
 A row's randomness is a function of its seed and of the token's position alone: neither its companions in the batch,
 nor preemption and recomputation, nor another split into ranks changes it. Drawing is argmax(probability / noise) with
-exponential noise, which picks token i with probability p_i (the exponential race) and needs no look at the result.
+exponential noise (never 0 in torch), which picks token i with probability p_i: the first arrival of an exponential race.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ def sample(logits: Tensor, params: tuple[SamplingParams, ...] | None, positions:
     generator = torch.Generator(logits.device)
     for of_row, row in zip(noise, rows, strict=True):
         of_row.exponential_(generator=generator.manual_seed(_noise_seed(params[row].seed, places[row])))
-    noise.clamp_min_(torch.finfo(noise.dtype).tiny)  # a noise of 0 would win with any token, an impossible one as NaN
     tokens[which] = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
     return tokens
 

@@ -1,0 +1,147 @@
+"""A workload served by the engine in real time, written down as the simulator writes its runs.
+
+    executor = start(spec)
+    run = serve(workload, scheduler_spec, executor, vocab_size=spec.model.vocab_size, folder=folder)
+
+Prompts are random tokens and every request runs to the output length that the workload gives it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.driver import Driver
+from engine.executor import Executor, Result
+from engine.metrics import replica_use, summarize, tbt_percentiles
+from engine.recorder import Recorder, Run
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.sequences import Sequence as TokenSequence
+from engine.specs import SLO, ParallelSpec, SchedulerSpec
+from engine.workload import Workload
+
+WARM_UP = (4, 16)  # requests, and output tokens of each
+
+
+def serve(
+    workload: Workload,
+    scheduler_spec: SchedulerSpec,
+    executor: Executor,
+    *,
+    vocab_size: int,
+    parallel: ParallelSpec | None = None,
+    sliding_window: int | None = None,
+    async_scheduling: bool = False,
+    seed: int = 0,
+    slos: Sequence[SLO] = (),
+    folder: Path | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Run:
+    """Serve `workload` as its requests arrive, after a warm-up that is not recorded.
+
+    With a folder the tables go there, even if the run fails: beside the simulator's `requests.parquet` and
+    `iterations.parquet` also `ranks.parquet`, when each rank computed each batch. Raises InputError for a request that
+    could never run, before anything is served, and WorkerError when a worker fails.
+    """
+    stages = (parallel or ParallelSpec()).pipeline_parallel_size
+
+    def new_scheduler() -> Scheduler:
+        return Scheduler(scheduler_spec, executor.num_blocks, max_in_flight=stages, sliding_window=sliding_window)
+
+    scheduler = new_scheduler()
+    workload.check_fits(scheduler)
+    _warm_up(new_scheduler(), executor, vocab_size, async_scheduling)
+    recorder = Recorder(folder, tbt_percentiles(slos), predicted=False)
+    ranks = _RankTimes()
+    finished = 0
+
+    def on_finished(sequence: TokenSequence) -> None:
+        nonlocal finished
+        finished += 1
+        if on_progress is not None:
+            on_progress(finished)
+
+    driver = Driver(
+        scheduler,
+        executor,
+        recorder,
+        async_scheduling=async_scheduling,
+        seed=seed,
+        on_finished=on_finished,
+        on_result=lambda batch, result: ranks.add(result, driver.origin),
+    )
+    try:
+        driver.run(_sequences(workload.requests(), vocab_size, seed))
+    finally:
+        recorder.close()
+        if folder is not None:
+            pq.write_table(ranks.table(), folder / "ranks.parquet", compression="zstd")
+    requests = recorder.requests()
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
+    summary["workload"] = workload.name
+    summary["trace_failures"] = workload.num_failed
+    summary["router"] = "none"
+    summary["replicas"] = [
+        replica_use(scheduler.recomputed_tokens, driver.busy_s, driver.occupied_s, summary["duration"])
+    ]
+    summary["engine"] = {
+        "batches": recorder.num_batches,
+        "hardware": executor.hardware,
+        "attention_backend": executor.attention_backend,
+        "num_gpu_blocks": executor.num_blocks,
+        "async_scheduling": async_scheduling,
+    }
+    return Run(summary, requests, None if folder else recorder.iteration_table())
+
+
+def _sequences(requests: Iterator[Request], vocab_size: int, seed: int) -> Iterator[TokenSequence]:
+    """The requests with random prompts; a request's tokens depend on the seed and its id alone."""
+    for request in requests:
+        rng = np.random.default_rng([seed, request.id])
+        yield TokenSequence(request, rng.integers(0, vocab_size, request.prompt_tokens).tolist())
+
+
+def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, async_scheduling: bool) -> None:
+    """Run a few requests of the largest prompts, for what is slow only once: compiling, allocating, page faults."""
+    spec = scheduler.spec
+    count, output = WARM_UP
+    length = spec.max_model_len or 0
+    room = scheduler.blocks.num_blocks - scheduler.blocks.watermark_blocks
+    length = min(length, room * spec.block_size // count, spec.max_num_batched_tokens or length)
+    output = min(output, length - 1)
+    if output < 1:
+        return
+    requests = [Request(i, 0.0, length - output, output) for i in range(count)]
+    driver = Driver(scheduler, executor, Recorder(predicted=False), async_scheduling=async_scheduling)
+    driver.run(_sequences(iter(requests), vocab_size, 0))
+
+
+class _RankTimes:
+    """When each rank computed each batch."""
+
+    def __init__(self) -> None:
+        self._batches, self._ranks = array("q"), array("i")
+        self._starts, self._durations = array("d"), array("d")
+
+    def add(self, result: Result, origin: float) -> None:
+        for time in result.times:
+            self._batches.append(result.number - 1)
+            self._ranks.append(time.rank)
+            self._starts.append(time.start - origin)
+            self._durations.append(time.end - time.start)
+
+    def table(self) -> pa.Table:
+        """batch (its place in the run), rank, start_s and duration_s of its work."""
+        columns = {
+            "batch": self._batches,
+            "rank": self._ranks,
+            "start_s": self._starts,
+            "duration_s": self._durations,
+        }
+        return pa.table({name: np.array(column) for name, column in columns.items()})
