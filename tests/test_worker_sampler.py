@@ -91,7 +91,7 @@ def test_frequencies_are_the_distribution(params):
 
 
 @pytest.mark.parametrize(
-    "params", [{"temperature": 1e-40}, {"temperature": 3.0, "top_p": 1e-9}, {"temperature": 9.0, "top_k": 1}]
+    "params", [{"temperature": 1e-60}, {"temperature": 3.0, "top_p": 1e-60}, {"temperature": 9.0, "top_k": 1}]
 )
 def test_what_leaves_one_token_is_greedy(params):
     logits = 100 * random_logits(30)

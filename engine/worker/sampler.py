@@ -2,7 +2,7 @@
 
 A row's randomness is a function of its seed and of the token's position alone: neither its companions in the batch,
 nor preemption and recomputation, nor another split into ranks changes it. Drawing is argmax(probability / noise) with
-exponential noise (never 0 in torch), which picks token i with probability p_i: the first arrival of an exponential race.
+exponential noise (torch's is never 0), which picks token i with probability p_i: the first arrival of a race.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.executor import SamplingParams
+
+COLDEST = 1e-30  # what is colder could be 0 in float32
 
 
 def sample(logits: Tensor, params: tuple[SamplingParams, ...] | None, positions: Iterable[int]) -> Tensor:
@@ -42,8 +44,8 @@ def sample(logits: Tensor, params: tuple[SamplingParams, ...] | None, positions:
 def _scores(logits: Tensor, params: list[SamplingParams]) -> Tensor:
     """Logits over temperature, -inf where a token is left out."""
     device = logits.device
-    temperatures = _on_device([of_row.temperature for of_row in params], torch.float32, device)
-    # the highest becomes 0, so that no temperature is low enough to make it infinite
+    temperatures = _on_device([max(of_row.temperature, COLDEST) for of_row in params], torch.float32, device)
+    # the highest becomes 0, as it might overflow
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
     filtered = [row for row, of_row in enumerate(params) if of_row.top_k or of_row.top_p < 1]
     if filtered:
