@@ -27,29 +27,16 @@ class _Settings(BaseModel):
 Settings = TypeVar("Settings", bound=_Settings)
 
 
-class ReplicaConfig(_Settings):
-    """What may differ between the replicas of a cluster."""
+class ServingSettings(_Settings):
+    """A model, how it is cut over GPUs, and how its batches are formed."""
 
     model: str = _field(
         "", "Deployment", "A known model's Hugging Face name, or a folder or file with its config.json."
-    )
-    device: str = _field("", "Deployment", "a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, or a YAML file.")
-    network: str | None = _field(
-        None,
-        "Deployment",
-        "Inside a node: nvswitch_a100, pairwise_nvlink, pcie, ... or a YAML file; default: the device's usual.",
-    )
-    internode_network: str | None = _field(
-        None, "Deployment", "Between nodes: ethernet_100g or infiniband_200g; by default the network's usual."
     )
     tensor_parallel_size: int = _field(1, "Deployment", "GPUs that share each layer.")
     pipeline_parallel_size: int = _field(1, "Deployment", "Pipeline stages.")
     gpu_memory_utilization: float = _field(0.9, "Deployment", "Share of the GPU's memory to use.")
     num_gpu_blocks_override: int | None = _field(None, "Deployment", "KV blocks, instead of what the memory holds.")
-    host_overhead: str = _field(
-        "cuda_graphs", "Deployment", "The engine's host overhead: cuda_graphs, eager or sarathi_osdi24."
-    )
-    predictor: str = _field("auto", "Deployment", "Times of batches: learned, roofline, or auto (learned if it can).")
     scheduler: str = _field(
         "sarathi", "Scheduler", "sarathi, vllm, orca, faster_transformer, chunked_only or hybrid_only."
     )
@@ -91,6 +78,48 @@ class ReplicaConfig(_Settings):
             chunk_schedule_stages=self.chunk_schedule_stages,
             chunk_schedule_max_tokens=self.chunk_schedule_max_tokens,
         )
+
+
+class ReplicaConfig(ServingSettings):
+    """What may differ between the replicas of a cluster."""
+
+    device: str = _field("", "Deployment", "a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, or a YAML file.")
+    network: str | None = _field(
+        None,
+        "Deployment",
+        "Inside a node: nvswitch_a100, pairwise_nvlink, pcie, ... or a YAML file; default: the device's usual.",
+    )
+    internode_network: str | None = _field(
+        None, "Deployment", "Between nodes: ethernet_100g or infiniband_200g; by default the network's usual."
+    )
+    host_overhead: str = _field(
+        "cuda_graphs", "Deployment", "The engine's host overhead: cuda_graphs, eager or sarathi_osdi24."
+    )
+    predictor: str = _field("auto", "Deployment", "Times of batches: learned, roofline, or auto (learned if it can).")
+
+
+class EngineSettings(_Settings):
+    """How the engine runs, where that is no part of what it is asked to do."""
+
+    dtype: str = _field("auto", "Engine", "auto (bfloat16 on a GPU, float32 on a CPU), bfloat16, float16 or float32.")
+    attention_backend: str | None = _field(
+        None, "Engine", "flash_attn, flashinfer, torch_varlen or sdpa; default: the best that is installed."
+    )
+    executor: str | None = _field(
+        None, "Engine", "in_process (one rank), multiprocess (one node) or ray; default: the first that will do."
+    )
+    load_format: str = _field("auto", "Engine", "auto or safetensors: the model folder's weights; dummy: random ones.")
+    enforce_eager: bool = _field(False, "Engine", "true: no CUDA graphs.")
+    cudagraph_capture_sizes: str | None = _field(
+        None, "Engine", "Decode batches to capture as CUDA graphs, such as 1,2,4,8; larger ones run eagerly."
+    )
+    async_scheduling: bool | None = _field(
+        None, "Engine", "Form the next batch while one runs; default: true on a GPU without pipeline stages."
+    )
+    distributed_port: int | None = _field(None, "Engine", "Port where ranks meet; default: a free one.")
+
+
+ENGINE_KEYS = frozenset(EngineSettings.model_fields)
 
 
 class RunConfig(ReplicaConfig):
@@ -179,12 +208,40 @@ class FileConfig(RunConfig):
         return groups
 
 
-def load(path: Path | None, flags: dict[str, Any]) -> FileConfig:
-    """The settings of a file (if any) with `flags` (those that are not None) on top; InputError says what is wrong."""
+class BenchConfig(FileConfig, EngineSettings):
+    """A run on the engine: the simulator's settings and the engine's own."""
+
+
+class GenerateConfig(EngineSettings, ServingSettings):
+    """Some prompts on the engine."""
+
+    device: str = _field("auto", "Deployment", "cpu, a GPU's name, or auto: a GPU if there is one.")
+    max_tokens: int = _field(128, "Sampling", "Most tokens to generate for each prompt.")
+    temperature: float = _field(0.0, "Sampling", "0 takes the likeliest token each time.")
+    top_k: int = _field(0, "Sampling", "Draw from this many likeliest tokens; 0: from all.")
+    top_p: float = _field(1.0, "Sampling", "Draw from the likeliest tokens that hold this share of the probability.")
+    seed: int = _field(0, "Sampling", "Seed of every random choice.")
+
+
+File = TypeVar("File", bound=FileConfig)
+
+
+def from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
+    """Settings of flags alone (those that are not None)."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    return _validate(kind, given, "flags", given)
+
+
+def load(path: Path | None, flags: dict[str, Any], kind: type[File]) -> File:
+    """The settings of a file (if any) with `flags` (those that are not None) on top; InputError says what is wrong.
+
+    A file of the engine's may be simulated: the engine's own settings in it are passed over.
+    """
     values = {} if path is None else _read(path)
+    values = {key: value for key, value in values.items() if key in kind.model_fields or key not in ENGINE_KEYS}
     where = str(path)
     given = {key: value for key, value in flags.items() if value is not None}
-    config = _validate(FileConfig, values | given, where, given)
+    config = _validate(kind, values | given, where, given)
     for i, group in enumerate(config.replicas):
         if both := set(given) & set(_underscored(group)):
             key = min(both)

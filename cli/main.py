@@ -9,14 +9,17 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 
-from cli.config import RunConfig, load
+from cli.config import BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags, load
 from engine.errors import InputError
+from engine.executor import WorkerError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
 
@@ -34,11 +37,12 @@ def _root(shown: Annotated[bool, typer.Option("--version", help="Print the versi
         print(version("windtunnel"))
 
 
-def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` a flag for each setting of a run; it gets them (None: not given) as the dict `flags`."""
+def _with_settings(kind: type[BaseModel], command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` a flag for each setting of a kind; it gets them (None: not given) as the dict `flags`."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    fields = {name: field for name, field in kind.model_fields.items() if field.json_schema_extra}
     settings = []
-    for name, field in RunConfig.model_fields.items():
+    for name, field in fields.items():
         default = field.get_default(call_default_factory=True)
         shown = "" if default in (None, "", []) else f" (default: {default})"
         extra = field.json_schema_extra
@@ -49,12 +53,12 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
             rich_help_panel=str(extra["panel"]) if isinstance(extra, dict) else None,
         )
         # text, which the settings read: their errors name the value
-        kind: Any = list[str] | None if get_origin(field.annotation) is list else str | None
-        flag = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        text: Any = list[str] | None if get_origin(field.annotation) is list else str | None
+        flag = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[text, option])
         settings.append(flag)
 
     def wrapped(**arguments: Any) -> None:
-        flags = {name: arguments.pop(name) for name in RunConfig.model_fields}
+        flags = {name: arguments.pop(name) for name in fields}
         command(
             flags={name: value or None if isinstance(value, list) else value for name, value in flags.items()},
             **arguments,
@@ -75,7 +79,7 @@ def _type_name(annotation: Any) -> str:
 
 
 @app.command()
-@_with_settings
+@partial(_with_settings, RunConfig)
 def simulate(
     *,
     flags: dict[str, Any],
@@ -88,7 +92,41 @@ def simulate(
     from cli.__main__ import STARTED
     from cli.simulate import run
 
-    run(load(config, flags), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+    run(load(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+
+
+@app.command()
+@partial(_with_settings, BenchConfig)
+def bench(
+    *,
+    flags: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder for the results; must not exist.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, as the last line.")] = False,
+    chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+) -> None:
+    """Serve a workload on the engine of this machine, in real time, and write a report."""
+    from cli.bench import run
+
+    run(load(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)
+
+
+@app.command()
+@partial(_with_settings, GenerateConfig)
+def generate(
+    *,
+    flags: dict[str, Any],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,
+    prompt_token_ids: Annotated[
+        list[str] | None, typer.Option(help="Token ids such as 1,2,3 to go on from; may be given several times.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print prompts' and generated token ids as JSON.")] = False,
+) -> None:
+    """Go on from some prompts with the engine of this machine."""
+    from cli.generate import run
+
+    run(from_flags(GenerateConfig, flags), prompt or [], prompt_token_ids or [], ignore_eos=ignore_eos, as_json=json_)
 
 
 calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
@@ -182,6 +220,8 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
         return 2, _in_flags(str(error))
     except _UsageError as error:
         return 2, f"{error.format_message()} (see windtunnel --help)"
+    except WorkerError as error:
+        return 1, str(error)
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
     except MemoryError as error:
@@ -197,6 +237,12 @@ def _in_flags(message: str) -> str:
     """The message with settings called by their flags (`max_num_seqs 0` is `--max-num-seqs 0`)."""
     if message.startswith("unknown key"):  # in a file, where the settings' own names are right
         return message
-    names = "|".join(sorted((name for name in RunConfig.model_fields if "_" in name), key=len, reverse=True))
+    names = "|".join(
+        sorted(
+            (name for name in {**BenchConfig.model_fields, **GenerateConfig.model_fields} if "_" in name),
+            key=len,
+            reverse=True,
+        )
+    )
     pattern = rf"(?<![\w.])(?:(?:Scheduler|Parallel)Spec )?({names})\b(?!: )"
     return re.sub(pattern, lambda found: "--" + found[1].replace("_", "-"), message)

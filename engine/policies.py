@@ -259,6 +259,12 @@ def chunk_sizes(spec: SchedulerSpec) -> list[int]:
     return [round(high - (high - low) * stage / (stages - 1)) for stage in range(stages)]
 
 
+def largest_batch(spec: SchedulerSpec) -> int:
+    """Tokens of the largest batch that a resolved spec is counted to run; orca's and its like have no bound."""
+    budget = spec.max_num_batched_tokens or 0
+    return budget if POLICIES[spec.policy].strict_budget else max(budget, spec.max_model_len or 0)
+
+
 def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
     """`spec` with what was left open filled in from the model and the policy; a policy without a budget gets None.
 

@@ -60,6 +60,16 @@ def run_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def keep_incomplete(folder: Path, target: Path) -> Path:
+    """Keep what a failed run has written so far, beside `target` under a name that says so. Returns where."""
+    for number in range(1, 1000):
+        kept = target.absolute().with_name(f"{target.name}.incomplete{'' if number == 1 else number}")
+        if not kept.exists():
+            folder.chmod(0o755)
+            return folder.rename(kept)
+    raise InputError(f"too many incomplete runs beside {target}: remove some")
+
+
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """`config.yaml`: every setting of the run, as the command line reads it again."""
     import yaml

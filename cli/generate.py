@@ -1,0 +1,128 @@
+"""`windtunnel generate`: prompts in, what the model makes of them out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from cli.bench import asynchronous, engine_device, engine_spec
+from cli.config import GenerateConfig
+from engine.driver import Driver
+from engine.engine_spec import start
+from engine.errors import InputError
+from engine.executor import SamplingParams
+from engine.recorder import Recorder
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.sequences import Sequence
+
+
+def run(
+    config: GenerateConfig, prompts: list[str], prompt_token_ids: list[str], *, ignore_eos: bool, as_json: bool
+) -> list[dict[str, Any]]:
+    """Generate, print, and return what is printed: for each prompt its token ids, the new ones, and their text."""
+    if not prompts and not prompt_token_ids:
+        raise InputError("no prompt given: add --prompt TEXT or --prompt-token-ids 1,2,3")
+    if not config.model:
+        raise InputError("no model given: add --model FOLDER")
+    sampling = SamplingParams(config.temperature, config.top_k, config.top_p)
+    spec, scheduler_spec = engine_spec(config, config, engine_device(config.device), config.seed)
+    tokenizer = _tokenizer(spec.folder)
+    if prompts and tokenizer is None:
+        raise InputError(f"{config.model} has no tokenizer for --prompt: give --prompt-token-ids 1,2,3")
+    ids = [tokenizer.encode(text) for text in prompts] + [_parse(text) for text in prompt_token_ids]
+    for prompt in ids:
+        wrong = next((token for token in prompt if not 0 <= token < spec.model.vocab_size), None)
+        if wrong is not None:
+            raise InputError(f"token id {wrong} is not among the model's: give 0 to {spec.model.vocab_size - 1}")
+    stop = frozenset() if ignore_eos else _end_tokens(spec.folder)
+    sequences = [
+        Sequence(Request(i, 0.0, len(prompt), config.max_tokens), prompt, sampling, stop)
+        for i, prompt in enumerate(ids)
+    ]
+    stages = spec.parallel.pipeline_parallel_size
+    if spec.num_blocks is not None:  # else the executor knows how many there are, and the driver checks
+        _check(Scheduler(scheduler_spec, spec.num_blocks, stages), sequences)
+    executor = start(spec, config.executor)
+    try:
+        scheduler = Scheduler(scheduler_spec, executor.num_blocks, stages, spec.model.sliding_window)
+        _check(scheduler, sequences)
+        shown = _Stream(tokenizer) if len(sequences) == 1 and tokenizer is not None and not as_json else None
+        driver = Driver(
+            scheduler,
+            executor,
+            Recorder(predicted=False),
+            async_scheduling=asynchronous(config, spec),
+            seed=config.seed,
+            on_token=shown,
+        )
+        driver.run(sequences)
+    finally:
+        executor.close()
+    answers = [_answer(sequence, tokenizer) for sequence in sequences]
+    if as_json:
+        print(json.dumps(answers))
+    elif shown is not None:
+        print()
+    else:
+        for answer in answers:
+            print(answer.get("text", ",".join(map(str, answer["token_ids"]))))
+    return answers
+
+
+def _check(scheduler: Scheduler, sequences: list[Sequence]) -> None:
+    for sequence in sequences:
+        scheduler.check(sequence.request)
+
+
+def _answer(sequence: Sequence, tokenizer: Any) -> dict[str, Any]:
+    answer = {
+        "prompt_token_ids": sequence.tokens[: sequence.request.prompt_tokens],
+        "token_ids": sequence.output,
+        "finish_reason": sequence.finish_reason,
+    }
+    return answer if tokenizer is None else {**answer, "text": tokenizer.decode(sequence.output)}
+
+
+class _Stream:
+    """Prints a sequence's text as it grows; a character may take several tokens, and is held back until it is whole."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._shown = 0
+
+    def __call__(self, sequence: Sequence, token: int) -> None:
+        text = self._tokenizer.decode(sequence.output, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            sys.stdout.write(text[self._shown :])
+            sys.stdout.flush()
+            self._shown = len(text)
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    """The tokenizer in a model's folder; None if there is none."""
+    if folder is None or not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _parse(text: str) -> list[int]:
+    try:
+        return [int(token) for token in text.split(",")]
+    except ValueError:
+        raise InputError(f"--prompt-token-ids {text!r}: give whole numbers such as 1,2,3") from None
+
+
+def _end_tokens(folder: Path | None) -> frozenset[int]:
+    """The end-of-text tokens that a model's folder names."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name if folder is not None else None
+        if path is not None and path.is_file():
+            found = json.loads(path.read_text("utf-8")).get("eos_token_id")
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()

@@ -1,0 +1,122 @@
+"""What the doors share: the resolved settings of a run, its folder's name, its progress, and its results in words."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cli.config import FileConfig
+from engine import catalog
+from engine.errors import InputError
+from engine.metrics import METRIC_NAMES, describe, summary_key
+from engine.workload import DEFAULT_LENGTHS
+from simulator.cluster import Deployment
+
+
+def load_plugin(path: Path) -> None:
+    """Run a user's file, which adds its names to POLICIES, ROUTERS or PREDICTORS."""
+    if not path.is_file():
+        raise InputError(f"plugin {path} is not a file: give the path of a Python file")
+    try:
+        runpy.run_path(str(path))
+    except Exception as error:
+        raise InputError(f"plugin {path} fails: {type(error).__name__}: {error}".replace("\n", " ")) from error
+
+
+def resolved(config: FileConfig, kinds: list[Deployment], num_prompts: int) -> dict[str, Any]:
+    """The settings with what was left open filled in, and files by their full path, so that it runs again anywhere."""
+    values = config.model_dump(mode="json")
+    values["num_prompts"] = num_prompts
+    if config.trace is None:
+        values["workload"] = config.workload or DEFAULT_LENGTHS
+    if config.replicas:
+        del values["num_replicas"]
+    else:
+        (kind,) = kinds
+        values["max_num_batched_tokens"] = kind.scheduler.max_num_batched_tokens
+        values["max_model_len"] = kind.scheduler.max_model_len
+    values["replicas"] = [_full_paths(group) for group in config.replicas]
+    values["plugin"] = [str(path.resolve()) for path in config.plugin]
+    return {key: value for key, value in _full_paths(values).items() if value not in (None, "", [])}
+
+
+def _full_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with each file by its full path; a known name is no file, whatever lies in this folder."""
+    full = dict(settings)
+    for key in ("model", "device", "network"):
+        if full.get(key) and not catalog.is_name(key, full[key]):
+            full[key] = str(Path(full[key]).expanduser().resolve())
+    for key in ("trace", "workload"):
+        if full.get(key) and (key == "trace" or full[key].endswith(".json")):
+            full[key] = str(Path(full[key]).resolve())
+    return full
+
+
+def default_folder(kind: Deployment, workload: str, prefix: str = "") -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    model = kind.model.name.split("/")[-1]
+    return Path("runs") / f"{stamp}-{prefix}{model}-{kind.device.name}-{kind.scheduler.policy}-{Path(workload).stem}"
+
+
+def progress_bar(total: int) -> Progress:
+    """A bar on a terminal, nothing in a pipe."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )
+
+
+def print_summary(summary: dict[str, Any], copies: list[int], target: Path, console: Console) -> None:
+    """What came out, for a person; `copies` says how many replicas of each kind there are."""
+    first = 0
+    for count in copies:
+        kind = summary["replicas"][first]
+        first += count
+        console.print(
+            f"{count} x {kind['model']} on {kind['device']}, {kind['parallel']}, {kind['scheduler']}: "
+            f"{kind['kv_cache_tokens']:,} tokens of KV cache",
+        )
+        for note in kind["notes"]:
+            console.print(f"note: {note}", style="yellow")
+        console.print(f"times: {kind['predictor']}", style="dim")
+    if len(summary["replicas"]) > 1:
+        console.print(f"{len(summary['replicas'])} replicas behind a {summary['router']} router")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("latency (s)", "mean", "P50", "P90", "P99", "max"):
+        table.add_column(column, justify="left" if column.startswith("latency") else "right")
+    for metric, name in METRIC_NAMES.items():
+        values = [summary.get(summary_key(s, metric)) for s in ("mean", "p50", "p90", "p99", "max")]
+        table.add_row(name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
+    console.print(table)
+    how = "simulated" if "simulator" in summary else "measured"
+    console.print(
+        f"{summary['completed']:,} requests in {summary['duration']:,.1f} s {how}"
+        + (f" ({summary['dropped']:,} too long, dropped)" if summary["dropped"] else "")
+        + (
+            f" ({summary['trace_failures']:,} rows of the trace are failures, left out)"
+            if summary["trace_failures"]
+            else ""
+        )
+        + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
+    )
+    if simulator := summary.get("simulator"):
+        console.print(
+            f"{simulator['batches']:,} batches in {simulator['loop_seconds']:.2f} s, "
+            f"{simulator['peak_rss_bytes'] / 2**20:,.0f} MiB",
+            style="dim",
+        )
+    console.print(f"verdict: {'; '.join(describe(summary))}", style="bold")
+    console.print(f"report: {target / 'report.html'}")
