@@ -25,7 +25,7 @@ from engine import catalog
 from engine.errors import InputError, unknown
 from engine.memory import num_kv_blocks
 from engine.metrics import replica_use, summarize, tbt_percentiles
-from engine.policies import POLICIES, resolve
+from engine.policies import POLICIES, largest_batch, resolve
 from engine.recorder import Recorder, Run
 from engine.request import Request
 from engine.scheduler import Scheduler
@@ -142,10 +142,7 @@ def deploy(
     parallel.validate(model)
     spec = resolve(scheduler or SchedulerSpec(), model.max_position_embeddings)
     if num_gpu_blocks_override is None:
-        largest_batch = spec.max_num_batched_tokens or 0
-        if not POLICIES[spec.policy].strict_budget:
-            largest_batch = max(largest_batch, spec.max_model_len or 0)
-        blocks = num_kv_blocks(model, device, parallel, spec, gpu_memory_utilization, largest_batch)
+        blocks = num_kv_blocks(model, device, parallel, spec, gpu_memory_utilization, largest_batch(spec))
     elif not 1 <= num_gpu_blocks_override <= MOST_BLOCKS:
         raise InputError(f"num_gpu_blocks_override {num_gpu_blocks_override}: give 1 to {MOST_BLOCKS:,} blocks")
     else:

@@ -141,10 +141,10 @@ def verdict(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def times_source(record: Record) -> tuple[str, str, str]:
     """Tone, a word and a sentence about where the batches' times came from."""
     timeline = record.timeline
-    if not timeline.predicted_batches:
-        return "good", "Measured", "The times of the batches were measured."
     predictors = list(dict.fromkeys(replica.get("predictor", "") for replica in record.summary["replicas"]))
     text = "Times come from: " + "; ".join(filter(None, predictors)) + "."
+    if not timeline.predicted_batches:
+        return "good", "Measured", text
     if timeline.outside_range:
         share = 100 * timeline.outside_range / timeline.batches
         text += (

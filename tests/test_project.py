@@ -94,13 +94,13 @@ def test_the_examples_of_the_extension_page_run(capsys: pytest.CaptureFixture[st
 
 
 def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
-    from cli.config import load
+    from cli.config import FileConfig, load
     from engine.catalog import network
 
     cluster, net = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "settings.md").read_text("utf-8"), re.DOTALL)
     (tmp_path / "run.yaml").write_text(cluster, encoding="utf-8")
     (tmp_path / "net.yaml").write_text(net, encoding="utf-8")
-    groups = load(tmp_path / "run.yaml", {}).groups()
+    groups = load(tmp_path / "run.yaml", {}, FileConfig).groups()
     assert [(group.count, group.device, group.scheduler) for group in groups] == [
         (2, "a100", "sarathi"),
         (1, "h100", "vllm"),

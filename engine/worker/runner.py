@@ -24,6 +24,7 @@ from engine.worker.attention import select
 from engine.worker.attention.base import AttentionBackend, AttentionShape
 from engine.worker.graphs import DecodeGraphs
 from engine.worker.inputs import Inputs, Rows
+from engine.worker.layers import compile_elementwise
 from engine.worker.model import Decoder
 from engine.worker.parallel import Links, Rank
 from engine.worker.sampler import sample
@@ -58,6 +59,7 @@ class ModelRunner:
             dtype=self.dtype,
             device=self.device,
         )
+        compile_elementwise(self.device.type == "cuda")
         with torch.inference_mode(), self._memory("loading the weights"):
             self.attention = select(spec.attention_backend, shape)
             self.model = Decoder(spec.model, rank, links, self.dtype, self.device)
