@@ -1,0 +1,177 @@
+"""One rank of a model on the bench: its modules and kernels, ready to be called at any size.
+
+The modules are the engine's own, on random data. There are only as many layers as a cache can't hold, and they are
+called in turns. Of a tensor-parallel rank the shard is made and nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.specs import ModelSpec, ParallelSpec
+from engine.worker import layers, weights
+from engine.worker.attention import select
+from engine.worker.attention.base import AttentionBatch, AttentionShape
+from engine.worker.model import Decoder
+from engine.worker.parallel import Links, Rank
+from engine.worker.sampler import sample
+from profiler.points import Limits, Point
+from profiler.timer import Call
+
+CACHE_BYTES = 256 << 20  # weights in turns: more than any processor's or GPU's cache
+KV_BYTES = {"cpu": 256 << 20, "cuda": 16 << 30}  # of all layers' caches
+INPUTS = 4  # random inputs, in turns
+
+
+class NoLinks(Links):
+    """A rank that is alone: nothing is sent, sums are its own part."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank = rank
+        self._group = None
+        self._sending = []
+
+
+class Workbench:
+    """Rank 0 of `model` over `tensor_parallel_size` ranks. `limits` are cut to what the KV caches here hold."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        tensor_parallel_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        attention_backend: str | None,
+        block_size: int,
+        limits: Limits,
+        seed: int = 0,
+    ) -> None:
+        parallel = ParallelSpec(tensor_parallel_size=tensor_parallel_size)
+        parallel.validate(model)
+        self.model, self.device, self.dtype, self.block_size = model, device, dtype, block_size
+        layers.compile_elementwise(device.type == "cuda")
+        torch.manual_seed(seed)
+        rank = Rank(0, parallel)
+        layer_bytes = model.matmul_parameters // model.num_layers // tensor_parallel_size * model.dtype_bytes
+        few = replace(model, num_layers=min(model.num_layers, CACHE_BYTES // max(1, layer_bytes) + 2))
+        with torch.inference_mode():
+            self.decoder = Decoder(few, rank, NoLinks(rank), dtype, device)
+            weights.dummy(self.decoder, seed)
+            kv_heads = parallel.kv_heads_per_rank(model)
+            shape = AttentionShape(
+                num_heads=model.num_attention_heads // tensor_parallel_size,
+                num_kv_heads=kv_heads,
+                head_dim=model.head_dim,
+                block_size=block_size,
+                sliding_window=model.sliding_window,
+                dtype=dtype,
+                device=device,
+            )
+            self.attention = select(attention_backend, shape)
+            token_bytes = 2 * kv_heads * model.head_dim * model.dtype_bytes * few.num_layers
+            tokens = min(limits.kv_tokens, KV_BYTES[device.type] // token_bytes)
+            blocks = max(-(-max(limits.max_length, limits.max_tokens) // block_size), tokens // block_size)
+            cache = (blocks, block_size, kv_heads, model.head_dim)
+            self.caches = [(self._random(*cache), self._random(*cache)) for _ in range(few.num_layers)]
+            self._blocks = torch.randperm(blocks, device=device).int()
+        self.limits = replace(limits, kv_tokens=blocks * block_size)
+
+    def calls(self, point: Point) -> tuple[list[Call], Call | None]:
+        """What to time at a point: calls to take in turns, and what is called once for all layers of an iteration."""
+        kind, name = point["kind"], str(point["operator"])
+        with torch.inference_mode():
+            if kind == "attention_decode":
+                batch = int(point["batch_size"])
+                return self._attention([1] * batch, [int(point["kv_tokens"]) // batch] * batch, batch)
+            if kind == "attention_prefill":
+                chunk = int(point["chunk"])
+                return self._attention([chunk], [chunk + int(point["prefix"])], 0)
+            rows = int(point["m" if kind == "gemm" else "rows"])
+            if kind == "gemm":
+                return self._gemm(name, rows), None
+            return self._elementwise(name, rows), None
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _random(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes, dtype=self.dtype, device=self.device)
+
+    def _attention(self, chunks: list[int], kv_lens: list[int], decodes: int) -> tuple[list[Call], Call | None]:
+        shape, table, at = self.attention.shape, [], 0
+        width = -(-max(kv_lens) // self.block_size)
+        for length in kv_lens:
+            need = -(-length // self.block_size)
+            table.append(torch.nn.functional.pad(self._blocks[at : at + need], (0, width - need)))
+            at += need
+        batch = AttentionBatch(
+            num_decodes=decodes,
+            chunks=chunks,
+            kv_lens=kv_lens,
+            kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32, device=self.device),
+            block_table=torch.stack(table),
+        )
+        self.attention.plan(batch)
+        run = self.attention.decode if decodes else self.attention.prefill
+        queries = [self._random(sum(chunks), shape.num_heads, shape.head_dim) for _ in range(INPUTS)]
+        pairs = [(queries[i % INPUTS], cache) for i, cache in enumerate(self.caches)]
+        calls = [_bind(lambda q, cache: run(q, *cache).reshape(q.shape[0], -1), q, cache) for q, cache in pairs]
+        return calls, (lambda: self.attention.plan(batch)) if self.device.type == "cpu" else None
+
+    def _gemm(self, name: str, rows: int) -> list[Call]:
+        if name == "lm_head":
+            head = self.decoder.lm_head
+            assert head is not None
+            return self._in_turns([head], lambda module, x: module(x).float(), rows, self.model.hidden_size)
+        modules: list[Any] = [getattr(layer, name) for layer in self.decoder.layers]
+        return self._in_turns(modules, lambda module, x: module(x), rows, modules[0].weight.shape[1])
+
+    def _elementwise(self, name: str, rows: int) -> list[Call]:
+        decoder, hidden = self.decoder, self.model.hidden_size
+        every: list[Any] = list(decoder.layers)
+        layer = every[0]
+        if name == "embedding":
+            ids = torch.randint(self.model.vocab_size, (rows,), device=self.device)
+            assert decoder.embedding is not None
+            return [_bind(decoder.embedding, ids)]
+        if name == "sampler":
+            logits = [self._random(rows, self.model.vocab_size).float() for _ in range(2)]
+            return [_bind(sample, each, None, ()) for each in logits]
+        if name == "final_norm":
+            return self._in_turns([decoder.final_norm], lambda module, x: module(x), rows, hidden)
+        if name in ("input_norm", "post_attention_norm"):
+            norms = [getattr(each, name) for each in every]
+            return self._in_turns(norms, lambda module, x: module(x), rows, hidden)
+        if name == "rotary":
+            angles = layers.rotation(torch.arange(rows, device=self.device), decoder.frequencies)
+            heads = (layer.heads, layer.kv_heads, layer.kv_heads)
+
+            def rotary(module: Any, qkv: Tensor) -> object:
+                q, k, _ = qkv.view(rows, -1, layer.head_dim).split(heads, dim=1)
+                return module.rotary(q, k, angles)
+
+            return self._in_turns(every, rotary, rows, sum(heads) * layer.head_dim)
+        if name == "kv_write":
+            slots = torch.randperm(self.limits.kv_tokens, device=self.device)[:rows]
+            k, v = (self._random(rows, layer.kv_heads, layer.head_dim) for _ in range(2))
+            pairs = zip(every, self.caches, strict=True)
+            return [_bind(each.kv_write, k, v, slots, cache) for each, cache in pairs]
+        if name == "mlp_activation":
+            width = (layer.mlp_gate_up_proj if layer.gated else layer.mlp_up_proj).weight.shape[0]
+            return self._in_turns(every, lambda module, x: module.mlp_activation(x), rows, width)
+        branches = [self._random(rows, hidden) for _ in range(2 if layer.parallel_block and layer.tp_size == 1 else 1)]
+        return self._in_turns(every, lambda module, x: getattr(module, name)(x, *branches), rows, hidden)
+
+    def _in_turns(self, modules: Sequence[Any], run: Callable[..., object], rows: int, width: int) -> list[Call]:
+        """Calls of `run` on each module, and random inputs (rows, width)."""
+        inputs = [self._random(rows, width) for _ in range(INPUTS)]
+        count = max(len(modules), INPUTS)
+        return [_bind(run, modules[i % len(modules)], inputs[i % INPUTS]) for i in range(count)]
+
+
+def _bind(run: Callable[..., object], *arguments: object) -> Call:
+    return lambda: run(*arguments)
