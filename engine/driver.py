@@ -102,7 +102,7 @@ class Driver:
         self.busy_s = [0.0] * self.num_stages  # time that each stage has worked
         self.occupied_s = 0.0  # time with at least one request here
         self.now = 0.0  # of the event that is dealt with
-        self._steps = StepBuilder(scheduler.spec.max_num_seqs, seed)
+        self.steps = StepBuilder(scheduler.spec.max_num_seqs, seed)  # and the sequences that are here
         self._flights: deque[_Flight] = deque()
         self._stage_free = [0.0] * self.num_stages  # end of the newest batch on each stage
         self.origin = 0.0  # the clock when `run` began
@@ -158,9 +158,9 @@ class Driver:
         while arrivals.next_at <= self.now:
             sequence = arrivals.pop()
             self.scheduler.add(sequence.request)
-            if not self._steps.sequences:
+            if not self.steps.sequences:
                 self._occupied_since = self.now
-            self._steps.add(sequence)
+            self.steps.add(sequence)
 
     def _launch(self) -> None:
         """Form and launch batches until the pipeline is full or nothing more can run."""
@@ -172,7 +172,7 @@ class Driver:
             if batch is None:
                 return
             self.recorder.scheduled(batch, self.now)
-            step = self._steps.build(batch)
+            step = self.steps.build(batch)
             running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
             self._flights.append(_Flight(batch, step.number, self.now, running, waiting))
             self.executor.launch(step)
@@ -180,7 +180,7 @@ class Driver:
     def _commit_ahead(self, flight: _Flight) -> None:
         """Commit a batch that is still computed: who reaches a limit is known, who meets a stop token is not."""
         if flight.at_limit is None:
-            batch, unfinished = flight.batch, self._steps.sequences
+            batch, unfinished = flight.batch, self.steps.sequences
             flight.at_limit = [r for r in batch.reaching_limit() if r.id in unfinished]
             self.scheduler.commit(batch, flight.at_limit)
             for request in _requests(batch):
@@ -219,24 +219,24 @@ class Driver:
             for request in ended:
                 if request not in at_limit and request.id not in launched:
                     self.scheduler.drop(request)
-        if ended and not self._steps.sequences:
+        if ended and not self.steps.sequences:
             self.occupied_s += self.now - self._occupied_since
 
     def _still_wanted(self, batch: Batch, tokens: list[int]) -> tuple[Batch, list[int]]:
         """`batch` and its tokens without the requests that met a stop token in the batch before."""
         sampled = [*batch.decodes, *batch.ending]
-        wanted = [r.id in self._steps.sequences for r in sampled]
+        wanted = [r.id in self.steps.sequences for r in sampled]
         if all(wanted):
             return batch, tokens
-        decodes = [r for r in batch.decodes if r.id in self._steps.sequences]
-        ending = [r for r in batch.ending if r.id in self._steps.sequences]
+        decodes = [r for r in batch.decodes if r.id in self.steps.sequences]
+        ending = [r for r in batch.ending if r.id in self.steps.sequences]
         return replace(batch, decodes=decodes, ending=ending), list(compress(tokens, wanted))
 
     def _take_tokens(self, sampled: list[Request], tokens: list[int], at_limit: set[int]) -> list[Request]:
         """Give each sampled sequence its token. Returns the requests that are finished by it."""
         ended = []
         for request, token in zip(sampled, tokens, strict=True):
-            sequence = self._steps.sequences[request.id]
+            sequence = self.steps.sequences[request.id]
             sequence.tokens.append(token)
             if token in sequence.stop_tokens:
                 sequence.finish_reason = "stop"
@@ -246,7 +246,7 @@ class Driver:
                 self.on_token(sequence, token)
             if sequence.finish_reason is not None:
                 ended.append(request)
-                self._steps.remove(sequence)
+                self.steps.remove(sequence)
                 self.recorder.finished(request, 0)
                 if self.on_finished is not None:
                     self.on_finished(sequence)

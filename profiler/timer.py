@@ -10,19 +10,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, islice, pairwise
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
+from profiler.timing import Timing
+
 Call = Callable[[], object]
-
-
-class Timing(NamedTuple):
-    """The median of `repeats` measurements, and their standard deviation."""
-
-    seconds: float
-    spread_s: float
-    repeats: int
 
 
 class Timer(Protocol):
@@ -30,6 +24,9 @@ class Timer(Protocol):
 
     def measure(self, calls: Sequence[Call]) -> Timing:
         """The time of one of `calls`, taken in turns."""
+
+    def drift(self) -> float:
+        """How much longer things take now than they are timed to: 1 on a device that keeps its speed."""
 
 
 class CpuTimer:
@@ -66,6 +63,9 @@ class CpuTimer:
                 before = after
         return _timing(seconds)
 
+    def drift(self) -> float:
+        return statistics.median(self._reference() for _ in range(20)) / self.reference_s
+
     def _reference(self) -> float:
         start = time.perf_counter()
         torch.mm(self._left, self._right)
@@ -97,6 +97,9 @@ class CudaTimer:
             once = max(self._run(rotation, self.LEAST))
             count = max(self.LEAST, min(self.MOST, int(self.BUDGET_S / max(once, 1e-7))))
             return _timing(self._run(rotation, count))
+
+    def drift(self) -> float:
+        return 1.0
 
     def _run(self, rotation: Iterator[Call], count: int) -> list[float]:
         """Seconds of each of `count` calls."""
