@@ -13,50 +13,53 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from engine.metrics import Gaps, grouped_percentile
 from engine.request import Batch, Request
 from engine.tables import Columns, to_arrow
 
-ITERATION_SCHEMA = pa.schema(
-    [
-        ("replica", pa.int32()),
-        ("stage", pa.int16()),
-        ("start_s", pa.float64()),
-        ("duration_s", pa.float64()),
-        ("num_tokens", pa.int32()),
-        ("num_decodes", pa.int32()),
-        ("num_prefills", pa.int32()),
-        ("kv_blocks", pa.int32()),  # in use by the replica once the batch has its own
-        ("num_running", pa.int32()),  # requests that hold KV blocks
-        ("num_waiting", pa.int32()),  # requests in the queue
-        ("max_tbt_s", pa.float64()),  # longest gap that a token of this batch ended; NaN but on the last stage
-        ("predicted", pa.bool_()),  # or measured
-        ("in_range", pa.bool_()),  # of what the predictor was calibrated on
-    ]
-)
+if TYPE_CHECKING:
+    import pyarrow as pa  # at run time only where a table is written or asked for: an engine can do without
+    import pyarrow.parquet as pq
+
+ITERATION_COLUMNS: dict[str, type[np.generic]] = {
+    "replica": np.int32,
+    "stage": np.int16,
+    "start_s": np.float64,
+    "duration_s": np.float64,
+    "num_tokens": np.int32,
+    "num_decodes": np.int32,
+    "num_prefills": np.int32,
+    "kv_blocks": np.int32,  # in use by the replica once the batch has its own
+    "num_running": np.int32,  # requests that hold KV blocks
+    "num_waiting": np.int32,  # requests in the queue
+    "max_tbt_s": np.float64,  # longest gap that a token of this batch ended; NaN but on the last stage
+    "predicted": np.bool_,  # or measured
+    "in_range": np.bool_,  # of what the predictor was calibrated on
+}
 
 
 class _Table:
-    """Blocks of rows of one schema: kept, or written to a Parquet file as they come."""
+    """Blocks of rows of the same columns: kept, or written to a Parquet file as they come."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.writer: pq.ParquetWriter | None = None
-        self.blocks: list[pa.Table] = []
+        self.blocks: list[Columns] = []
 
-    def add(self, block: pa.Table) -> None:
+    def add(self, block: Columns) -> None:
         if self.path is None:
             self.blocks.append(block)
             return
+        import pyarrow.parquet as pq
+
+        table = to_arrow(block)
         if self.writer is None:
-            self.writer = pq.ParquetWriter(self.path, block.schema, compression="zstd")
-        self.writer.write_table(block)
+            self.writer = pq.ParquetWriter(self.path, table.schema, compression="zstd")
+        self.writer.write_table(table)
 
     def close(self) -> None:
         if self.writer is not None:
@@ -185,8 +188,10 @@ class Recorder:
 
     def iteration_table(self) -> pa.Table:
         """The iterations of a run that was kept in memory."""
-        blocks = self._iteration_table.blocks
-        return pa.concat_tables(blocks) if blocks else ITERATION_SCHEMA.empty_table()
+        import pyarrow as pa
+
+        none = {name: np.empty(0, dtype=kind) for name, kind in ITERATION_COLUMNS.items()}
+        return pa.concat_tables([to_arrow(block) for block in self._iteration_table.blocks or [none]])
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -212,7 +217,7 @@ class Recorder:
         columns["predicted"] = np.full(len(self._starts), self.predicted)
         columns["stage"] = columns["stage"].astype(np.int16)
         self.num_batches += int(np.count_nonzero(columns["stage"] == 0))
-        self._iteration_table.add(to_arrow({name: columns[name] for name in ITERATION_SCHEMA.names}))
+        self._iteration_table.add({name: columns[name] for name in ITERATION_COLUMNS})
         self._clear_iterations()
 
     def _flush_requests(self) -> None:
@@ -250,6 +255,6 @@ class Recorder:
             for percentile, values in zip(self.tbt_percentiles, tables, strict=True):
                 columns[f"p{percentile:g}_tbt_s"] = values
         self._request_blocks.append(columns)
-        self._request_table.add(to_arrow(columns))
+        self._request_table.add(columns)
         self._requests = []
         self._request_tokens = 0

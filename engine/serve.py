@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from engine.driver import Driver
 from engine.executor import Executor, Result
@@ -24,6 +22,7 @@ from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence as TokenSequence
 from engine.specs import SLO, ParallelSpec, SchedulerSpec
+from engine.tables import Columns, to_arrow
 from engine.workload import Workload
 
 WARM_UP = (4, 16)  # requests, and output tokens of each
@@ -81,7 +80,9 @@ def serve(
     finally:
         recorder.close()
         if folder is not None:
-            pq.write_table(ranks.table(), folder / "ranks.parquet", compression="zstd")
+            import pyarrow.parquet as pq
+
+            pq.write_table(to_arrow(ranks.columns()), folder / "ranks.parquet", compression="zstd")
     requests = recorder.requests()
     summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
     summary["workload"] = workload.name
@@ -136,7 +137,7 @@ class _RankTimes:
             self._starts.append(time.start - origin)
             self._durations.append(time.end - time.start)
 
-    def table(self) -> pa.Table:
+    def columns(self) -> Columns:
         """batch (its place in the run), rank, start_s and duration_s of its work."""
         columns = {
             "batch": self._batches,
@@ -144,4 +145,4 @@ class _RankTimes:
             "start_s": self._starts,
             "duration_s": self._durations,
         }
-        return pa.table({name: np.array(column) for name, column in columns.items()})
+        return {name: np.array(column) for name, column in columns.items()}

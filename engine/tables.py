@@ -5,11 +5,13 @@ pyarrow's own conversions import pandas first, which takes longer than a small s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # at run time only where a table is made or read: an engine can do without
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
@@ -17,6 +19,8 @@ Columns = dict[str, Array]
 
 def to_arrow(columns: Columns) -> pa.Table:
     """A table of numbers and truth values; `columns` are one-dimensional and equally long."""
+    import pyarrow as pa
+
     arrays = []
     for values in columns.values():
         data = np.packbits(values, bitorder="little") if values.dtype == bool else np.ascontiguousarray(values)
@@ -38,6 +42,8 @@ def _empty(column: pa.ChunkedArray) -> Array:
 
 
 def _values(array: pa.Array) -> Array:
+    import pyarrow as pa
+
     end = array.offset + len(array)
     if pa.types.is_boolean(array.type):
         bits = np.frombuffer(array.buffers()[1], np.uint8)

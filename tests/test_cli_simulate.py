@@ -272,11 +272,11 @@ def test_interrupting_leaves_no_folder(number: int, tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "import pyarrow.parquet as pq, cli.__main__, engine.recorder as r\n"
+        "import pyarrow.parquet as pq, cli.__main__\n"
         "class Full(pq.ParquetWriter):\n"
         "    def __init__(self, path, schema, **options):\n"
         "        super().__init__(open('/dev/full', 'wb', buffering=0), schema, **options)\n"
-        "r.pq.ParquetWriter = Full\n"
+        "pq.ParquetWriter = Full\n"
         f"cli.__main__.main({['simulate', *SMALL, '--output-dir', 'out']!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from engine.metrics import describe
-from engine.recorder import ITERATION_SCHEMA
+from engine.recorder import ITERATION_COLUMNS
 from engine.specs import SLO, ParallelSpec, SchedulerSpec
 from engine.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
@@ -273,14 +273,15 @@ def test_reading_takes_little_memory(tmp_path: Path) -> None:
     """Of a table of more than 200 MB only a little is ever in memory."""
     rows = 4_000_000
     path = tmp_path / "iterations.parquet"
-    block: dict[str, Any] = {name: np.ones(rows // 20, dtype=np.int32) for name in ITERATION_SCHEMA.names}
+    schema = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in ITERATION_COLUMNS.items()])
+    block: dict[str, Any] = {name: np.ones(rows // 20, dtype=np.int32) for name in schema.names}
     block |= {"replica": block["replica"] * 0, "stage": block["stage"] * 0}
-    with pq.ParquetWriter(path, ITERATION_SCHEMA) as writer:
+    with pq.ParquetWriter(path, schema) as writer:
         for i in range(20):
             block["start_s"] = np.arange(i * rows // 20, (i + 1) * rows // 20) * 0.01
             block["duration_s"] = block["max_tbt_s"] = np.full(rows // 20, 0.01)
-            table = pa.table({name: pa.array(block[name]).cast(ITERATION_SCHEMA.field(name).type) for name in block})
-            writer.write_table(table.select(ITERATION_SCHEMA.names).cast(ITERATION_SCHEMA))
+            table = pa.table({name: pa.array(block[name]).cast(schema.field(name).type) for name in block})
+            writer.write_table(table.select(schema.names).cast(schema))
     assert table.nbytes * 20 > 200e6
     summary = {"replicas": [{"num_gpu_blocks": 10, "stage_utilization": [1.0]}], "median_itl_ms": 10.0}
     pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()

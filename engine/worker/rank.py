@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from engine.engine_spec import EngineSpec
+from engine.errors import InputError
 from engine.worker.parallel import Links, Rank
 from engine.worker.runner import ModelRunner
 
@@ -21,6 +22,7 @@ def join(spec: EngineSpec, rank: int, local_rank: int, meeting_point: str | None
     if spec.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     else:
+        _check_gpus(spec, local_rank, torch.cuda.device_count())
         torch.cuda.set_device(local_rank)
     if meeting_point is not None:
         if meeting_point.startswith("tcp://127.0.0.1"):
@@ -29,6 +31,16 @@ def join(spec: EngineSpec, rank: int, local_rank: int, meeting_point: str | None
         dist.init_process_group(backend, init_method=meeting_point, world_size=spec.parallel.world_size, rank=rank)
     place = Rank(rank, spec.parallel)
     return ModelRunner(spec, place, Links(place))
+
+
+def _check_gpus(spec: EngineSpec, local_rank: int, found: int) -> None:
+    if not found:
+        raise InputError("there is no GPU here that this torch can use: give --device cpu")
+    if local_rank >= found:
+        raise InputError(
+            f"{spec.parallel} needs {spec.parallel.world_size} GPUs on one machine and there are {found}: lower "
+            "--tensor-parallel-size or --pipeline-parallel-size, or give --executor ray, which takes several machines"
+        )
 
 
 def leave() -> None:

@@ -71,8 +71,7 @@ class ModelRunner:
 
     def describe(self) -> tuple[int, str, str]:
         """KV blocks it may have (as told, or as many as there is memory for), its attention backend, its hardware."""
-        hardware = _cpu_name() if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        return self.spec.num_blocks or self.free_blocks(), self.attention.name, hardware
+        return self.spec.num_blocks or self.free_blocks(), self.attention.name, hardware_name(self.device)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -148,14 +147,20 @@ class ModelRunner:
 
     @contextmanager
     def _memory(self, doing: str) -> Iterator[None]:
-        """Turn running out of a GPU's memory into an error that says what to change."""
+        """Turn running out of memory into an error that says what to change."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            where = "GPU" if isinstance(error, torch.OutOfMemoryError) else "CPU"
+            if where == "CPU" and "can't allocate memory" not in str(error):
+                raise
+            share = f"--gpu-memory-utilization {self.spec.gpu_memory_utilization:g}"
+            if self.spec.num_blocks is not None:
+                share = f"--num-gpu-blocks-override {self.spec.num_blocks}"
             raise InputError(
-                f"GPU out of memory on rank {self.rank.rank} while {doing}: lower --gpu-memory-utilization "
-                f"{self.spec.gpu_memory_utilization:g} or --max-num-batched-tokens {self.spec.max_batch_tokens}, or "
-                f"raise --tensor-parallel-size ({str(error).splitlines()[0]})"
+                f"{where} out of memory on rank {self.rank.rank} while {doing}: lower {share} or "
+                f"--max-num-batched-tokens {self.spec.max_batch_tokens}, or raise --tensor-parallel-size "
+                f"({str(error).splitlines()[0]})"
             ) from None
 
     # -- a step ----------------------------------------------------------------------------------------------------
@@ -269,8 +274,10 @@ class _CudaClock:
         return self._origin_s + float(self._origin.elapsed_time(event)) / 1e3
 
 
-def _cpu_name() -> str:
-    """The processor as the kernel names it."""
+def hardware_name(device: torch.device) -> str:
+    """The GPU as its driver names it, or the processor as the kernel does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
