@@ -83,7 +83,11 @@ class ServingSettings(_Settings):
 class ReplicaConfig(ServingSettings):
     """What may differ between the replicas of a cluster."""
 
-    device: str = _field("", "Deployment", "a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, or a YAML file.")
+    device: str = _field(
+        "",
+        "Deployment",
+        "a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, a YAML file, or a calibration's folder.",
+    )
     network: str | None = _field(
         None,
         "Deployment",
@@ -93,7 +97,9 @@ class ReplicaConfig(ServingSettings):
         None, "Deployment", "Between nodes: ethernet_100g or infiniband_200g; by default the network's usual."
     )
     host_overhead: str = _field(
-        "cuda_graphs", "Deployment", "The engine's host overhead: cuda_graphs, eager or sarathi_osdi24."
+        "auto",
+        "Deployment",
+        "Host overhead: cuda_graphs, eager, sarathi_osdi24; auto: what the calibration measured, or the first.",
     )
     predictor: str = _field("auto", "Deployment", "Times of batches: learned, roofline, or auto (learned if it can).")
 
@@ -110,7 +116,7 @@ class EngineSettings(_Settings):
     )
     load_format: str = _field("auto", "Engine", "auto or safetensors: the model folder's weights; dummy: random ones.")
     enforce_eager: bool = _field(False, "Engine", "true: no CUDA graphs.")
-    cudagraph_capture_sizes: str | None = _field(
+    cudagraph_capture_sizes: str | int | None = _field(
         None, "Engine", "Decode batches to capture as CUDA graphs, such as 1,2,4,8; larger ones run eagerly."
     )
     async_scheduling: bool | None = _field(
@@ -216,7 +222,7 @@ class GenerateConfig(EngineSettings, ServingSettings):
     """Some prompts on the engine."""
 
     device: str = _field("auto", "Deployment", "cpu, a GPU's name, or auto: a GPU if there is one.")
-    max_tokens: int = _field(128, "Sampling", "Most tokens to generate for each prompt.")
+    max_tokens: int = _field(128, "Sampling", "Most tokens to generate for each prompt; --max-model-len bounds it too.")
     temperature: float = _field(0.0, "Sampling", "0 takes the likeliest token each time.")
     top_k: int = _field(0, "Sampling", "Draw from this many likeliest tokens; 0: from all.")
     top_p: float = _field(1.0, "Sampling", "Draw from the likeliest tokens that hold this share of the probability.")

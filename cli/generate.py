@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cli.bench import asynchronous, engine_device, engine_spec
 from cli.config import GenerateConfig
+from cli.engine import asynchronous, engine_device, engine_spec
 from engine.driver import Driver
-from engine.engine_spec import start
+from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
 from engine.executor import SamplingParams
 from engine.recorder import Recorder
@@ -27,23 +27,23 @@ def run(
         raise InputError("no prompt given: add --prompt TEXT or --prompt-token-ids 1,2,3")
     if not config.model:
         raise InputError("no model given: add --model FOLDER")
+    if config.max_tokens < 1:
+        raise InputError(f"max_tokens {config.max_tokens}: give at least 1")
     sampling = SamplingParams(config.temperature, config.top_k, config.top_p)
     spec, scheduler_spec = engine_spec(config, config, engine_device(config.device), config.seed)
+    async_scheduling = asynchronous(config, spec)
+    ids = [_parse(text) for text in prompt_token_ids]
+    stop = frozenset() if ignore_eos else _end_tokens(spec.folder)
     tokenizer = _tokenizer(spec.folder)
     if prompts and tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer for --prompt: give --prompt-token-ids 1,2,3")
-    ids = [tokenizer.encode(text) for text in prompts] + [_parse(text) for text in prompt_token_ids]
-    for prompt in ids:
-        wrong = next((token for token in prompt if not 0 <= token < spec.model.vocab_size), None)
-        if wrong is not None:
-            raise InputError(f"token id {wrong} is not among the model's: give 0 to {spec.model.vocab_size - 1}")
-    stop = frozenset() if ignore_eos else _end_tokens(spec.folder)
+    ids = [*(tokenizer.encode(text) for text in prompts), *ids]
     sequences = [
-        Sequence(Request(i, 0.0, len(prompt), config.max_tokens), prompt, sampling, stop)
-        for i, prompt in enumerate(ids)
+        Sequence(Request(i, 0.0, len(prompt), _output_tokens(config, spec, i, prompt)), prompt, sampling, stop)
+        for i, prompt in enumerate(ids, start=1)
     ]
     stages = spec.parallel.pipeline_parallel_size
-    if spec.num_blocks is not None:  # else the executor knows how many there are, and the driver checks
+    if spec.num_blocks is not None:  # else the executor knows how many there are, and is asked first
         _check(Scheduler(scheduler_spec, spec.num_blocks, stages), sequences)
     executor = start(spec, config.executor)
     try:
@@ -54,7 +54,7 @@ def run(
             scheduler,
             executor,
             Recorder(predicted=False),
-            async_scheduling=asynchronous(config, spec),
+            async_scheduling=async_scheduling,
             seed=config.seed,
             on_token=shown,
         )
@@ -65,11 +65,27 @@ def run(
     if as_json:
         print(json.dumps(answers))
     elif shown is not None:
-        print()
+        shown.end(answers[0]["text"])
     else:
         for answer in answers:
             print(answer.get("text", ",".join(map(str, answer["token_ids"]))))
     return answers
+
+
+def _output_tokens(config: GenerateConfig, spec: EngineSpec, number: int, prompt: list[int]) -> int:
+    """The most tokens to generate after a prompt. Raises InputError for a prompt that nothing can go on from."""
+    wrong = next((token for token in prompt if not 0 <= token < spec.model.vocab_size), None)
+    if wrong is not None:
+        raise InputError(f"token id {wrong} is not among the model's: give 0 to {spec.model.vocab_size - 1}")
+    if not prompt:
+        raise InputError(f"prompt {number} has no tokens: give at least one")
+    room = spec.max_model_len - len(prompt)
+    if room < 1:
+        raise InputError(
+            f"prompt {number} has {len(prompt)} tokens, which leaves no room in --max-model-len {spec.max_model_len}: "
+            "shorten it or raise --max-model-len"
+        )
+    return min(config.max_tokens, room)
 
 
 def _check(scheduler: Scheduler, sequences: list[Sequence]) -> None:
@@ -83,7 +99,12 @@ def _answer(sequence: Sequence, tokenizer: Any) -> dict[str, Any]:
         "token_ids": sequence.output,
         "finish_reason": sequence.finish_reason,
     }
-    return answer if tokenizer is None else {**answer, "text": tokenizer.decode(sequence.output)}
+    return answer if tokenizer is None else {**answer, "text": _text(tokenizer, sequence)}
+
+
+def _text(tokenizer: Any, sequence: Sequence) -> str:
+    text: str = tokenizer.decode(sequence.output, skip_special_tokens=True)
+    return text
 
 
 class _Stream:
@@ -94,11 +115,15 @@ class _Stream:
         self._shown = 0
 
     def __call__(self, sequence: Sequence, token: int) -> None:
-        text = self._tokenizer.decode(sequence.output, skip_special_tokens=True)
+        text = _text(self._tokenizer, sequence)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             sys.stdout.write(text[self._shown :])
             sys.stdout.flush()
             self._shown = len(text)
+
+    def end(self, text: str) -> None:
+        """Print what was held back of the whole text, and end the line."""
+        print(text[self._shown :])
 
 
 def _tokenizer(folder: Path | None) -> Any:
@@ -107,7 +132,11 @@ def _tokenizer(folder: Path | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds, from several packages
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"can't read the tokenizer in {folder} ({what}): get its files again") from None
 
 
 def _parse(text: str) -> list[int]:
@@ -122,7 +151,10 @@ def _end_tokens(folder: Path | None) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name if folder is not None else None
         if path is not None and path.is_file():
-            found = json.loads(path.read_text("utf-8")).get("eos_token_id")
+            try:
+                found = json.loads(path.read_text("utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise InputError(f"{path} holds no JSON object ({error}): get it again") from None
             if found is not None:
                 return frozenset(found if isinstance(found, list) else [found])
     return frozenset()

@@ -129,6 +129,39 @@ def generate(
     run(from_flags(GenerateConfig, flags), prompt or [], prompt_token_ids or [], ignore_eos=ignore_eos, as_json=json_)
 
 
+@app.command()
+def profile(
+    *,
+    models: Annotated[str, typer.Option(help="Known models or folders with a config.json, with commas between.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the measurements; one that was begun goes on.")],
+    device: Annotated[str, typer.Option(help="This machine's device: cpu, a name, a YAML file, or auto.")] = "auto",
+    tensor_parallel_sizes: Annotated[str, typer.Option(help="Ranks that share a layer, with commas between.")] = "1",
+    budget: Annotated[str, typer.Option(help="Time to spend: 90s, 8m, 1h.")] = "8m",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    attention_backend: Annotated[str | None, typer.Option(help="Default: the best that is installed.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens in a KV block.")] = 16,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Largest batch (tokens).")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most requests in a batch.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest request (tokens).")] = None,
+) -> None:
+    """Measure this machine: the engine's operators, collectives and iterations for some models."""
+    from cli.profile import run
+
+    run(
+        device,
+        models,
+        tensor_parallel_sizes,
+        budget,
+        output_dir,
+        dtype=dtype,
+        attention_backend=attention_backend,
+        block_size=block_size,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+
+
 calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
 app.add_typer(calibrate, name="calibrate")
 
@@ -137,15 +170,16 @@ _Device = Annotated[str, typer.Option(help="A known device.")]
 
 @calibrate.command("fit")
 def _fit(
-    device: _Device,
     source: Annotated[
-        list[str], typer.Option(help="vidur:DIR or aiconfigurator:DIR; the first that has a kind gives it.")
+        list[str],
+        typer.Option(help="profile:DIR, vidur:DIR or aiconfigurator:DIR; the first that has a kind gives it."),
     ],
+    device: Annotated[str | None, typer.Option(help="A known device; a profile says by itself what it is of.")] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder; by default the device's in calibration_data.")
     ] = None,
 ) -> None:
-    """Learn a calibration from public tables and write it."""
+    """Learn a calibration from a profile or from public tables, and write it."""
     from cli.calibrate import fit
 
     fit(device, source, output_dir)
@@ -225,7 +259,7 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
     except MemoryError as error:
-        return 1, f"out of memory ({error}): lower --num-prompts"
+        return 1, f"out of memory{f' ({error})' if str(error) else ''}: lower --num-prompts"
     except OSError as error:
         return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     if code == 130:

@@ -16,6 +16,7 @@ GIB = 1 << 30
 RESERVED_BYTES = GIB  # CUDA context, cuBLAS and attention workspaces, NCCL buffers, fragmentation
 DEFAULT_BATCHED_TOKENS = 2048
 MOST_WAYS = 64  # parallelism that an error message suggests at most
+MOST_BLOCKS = 10_000_000  # KV blocks of a replica
 
 
 def weight_bytes(model: ModelSpec, parallel: ParallelSpec, stage: int) -> int:

@@ -23,7 +23,7 @@ from simpy.events import URGENT
 
 from engine import catalog
 from engine.errors import InputError, unknown
-from engine.memory import num_kv_blocks
+from engine.memory import MOST_BLOCKS, num_kv_blocks
 from engine.metrics import replica_use, summarize, tbt_percentiles
 from engine.policies import POLICIES, largest_batch, resolve
 from engine.recorder import Recorder, Run
@@ -32,13 +32,12 @@ from engine.scheduler import Scheduler
 from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
 from engine.workload import Workload
 from simulator.predictor.base import RuntimePredictor
-from simulator.predictor.calibration import known_devices
+from simulator.predictor.calibration import folder_of, measured_host
 from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline
 from simulator.replica import Clock, Replica
 from simulator.router import ROUTERS
 
-MOST_BLOCKS = 10_000_000  # KV blocks of a replica
 EXACT_GAPS = 20_000_000  # output tokens of a run up to which every gap between tokens is kept
 
 PredictorMaker = Callable[[ModelSpec, DeviceSpec, NetworkSpec, ParallelSpec, HostOverhead], RuntimePredictor]
@@ -48,7 +47,7 @@ def calibrated_or_roofline(
     model: ModelSpec, device: DeviceSpec, network: NetworkSpec, parallel: ParallelSpec, host: HostOverhead
 ) -> RuntimePredictor:
     """The learned predictor where the device has a calibration, else the roofline estimate."""
-    maker: PredictorMaker = learned if device.name in known_devices() else Roofline
+    maker: PredictorMaker = learned if folder_of(device) is not None else Roofline
     return maker(model, device, network, parallel, host)
 
 
@@ -126,7 +125,7 @@ def deploy(
     internode_network: str | None = None,
     parallel: ParallelSpec | None = None,
     scheduler: SchedulerSpec | None = None,
-    host_overhead: str = "cuda_graphs",
+    host_overhead: str = "auto",
     gpu_memory_utilization: float = 0.9,
     num_gpu_blocks_override: int | None = None,
     predictor: str | RuntimePredictor = "auto",
@@ -150,7 +149,10 @@ def deploy(
     if isinstance(predictor, str):
         if predictor not in PREDICTORS:
             raise unknown("predictor", predictor, PREDICTORS)
-        predictor = PREDICTORS[predictor](model, device, net, parallel, catalog.host_overhead(host_overhead))
+        host = measured_host(device) if host_overhead == "auto" and predictor != "roofline" else None
+        if host is None:
+            host = catalog.host_overhead("cuda_graphs" if host_overhead == "auto" else host_overhead)
+        predictor = PREDICTORS[predictor](model, device, net, parallel, host)
     return Deployment(model, device, net, parallel, spec, blocks, predictor)
 
 
