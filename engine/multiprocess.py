@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
@@ -74,8 +74,8 @@ class MultiprocessExecutor:
         return combine(self._reports.pop(number))
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            for pipe in self._pipes:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # that rank is gone
                 pipe.send(("close",))
         end = time.perf_counter() + CLOSE_S
         for process in self._processes:
@@ -89,7 +89,7 @@ class MultiprocessExecutor:
             try:
                 pipe.send(message)
             except OSError:
-                self._fail(rank, "closed its pipe")
+                self._fail(rank)
 
     def _ask_all(self, kind: str) -> list[tuple[Any, ...]]:
         """An answer of this kind from every rank, by rank."""
@@ -115,29 +115,44 @@ class MultiprocessExecutor:
                 try:
                     message = pipe.recv()
                 except (EOFError, OSError):
-                    self._fail(rank, "closed its pipe")
+                    self._fail(rank)
                 if message[0] == "error":
-                    self._fail(rank, message[2], blames_input=message[1])
+                    self._fail(rank, message)
                 take(rank, message)
         for rank, process in enumerate(self._processes):
             if process.sentinel in ready and not self._pipes[rank].poll():
-                self._fail(rank, "ended")
+                self._fail(rank)
         return bool(ready)
 
-    def _fail(self, rank: int, text: str, blames_input: bool = False) -> None:
-        """Kill every rank and raise what went wrong: a rank that was killed explains the failure of the others."""
+    def _fail(self, rank: int, error: tuple[Any, ...] | None = None) -> NoReturn:
+        """Kill every rank and raise what went wrong; `error` is what `rank` said, None if it is gone.
+
+        A rank that is lost makes the others fail, and they may be heard of before. So a rank that ended without a word
+        is to blame, one that was killed above all; else the one that failed first.
+        """
+        errors = {} if error is None else {rank: error}
         deadline = time.perf_counter() + BLAME_S
-        while not blames_input and time.perf_counter() < deadline:
-            killed = [(r, p) for r, p in enumerate(self._processes) if p.exitcode is not None and p.exitcode < 0]
-            if killed:
-                rank, process = killed[0]
-                text = f"was killed by {signal.Signals(-process.exitcode).name} (process {process.pid})"
+        while True:
+            codes = [process.exitcode for process in self._processes]
+            for other, pipe in enumerate(self._pipes):
+                while other not in errors and (message := _pending_message(pipe)) is not None:
+                    if message[0] == "error":
+                        errors[other] = message
+            silent = {r: code for r, code in enumerate(codes) if code is not None and r not in errors}
+            known = None not in codes or any(blames_input for _, _, blames_input, _ in errors.values())
+            if silent or known or time.perf_counter() > deadline:
                 break
             time.sleep(0.01)
+        pids = [process.pid for process in self._processes]
         self._kill()
-        if blames_input:
-            raise InputError(text)
-        raise WorkerError(f"rank {rank} {text}" if "\n" not in text else f"rank {rank} failed: {text}")
+        if silent:
+            rank, code = min(silent.items(), key=lambda item: item[1])
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise WorkerError(f"rank {rank} {how} (process {pids[rank]})")
+        if not errors:
+            raise WorkerError(f"rank {rank} closed its pipe (process {pids[rank]})")
+        rank, (_, _, blames_input, text) = min(errors.items(), key=lambda item: item[1][1])
+        raise InputError(text) if blames_input else WorkerError(f"rank {rank} failed: {text}")
 
     def _kill(self) -> None:
         for process in self._processes:
@@ -147,6 +162,15 @@ class MultiprocessExecutor:
             process.join()
         for pipe in self._pipes:
             pipe.close()
+
+
+def _pending_message(pipe: Connection) -> tuple[Any, ...] | None:
+    """The next message that is there already; None if there is none, or never will be."""
+    try:
+        message: tuple[Any, ...] | None = pipe.recv() if pipe.poll() else None
+    except (EOFError, OSError):
+        return None
+    return message
 
 
 def _run_rank(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) -> None:

@@ -10,17 +10,17 @@ import contextlib
 import logging
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
 from engine.executor import RankReport, Result, Step, WorkerError, combine
-from engine.multiprocess import free_port
+from engine.multiprocess import BLAME_S, free_port
 
 PLACEMENT_S = 60.0  # to find room for every rank
 
@@ -88,15 +88,9 @@ class RayExecutor:
         self._launched.append([actor.execute.remote(shared) for actor in self._actors])
 
     def wait(self, timeout: float | None) -> Result | None:
-        end = None if timeout is None else time.perf_counter() + timeout
-        waiting = list(self._launched[0])
-        while waiting:  # one by one: a rank that died is heard of while the others wait for it
-            left = None if end is None else max(0.0, end - time.perf_counter())
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
-            if not done:
-                return None
-            self._get(done)
-        return combine(self._get(self._launched.popleft()))
+        if not self._finished(self._launched[0], timeout):
+            return None
+        return combine(ray.get(self._launched.popleft()))
 
     def close(self) -> None:
         for actor in self._actors:
@@ -110,23 +104,44 @@ class RayExecutor:
             ray.shutdown()
 
     def _get(self, references: list[Any]) -> list[Any]:
-        """The answers. Raises InputError if an actor found fault with the input, WorkerError for any other failure."""
-        waiting, failed = list(references), None
-        while waiting and failed is None:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            try:
-                ray.get(done)
-            except RayTaskError as error:
-                if isinstance(error.cause, InputError):
-                    raise InputError(str(error.cause)) from None
-                failed = error
-            except RayActorError as error:
-                raise WorkerError(f"{self._who(error)} died: {error}") from None
-        if failed is not None:
-            raise WorkerError(f"a rank failed: {failed}") from None
+        """The ranks' answers, which come in the order of `references`."""
+        self._finished(references, None)
         answers: list[Any] = ray.get(references)
         return answers
 
-    def _who(self, error: RayActorError) -> str:
-        ids = [actor._actor_id.hex() for actor in self._actors]
-        return f"rank {ids.index(error.actor_id)}" if error.actor_id in ids else "a rank"
+    def _finished(self, references: list[Any], timeout: float | None) -> bool:
+        """Whether the ranks' answers are there within `timeout` seconds. Raises if one of them is an error."""
+        end = None if timeout is None else time.perf_counter() + timeout
+        waiting = list(references)
+        while waiting:  # one by one: a rank that died is heard of while the others wait for it
+            left = None if end is None else max(0.0, end - time.perf_counter())
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+            if not done:
+                return False
+            try:
+                ray.get(done)
+            except RayError:
+                self._fail(references, references.index(done[0]))
+        return True
+
+    def _fail(self, references: list[Any], first: int) -> NoReturn:
+        """Raise what went wrong: InputError if an actor found fault with the input, else WorkerError.
+
+        Rank `first` was heard of first, but a rank that died makes the others fail.
+        """
+        errors: dict[int, RayError] = {}
+        ray.wait(references, num_returns=len(references), timeout=BLAME_S)
+        for rank in (first, *range(len(references))):
+            try:
+                ray.get(references[rank], timeout=0)
+            except GetTimeoutError:
+                continue
+            except RayError as found:
+                errors.setdefault(rank, found)
+        for rank, error in errors.items():
+            if isinstance(error, RayActorError):
+                raise WorkerError(f"rank {rank} died: {error}") from None
+        for error in errors.values():
+            if isinstance(error, RayTaskError) and isinstance(error.cause, InputError):
+                raise InputError(str(error.cause)) from None
+        raise WorkerError(f"rank {first} failed: {errors[first]}") from None

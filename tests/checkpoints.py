@@ -49,18 +49,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # the class's name without C
 def write(folder: Path, name: str, **save: Any) -> transformers.PreTrainedModel:
     """Save the checkpoint of that name and return its model. `save`: for save_pretrained, max_shard_size="20kB" say.
 
-    Every number is random, norms and biases too, and large enough for logits to differ by units.
+    Every number is random, norms and biases too, and large enough for logits to differ by units. Biases are around 0,
+    or that of the last norm would choose the same token everywhere.
     """
     kind, arguments = CONFIGS[name]
     config = getattr(transformers, f"{kind}Config")(**arguments)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for key, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
             else:
-                parameter.normal_(0.5, 0.3, generator=generator)
+                parameter.normal_(0.0 if key.endswith("bias") else 1.0, 0.3, generator=generator)
     model.save_pretrained(folder, **save)
     if name == "internlm":  # transformers has no class of that name
         edit_config(folder, model_type="internlm", bias=True, attention_bias=None)

@@ -8,19 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from replaying import assert_same_times, composition, replay
 
 from engine.driver import Driver
 from engine.errors import InputError
 from engine.executor import LAST_SAMPLED, RankTime, Result, SamplingParams, Step, WorkerError
 from engine.policies import POLICIES, resolve
 from engine.recorder import Recorder
-from engine.request import Batch, BatchShape, Request
+from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence
 from engine.specs import SchedulerSpec
-from engine.workload import Workload
-from simulator.predictor.base import RuntimePredictor
-from simulator.replica import Clock, Replica
 
 VOCABULARY = 1000
 
@@ -202,35 +200,6 @@ def test_preemption_really_happens_in_these_cases() -> None:
     assert ahead.driver.scheduler.recomputed_tokens > 0
 
 
-class Measured(RuntimePredictor):
-    """The durations of an engine's run, one batch after the other."""
-
-    description = "measured"
-
-    def __init__(self, served: Served) -> None:
-        table = served.recorder.iteration_table().to_pandas()
-        stages = served.driver.num_stages
-        self.starts = [table[table.stage == stage].start_s.tolist() for stage in range(stages)]
-        self.durations = [table[table.stage == stage].duration_s.tolist() for stage in range(stages)]
-        self.asked = [0] * stages
-        self.sends = [0] * stages
-
-    def stage_time(self, shape: BatchShape, stage: int) -> float:
-        self.asked[stage] += 1
-        return float(self.durations[stage][self.asked[stage] - 1])
-
-    def send_time(self, shape: BatchShape, stage: int) -> float:
-        if stage == len(self.starts) - 1:
-            return 0.0
-        k = self.sends[stage]
-        self.sends[stage] += 1
-        return float(self.starts[stage + 1][k] - self.starts[stage][k] - self.durations[stage][k])
-
-
-def composition(batches: list[Batch]) -> list[Any]:
-    return [([r.id for r in b.decodes], [(r.id, n) for r, n in b.prefills], b.kv_blocks) for b in batches]
-
-
 @given(CASES)
 def test_the_simulator_replays_a_run_batch_for_batch(case: tuple[Any, str, int, int]) -> None:
     lengths, policy, stages, num_blocks = case
@@ -238,35 +207,9 @@ def test_the_simulator_replays_a_run_batch_for_batch(case: tuple[Any, str, int, 
     served = serve(lengths, policy, stages, num_blocks, spec=settings_of(policy))
     assert served.batches
     scheduler = Scheduler(served.driver.scheduler.spec, num_blocks, max_in_flight=stages)
-    simulated: list[Batch] = []
-    schedule = scheduler.schedule
-
-    def noting() -> Batch | None:
-        batch = schedule()
-        if batch is not None:
-            simulated.append(batch)
-        return batch
-
-    scheduler.schedule = noting  # type: ignore[method-assign]
-    env, recorder = Clock(), Recorder()
-    replica = Replica(env, 0, scheduler, Measured(served), recorder, lambda request: None, repeats=False)
-    at, prompts, outputs = (np.array(column) for column in zip(*lengths, strict=True))
-    from simpy.events import URGENT
-
-    def arrive() -> Any:
-        for request in Workload("w", at, prompts, outputs, 0).requests():
-            yield env.at(request.arrived_at, URGENT)
-            replica.add(request)
-
-    env.process(arrive())
-    env.run()
-    recorder.close()
+    simulated, recorder = replay(lengths, served.recorder, scheduler)
     assert composition(simulated) == composition(served.batches)
-    engine, simulator = served.recorder.requests(), recorder.requests()
-    order = {int(i): k for k, i in enumerate(simulator["request_id"])}
-    rows = [order[int(i)] for i in engine["request_id"]]
-    for column in ("scheduled_s", "first_token_s", "last_token_s"):
-        np.testing.assert_allclose(simulator[column][rows], engine[column], rtol=0, atol=1e-9)
+    assert_same_times(recorder, served.recorder)
 
 
 def test_an_idle_engine_begins_at_the_arrival_and_counts_its_lateness_to_the_batch() -> None:

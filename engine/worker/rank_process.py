@@ -1,15 +1,17 @@
 """The process of one rank: takes messages from the driver's process, answers with reports.
 
 Messages are ("allocate", number of KV blocks), ("step", Step) and ("close",); answers ("ready", what the runner's
-`describe` says), ("allocated",), ("report", RankReport) and ("error", whether the input is to blame, text).
+`describe` says), ("allocated",), ("report", RankReport) and ("error", time, whether the input is to blame, text).
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections import deque
 from multiprocessing.connection import Connection, wait
@@ -31,12 +33,11 @@ def main(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) ->
         driver.send(("ready", *runner.describe()))
         _serve(driver, runner)
         leave()
-    except (BrokenPipeError, EOFError):  # the driver is gone
-        os._exit(1)
     except BaseException as error:
         blame = isinstance(error, InputError)
-        driver.send(("error", blame, str(error) if blame else "".join(traceback.format_exception(error))))
-        driver.close()
+        text = str(error) if blame else "".join(traceback.format_exception(error))
+        with contextlib.suppress(OSError):  # the driver may be gone, which is why
+            driver.send(("error", time.perf_counter(), blame, text))
         os._exit(1)  # without waiting for ranks that wait for this one
 
 

@@ -1,0 +1,49 @@
+"""An engine that serves until it is ended from outside; a script that tests run: FOLDER TP PP.
+
+Prints the word "serving" when the first requests are finished. Its process has no torch, as that of `windtunnel bench`.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from engine.driver import Driver
+from engine.engine_spec import EngineSpec, start
+from engine.policies import resolve
+from engine.recorder import Recorder
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.sequences import Sequence
+from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec
+
+
+def main(folder: str, tp: int, pp: int) -> None:
+    spec = EngineSpec(
+        model=replace(ModelSpec.from_hf(Path(folder)), dtype_bytes=4),
+        folder=Path(folder),
+        device="cpu",
+        dtype="float32",
+        max_num_seqs=4,
+        max_model_len=64,
+        max_batch_tokens=64,
+        block_size=4,
+        num_blocks=64,
+        attention_backend="sdpa",
+        parallel=ParallelSpec(tensor_parallel_size=tp, pipeline_parallel_size=pp),
+    )
+    scheduler_spec = resolve(
+        SchedulerSpec(max_num_batched_tokens=64, max_num_seqs=4, max_model_len=64, block_size=4), 64
+    )
+    executor = start(spec, "multiprocess")
+    try:
+        while True:
+            scheduler = Scheduler(scheduler_spec, executor.num_blocks, max_in_flight=pp)
+            sequences = [Sequence(Request(i, 0.0, 16, 16), range(16)) for i in range(8)]
+            Driver(scheduler, executor, Recorder(predicted=False)).run(sequences)
+            print("serving", flush=True)
+    finally:
+        executor.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,264 @@
+"""The engine as a whole, on the CPU: tokens of transformers' own, however requests are batched and ranks are laid out.
+
+Every proof here runs real checkpoints through real executors.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+import strange_ranks
+import torch
+from replaying import assert_same_times, composition, replay
+from serving import LENGTHS, MAX_LEN, Oracle, Served, serve
+
+from engine import multiprocess
+from engine.engine_spec import start
+from engine.executor import Executor, SamplingParams, WorkerError
+from engine.policies import POLICIES
+
+GetOracle = Callable[..., Oracle]
+GetExecutor = Callable[..., Executor]
+RESERVING = ("orca", "faster_transformer")  # of all memory they might need: they never preempt
+SAMPLINGS = [  # one for each of LENGTHS
+    SamplingParams(temperature=1.0, seed=1),
+    SamplingParams(temperature=0.7, top_k=20, seed=2),
+    SamplingParams(temperature=1.5, top_p=0.9, seed=3),
+    SamplingParams(temperature=1.0),  # its seed comes from the driver's
+    SamplingParams(),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> GetOracle:
+    known: dict[str, Oracle] = {}
+
+    def get(name: str = "llama") -> Oracle:
+        if name not in known:
+            known[name] = Oracle(tmp_path_factory.mktemp(name), name)
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def executor(oracle: GetOracle) -> Iterator[GetExecutor]:
+    """The executor of a checkpoint over tp * pp ranks; the last one lives on until another is asked for."""
+    alive: dict[tuple[str, int, int], Executor] = {}
+
+    def get(name: str = "llama", tp: int = 1, pp: int = 1) -> Executor:
+        if (name, tp, pp) not in alive:
+            for other in alive.values():
+                other.close()
+            alive.clear()
+            alive[name, tp, pp] = start(oracle(name).engine_spec(tp, pp, keep_logits=True))
+        return alive[name, tp, pp]
+
+    yield get
+    for last in alive.values():
+        last.close()
+
+
+def children() -> list[str]:
+    """Names of this process's children."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, rest = path.read_text("utf-8").split("(", 1)[1].rsplit(")", 1)
+            if int(rest.split()[1]) == os.getpid():
+                found.append(name)
+    return found
+
+
+def assert_logits(served: Served, oracle: Oracle) -> None:
+    """The logits that every token was sampled from, against those of transformers for the same tokens."""
+    assert all(result.logits is not None for result in served.results)
+    rows = np.concatenate([result.logits for result in served.results if result.logits is not None])
+    assert rows.shape == (sum(count for _, count in LENGTHS), checkpoints.VOCABULARY)
+    with torch.no_grad():
+        wanted = [oracle.model(torch.tensor([s.tokens])).logits[0].numpy() for s in served.sequences]
+    for row, request, length in zip(rows, served.sampled, served.lengths, strict=True):
+        expected = wanted[request][length - 1]
+        assert np.abs(row - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def assert_varied(served: Served) -> None:
+    """Chunks that don't divide their prompts, decodes and prefills in one batch, and preemptions."""
+    assert any(batch.decodes and batch.prefills for batch in served.batches)
+    chunks = {chunk for batch in served.batches for _, chunk in batch.prefills}
+    assert any(prompt % chunk for prompt, _ in LENGTHS for chunk in chunks if chunk < prompt)
+    assert served.driver.scheduler.recomputed_tokens > 0
+
+
+@pytest.mark.parametrize("name", checkpoints.CONFIGS)
+def test_every_family_gives_the_tokens_of_transformers(name: str, oracle: GetOracle, executor: GetExecutor) -> None:
+    served = serve(executor(name), oracle(name))
+    assert_varied(served)
+    assert served.outputs == oracle(name).outputs
+    assert_logits(served, oracle(name))
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_gives_them(policy: str, pp: int, oracle: GetOracle, executor: GetExecutor) -> None:
+    served = serve(executor(pp=pp), oracle(), policy=policy, stages=pp)
+    assert (served.driver.scheduler.recomputed_tokens > 0) == (policy not in RESERVING)
+    assert served.outputs == oracle().outputs
+    assert all(sequence.finish_reason == "length" for sequence in served.sequences)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "pp"), [("llama", 2, 1), ("llama", 1, 2), ("mistral", 2, 2), ("falcon_new", 4, 1)]
+)
+def test_every_cut_gives_them(name: str, tp: int, pp: int, oracle: GetOracle, executor: GetExecutor) -> None:
+    """mistral's window is shorter than the prompts; falcon_new has fewer KV heads than there are ranks."""
+    served = serve(executor(name, tp, pp), oracle(name), stages=pp)
+    assert_varied(served)
+    assert served.outputs == oracle(name).outputs
+    assert_logits(served, oracle(name))
+    for result in served.results:
+        assert [time.rank for time in result.times] == list(range(tp * pp))
+        assert all(time.start <= time.end for time in result.times)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_scheduling_ahead_gives_them(tp: int, oracle: GetOracle, executor: GetExecutor) -> None:
+    served = serve(executor(tp=tp), oracle(), async_scheduling=True)
+    assert_varied(served)
+    assert served.outputs == oracle().outputs
+
+
+def test_ray_gives_them_and_is_gone_afterwards(oracle: GetOracle) -> None:
+    ray = pytest.importorskip("ray")
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("ray grants each rank a processor")
+    mine = start(oracle().engine_spec(tp=2), "ray")
+    try:
+        served = serve(mine, oracle())
+        assert_varied(served)
+        assert served.outputs == oracle().outputs
+        assert ray.is_initialized()
+        victim: Any = mine._actors[1]  # type: ignore[attr-defined]
+        ray.cloudpickle.register_pickle_by_value(strange_ranks)  # which the actor can't import
+        pid = ray.get(victim.__ray_call__.remote(strange_ranks.pid))
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match=f"(?s)rank 1 died.*{pid}"):
+            serve(mine, oracle())
+    finally:
+        mine.close()
+    assert not ray.is_initialized()
+    assert not {"raylet", "gcs_server"} & set(children())
+    mine.close()
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sampled(oracle: GetOracle, executor: GetExecutor) -> list[list[int]]:
+    """What one rank samples with SAMPLINGS, nobody preempted."""
+    served = serve(executor(), oracle(), sampling=SAMPLINGS, num_blocks=48)
+    assert served.driver.scheduler.recomputed_tokens == 0
+    differs = [ours != greedy for ours, greedy in zip(served.outputs, oracle().outputs, strict=True)]
+    assert differs == [True, True, True, True, False]
+    return served.outputs
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "policy"), [(1, 1, "sarathi"), (1, 1, "vllm"), (2, 1, "hybrid_only"), (1, 2, "chunked_only")]
+)
+def test_a_seed_gives_its_tokens_whatever_ranks_policy_and_preemption(
+    tp: int, pp: int, policy: str, sampled: list[list[int]], oracle: GetOracle, executor: GetExecutor
+) -> None:
+    served = serve(executor(tp=tp, pp=pp), oracle(), sampling=SAMPLINGS, policy=policy, stages=pp)
+    assert served.driver.scheduler.recomputed_tokens > 0
+    assert served.outputs == sampled
+
+
+def test_another_seed_gives_other_tokens(sampled: list[list[int]], oracle: GetOracle, executor: GetExecutor) -> None:
+    others = [replace(each, seed=None if each.seed is None else each.seed + 100) for each in SAMPLINGS]
+    served = serve(executor(), oracle(), sampling=others, seed=1)
+    differs = [ours != theirs for ours, theirs in zip(served.outputs, sampled, strict=True)]
+    assert differs == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize(("tp", "pp", "ahead"), [(1, 1, False), (1, 1, True), (2, 1, True), (1, 2, False)])
+def test_a_stop_token_ends_a_sequence(tp: int, pp: int, ahead: bool, oracle: GetOracle, executor: GetExecutor) -> None:
+    outputs = oracle().outputs
+    stop = [frozenset({outputs[0][3]}), frozenset(), frozenset({outputs[2][-1], outputs[2][4]}), frozenset({1000}),
+            frozenset({outputs[4][0]})]  # fmt: skip
+    served = serve(executor(tp=tp, pp=pp), oracle(), stages=pp, stop=stop, async_scheduling=ahead)
+    wanted = []
+    for output, ends in zip(outputs, stop, strict=True):
+        at = next((i for i, token in enumerate(output) if token in ends), len(output) - 1)
+        wanted.append(output[: at + 1])
+    assert served.outputs == wanted
+    reasons = [sequence.finish_reason for sequence in served.sequences]
+    assert reasons == ["stop", "length", "stop", "length", "stop"]
+    assert [len(output) for output in wanted] != [count for _, count in LENGTHS]
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_simulator_replays_a_run_in_real_time(
+    policy: str, pp: int, oracle: GetOracle, executor: GetExecutor
+) -> None:
+    rng = np.random.default_rng(5)
+    arrivals = [0.0, *np.cumsum(rng.exponential(0.5 / 30, 29)).tolist()]
+    lengths = [(at, int(rng.integers(1, 31)), int(rng.integers(1, 14))) for at in arrivals]
+    prompts = [rng.integers(checkpoints.VOCABULARY, size=prompt).tolist() for _, prompt, _ in lengths]
+    served = serve(executor(pp=pp), oracle(), policy=policy, stages=pp, prompts=prompts,
+                   counts=[count for _, _, count in lengths], arrivals=arrivals)  # fmt: skip
+    assert len(served.batches) > 50
+    simulated, recorder = replay(lengths, served.recorder, served.new_scheduler())
+    assert composition(simulated) == composition(served.batches)
+    assert_same_times(recorder, served.recorder)
+
+
+def test_pipeline_stages_work_at_the_same_time(oracle: GetOracle, executor: GetExecutor) -> None:
+    served = serve(executor(pp=2), oracle(), stages=2)
+    first, second = ([result.times[stage] for result in served.results] for stage in (0, 1))
+    overlaps = [a.start < b.end and b.start < a.end for a, b in zip(first[1:], second, strict=False)]
+    assert any(overlaps)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_the_number_of_blocks_is_found(tp: int, pp: int, oracle: GetOracle) -> None:
+    mine = start(oracle().engine_spec(tp, pp, num_blocks=None))
+    try:
+        assert 4 * MAX_LEN // 4 <= mine.num_blocks <= 1000  # as many tokens as four requests have, not all the memory
+        served = serve(mine, oracle(), stages=pp, num_blocks=mine.num_blocks)
+        assert served.outputs == oracle().outputs
+    finally:
+        mine.close()
+
+
+def test_the_rank_with_the_least_memory_decides(oracle: GetOracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocess, "_run_rank", strange_ranks.has_room_by_rank)
+    mine = start(oracle().engine_spec(2, 2, num_blocks=None))
+    try:
+        assert mine.num_blocks == 28
+        assert serve(mine, oracle(), stages=2, num_blocks=28).outputs == oracle().outputs
+    finally:
+        mine.close()
