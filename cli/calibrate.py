@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ from engine import catalog
 from engine.errors import InputError
 from engine.specs import DeviceSpec
 from profiler.importers import SOURCES, read_source
+from profiler.session import SETTINGS
 from simulator.predictor import calibration as store
+from simulator.predictor.check import check_iterations, profiled_device
 from studies.calibration_record import range_words
 
 if TYPE_CHECKING:
@@ -26,13 +29,20 @@ def read(text: str, device: DeviceSpec) -> pd.DataFrame:
     kind, colon, place = text.partition(":")
     if not colon or kind not in SOURCES:
         place = text
-        kind = "aiconfigurator" if any(_files(Path(text), ".parquet")) else "vidur"
+        kind = _kind_of(Path(text))
     try:
         return read_source(kind, place, device=device.name)
     except InputError as error:
         if "none of" not in str(error):
             raise
         return read_source(kind, place)  # of another device, which is said where it matters
+
+
+def _kind_of(place: Path) -> str:
+    """What kind of source a folder or file looks like."""
+    if (place / SETTINGS).is_file():
+        return "profile"
+    return "aiconfigurator" if any(_files(place, ".parquet")) else "vidur"
 
 
 def _has_attention(frame: pd.DataFrame) -> bool:
@@ -54,11 +64,14 @@ def _files(place: Path, suffix: str) -> list[Path]:
     return [place] if place.suffix == suffix else list(place.rglob(f"*{suffix}")) if place.is_dir() else []
 
 
-def fit(device_name: str, sources: Sequence[str], output_dir: Path | None) -> None:
-    """Learn a calibration from sources and write it."""
-    device = catalog.device(device_name)
+def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None) -> None:
+    """Learn a calibration from sources and write it; a profile's says which device it is of."""
     if not sources:
-        raise InputError("no source given: add --source vidur:DIR or --source aiconfigurator:DIR")
+        raise InputError("no source given: add --source profile:DIR, vidur:DIR or aiconfigurator:DIR")
+    profiles = [Path(text.removeprefix("profile:")) for text in sources if text.startswith("profile:")]
+    if device_name is None and not profiles:
+        raise InputError("no device given: add --device NAME")
+    device = profiled_device(profiles[0]) if device_name is None else catalog.device(device_name)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     frames = [read(source, device) for source in sources]
     if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
@@ -69,8 +82,14 @@ def fit(device_name: str, sources: Sequence[str], output_dir: Path | None) -> No
             console.print(f"note: {note}", style="dim")
     calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
     folder = output_dir or store.FOLDER / device.name
-    store.save(calibration, folder)
+    store.save(calibration, folder, device if profiles else None)
     show_calibration(calibration)
+    for place in profiles:
+        for name, errors in check_iterations(replace(device, calibration=str(folder)), place).items():
+            console.print(
+                f"whole iterations of {name}: {errors['count']:,}, mean error {errors['mape']:.1%}, "
+                f"median {errors['p50']:.1%}, P95 {errors['p95']:.1%}, bias {errors['bias']:+.1%}"
+            )
     print(f"calibration: {folder}")
 
 
@@ -96,6 +115,12 @@ def show_calibration(calibration: store.Calibration) -> None:
         rows = f"{record['provenance']['rows']:,}"
         table.add_row(kind, record["learned_on"], rows, *shares, f"{record['interval']['covers']:.0%}")
     console.print(table)
+    if calibration.host is not None:
+        host = calibration.host.overhead
+        console.print(
+            f"host: {1e3 * host.iteration_s:.3g} ms an iteration + {1e6 * host.sequence_s:.3g} us a sequence, "
+            f"{1e6 * host.layer_s:.3g} us to launch a layer (held-out error {calibration.host.held_out_error:.1%})"
+        )
     for kind, record in calibration.records.items():
         console.print(f"{kind}: measured over {'; '.join(range_words(calibration.models[kind]))}")
         provenance = record["provenance"]

@@ -8,6 +8,7 @@ calibration replaces them, and each `source` says what it rests on.
     python -c "from engine import catalog; print(catalog.network('pairwise_nvlink', internode='infiniband_200g'))"
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec
 
 GIB = 1 << 30
+DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
 Spec = TypeVar("Spec", DeviceSpec, NetworkSpec, Link)
 
 
@@ -317,13 +319,30 @@ def model(name_or_path: str) -> ModelSpec:
 
 
 def device(name_or_path: str) -> DeviceSpec:
-    """The device of that name, or of a YAML file with DeviceSpec's fields. `a100` is the PCIe card."""
+    """The device of that name, of a YAML file with DeviceSpec's fields, or of a calibration's folder.
+
+    `a100` is the PCIe card.
+    """
     found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
     if found is None and _is_file(name_or_path, (".yaml", ".yml")):
         return _from_yaml(DeviceSpec, name_or_path)
+    if found is None and Path(name_or_path).expanduser().is_dir():
+        return _of_calibration(Path(name_or_path).expanduser())
     if found is None:
         raise unknown("device", name_or_path, (*DEVICES, *_DEVICE_ALIASES))
     return DEVICES[found]
+
+
+def _of_calibration(folder: Path) -> DeviceSpec:
+    """The device of a calibration's folder, to be predicted by it."""
+    path = folder / DEVICE_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} is no calibration ({error}): make one with 'windtunnel calibrate fit --output-dir {folder}'"
+        ) from None
+    return replace(_build(DeviceSpec, values, str(path)), calibration=str(folder.resolve()))
 
 
 def network(name_or_path: str, internode: str | None = None) -> NetworkSpec:
@@ -406,8 +425,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     """`value` as its field wants it. YAML 1.1 reads 312e12 as text and 80e9 is no integer, so numbers are converted."""
     if kind in (Link, Link | None):
         return value if value is None and kind != Link else _build(Link, value, where)
-    if kind is str:
-        return str(value)
+    if kind in (str, str | None):
+        return value if value is None else str(value)
     try:
         number = float(value)
     except (TypeError, ValueError):

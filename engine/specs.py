@@ -240,6 +240,7 @@ class DeviceSpec:
     network: str  # name of the NetworkSpec it usually comes with
     source: str  # where the numbers come from
     num_sms: int = 108  # streaming multiprocessors, over which a kernel's tiles are spread
+    calibration: str | None = None  # folder of its calibration; None: what ships under its name, if anything
 
     def __post_init__(self) -> None:
         _check(self, "peak_flops memory_bandwidth memory_bytes num_sms")

@@ -26,7 +26,7 @@ from profiler.timing import Timing
 
 OUTPUT = 24  # tokens of each request
 COLUMNS = (
-    *("num_tokens", "num_decodes", "decode_kv_tokens", "prefills", "num_sampled"),
+    *("model", "num_tokens", "num_decodes", "decode_kv_tokens", "prefills", "num_sampled"),
     *("duration_ms", "compute_ms", "schedule_ms", "build_step_ms", "prepare_inputs_ms", "process_outputs_ms"),
 )
 STAGES = ("schedule", "build_step", "prepare_inputs", "process_outputs")  # of the host's work on an iteration

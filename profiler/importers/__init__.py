@@ -1,4 +1,4 @@
-"""Reads measurements that others published, in their native form, as calibration tables (`profiler.table`).
+"""Reads measurements, our own and those that others published in their native form, as calibration tables.
 
 python -c "from profiler.importers import read_source; print(read_source('vidur', 'vidur/data/profiling', 'a40'))"
 """
@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 
 from engine.errors import unknown
-from profiler.importers import aiconfigurator, vidur
+from profiler.importers import aiconfigurator, profile, vidur
 
 SOURCES: dict[str, Callable[[Path, str | None, str | None], pd.DataFrame]] = {
     "vidur": vidur.read,
     "aiconfigurator": aiconfigurator.read,
+    "profile": profile.read,
 }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,13 @@ import numpy as np
 
 from engine import catalog
 from engine.errors import InputError
-from engine.specs import DeviceSpec
+from engine.specs import DeviceSpec, HostOverhead
 from engine.tables import Array
 from simulator.predictor.attention import AttentionDecode, AttentionPrefill, kernel_names
 from simulator.predictor.collectives import AllReduce, Send
 from simulator.predictor.elementwise import Elementwise
 from simulator.predictor.gemm import Gemm
+from simulator.predictor.host import OVERHEAD, HostFit, fit_overhead
 from simulator.predictor.kinds import KindModel
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ POOLED = ("attention_prefill", "attention_decode")  # learned from every table g
 FOLDS = 6
 LONG_S = 20e-6  # shorter times are mostly launch and rounding; errors are also given without them
 INTERVAL = 0.9  # share of the held-out measurements that a prediction interval is made to cover
+HOST_FILE = "host.json"
 FOLDER = Path(__file__).parents[2] / "calibration_data"
 
 
@@ -68,6 +70,7 @@ class Calibration:
     device: str
     models: dict[str, KindModel]
     records: dict[str, dict[str, Any]]
+    host: HostFit | None = None  # measured with the operators, where whole iterations were
 
     def interval(self, kind: str, seconds: float) -> tuple[float, float]:
         """Factors (low, high) on a predicted time of `kind` between which INTERVAL of the held-out measurements lay."""
@@ -130,11 +133,13 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
             "provenance": _provenance(rows),
             "held_out": _held_out(names, folds, measured, predicted),
         }
-        if kind == "gemm":  # models share weight shapes, so a model left out is partly known: once more without those
+        if kind == "gemm" and names.nunique() > 1:  # models share weight shapes, so a model left out is partly known: once more without those
             predicted = _without_shared_shapes(KINDS[kind](learned_on), rows, folds)
             records[kind]["held_out_new_shapes"] = _held_out(names, folds, measured, predicted)
         records[kind]["interval"] = _interval(measured, predicted, folds)
-    return Calibration(device.name, learn(device, frames), records)
+    overheads = [frame for frame in frames if (frame["operator"] == OVERHEAD).any()]
+    host = fit_overhead(overheads[0], name=f"measured_{device.name}") if overheads else None
+    return Calibration(device.name, learn(device, frames), records, host)
 
 
 def _without_shared_shapes(model: KindModel, rows: pd.DataFrame, folds: Array) -> Array:
@@ -213,12 +218,24 @@ def evaluate(calibration: Calibration, frames: Sequence[pd.DataFrame]) -> dict[s
     return result
 
 
-def save(calibration: Calibration, folder: Path) -> None:
-    """Write a file for each kind; a folder that is there is replaced kind by kind."""
+def save(calibration: Calibration, folder: Path, device: DeviceSpec | None = None) -> None:
+    """Write a file for each kind, and for the host; a folder that is there is replaced file by file.
+
+    With `device` its data sheet too, so that the folder can be given as the device.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for kind, model in calibration.models.items():
         data = {"device": calibration.device, "kind": kind, **calibration.records[kind], "model": model.to_json()}
-        (folder / f"{kind}.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        _write(folder / f"{kind}.json", data)
+    if calibration.host is not None:
+        fitted = asdict(calibration.host)
+        _write(folder / HOST_FILE, {"device": calibration.device, **fitted})
+    if device is not None:
+        _write(folder / catalog.DEVICE_FILE, {k: v for k, v in asdict(device).items() if k != "calibration"})
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def load(folder: Path, device: DeviceSpec) -> Calibration:
@@ -243,7 +260,30 @@ def load(folder: Path, device: DeviceSpec) -> Calibration:
         raise InputError(
             f"{folder} holds no calibration: fit one with 'windtunnel calibrate fit --device {device.name}'"
         )
-    return Calibration(device.name, models, records)
+    return Calibration(device.name, models, records, _load_host(folder / HOST_FILE))
+
+
+def folder_of(device: DeviceSpec) -> Path | None:
+    """Where the calibration of a device is: its own, or what ships under its name; None if there is none."""
+    return Path(device.calibration) if device.calibration is not None else known_devices().get(device.name)
+
+
+def measured_host(device: DeviceSpec) -> HostOverhead | None:
+    """The host overhead that was measured with a device's calibration, if it was."""
+    folder = folder_of(device)
+    fitted = _load_host(folder / HOST_FILE) if folder is not None else None
+    return fitted.overhead if fitted is not None else None
+
+
+def _load_host(path: Path) -> HostFit | None:
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        del data["device"]
+        return HostFit(**{**data, "overhead": HostOverhead(**data["overhead"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no host overhead ({type(error).__name__}: {error}): fit it again") from None
 
 
 def fingerprint(folder: Path) -> str:

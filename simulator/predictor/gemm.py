@@ -32,8 +32,14 @@ WIDTH = 2  # bytes of an element
 FOREST: dict[str, Any] = {"trees": 18, "max_leaf_nodes": 2000, "max_features": 0.6}
 
 
+MOST_CURVES = 48  # weight shapes of which each keeps its own measurements; of more, only the forests do
+
+
 class Gemm(KindModel):
-    """The geometric mean of two forests: on log(measured / roofline) and on log(measured / tile time)."""
+    """The geometric mean of two forests: on log(measured / roofline) and on log(measured / tile time).
+
+    In a profile of a few models a weight shape (k, n) that was measured is interpolated between its own rows.
+    """
 
     kind = "gemm"
     columns = ("m", "k", "n")
@@ -46,6 +52,13 @@ class Gemm(KindModel):
         plain, tiled, log_tile = features(m, k, n, self.device)
         self.forest_ = Forest.fit(plain, log_s - np.log(roofline(m, k, n, self.device)), **FOREST)
         self.tile_forest_ = Forest.fit(tiled, log_s - log_tile, **FOREST)
+        self.curves_: dict[tuple[int, int], tuple[Array, Array]] = {}  # log m, log(measured / roofline)
+        log_ratio = np.maximum(log_s - np.log(roofline(m, k, n, self.device)), 0.0)
+        shapes = sorted(set(zip(k.astype(int).tolist(), n.astype(int).tolist(), strict=True)))
+        for shape in shapes if len(shapes) <= MOST_CURVES else []:
+            mine = (k == shape[0]) & (n == shape[1])
+            if mine.sum() > 1:
+                self.curves_[shape] = _rounded(np.log(m[mine])), _rounded(log_ratio[mine])
         return self
 
     def seconds(self, columns: Mapping[str, Array]) -> Array:
@@ -56,6 +69,9 @@ class Gemm(KindModel):
         plain, tiled, log_tile = features(in_m, in_k, in_n, self.device)
         log_roofline = np.log(roofline(in_m, in_k, in_n, self.device))
         log_ratio = (self.forest_.predict(plain) + self.tile_forest_.predict(tiled) + log_tile - log_roofline) / 2
+        for (of_k, of_n), (log_m, own) in self.curves_.items():
+            mine = (k == of_k) & (n == of_n)
+            log_ratio[mine] = np.interp(np.log(m[mine]), log_m, own)
         return roofline(m, k, n, self.device) * np.exp(np.maximum(log_ratio, 0.0))
 
     def in_range(self, columns: Mapping[str, Array]) -> Array:
@@ -65,8 +81,13 @@ class Gemm(KindModel):
         return inside
 
     def to_json(self) -> dict[str, Any]:
+        curves = [
+            {"k": k, "n": n, "log_m": log_m.tolist(), "log_ratio": log_ratio.tolist()}
+            for (k, n), (log_m, log_ratio) in self.curves_.items()
+        ]
         return {
             "limits": [list(limits) for limits in self.limits_],
+            **({"curves": curves} if curves else {}),
             "forest": self.forest_.to_lines(),
             "tile_forest": self.tile_forest_.to_lines(),
         }
@@ -77,7 +98,16 @@ class Gemm(KindModel):
         model.limits_ = [(low, high) for low, high in data["limits"]]
         model.forest_ = Forest.from_lines(data["forest"])
         model.tile_forest_ = Forest.from_lines(data["tile_forest"])
+        model.curves_ = {
+            (curve["k"], curve["n"]): (np.array(curve["log_m"]), np.array(curve["log_ratio"]))
+            for curve in data.get("curves", [])
+        }
         return model
+
+
+def _rounded(values: Array) -> Array:
+    """To what their text keeps."""
+    return np.array([float(f"{value:.5g}") for value in values])
 
 
 def roofline(m: Array, k: Array, n: Array, device: DeviceSpec) -> Array:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 OWN = ("schedule", "prepare_inputs", "sampler", "process_outputs")  # the engine's own work
 MESSAGE = "ray_comm"
+OVERHEAD, LAYER_LAUNCH = "iteration_overhead", "layer_launch"  # of our own profiles
 LAUNCH, EXECUTION = "model_execution_launch", "model_execution"
 _SHAPE = ["model", "tensor_parallel_size", "batch_size"]
 
@@ -95,6 +96,35 @@ def fit(frame: pd.DataFrame, *, name: str = "fitted", layers: int | None = None)
         source=f"fitted to {source}",
     )
     return HostFit(overhead, held_out, float(np.mean(errors)), launch, len(rows))
+
+
+def fit_overhead(frame: pd.DataFrame, *, name: str = "measured") -> HostFit:
+    """The overhead of a profile: what whole iterations took beyond the ranks' own time, by their sequences.
+
+    Raises:
+        InputError: there are no such rows, or of fewer than three batch sizes.
+    """
+    rows = frame[(frame["kind"] == "host") & (frame["operator"] == OVERHEAD)]
+    if len(rows) < 3:
+        raise InputError(
+            f"the table has {len(rows)} rows of {OVERHEAD}: profile iterations of three batch sizes or more"
+        )
+    batch, measured = rows["batch_size"].to_numpy(np.float64), rows["time_ms"].to_numpy(np.float64)
+    x = np.column_stack([np.ones(len(rows)), batch])
+    errors = []
+    for size in np.unique(batch):
+        out = batch == size
+        errors.extend(np.abs(x[out] @ _least(x[~out], measured[~out]) / measured[out] - 1))
+    iteration_ms, sequence_ms = _least(x, measured)
+    launch = frame[(frame["kind"] == "host") & (frame["operator"] == LAYER_LAUNCH)]
+    overhead = HostOverhead(
+        name=name,
+        layer_s=1e-3 * float(launch["time_ms"].median()) if len(launch) else 0.0,
+        iteration_s=1e-3 * float(iteration_ms),
+        sequence_s=1e-3 * float(sequence_ms),
+        source="; ".join(sorted(set(rows["source"].dropna()))),
+    )
+    return HostFit(overhead, "batch size", float(np.mean(errors)), "measured", len(rows))
 
 
 def _wide(frame: pd.DataFrame) -> pd.DataFrame:

@@ -206,8 +206,8 @@ def learned(
     $WINDTUNNEL_CACHE_DIR or ~/.cache/windtunnel; a cache that can't be read or written costs time, nothing else. Raises
     InputError for a device without a calibration.
     """
-    folder = store.FOLDER / device.name
-    if device.name not in store.known_devices():
+    folder = store.folder_of(device)
+    if folder is None:
         known = ", ".join(store.known_devices()) or "none"
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
     stages = range(parallel.pipeline_parallel_size)

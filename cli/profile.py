@@ -1,0 +1,127 @@
+"""`windtunnel profile`: measure this machine's operators, collectives and iterations for some models."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from cli.engine import engine_device
+from engine import catalog
+from engine.engine_spec import DTYPE_BYTES
+from engine.errors import InputError, unknown
+from engine.specs import DeviceSpec
+from profiler.points import Limits
+
+# NVIDIA's names of the cards that the catalog has
+CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
+    name: name.lower() for name in ("A40", "H100", "H200", "L4")
+}
+DEFAULTS = {
+    "cuda": Limits(max_tokens=8192, max_requests=256, max_length=32768, kv_tokens=1 << 20),
+    "cpu": Limits(max_tokens=512, max_requests=32, max_length=1024, kv_tokens=1 << 14),
+}
+
+
+def run(
+    device: str,
+    models: str,
+    tensor_parallel_sizes: str,
+    budget: str,
+    output_dir: Path,
+    *,
+    dtype: str,
+    attention_backend: str | None,
+    block_size: int,
+    max_num_batched_tokens: int | None,
+    max_num_seqs: int | None,
+    max_model_len: int | None,
+) -> None:
+    """Measure into `output_dir`, or go on with what is there, and say what to do with it."""
+    on = engine_device(device)
+    dtype = dtype if dtype != "auto" else "float32" if on == "cpu" else "bfloat16"
+    if dtype not in DTYPE_BYTES:
+        raise unknown("dtype", dtype, ("auto", *DTYPE_BYTES))
+    names = [name.strip() for name in models.split(",") if name.strip()]
+    if not names:
+        raise InputError("no model given: add --models NAME,NAME")
+    specs = tuple(replace(catalog.model(name), dtype_bytes=DTYPE_BYTES[dtype]) for name in names)
+    usual = DEFAULTS[on]
+    length = max_model_len or min(usual.max_length, *(spec.max_position_embeddings for spec in specs))
+    for flag, value in (("max-num-batched-tokens", max_num_batched_tokens), ("max-num-seqs", max_num_seqs),
+                        ("max-model-len", length), ("block-size", block_size)):  # fmt: skip
+        if value is not None and value < 1:
+            raise InputError(f"--{flag} {value}: give a whole number of at least 1")
+    limits = Limits(
+        max_tokens=max_num_batched_tokens or min(usual.max_tokens, length),
+        max_requests=max_num_seqs or usual.max_requests,
+        max_length=length,
+        kv_tokens=max(usual.kv_tokens, length),
+    )
+    sizes = tuple(_positive(text, "--tensor-parallel-sizes") for text in tensor_parallel_sizes.split(","))
+    seconds = duration(budget)
+    from profiler.profile import ProfileSpec, run_profile  # imports torch
+
+    spec = ProfileSpec(
+        device=this_device(device, on),
+        on=on,
+        models=specs,
+        tensor_parallel_sizes=sizes,
+        dtype=dtype,
+        limits=limits,
+        budget_s=seconds,
+        block_size=block_size,
+        attention_backend=attention_backend,
+    )
+    console, terminal = Console(highlight=False, soft_wrap=True), Console(stderr=True)
+    shown = TextColumn("{task.fields[samples]} samples, {task.fields[left]} s left")
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), shown, console=terminal,
+                   disable=not terminal.is_terminal, transient=True)  # fmt: skip
+    with bar as progress:
+        task = progress.add_task("starting", total=seconds, samples=0, left=f"{seconds:.0f}")
+
+        def on_progress(part: str, samples: int, left: float) -> None:
+            text = f"{max(0.0, left):.0f}"
+            progress.update(task, description=part, completed=seconds - left, samples=samples, left=text)
+
+        session = run_profile(spec, output_dir, on_progress)
+    made = session.provenance
+    console.print(
+        f"{len(session.samples):,} measurements in {session.spent_s:,.0f} s on {made['hardware']} "
+        f"({made['software']}, {made['dtype']}, {made['attention_backend']} attention)"
+    )
+    console.print(f"next: windtunnel calibrate fit --source profile:{output_dir} --output-dir {output_dir}/calibration")
+    console.print(f"profile: {output_dir}")
+
+
+def this_device(name: str, on: Literal["cpu", "cuda"]) -> DeviceSpec:
+    """The device of that name; "auto" finds this machine's in the catalog."""
+    if name != "auto":
+        return catalog.device(name)
+    if on == "cpu":
+        return catalog.device("cpu")
+    import torch
+
+    found = torch.cuda.get_device_name()
+    for card, known in CARDS.items():
+        if re.search(rf"\b{re.escape(card)}", found):
+            return catalog.device(known)
+    raise InputError(f"this GPU, {found}, is not in the catalog: give --device FILE.yaml with its data sheet")
+
+
+def duration(text: str) -> float:
+    """Seconds of 90, 90s, 8m or 1.5h."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise InputError(f"--budget {text!r}: give a time such as 90s, 8m or 1h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _positive(text: str, flag: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise InputError(f"{flag} {text!r}: give whole numbers such as 1,2,4")
+    return int(text)

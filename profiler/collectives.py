@@ -1,0 +1,109 @@
+"""Collectives over the ranks of this machine: a process each, and the time that the slowest takes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+from engine.executor import WorkerError
+from engine.multiprocess import free_port
+from profiler.timing import Timing
+
+WARM_UP, REPEATS = 5, 25
+
+
+class Ranks:
+    """`count` ranks that stay until this object goes."""
+
+    def __init__(self, count: int, on: Literal["cpu", "cuda"]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        address = f"tcp://127.0.0.1:{free_port()}"
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_live, args=(theirs, rank, count, on, address), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def measure(self, kind: str, num_bytes: int) -> Timing:
+        """The time of an all_reduce over all ranks, or of a send from rank 0 to rank 1."""
+        try:
+            for pipe in self._pipes:
+                pipe.send((kind, num_bytes))
+            every: list[list[float]] = [pipe.recv() for pipe in self._pipes]
+        except (EOFError, OSError) as error:
+            raise WorkerError(f"a rank of the {kind} measurement ended ({error!r})") from None
+        slowest = [max(times) for times in zip(*every, strict=True)]
+        return Timing(statistics.median(slowest), statistics.pstdev(slowest), len(slowest))
+
+    def __del__(self) -> None:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.close()
+            process.join(5)
+            if process.exitcode is None:
+                process.kill()
+
+
+def _live(driver: Connection, rank: int, count: int, on: Literal["cpu", "cuda"], address: str) -> None:
+    """A rank: measures what it is told, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+    import torch.distributed as dist
+
+    if on == "cpu":
+        torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("gloo" if on == "cpu" else "nccl", init_method=address, world_size=count, rank=rank)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            kind, num_bytes = driver.recv()
+            driver.send(_times(kind, num_bytes, rank, on))
+    os._exit(0)
+
+
+def _times(kind: str, num_bytes: int, rank: int, on: Literal["cpu", "cuda"]) -> list[float]:
+    """Seconds of each repeat on this rank. A message is timed there and back, and halved."""
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.randn(max(1, num_bytes // 2), device=on).to(torch.bfloat16)
+
+    def once() -> None:
+        if kind == "all_reduce":
+            dist.all_reduce(tensor)
+        elif rank == 0:
+            dist.send(tensor, 1)
+            dist.recv(tensor, 1)
+        elif rank == 1:
+            dist.recv(tensor, 0)
+            dist.send(tensor, 0)
+
+    seconds = []
+    for repeat in range(WARM_UP + REPEATS):
+        dist.barrier()
+        if on == "cuda":
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            once()
+            events[1].record()
+            torch.cuda.synchronize()
+            elapsed = events[0].elapsed_time(events[1]) / 1e3
+        else:
+            start = time.perf_counter()
+            once()
+            elapsed = time.perf_counter() - start
+        if repeat >= WARM_UP:
+            seconds.append(elapsed / (2 if kind == "send" else 1))
+    return seconds

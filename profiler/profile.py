@@ -1,0 +1,234 @@
+"""Profile this machine: the engine's operators, collectives and iterations, for some models.
+
+run_profile(ProfileSpec(device=catalog.device("cpu"), models=(catalog.model("Llama-2-7b-hf"),), ...), Path("out"))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engine.engine_spec import DECODE_GRAPHS, EngineSpec, start
+from engine.errors import InputError
+from engine.policies import resolve
+from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
+from engine.worker.attention import select
+from engine.worker.attention.base import AttentionShape
+from engine.worker.runner import hardware_name
+from profiler import collectives
+from profiler.iterations import bursts, run_burst
+from profiler.points import Limits, Point, message_points, points
+from profiler.session import Bursts, Measure, Part, Session
+from profiler.timer import CpuTimer, CudaTimer, Timer
+from profiler.timing import Timing
+from profiler.workbench import Workbench
+
+ITERATIONS_SHARE = 0.3  # of what operators get: whole iterations of a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileSpec:
+    """What to profile. `models` carry the bytes of `dtype`; ranks beyond those of this machine are not spoken to."""
+
+    device: DeviceSpec
+    on: Literal["cpu", "cuda"]
+    models: tuple[ModelSpec, ...]
+    tensor_parallel_sizes: tuple[int, ...]
+    dtype: str
+    limits: Limits
+    budget_s: float
+    block_size: int = 16
+    attention_backend: str | None = None
+    seed: int = 0
+
+
+def run_profile(spec: ProfileSpec, folder: Path, on_progress: Callable[[str, int, float], None]) -> Session:
+    """Measure into `folder`, which may hold a part of the same profile. Raises InputError for what can't be."""
+    if spec.on == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    setups = [(model, tp) for model in spec.models for tp in spec.tensor_parallel_sizes if _cut(tp).fits(model)]
+    if not setups:
+        raise InputError(f"none of the models can be cut into {spec.tensor_parallel_sizes} ranks: give others")
+    backend = _attention_backend(spec)
+    timer: Timer = CpuTimer() if spec.on == "cpu" else CudaTimer()
+    session = Session(folder, _identity(spec, backend), _provenance(spec, backend, timer))
+    if isinstance(timer, CpuTimer):
+        timer.reference_s = session.provenance["reference_s"]
+    ranks = _ranks_here(spec)
+    parts: list[Part | Bursts] = [_operators(spec, model, tp, backend, timer) for model, tp in setups]
+    parts += [_messages(spec, model, tp) for model, tp in setups if 1 < tp <= ranks]
+    parts += [_iterations(spec, model, backend, timer) for model in spec.models if 1 in spec.tensor_parallel_sizes]
+    session.run(parts, spec.budget_s, on_progress)
+    session.finish()
+    return session
+
+
+def _operators(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str, timer: Timer) -> Part:
+    device, dtype = torch.device(spec.on), getattr(torch, spec.dtype)
+
+    def open_bench() -> Measure:
+        bench = Workbench(model, tp, device, dtype, backend, spec.block_size, spec.limits, spec.seed)
+
+        def measure(point: Point) -> Timing:
+            calls, once = bench.calls(point)
+            timing = timer.measure(calls)
+            if once is None:
+                return timing
+            return timing._replace(seconds=timing.seconds + timer.measure([once]).seconds / model.num_layers)
+
+        return measure
+
+    return Part(f"{model.name} TP{tp}", list(points(model, tp, spec.limits)), open_bench)
+
+
+def _messages(spec: ProfileSpec, model: ModelSpec, tp: int) -> Part:
+    columns: Point = {"num_ranks": tp, "ranks_per_node": tp, "network": spec.device.network}
+    every = [{**point, **columns} for point in message_points(model, tp, spec.limits)]
+    every = [point for point in every if point["kind"] == "all_reduce" or tp == 2]  # a message has two ends
+
+    def open_ranks() -> Measure:
+        ranks = collectives.Ranks(tp, spec.on)
+        return lambda point: ranks.measure(str(point["kind"]), int(point["num_bytes"]))
+
+    return Part(f"{model.name} collectives of {tp}", every, open_ranks, share=0.3)
+
+
+def _iterations(spec: ProfileSpec, model: ModelSpec, backend: str, timer: Timer) -> Bursts:
+    limits = spec.limits
+    scheduler = resolve(
+        SchedulerSpec(
+            max_num_batched_tokens=max(limits.max_tokens, limits.max_requests),
+            max_num_seqs=limits.max_requests,
+            max_model_len=limits.max_length,
+            block_size=spec.block_size,
+        ),
+        limits.max_length,
+    )
+    engine = EngineSpec(
+        model=model,
+        folder=None,
+        device=spec.on,
+        dtype=spec.dtype,
+        max_num_seqs=limits.max_requests,
+        max_model_len=limits.max_length,
+        max_batch_tokens=scheduler.max_num_batched_tokens or 0,
+        block_size=spec.block_size,
+        num_blocks=-(-limits.kv_tokens // spec.block_size) + 1,
+        attention_backend=backend,
+        cuda_graphs=DECODE_GRAPHS,
+        seed=spec.seed,
+    )
+
+    def open_engine() -> Callable[[int, int], list[dict[str, Any]]]:
+        executor = start(engine, "in_process")
+        ahead = spec.on == "cuda"
+
+        def burst(count: int, prompt: int) -> list[dict[str, Any]]:
+            before = timer.drift()
+            rows = run_burst(count, prompt, scheduler, executor, model.vocab_size, model.sliding_window, ahead)
+            drift = (before + timer.drift()) / 2
+            return [
+                {"model": model.name}
+                | {name: value / drift if name.endswith("_ms") else value for name, value in row.items()}
+                for row in rows
+            ]
+
+        burst(1, 8)  # what is slow only once
+        return burst
+
+    return Bursts(f"{model.name} iterations", bursts(limits), open_engine, share=ITERATIONS_SHARE)
+
+
+def _cut(tensor_parallel_size: int) -> ParallelSpec:
+    return ParallelSpec(tensor_parallel_size=tensor_parallel_size)
+
+
+def _ranks_here(spec: ProfileSpec) -> int:
+    """Ranks that this machine can run at once."""
+    return os.cpu_count() or 1 if spec.on == "cpu" else torch.cuda.device_count()
+
+
+def _attention_backend(spec: ProfileSpec) -> str:
+    """The backend that serves every model: the one asked for, or the first model's best."""
+    model = spec.models[0]
+    shape = AttentionShape(
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        block_size=spec.block_size,
+        sliding_window=model.sliding_window,
+        dtype=getattr(torch, spec.dtype),
+        device=torch.device(spec.on),
+    )
+    return select(spec.attention_backend, shape).name
+
+
+def _identity(spec: ProfileSpec, backend: str) -> dict[str, Any]:
+    """What makes two sessions the same."""
+    return {
+        "device": spec.device.name,
+        "hardware": hardware_name(torch.device(spec.on)),
+        "models": [model.name for model in spec.models],
+        "shapes": [json.loads(json.dumps(asdict(replace(model, name="")))) for model in spec.models],
+        "tensor_parallel_sizes": list(spec.tensor_parallel_sizes),
+        "dtype": spec.dtype,
+        "attention_backend": backend,
+        "block_size": spec.block_size,
+        "limits": asdict(spec.limits),
+        "torch": torch.__version__,
+    }
+
+
+def _provenance(spec: ProfileSpec, backend: str, timer: Timer) -> dict[str, Any]:
+    """Where and with what, for the tables and for whoever reads them later."""
+    hardware = hardware_name(torch.device(spec.on))
+    state = _nvidia_smi("driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw") if spec.on == "cuda" else {}
+    return {
+        "device": spec.device.name,
+        "device_spec": asdict(spec.device),
+        "hardware": hardware,
+        "source": f"windtunnel profile on {hardware}",
+        "date": datetime.now(UTC).date().isoformat(),
+        "dtype": spec.dtype,
+        "attention_backend": backend,
+        "collectives": "gloo" if spec.on == "cpu" else "nccl",
+        "software": f"torch {torch.__version__}",
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "threads": torch.get_num_threads() if spec.on == "cpu" else None,
+        "reference_s": timer.reference_s if isinstance(timer, CpuTimer) else None,
+        **state,
+    }
+
+
+def _nvidia_smi(query: str) -> dict[str, str]:
+    """The GPU's state as nvidia-smi tells it; nothing where it can't be asked."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=20,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(query.split(","), (text.strip() for text in done.stdout.splitlines()[0].split(",")), strict=False))
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, where it is one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

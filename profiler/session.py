@@ -1,0 +1,209 @@
+"""A profiling session: points measured within a budget of time, written down as they come, and the tables at the end.
+
+A session's folder holds `profile.json` (what is profiled, where, with what), `samples.jsonl` (a measurement a line, in
+the order they were made) and, when it is finished, `operators.csv` (the calibration table) and `iterations.csv` (whole
+iterations, by which predictions are checked). A session that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError
+from profiler.iterations import COLUMNS as ITERATION_COLUMNS
+from profiler.iterations import host_points
+from profiler.points import Point
+from profiler.timing import Timing
+
+SETTINGS, SAMPLES, OPERATORS, ITERATIONS = "profile.json", "samples.jsonl", "operators.csv", "iterations.csv"
+Measure = Callable[[Point], Timing]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Points that are measured alike, such as those of one model's rank: `open` makes ready, and gives the measure.
+
+    `share` is its part of the time that is left when it begins, of all parts still to come (itself included).
+    """
+
+    name: str
+    points: list[Point]
+    open: Callable[[], Measure]
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Bursts:
+    """Whole iterations to run: `open` gives what runs a burst of (requests, prompt tokens) and returns its rows."""
+
+    name: str
+    bursts: list[tuple[int, int]]
+    open: Callable[[], Callable[[int, int], list[dict[str, Any]]]]
+    share: float = 1.0
+
+
+class Session:
+    """The folder of a session. Raises InputError if it holds another session, or something else.
+
+    Args:
+        identity: what must be the same for a session to go on: device, models, versions, ...
+        provenance: what else to write down.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], provenance: dict[str, Any]) -> None:
+        self.folder = folder
+        self._settings = {"identity": identity, "provenance": provenance}
+        settings = folder / SETTINGS
+        if settings.is_file():
+            known = json.loads(settings.read_text("utf-8"))
+            if known["identity"] != identity:
+                before = known["identity"]
+                other = next(key for key in {**identity, **before} if before.get(key) != identity.get(key))
+                raise InputError(
+                    f"{folder} holds a profile with {other} {before.get(other)!r}, not {identity.get(other)!r}: "
+                    "give another --output-dir"
+                )
+            self._settings = known
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is in use and holds no profile: give another --output-dir")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(settings, json.dumps(self._settings, indent=1) + "\n")
+        self.samples = list(self._read_samples())
+        self.spent_s = sum(sample["cost_s"] for sample in self.samples)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """As it was written down when the session began."""
+        found: dict[str, Any] = self._settings["provenance"]
+        return found
+
+    def run(
+        self, parts: Iterable[Part | Bursts], budget_s: float, on_progress: Callable[[str, int, float], None]
+    ) -> None:
+        """Measure what is not measured yet, until everything is or the budget is spent.
+
+        `on_progress` is told the part, how many samples there are, and the seconds that are left of the budget.
+        """
+        began = time.perf_counter() - self.spent_s
+        parts = list(parts)
+        done = {_key(sample) for sample in self.samples}
+        with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
+            for i, part in enumerate(parts):
+                left = budget_s - (time.perf_counter() - began)
+                end = time.perf_counter() + left * part.share / sum(each.share for each in parts[i:])
+                wanted = [entry for entry in _entries(part) if _key(entry) not in done]
+                measure: Any = None
+                for entry in wanted:
+                    if time.perf_counter() >= end:
+                        break
+                    start = time.perf_counter()
+                    measure = measure or part.open()
+                    if isinstance(part, Part):
+                        timing = measure(entry["point"])
+                        entry |= {"seconds": timing.seconds, "spread_s": timing.spread_s, "repeats": timing.repeats}
+                    else:
+                        entry["iterations"] = measure(*entry["burst"])
+                    entry["cost_s"] = time.perf_counter() - start
+                    file.write(json.dumps(entry) + "\n")
+                    file.flush()
+                    done.add(_key(entry))
+                    self.samples.append(entry)
+                    self.spent_s += entry["cost_s"]
+                    on_progress(part.name, len(self.samples), budget_s - (time.perf_counter() - began))
+
+    def finish(self) -> None:
+        """Write the tables of what was measured."""
+        if not self.samples:
+            raise InputError("nothing was measured within the budget: raise --budget")
+        iterations = [row for sample in self.samples for row in sample.get("iterations", [])]
+        rows = [
+            {
+                **sample["point"],
+                "time_ms": 1e3 * sample["seconds"],
+                "spread_ms": 1e3 * sample["spread_s"],
+                "repeats": sample["repeats"],
+            }
+            for sample in self.samples
+            if "point" in sample
+        ]
+        for name, sequences, timing in host_points(iterations):
+            host = {"operator": name, "kind": "host", "batch_size": sequences}
+            rows.append({**host, "time_ms": 1e3 * timing.seconds, "spread_ms": 1e3 * timing.spread_s,
+                         "repeats": timing.repeats})  # fmt: skip
+        attention = self.provenance["attention_backend"]
+        shared = {name: self.provenance[name] for name in ("dtype", "device", "software", "date", "source")}
+        import pandas as pd
+
+        from profiler import table
+
+        frame = pd.DataFrame([{**shared, **row} for row in rows])
+        frame["backend"] = frame["kind"].map(
+            lambda kind: attention if kind.startswith("attention") else self.provenance["collectives"]
+            if kind in ("all_reduce", "send") else "torch"
+        )  # fmt: skip
+        table.write(frame, self.folder / OPERATORS)
+        if iterations:
+            _write_csv(self.folder / ITERATIONS, iterations)
+
+    def _read_samples(self) -> Iterator[dict[str, Any]]:
+        path = self.folder / SAMPLES
+        if not path.is_file():
+            return
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):  # it was stopped in the middle of a line: that one is measured again
+            _write(path, "".join(whole))
+        for number, line in enumerate(whole, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path} line {number} is damaged ({error}): delete that line") from None
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What a session was told and where it ran (`profile.json`): its `identity` and `provenance`."""
+    try:
+        found: dict[str, Any] = json.loads((folder / SETTINGS).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no profile ({error}): make one with 'windtunnel profile'") from None
+    return found
+
+
+def _entries(part: Part | Bursts) -> Iterator[dict[str, Any]]:
+    if isinstance(part, Part):
+        yield from ({"point": point} for point in part.points)
+    else:
+        yield from ({"part": part.name, "burst": [count, prompt]} for count, prompt in part.bursts)
+
+
+def _key(entry: dict[str, Any]) -> str:
+    """The same for what needs no second measurement: models share shapes."""
+    if "point" in entry:
+        point = {name: value for name, value in entry["point"].items() if name not in ("model", "tensor_parallel_size")}
+        return json.dumps(point, sort_keys=True)
+    return json.dumps([entry["part"], entry["burst"]])
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ITERATION_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
+    unfinished.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)

@@ -1,0 +1,60 @@
+"""Checks a calibration on whole iterations of the engine, which its operators were not learned from.
+
+A profile's folder has them. What the host adds to an iteration was learned from their batches' sizes, nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine import catalog
+from engine.errors import InputError
+from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, RopeScaling
+from profiler.iterations import shape_of
+from profiler.session import ITERATIONS
+from profiler.session import settings as profile_settings
+from simulator.predictor.calibration import errors, measured_host
+from simulator.predictor.learned import learned
+
+
+def profiled_device(folder: Path) -> DeviceSpec:
+    """The device that a profile is of."""
+    return DeviceSpec(**profile_settings(folder)["provenance"]["device_spec"])
+
+
+def profiled_models(folder: Path) -> dict[str, ModelSpec]:
+    """The models of a profile, by name."""
+    identity = profile_settings(folder)["identity"]
+    models = {}
+    for name, shape in zip(identity["models"], identity["shapes"], strict=True):
+        scaling = shape["rope_scaling"]
+        models[name] = ModelSpec(
+            **{**shape, "name": name, "rope_scaling": None if scaling is None else RopeScaling(**scaling)}
+        )
+    return models
+
+
+def check_iterations(device: DeviceSpec, folder: Path) -> dict[str, dict[str, Any]]:
+    """Errors of predicted durations of the iterations in a profile's folder, by model; none if it has no iterations."""
+    path = folder / ITERATIONS
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    network = catalog.network(device.network)
+    host = measured_host(device)
+    if host is None:
+        raise InputError(f"the calibration in {device.calibration} has no host overhead: fit it to a whole profile")
+    result = {}
+    for name, model in profiled_models(folder).items():
+        mine = [row for row in rows if row["model"] == name]
+        if mine:
+            predictor = learned(model, device, network, ParallelSpec(), host)
+            predicted = np.array([predictor.stage_time(shape_of(row), 0) for row in mine])
+            measured = np.array([float(row["duration_ms"]) / 1e3 for row in mine])
+            result[name] = errors(measured, predicted)
+    return result
