@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from engine.engine_spec import DECODE_GRAPHS, EngineSpec, start
+from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
 from engine.policies import resolve
 from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
@@ -25,11 +25,11 @@ from engine.worker.attention import select
 from engine.worker.attention.base import AttentionShape
 from engine.worker.runner import hardware_name
 from profiler import collectives
+from profiler.in_situ import InSitu, Reference
 from profiler.iterations import bursts, run_burst
 from profiler.points import Limits, Point, message_points, points
 from profiler.session import Bursts, Measure, Part, Session
-from profiler.timer import CpuTimer, CudaTimer, Timer
-from profiler.timing import Timing
+from profiler.timer import CudaTimer
 from profiler.workbench import Workbench
 
 ITERATIONS_SHARE = 0.3  # of what operators get: whole iterations of a model
@@ -59,33 +59,35 @@ def run_profile(spec: ProfileSpec, folder: Path, on_progress: Callable[[str, int
     if not setups:
         raise InputError(f"none of the models can be cut into {spec.tensor_parallel_sizes} ranks: give others")
     backend = _attention_backend(spec)
-    timer: Timer = CpuTimer() if spec.on == "cpu" else CudaTimer()
-    session = Session(folder, _identity(spec, backend), _provenance(spec, backend, timer))
-    if isinstance(timer, CpuTimer):
-        timer.reference_s = session.provenance["reference_s"]
+    reference = Reference() if spec.on == "cpu" else None
+    session = Session(folder, _identity(spec, backend), _provenance(spec, backend, reference))
+    if reference is not None:
+        reference.reference_s = session.provenance["reference_s"]
     ranks = _ranks_here(spec)
-    parts: list[Part | Bursts] = [_operators(spec, model, tp, backend, timer) for model, tp in setups]
+    parts: list[Part | Bursts] = [_operators(spec, model, tp, backend, reference) for model, tp in setups]
     parts += [_messages(spec, model, tp) for model, tp in setups if 1 < tp <= ranks]
-    parts += [_iterations(spec, model, backend, timer) for model in spec.models if 1 in spec.tensor_parallel_sizes]
+    parts += [_iterations(spec, model, backend, reference) for model in spec.models if 1 in spec.tensor_parallel_sizes]
     session.run(parts, spec.budget_s, on_progress)
     session.finish()
     return session
 
 
-def _operators(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str, timer: Timer) -> Part:
-    device, dtype = torch.device(spec.on), getattr(torch, spec.dtype)
-
+def _operators(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str, reference: Reference | None) -> Part:
     def open_bench() -> Measure:
-        bench = Workbench(model, tp, device, dtype, backend, spec.block_size, spec.limits, spec.seed)
-
-        def measure(point: Point) -> Timing:
-            calls, once = bench.calls(point)
-            timing = timer.measure(calls)
-            if once is None:
-                return timing
-            return timing._replace(seconds=timing.seconds + timer.measure([once]).seconds / model.num_layers)
-
-        return measure
+        if reference is not None:
+            return InSitu(_engine(spec, model, tp, backend), reference).measure
+        timer = CudaTimer()
+        bench = Workbench(
+            model,
+            tp,
+            torch.device(spec.on),
+            getattr(torch, spec.dtype),
+            backend,
+            spec.block_size,
+            spec.limits,
+            spec.seed,
+        )
+        return lambda point: timer.measure(bench.calls(point))
 
     return Part(f"{model.name} TP{tp}", list(points(model, tp, spec.limits)), open_bench)
 
@@ -102,40 +104,27 @@ def _messages(spec: ProfileSpec, model: ModelSpec, tp: int) -> Part:
     return Part(f"{model.name} collectives of {tp}", every, open_ranks, share=0.3)
 
 
-def _iterations(spec: ProfileSpec, model: ModelSpec, backend: str, timer: Timer) -> Bursts:
-    limits = spec.limits
+def _iterations(spec: ProfileSpec, model: ModelSpec, backend: str, reference: Reference | None) -> Bursts:
+    engine = _engine(spec, model, 1, backend)
     scheduler = resolve(
         SchedulerSpec(
-            max_num_batched_tokens=max(limits.max_tokens, limits.max_requests),
-            max_num_seqs=limits.max_requests,
-            max_model_len=limits.max_length,
-            block_size=spec.block_size,
+            max_num_batched_tokens=engine.max_batch_tokens,
+            max_num_seqs=engine.max_num_seqs,
+            max_model_len=engine.max_model_len,
+            block_size=engine.block_size,
         ),
-        limits.max_length,
-    )
-    engine = EngineSpec(
-        model=model,
-        folder=None,
-        device=spec.on,
-        dtype=spec.dtype,
-        max_num_seqs=limits.max_requests,
-        max_model_len=limits.max_length,
-        max_batch_tokens=scheduler.max_num_batched_tokens or 0,
-        block_size=spec.block_size,
-        num_blocks=-(-limits.kv_tokens // spec.block_size) + 1,
-        attention_backend=backend,
-        cuda_graphs=DECODE_GRAPHS,
-        seed=spec.seed,
+        engine.max_model_len,
     )
 
     def open_engine() -> Callable[[int, int], list[dict[str, Any]]]:
         executor = start(engine, "in_process")
-        ahead = spec.on == "cuda"
 
         def burst(count: int, prompt: int) -> list[dict[str, Any]]:
-            before = timer.drift()
-            rows = run_burst(count, prompt, scheduler, executor, model.vocab_size, model.sliding_window, ahead)
-            drift = (before + timer.drift()) / 2
+            before = reference.drift() if reference is not None else 1.0
+            rows = run_burst(
+                count, prompt, scheduler, executor, model.vocab_size, model.sliding_window, reference is None
+            )
+            drift = (before + reference.drift()) / 2 if reference is not None else 1.0
             return [
                 {"model": model.name}
                 | {name: value / drift if name.endswith("_ms") else value for name, value in row.items()}
@@ -145,7 +134,25 @@ def _iterations(spec: ProfileSpec, model: ModelSpec, backend: str, timer: Timer)
         burst(1, 8)  # what is slow only once
         return burst
 
-    return Bursts(f"{model.name} iterations", bursts(limits), open_engine, share=ITERATIONS_SHARE)
+    return Bursts(f"{model.name} iterations", bursts(spec.limits), open_engine, share=ITERATIONS_SHARE)
+
+
+def _engine(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str) -> EngineSpec:
+    limits = spec.limits
+    return EngineSpec(
+        model=model,
+        folder=None,
+        device=spec.on,
+        dtype=spec.dtype,
+        max_num_seqs=limits.max_requests,
+        max_model_len=limits.max_length,
+        max_batch_tokens=max(limits.max_tokens, limits.max_requests),
+        block_size=spec.block_size,
+        parallel=_cut(tp),
+        num_blocks=-(-limits.kv_tokens // spec.block_size) + limits.max_requests,
+        attention_backend=backend,
+        seed=spec.seed,
+    )
 
 
 def _cut(tensor_parallel_size: int) -> ParallelSpec:
@@ -188,7 +195,7 @@ def _identity(spec: ProfileSpec, backend: str) -> dict[str, Any]:
     }
 
 
-def _provenance(spec: ProfileSpec, backend: str, timer: Timer) -> dict[str, Any]:
+def _provenance(spec: ProfileSpec, backend: str, reference: Reference | None) -> dict[str, Any]:
     """Where and with what, for the tables and for whoever reads them later."""
     hardware = hardware_name(torch.device(spec.on))
     state = _nvidia_smi("driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw") if spec.on == "cuda" else {}
@@ -205,7 +212,7 @@ def _provenance(spec: ProfileSpec, backend: str, timer: Timer) -> dict[str, Any]
         "python": platform.python_version(),
         "commit": _commit(),
         "threads": torch.get_num_threads() if spec.on == "cpu" else None,
-        "reference_s": timer.reference_s if isinstance(timer, CpuTimer) else None,
+        "reference_s": reference.reference_s if reference is not None else None,
         **state,
     }
 

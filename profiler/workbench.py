@@ -1,4 +1,4 @@
-"""One rank of a model on the bench: its modules and kernels, ready to be called at any size.
+"""One rank of a model on the bench: its modules and kernels, ready to be called at any size and timed on a GPU.
 
 The modules are the engine's own, on random data. There are only as many layers as a cache can't hold, and they are
 called in turns. Of a tensor-parallel rank the shard is made and nothing is sent.
@@ -23,8 +23,8 @@ from engine.worker.sampler import sample
 from profiler.points import Limits, Point
 from profiler.timer import Call
 
-CACHE_BYTES = 256 << 20  # weights in turns: more than any processor's or GPU's cache
-KV_BYTES = {"cpu": 256 << 20, "cuda": 16 << 30}  # of all layers' caches
+CACHE_BYTES = 256 << 20  # weights in turns: more than a GPU's cache
+KV_BYTES = 16 << 30  # of all layers' caches
 INPUTS = 4  # random inputs, in turns
 
 
@@ -74,15 +74,15 @@ class Workbench:
             )
             self.attention = select(attention_backend, shape)
             token_bytes = 2 * kv_heads * model.head_dim * model.dtype_bytes * few.num_layers
-            tokens = min(limits.kv_tokens, KV_BYTES[device.type] // token_bytes)
+            tokens = min(limits.kv_tokens, KV_BYTES // token_bytes)
             blocks = max(-(-max(limits.max_length, limits.max_tokens) // block_size), tokens // block_size)
             cache = (blocks, block_size, kv_heads, model.head_dim)
             self.caches = [(self._random(*cache), self._random(*cache)) for _ in range(few.num_layers)]
             self._blocks = torch.randperm(blocks, device=device).int()
         self.limits = replace(limits, kv_tokens=blocks * block_size)
 
-    def calls(self, point: Point) -> tuple[list[Call], Call | None]:
-        """What to time at a point: calls to take in turns, and what is called once for all layers of an iteration."""
+    def calls(self, point: Point) -> list[Call]:
+        """What to time at a point: calls to take in turns."""
         kind, name = point["kind"], str(point["operator"])
         with torch.inference_mode():
             if kind == "attention_decode":
@@ -93,15 +93,15 @@ class Workbench:
                 return self._attention([chunk], [chunk + int(point["prefix"])], 0)
             rows = int(point["m" if kind == "gemm" else "rows"])
             if kind == "gemm":
-                return self._gemm(name, rows), None
-            return self._elementwise(name, rows), None
+                return self._gemm(name, rows)
+            return self._elementwise(name, rows)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, dtype=self.dtype, device=self.device)
 
-    def _attention(self, chunks: list[int], kv_lens: list[int], decodes: int) -> tuple[list[Call], Call | None]:
+    def _attention(self, chunks: list[int], kv_lens: list[int], decodes: int) -> list[Call]:
         shape, table, at = self.attention.shape, [], 0
         width = -(-max(kv_lens) // self.block_size)
         for length in kv_lens:
@@ -119,8 +119,7 @@ class Workbench:
         run = self.attention.decode if decodes else self.attention.prefill
         queries = [self._random(sum(chunks), shape.num_heads, shape.head_dim) for _ in range(INPUTS)]
         pairs = [(queries[i % INPUTS], cache) for i, cache in enumerate(self.caches)]
-        calls = [_bind(lambda q, cache: run(q, *cache).reshape(q.shape[0], -1), q, cache) for q, cache in pairs]
-        return calls, (lambda: self.attention.plan(batch)) if self.device.type == "cpu" else None
+        return [_bind(lambda q, cache: run(q, *cache).reshape(q.shape[0], -1), q, cache) for q, cache in pairs]
 
     def _gemm(self, name: str, rows: int) -> list[Call]:
         if name == "lm_head":

@@ -1,0 +1,191 @@
+"""Times operators where they stand: in whole forward passes of the engine's model, as a CPU runs them.
+
+On a processor an operator's time depends on what its caches hold, and that is what the operators before it left there.
+So the model runs as it is, and each operator takes from the end of the one before it to its own end: the times of a
+pass add up to the pass. A fixed product is timed beside every pass, and times are scaled to the speed of the processor
+at which that product takes `reference_s`, for a processor's speed drifts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.engine_spec import EngineSpec
+from engine.executor import NewBlocks, Step
+from engine.specs import ParallelSpec
+from engine.worker.parallel import Rank
+from engine.worker.runner import ModelRunner
+from engine.worker.sampler import sample
+from profiler.operators import Operator, inventory
+from profiler.points import Point
+from profiler.timing import Timing
+from profiler.workbench import NoLinks
+
+BUDGET_S = 0.1  # for the passes of one batch
+LEAST, MOST = 4, 40  # passes
+
+
+class Reference:
+    """A fixed product, by whose time a processor's speed is known."""
+
+    def __init__(self, reference_s: float | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._left = torch.randn(160, 160, generator=generator)
+        self._right = torch.randn(160, 160, generator=generator)
+        self.reference_s = reference_s or statistics.median(self._once() for _ in range(300))
+
+    def drift(self) -> float:
+        """How much longer things take now than they are scaled to."""
+        return statistics.median(self._once() for _ in range(9)) / self.reference_s
+
+    def _once(self) -> float:
+        start = time.perf_counter()
+        torch.mm(self._left, self._right)
+        return time.perf_counter() - start
+
+
+class InSitu:
+    """A rank of a model whose operators are timed as it runs. Nothing is sent to other ranks."""
+
+    def __init__(self, spec: EngineSpec, reference: Reference) -> None:
+        self.spec, self.reference = spec, reference
+        rank = Rank(0, ParallelSpec(tensor_parallel_size=spec.parallel.tensor_parallel_size))
+        self._runner = ModelRunner(spec, rank, NoLinks(rank))
+        assert spec.num_blocks is not None
+        self._runner.allocate(spec.num_blocks)
+        self._operators = {op.name: op for op in inventory(spec.model, spec.parallel, 0)}
+        self._seen: dict[tuple[Any, ...], Timing] = {}
+        self._log: list[tuple[str, float]] = []
+        self._last = 0.0
+        self._watch()
+
+    def measure(self, point: Point) -> Timing:
+        """The time of one run of an operator: of a pass that was made already, if that had it."""
+        key = _key(point)
+        if key not in self._seen:
+            self._run(*self._batch(point))
+        return self._seen[key]
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _batch(self, point: Point) -> tuple[int, list[tuple[int, int]]]:
+        """Decodes, and (chunk, prefix) of every sequence, of a batch in which the point's operator runs so."""
+        kind = point["kind"]
+        if kind == "attention_decode":
+            batch, length = int(point["batch_size"]), int(point["kv_tokens"]) // int(point["batch_size"])
+            return batch, [(1, length - 1)] * batch
+        if kind == "attention_prefill":
+            return 0, [(int(point["chunk"]), int(point["prefix"]))]
+        rows = int(point["m" if kind == "gemm" else "rows"])
+        if self._operators[str(point["operator"])].rows == "sampled":
+            return rows, [(1, 0)] * rows
+        whole, rest = divmod(rows, self.spec.max_model_len)
+        return 0, [(self.spec.max_model_len, 0)] * whole + [(rest, 0)] * (rest > 0)
+
+    def _run(self, decodes: int, sequences: list[tuple[int, int]]) -> None:
+        """Passes of a batch; keeps the time of every operator in them."""
+        step = self._step(decodes, sequences)
+        self._pass(step)  # what is slow only once
+        passes: list[dict[str, float]] = []
+        began = time.perf_counter()
+        while len(passes) < LEAST or (len(passes) < MOST and time.perf_counter() - began < BUDGET_S):
+            before = self.reference.drift()
+            spent = self._pass(step)
+            drift = (before + self.reference.drift()) / 2
+            passes.append({name: seconds / drift for name, seconds in spent.items()})
+        tokens = len(step.tokens)
+        for name in passes[0]:
+            seconds = [each[name] for each in passes]
+            if name == "attention_prefill" and len(sequences) > 1:
+                continue  # of several prompts: no point asks for that
+            timing = Timing(statistics.median(seconds), statistics.pstdev(seconds), len(seconds))
+            self._seen.setdefault(self._key_of(self._operators[name], tokens, decodes, sequences), timing)
+
+    def _pass(self, step: Step) -> dict[str, float]:
+        """Seconds of one run of each operator in a pass, on average over the layers."""
+        with torch.inference_mode():
+            self._runner.attention.plan(self._runner.rows.inputs(step)[1])  # the tables are known when it counts
+            inputs, batch = self._runner.rows.inputs(step)
+            start = time.perf_counter()
+            self._runner.attention.plan(batch)
+            planned = time.perf_counter() - start
+            self._log.clear()
+            self._last = time.perf_counter()
+            logits = self._runner.model(inputs, self._runner.attention, self._runner.kv_caches, None)
+            sample(logits, None, ())
+            self._mark("sampler")
+        spent, count = defaultdict[str, float](float), defaultdict[str, int](int)
+        for name, seconds in self._log:
+            spent[name] += seconds
+            count[name] += 1
+        for name in ("attention_decode", "attention_prefill"):
+            if name in spent:
+                spent[name] += planned
+        return {name: spent[name] / count[name] for name in spent}
+
+    def _step(self, decodes: int, sequences: list[tuple[int, int]]) -> Step:
+        size = self.spec.block_size
+        chunks = np.array([chunk for chunk, _ in sequences], dtype=np.int32)
+        starts = np.array([prefix for _, prefix in sequences], dtype=np.int32)
+        need = -(-(starts + chunks) // size)
+        rows = np.arange(len(sequences), dtype=np.int32)
+        offsets = np.concatenate([np.arange(count, dtype=np.int32) for count in need])
+        ids = np.random.default_rng(0).permutation(self.spec.num_blocks or 0)[: len(offsets)].astype(np.int32)
+        tokens = np.random.default_rng(1).integers(0, self.spec.model.vocab_size, int(chunks.sum())).astype(np.int32)
+        sampled = np.arange(len(sequences), dtype=np.int32)
+        return Step(
+            0, decodes, rows, starts, chunks, tokens, NewBlocks(np.repeat(rows, need), offsets, ids), sampled, None
+        )
+
+    def _key_of(self, op: Operator, tokens: int, decodes: int, sequences: list[tuple[int, int]]) -> tuple[Any, ...]:
+        if op.kind == "attention_decode":
+            return op.name, decodes, sum(chunk + prefix for chunk, prefix in sequences)
+        if op.kind == "attention_prefill":
+            return (op.name, *sequences[0])
+        return op.name, tokens if op.rows == "tokens" else len(sequences)
+
+    def _watch(self) -> None:
+        """Have every operator note its end."""
+        decoder, attention = self._runner.model, self._runner.attention
+        for name in ("embedding", "final_norm", "lm_head"):
+            self._wrap(getattr(decoder, name), "forward", name)
+        for layer in decoder.layers:
+            for name in self._operators:
+                part = getattr(layer, name, None)
+                if isinstance(part, torch.nn.Module):
+                    self._wrap(part, "forward", name)
+                elif part is not None:
+                    self._wrap(layer, name, name)
+        self._wrap(attention, "decode", "attention_decode")
+        self._wrap(attention, "prefill", "attention_prefill")
+
+    def _wrap(self, owner: Any, method: str, name: str) -> None:
+        run: Callable[..., Any] = getattr(owner, method)
+
+        def noted(*arguments: Any) -> Any:
+            value = run(*arguments)
+            self._mark(name)
+            return value
+
+        setattr(owner, method, noted)
+
+    def _mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self._log.append((name, now - self._last))
+        self._last = now
+
+
+def _key(point: Point) -> tuple[Any, ...]:
+    kind = point["kind"]
+    if kind == "attention_decode":
+        return point["operator"], point["batch_size"], point["kv_tokens"]
+    if kind == "attention_prefill":
+        return point["operator"], point["chunk"], point["prefix"]
+    return point["operator"], point["m" if kind == "gemm" else "rows"]
