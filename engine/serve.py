@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.driver import Driver
-from engine.executor import Executor, Result
+from engine.executor import Executor, RankTime, Result
 from engine.metrics import replica_use, summarize, tbt_percentiles
 from engine.recorder import Recorder, Run
-from engine.request import Request
+from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence as TokenSequence
 from engine.specs import SLO, ParallelSpec, SchedulerSpec
@@ -41,12 +41,14 @@ def serve(
     slos: Sequence[SLO] = (),
     folder: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
+    on_batch: Callable[[Batch, Sequence[RankTime]], None] | None = None,
 ) -> Run:
     """Serve `workload` as its requests arrive, after a warm-up that is not recorded.
 
     With a folder the tables go there, even if the run fails: beside the simulator's `requests.parquet` and
-    `iterations.parquet` also `ranks.parquet`, when each rank computed each batch. Raises InputError for a request that
-    could never run, before anything is served, and WorkerError when a worker fails.
+    `iterations.parquet` also `ranks.parquet`, when each rank computed each batch, which `on_batch` is told as well.
+    Raises InputError for a request that could never run, before anything is served, and WorkerError when a worker
+    fails.
     """
     stages = (parallel or ParallelSpec()).pipeline_parallel_size
 
@@ -66,6 +68,11 @@ def serve(
         if on_progress is not None:
             on_progress(finished)
 
+    def on_result(batch: Batch, result: Result) -> None:
+        ranks.add(result, driver.origin)
+        if on_batch is not None:
+            on_batch(batch, result.times)
+
     driver = Driver(
         scheduler,
         executor,
@@ -73,7 +80,7 @@ def serve(
         async_scheduling=async_scheduling,
         seed=seed,
         on_finished=on_finished,
-        on_result=lambda batch, result: ranks.add(result, driver.origin),
+        on_result=on_result,
     )
     try:
         driver.run(_sequences(workload.requests(), vocab_size, seed))

@@ -133,7 +133,8 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
             "provenance": _provenance(rows),
             "held_out": _held_out(names, folds, measured, predicted),
         }
-        if kind == "gemm" and names.nunique() > 1:  # models share weight shapes, so a model left out is partly known: once more without those
+        if kind == "gemm" and names.nunique() > 1:
+            # models share weight shapes, so a model left out is partly known: once more without those
             predicted = _without_shared_shapes(KINDS[kind](learned_on), rows, folds)
             records[kind]["held_out_new_shapes"] = _held_out(names, folds, measured, predicted)
         records[kind]["interval"] = _interval(measured, predicted, folds)
