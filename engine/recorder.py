@@ -145,10 +145,10 @@ class Recorder:
         in_range: bool,
     ) -> None:
         """`batch` ran on `stage` of `replica` at `starts`, for `durations` seconds: one row for each repeat."""
-        self._starts += starts
-        self._durations += durations
-        self._kv_blocks += kv_blocks
-        self._max_tbt += max_tbt
+        self._starts.extend(starts)
+        self._durations.extend(durations)
+        self._kv_blocks.extend(kv_blocks)
+        self._max_tbt.extend(max_tbt)
         self._rows.append(
             (
                 len(starts),
@@ -196,10 +196,10 @@ class Recorder:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _clear_iterations(self) -> None:
-        self._starts: list[float] = []
-        self._durations: list[float] = []
-        self._kv_blocks: list[int] = []
-        self._max_tbt: list[float] = []
+        self._starts = array("d")
+        self._durations = array("d")
+        self._kv_blocks = array("i")
+        self._max_tbt = array("d")
         self._rows: list[tuple[int, int, int, int, int, int, int, int, bool]] = []
 
     def _flush_iterations(self) -> None:
@@ -210,10 +210,10 @@ class Recorder:
         names = ("replica", "stage", "num_tokens", "num_decodes", "num_prefills", "num_running", "num_waiting")
         columns: dict[str, Any] = {name: np.repeat(rows[:, i], repeats) for i, name in enumerate(names, start=1)}
         columns["in_range"] = np.repeat(rows[:, 8] != 0, repeats)
-        columns["start_s"] = np.array(self._starts)
-        columns["duration_s"] = np.array(self._durations)
-        columns["kv_blocks"] = np.array(self._kv_blocks, dtype=np.int32)
-        columns["max_tbt_s"] = np.array(self._max_tbt)
+        columns["start_s"] = np.frombuffer(self._starts)
+        columns["duration_s"] = np.frombuffer(self._durations)
+        columns["kv_blocks"] = np.frombuffer(self._kv_blocks, dtype=np.int32)
+        columns["max_tbt_s"] = np.frombuffer(self._max_tbt)
         columns["predicted"] = np.full(len(self._starts), self.predicted)
         columns["stage"] = columns["stage"].astype(np.int16)
         self.num_batches += int(np.count_nonzero(columns["stage"] == 0))

@@ -95,7 +95,8 @@ class Batch:
     tokens are computed, after the `request.computed` that are in the cache already; those whose last known token is
     among them are `ending`, and have their next token sampled like the decodes. The batch may run `repeats` times
     before anything can change from inside (a request reaching its limit, a prompt its end, the KV blocks running out),
-    so a driver that sees no arrival may commit that many at once.
+    so a driver that sees no arrival may commit that many at once. None of `decodes` is at its limit in fewer runs than
+    `left`.
     """
 
     decodes: list[Request]
@@ -103,9 +104,10 @@ class Batch:
     shape: BatchShape
     kv_blocks: int  # in use by the replica once this batch has its own
     ending: list[Request]
+    left: int
     repeats: int = 1
 
     def reaching_limit(self, repeats: int = 1) -> list[Request]:
         """Those that have all their tokens when the batch has run `repeats` times; ask before it is committed."""
-        ends = [r for r in self.decodes if r.limit - r.total == repeats]
+        ends = [] if repeats < self.left else [r for r in self.decodes if r.limit - r.total == repeats]
         return ends + [r for r in self.ending if r.total == r.limit - 1] if self.ending else ends

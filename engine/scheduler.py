@@ -54,6 +54,11 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
         self.prefilling: list[Request] = []  # those of `running` whose prompt is not computed yet
+        self.decoding: list[Request] = []  # the others of `running`: each lacks one token
+        # of `decoding`, kept up to date: to look at each request for each batch would take much longer
+        self._full: list[Request] = []  # those that need a block before they run again
+        self._computed = 0  # their computed tokens, in all
+        self._left = 0  # none is at its limit in fewer runs than this; 0 where that is not known
         self.in_flight = 0
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
         self._next_order = 0
@@ -105,8 +110,9 @@ class Scheduler:
                 request.in_flight = True
         window = self.sliding_window
         num_tokens = growth = len(decodes)
+        everyone = len(decodes) == len(self.decoding)
         if window is None:
-            kv_tokens = sum([r.computed for r in decodes]) + num_tokens
+            kv_tokens = (self._computed if everyone else sum([r.computed for r in decodes])) + num_tokens
         else:
             kv_tokens = sum([min(r.computed + 1, window) for r in decodes])
             growth = sum([r.computed + 1 < window for r in decodes])
@@ -120,9 +126,12 @@ class Scheduler:
                 num_tokens += chunk
                 if request.computed + chunk == request.total:
                     ending.append(request)
+        left = (everyone and self._left) or min([r.limit - r.total for r in decodes], default=MANY)
+        if everyone:
+            self._left = left
         shape = BatchShape(num_tokens, len(decodes), kv_tokens, chunks, len(decodes) + len(ending), growth)
-        repeats = self._repeats(draft) if draft.stable else 1
-        return Batch(decodes, prefills, shape, self.blocks.num_used, ending, repeats)
+        repeats = self._repeats(draft, left) if draft.stable else 1
+        return Batch(decodes, prefills, shape, self.blocks.num_used, ending, left, repeats)
 
     def commit(self, batch: Batch, stopped: Sequence[Request], repeats: int = 1) -> list[int]:
         """The batch is done, having run `repeats` (at most `batch.repeats`) times; `stopped` leave the replica.
@@ -140,27 +149,29 @@ class Scheduler:
         for request, _ in batch.prefills:
             left = request.total - request.computed
             if left <= 1:  # a last token left over is computed like a decode
+                request.total += 1 - left
                 self.prefilling.remove(request)
-            if left == 0:
-                request.total += 1
-        if stopped:
-            gone = set(map(id, stopped))
-            self.running = [r for r in self.running if id(r) not in gone]
-            for request in stopped:
-                self.blocks.release(request)
+                insort(self.decoding, request, key=_by_order)
+                self._computed += request.computed
+                self._left = min(self._left, request.limit - request.total)
+                if request.computed == request.capacity:
+                    self._full.append(request)
+        for request in stopped:
+            self._leave(request)
         return taken
 
     def drop(self, request: Request) -> None:
         """Let go of a request that is in no batch, wherever it is."""
-        for line in (self.running, self.prefilling, self.waiting):
-            if request in line:
-                line.remove(request)
-        self.blocks.release(request)
+        if request in self.running:
+            self._leave(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
 
     def advance(self, batch: Batch, repeats: int) -> list[int]:
         """As `repeats` rounds of committing this batch and scheduling it again; it stays in flight."""
         taken = self._progress(batch, repeats, 1)
         batch.repeats = max(1, batch.repeats - repeats)
+        batch.left -= repeats
         batch.shape = batch.shape.after(repeats)
         batch.kv_blocks = self.blocks.num_used
         return taken
@@ -185,16 +196,11 @@ class Scheduler:
         When the blocks run out the latest in line is preempted: it gives up its blocks and goes back to the head of
         the queue, to be recomputed.
         """
-        decodes = [r for r in self.running if r.total - r.computed == 1 and not r.in_flight]
-        full = [r for r in decodes if r.computed == r.capacity]
-        if full:
-            before = len(self.running)
-            for request in full:
-                if request.blocks:  # else it has been preempted meanwhile
-                    self._make_room(request)
-            if len(self.running) < before:
-                decodes = [r for r in decodes if r.blocks]
-        return decodes
+        for request in sorted(self._full, key=_by_order):
+            if request.blocks and request.computed == request.capacity:  # else it has stopped or been preempted since
+                self._make_room(request)
+        self._full.clear()
+        return [r for r in self.decoding if not r.in_flight] if self.in_flight else self.decoding.copy()
 
     def unfinished_prefills(self) -> list[Request]:
         """Admitted requests, free to run, whose prompt (or recompute) is not finished; earliest in line first."""
@@ -224,11 +230,19 @@ class Scheduler:
             if victim is request:
                 return
 
+    def _leave(self, request: Request) -> None:
+        """A request runs no more: its blocks are free."""
+        self.running.remove(request)
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        else:
+            self.decoding.remove(request)
+            self._computed -= request.computed
+            self._left = 0
+        self.blocks.release(request)
+
     def _preempt(self, victim: Request) -> None:
-        self.running.remove(victim)
-        if victim in self.prefilling:
-            self.prefilling.remove(victim)
-        self.blocks.release(victim)
+        self._leave(victim)
         self.recomputed_tokens += victim.computed
         victim.computed = 0
         victim.preemptions += 1
@@ -237,25 +251,31 @@ class Scheduler:
     def _progress(self, batch: Batch, repeats: int, ahead: int) -> list[int]:
         """Count `repeats` runs as computed, with KV blocks for `ahead` more; says which rounds took a block."""
         taken: list[int] = []
+        if batch.decodes:
+            self._computed += repeats * len(batch.decodes)
+            self._left = max(0, self._left - repeats)
         for request in batch.decodes:
-            before = request.computed
-            request.computed = after = before + repeats
             request.total += repeats
-            while after + ahead > request.capacity:
-                taken.append(request.capacity - before)
-                assert self.blocks.grow(request), "repeats went past the free KV blocks"
+            request.computed = after = request.computed + repeats
+            if after + ahead >= request.capacity:
+                before = after - repeats
+                while after + ahead > request.capacity:
+                    taken.append(request.capacity - before)
+                    assert self.blocks.grow(request), "repeats went past the free KV blocks"
+                if after == request.capacity:
+                    self._full.append(request)
         for request, chunk in batch.prefills:
             request.computed += repeats * chunk
         return taken
 
-    def _repeats(self, draft: Draft) -> int:
+    def _repeats(self, draft: Draft, left: int) -> int:
         """How often the batch may run before a request or a prompt ends or the blocks may run out."""
-        repeats = min([(r.total - r.computed - 1) // chunk for r, chunk in draft.prefills] or [MANY])
+        repeats = left
+        for request, chunk in draft.prefills:
+            repeats = min(repeats, (request.total - request.computed - 1) // chunk)
         if repeats <= 1:
             return 1
-        if draft.decodes:
-            repeats = min(repeats, min([r.limit - r.total for r in draft.decodes]))
-            window = self.sliding_window
-            if window is not None:  # `decode_kv_growth` holds until the next request fills the window
-                repeats = min([repeats, *(window - r.computed for r in draft.decodes if r.computed + 1 < window)])
+        window = self.sliding_window
+        if window is not None:  # `decode_kv_growth` holds until the next request fills the window
+            repeats = min([repeats, *(window - r.computed for r in draft.decodes if r.computed + 1 < window)])
         return min(repeats, self.rounds()) if repeats > 1 else 1

@@ -13,12 +13,10 @@ formed.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappush
 from itertools import accumulate
 from math import inf, nan
-from operator import add
-from typing import Any
 
 import simpy
 from simpy.events import NORMAL, EventPriority
@@ -107,8 +105,8 @@ class Replica:
         self._completions: list[float] = []  # of the stretch; number j is of flight j % len(flights)
         self._last = 0  # number of the completion that ends the stretch
         self._num_running = self._num_waiting = self._kv_blocks = 0  # when the stretch began
-        self._asleep: simpy.Event | None = None
-        self._process = env.process(self._live())
+        self._next: simpy.Event | None = None  # what it sleeps until
+        self._launching = False  # it sleeps until all have arrived that arrive now, not until the stretch's end
 
     # -- from outside ----------------------------------------------------------------------------------------------
 
@@ -119,18 +117,20 @@ class Replica:
             self._occupied_since = self.env.now
         self.outstanding_requests += 1
         self._tokens_in += request.limit
-        if self._asleep is not None:
-            if not self._asleep.triggered:
-                self._asleep.succeed()
+        if self._launching:  # it will be taken up with the others
             return
         self._distrust_repeats()
-        if len(self._flights) < self.num_stages:
-            self._process.interrupt()
+        if len(self._flights) < self.num_stages:  # there is room for it, and whatever else arrives now, at once
+            if self._flights:
+                self._settle(bisect_left(self._completions, self.env.now, hi=self._last))
+                self._completions, self._last = [], 0
+            self._launching = True
+            self._sleep(self.env.now)
         elif self._last > 0:
             last = bisect_left(self._completions, self.env.now, hi=self._last)
             if last < self._last:
                 self._last = last
-                self._process.interrupt()
+                self._sleep(self._completions[last])
 
     @property
     def outstanding_tokens(self) -> int:
@@ -141,31 +141,25 @@ class Replica:
 
     # -- its life --------------------------------------------------------------------------------------------------
 
-    def _live(self) -> Generator[simpy.Event, Any, None]:
+    def _sleep(self, until: float) -> None:
+        """Wake up at `until`, not when it was to before."""
+        self._next = self.env.at(until)
+        self._next.callbacks.append(self._wake)
+
+    def _wake(self, event: simpy.Event) -> None:
+        """Complete the stretch, or take up what has arrived; form the next batches and sleep on."""
+        if event is not self._next:  # the stretch has been cut
+            return
         completed = None
-        while True:
-            self._launch(completed)
-            completed = None
-            if not self._flights:
-                self._asleep = self.env.event()
-                yield self._asleep
-                self._asleep = None
-                continue
-            self._plan_stretch()
-            try:
-                yield self.env.at(self._completions[self._last])
-            except simpy.Interrupt:
-                if len(self._flights) < self.num_stages:  # there is room for the arrival at once
-                    self._settle(bisect_left(self._completions, self.env.now, hi=self._last))
-                    self._completions, self._last = [], 0
-                    self._asleep = self.env.at(self.env.now)  # whatever else arrives now comes before the next batch
-                    yield self._asleep
-                    self._asleep = None
-                    continue
-                yield self.env.at(self._completions[self._last])
+        if not self._launching:
             if self.num_stages > 1:
                 self._settle(self._last)
             completed = self._complete()
+        self._launching = False
+        self._launch(completed)
+        if self._flights:
+            self._plan_stretch()
+            self._sleep(self._completions[self._last])
 
     def _launch(self, completed: Batch | None = None) -> None:
         """Form batches until the pipeline is full or nothing more can run; `completed` has just left it."""
@@ -211,21 +205,22 @@ class Replica:
     def _plan_stretch(self) -> None:
         """Work out the completions until one that changes something."""
         flights = self._flights
-        self._num_running = len(self.scheduler.running)
-        self._num_waiting = len(self.scheduler.waiting)
-        self._kv_blocks = self.scheduler.blocks.num_used
         most = self._reach if self.repeats else 1
         if self.num_stages == 1:
             (flight,) = flights
-            repeats = min(flight.batch.repeats, most)
-            durations = self.predictor.stage_times(flight.batch.shape, 0, repeats)
+            batch = flight.batch
+            repeats = min(batch.repeats, most)
+            durations = self.predictor.stage_times(batch.shape, 0, repeats)
             ends = list(accumulate(durations, initial=self.env.now))
-            self._check_times(flight.batch.shape, 0, durations, ends[-1])
+            self._check_times(batch.shape, 0, durations, ends[-1])
             flight.durations = [durations]
             flight.starts = [ends[:-1]]
             flight.ends = self._completions = ends[1:]
             self._last = repeats - 1
             return
+        self._num_running = len(self.scheduler.running)
+        self._num_waiting = len(self.scheduler.waiting)
+        self._kv_blocks = self.scheduler.blocks.num_used
         runs = min(self.scheduler.rounds(), most, *(flight.batch.repeats for flight in flights))
         count = len(flights)
         self._completions = completions = [flight.ends[0] for flight in flights]
@@ -280,16 +275,13 @@ class Replica:
         batch = flight.batch
         runs = self._last + 1 if self.num_stages == 1 else 1
         flight.max_tbt = self.recorder.completed(batch, flight.ends[:runs])
-        # a batch that may still repeat holds no request at its limit
-        stopped = [] if runs < batch.repeats else batch.reaching_limit(runs)
+        stopped = batch.reaching_limit(runs)
         taken = self.scheduler.commit(batch, stopped, runs)
-        kv_blocks = [flight.kv_blocks] * runs
-        if taken:
-            more = [0] * runs
-            for run in taken:
-                more[run] += 1
-            kv_blocks = list(map(add, kv_blocks, accumulate(more)))
-        self._write(flight, 0, runs, kv_blocks)
+        more = [0] * runs  # KV blocks than the run before had
+        more[0] = flight.kv_blocks
+        for run in taken:
+            more[run] += 1
+        self._write(flight, 0, runs, list(accumulate(more)))
         self._tokens_done += runs * batch.shape.num_tokens + len(stopped)
         if len(self._completions) > len(self._flights) + 1:  # it was a stretch, not one batch
             self._reach = min(max(8, 2 * self._last + 2), LONGEST_STRETCH)

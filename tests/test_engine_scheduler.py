@@ -313,6 +313,7 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
         attended = [min(cached[r.id] + 1, window or MAX_MODEL_LEN) for r in batch.decodes]
         assert batch.shape.decode_kv_tokens == sum(attended)
         assert batch.shape.num_decodes == len(batch.decodes)
+        assert all(batch.left <= r.limit - r.total for r in batch.decodes)
         assert batch.shape.prefills == tuple((chunk, cached[r.id]) for r, chunk in batch.prefills)
         assert all(0 < chunk <= r.total - cached[r.id] for r, chunk in batch.prefills)
         assert batch.shape.num_tokens == len(batch.decodes) + sum(chunk for _, chunk in batch.prefills)
@@ -361,7 +362,7 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
     assert computed == sum(r.limit - 1 for r in requests) + lost
     assert scheduler.blocks.num_used == 0
     assert scheduler.schedule() is None
-    assert not scheduler.running and not scheduler.waiting and not scheduler.prefilling
+    assert not (scheduler.running or scheduler.waiting or scheduler.prefilling or scheduler.decoding)
 
 
 @settings(max_examples=500, deadline=None)
@@ -391,6 +392,8 @@ def test_a_batch_comes_again_as_often_as_it_says(  # type: ignore[no-untyped-def
         scheduler.add(Request(i, 0.0, prompt, output))
     while (batch := scheduler.schedule()) is not None:
         last = batch
+        if batch.decodes:
+            assert batch.left == min(r.limit - r.total for r in batch.decodes)
         if batch.repeats > 1:
             stepped, again = deepcopy((scheduler, batch))
             members = [[r.id for r in batch.decodes], [(r.id, chunk) for r, chunk in batch.prefills]]
@@ -423,8 +426,8 @@ def scheduler_request(scheduler: Scheduler, who: int) -> Request:
 def state(scheduler: Scheduler) -> list[object]:
     """All that later batches depend on."""
     requests = [(r.id, r.computed, r.total, r.capacity, len(r.blocks)) for r in scheduler.running]
-    prefilling = [r.id for r in scheduler.prefilling]
-    return [requests, prefilling, [r.id for r in scheduler.waiting], scheduler.blocks.num_used, scheduler.in_flight]
+    queues = [[r.id for r in queue] for queue in (scheduler.prefilling, scheduler.decoding, scheduler.waiting)]
+    return [requests, queues, scheduler.blocks.num_used, scheduler.in_flight, scheduler._computed]
 
 
 # -- what can never run ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import zipfile
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,10 @@ class Limits:
         tokens, decodes, kv, prefills, _, _ = shape
         if tokens > self.tokens or decodes > self.requests or kv > self.kv_tokens or kv > decodes * self.length:
             return False
-        return not prefills or all(chunk <= self.chunk and prefix <= self.prefix for chunk, prefix in prefills)
+        for chunk, prefix in prefills:  # noqa: SIM110 - asked for every batch, and all() is slow
+            if chunk > self.chunk or prefix > self.prefix:
+                return False
+        return True
 
 
 class _Stage:
@@ -139,9 +142,11 @@ class _Stage:
         launch = self.launch + added
         low = slope = start = 0.0
         if decodes:  # attention is linear in the cached tokens between the grid's points
-            low, slope, start, end = self.decode_segment(decodes, kv)
-            if kv + (repeats - 1) * growth >= end and repeats > 1:
-                return [self.times(shape.after(i), 1)[0] for i in range(repeats)]
+            row = self.decode_rows.get(decodes) or self.decode_row(decodes)
+            low, slope, start, end = row[bisect_right(_KV_STARTS, kv) - 1]
+            if repeats > 1 and kv + (repeats - 1) * growth >= end:
+                inside = ceil((end - kv) / growth)
+                return self.times(shape, inside) + self.times(shape.after(inside), repeats - inside)
         if not prefills:
             if fixed + low >= launch:  # the GPU is the slower one from here on
                 return [fixed + (low + slope * (kv + i * growth - start)) for i in range(repeats)]
@@ -151,15 +156,13 @@ class _Stage:
             seconds = fixed + (low + slope * (kv + i * growth - start))
             for chunk, prefix in prefills:
                 seconds += self.prefill_time(chunk, prefix + i * chunk)
-            times.append(max(seconds, launch))
+            times.append(seconds if seconds > launch else launch)
         return times
 
-    def decode_segment(self, requests: int, kv: int) -> Segment:
-        """Where `kv` lies in the decode grid of that many requests (s, s a cached token, cached tokens)."""
-        row = self.decode_rows.get(requests)
-        if row is None:
-            row = self.decode_rows[requests] = _segments(self.decode[min(requests, MOST_REQUESTS)], KV_TOKENS)
-        return row[min(bisect_right(_KV, kv), len(row)) - 1]
+    def decode_row(self, requests: int) -> list[Segment]:
+        """Attention of that many decodes, by their cached tokens."""
+        row = self.decode_rows[requests] = _segments(self.decode[min(requests, MOST_REQUESTS)], KV_TOKENS)
+        return row
 
     def prefill_time(self, chunk: int, prefix: int) -> float:
         """Attention of a prompt's chunk: bilinear between the grid's points."""
@@ -169,7 +172,7 @@ class _Stage:
             across = (chunk - CHUNKS[i]) / (CHUNKS[i + 1] - CHUNKS[i])
             values = self.prefill[i] + across * (self.prefill[i + 1] - self.prefill[i])
             row = self.prefill_rows[chunk] = _segments(values, PREFIXES)
-        low, slope, start, _ = row[min(bisect_right(_PREFIXES, prefix), len(row)) - 1]
+        low, slope, start, _ = row[bisect_right(_PREFIX_STARTS, prefix) - 1]
         return low + slope * (prefix - start)
 
 
@@ -183,8 +186,8 @@ def _segments(values: Array, grid: Array) -> list[Segment]:
     return list(zip(values[:-1].tolist(), slopes.tolist(), grid[:-1].tolist(), ends, strict=True))
 
 
-_KV: list[float] = KV_TOKENS.tolist()
-_PREFIXES: list[float] = PREFIXES.tolist()
+_KV_STARTS: list[float] = KV_TOKENS[:-1].tolist()  # of the segments
+_PREFIX_STARTS: list[float] = PREFIXES[:-1].tolist()
 
 
 def _at(table: list[float], rows: int) -> float:
