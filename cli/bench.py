@@ -30,7 +30,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
     group = _only_group(config)
     slos = config.slos()
     spec, scheduler = engine_spec(group, config, engine_device(group.device), config.seed)
-    async_scheduling = asynchronous(config, spec)
+    async_scheduling = asynchronous(group, spec)
     workload = make_workload(config.workload_spec(spec.max_model_len))
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     _check_names(config, group)
@@ -44,7 +44,14 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
                 progress.update(task, description="serving")
                 kind = _deployment(group, spec, scheduler, executor.num_blocks)
                 settings = resolved(config, [kind], len(workload))
-                write_config(folder, {**settings, "num_gpu_blocks_override": executor.num_blocks})
+                write_config(
+                    folder,
+                    {
+                        **settings,
+                        "num_gpu_blocks_override": executor.num_blocks,
+                        "async_scheduling": async_scheduling,
+                    },
+                )
                 result = serve(
                     workload,
                     scheduler,

@@ -49,6 +49,11 @@ class ServingSettings(_Settings):
     )
     block_size: int = _field(16, "Scheduler", "Tokens in a KV block.")
     watermark: float = _field(0.01, "Scheduler", "Share of the KV blocks that admission leaves free.")
+    async_scheduling: bool | None = _field(
+        None,
+        "Scheduler",
+        "Form the next batch while one runs; default: on the engine true on a GPU without pipeline stages, else false.",
+    )
     chunk_schedule: Literal["fixed", "dynamic"] = _field(
         "fixed",
         "Scheduler",
@@ -118,9 +123,6 @@ class EngineSettings(_Settings):
     enforce_eager: bool = _field(False, "Engine", "true: no CUDA graphs.")
     cudagraph_capture_sizes: str | int | None = _field(
         None, "Engine", "Decode batches to capture as CUDA graphs, such as 1,2,4,8; larger ones run eagerly."
-    )
-    async_scheduling: bool | None = _field(
-        None, "Engine", "Form the next batch while one runs; default: true on a GPU without pipeline stages."
     )
     distributed_port: int | None = _field(None, "Engine", "Port where ranks meet; default: a free one.")
 

@@ -64,12 +64,12 @@ def engine_spec(
     return spec, scheduler
 
 
-def asynchronous(engine: EngineSettings, spec: EngineSpec) -> bool:
+def asynchronous(serving: ServingSettings, spec: EngineSpec) -> bool:
     """Whether the next batch is formed while one runs."""
     staged = spec.parallel.pipeline_parallel_size > 1
-    if engine.async_scheduling and staged:
+    if serving.async_scheduling and staged:
         raise InputError("--async-scheduling true is for one pipeline stage: several batches are in flight already")
-    return engine.async_scheduling if engine.async_scheduling is not None else spec.device == "cuda" and not staged
+    return serving.async_scheduling if serving.async_scheduling is not None else spec.device == "cuda" and not staged
 
 
 def _weights(model: str, load_format: str) -> Path | None:

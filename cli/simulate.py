@@ -78,4 +78,5 @@ def _deployment(group: ReplicaGroup) -> Deployment:
         predictor=group.predictor,
         gpu_memory_utilization=group.gpu_memory_utilization,
         num_gpu_blocks_override=group.num_gpu_blocks_override,
+        async_scheduling=bool(group.async_scheduling),
     )

@@ -171,7 +171,6 @@ class Driver:
             batch = self.scheduler.schedule()
             if batch is None:
                 return
-            self.recorder.scheduled(batch, self.now)
             step = self.steps.build(batch)
             running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
             self._flights.append(_Flight(batch, step.number, self.now, running, waiting))
@@ -192,6 +191,8 @@ class Driver:
         flight = self._flights.popleft()
         starts, durations = self._stage_times(flight, result, time)
         self.now = starts[-1] + durations[-1]  # `time`, but for rounding, as the simulator will have it
+        # a batch that was formed ahead begins when the one before ends
+        self.recorder.scheduled(flight.batch, starts[0] if self.async_scheduling else flight.launched_at)
         batch, tokens = self._still_wanted(flight.batch, result.tokens)
         max_tbt = self.recorder.completed(batch, [self.now])
         for stage in range(self.num_stages):

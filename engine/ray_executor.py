@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections import deque
 from typing import Any, NoReturn
@@ -55,6 +56,7 @@ class RayExecutor:
     def __init__(self, spec: EngineSpec) -> None:
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes ranks give way to all that is running
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
         self._actors: list[Any] = []
         self._launched: deque[list[Any]] = deque()

@@ -69,6 +69,7 @@ class Deployment:
     scheduler: SchedulerSpec
     num_kv_blocks: int
     predictor: RuntimePredictor
+    async_scheduling: bool = False
 
     def new_scheduler(self) -> Scheduler:
         """The engine's scheduler for one replica of this kind."""
@@ -129,6 +130,7 @@ def deploy(
     gpu_memory_utilization: float = 0.9,
     num_gpu_blocks_override: int | None = None,
     predictor: str | RuntimePredictor = "auto",
+    async_scheduling: bool = False,
 ) -> Deployment:
     """A deployment by names, with what is left open filled in. Raises InputError for what can't be.
 
@@ -153,7 +155,9 @@ def deploy(
         if host is None:
             host = catalog.host_overhead("cuda_graphs" if host_overhead == "auto" else host_overhead)
         predictor = PREDICTORS[predictor](model, device, net, parallel, host)
-    return Deployment(model, device, net, parallel, spec, blocks, predictor)
+    if async_scheduling and parallel.pipeline_parallel_size > 1:
+        raise InputError("async_scheduling true is for one pipeline stage: several batches are in flight already")
+    return Deployment(model, device, net, parallel, spec, blocks, predictor, async_scheduling)
 
 
 def simulate(
@@ -199,7 +203,16 @@ def simulate(
             on_progress(finished)
 
     replicas = [
-        Replica(env, i, deployment.new_scheduler(), deployment.predictor, recorder, on_finished, repeats)
+        Replica(
+            env,
+            i,
+            deployment.new_scheduler(),
+            deployment.predictor,
+            recorder,
+            on_finished,
+            repeats,
+            deployment.async_scheduling,
+        )
         for i, deployment in enumerate(deployments)
     ]
     choose = ROUTERS[router](np.random.default_rng(seed))

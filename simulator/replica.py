@@ -73,6 +73,8 @@ class Replica:
     Args:
         on_finished: called with each request that got its last token.
         repeats: False single-steps every batch (the reference that the stretches are tested against).
+        async_scheduling: each batch is formed when the one before begins, so what arrives during a batch misses the
+            next one too.
     """
 
     def __init__(
@@ -84,7 +86,10 @@ class Replica:
         recorder: Recorder,
         on_finished: Callable[[Request], None],
         repeats: bool = True,
+        async_scheduling: bool = False,
     ) -> None:
+        if async_scheduling and scheduler.max_in_flight > 1:
+            raise ValueError("async scheduling is for one pipeline stage: several batches are in flight already")
         self.env = env
         self.index = index
         self.scheduler = scheduler
@@ -92,6 +97,8 @@ class Replica:
         self.recorder = recorder
         self.on_finished = on_finished
         self.repeats = repeats
+        self.async_scheduling = async_scheduling
+        self._held: list[Request] = []  # arrived during a batch, after the next one was formed
         self._reach = LONGEST_STRETCH  # repeats to work out: about twice as many as it came to last time
         self.num_stages = scheduler.max_in_flight
         self.outstanding_requests = 0
@@ -112,14 +119,19 @@ class Replica:
 
     def add(self, request: Request) -> None:
         """A request arrives, now."""
-        self.scheduler.add(request)
+        held = self.async_scheduling and bool(self._flights)
+        if held:
+            self._held.append(request)
+        else:
+            self.scheduler.add(request)
         if not self.outstanding_requests:
             self._occupied_since = self.env.now
         self.outstanding_requests += 1
         self._tokens_in += request.limit
         if self._launching:  # it will be taken up with the others
             return
-        self._distrust_repeats()
+        if not held:
+            self._distrust_repeats()
         if len(self._flights) < self.num_stages:  # there is room for it, and whatever else arrives now, at once
             if self._flights:
                 self._settle(bisect_left(self._completions, self.env.now, hi=self._last))
@@ -157,6 +169,8 @@ class Replica:
             completed = self._complete()
         self._launching = False
         self._launch(completed)
+        if self._held:
+            self._take_up_held()
         if self._flights:
             self._plan_stretch()
             self._sleep(self._completions[self._last])
@@ -181,6 +195,14 @@ class Replica:
                 durations = [self.predictor.stage_times(batch.shape, stage, 1)[0] for stage in range(self.num_stages)]
                 self._pass(flight, now, durations)
             self._flights.append(flight)
+
+    def _take_up_held(self) -> None:
+        """What came during the last batch joins the queue, now that the next one is formed."""
+        for request in self._held:
+            self.scheduler.add(request)
+        self._held.clear()
+        self._distrust_repeats()
+        self._launch()  # at once if there was nothing to form
 
     def _distrust_repeats(self) -> None:
         """Something came or changed that the batches in flight were formed without: each is formed anew next time."""

@@ -3,43 +3,19 @@
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from simpy.events import URGENT
 
 from engine.recorder import Recorder
-from engine.request import Batch, BatchShape
+from engine.request import Batch
 from engine.scheduler import Scheduler
+from engine.tables import to_numpy
 from engine.workload import Workload
-from simulator.predictor.base import RuntimePredictor
+from simulator.replay import Measured
 from simulator.replica import Clock, Replica
 
 
-class Measured(RuntimePredictor):
-    """The durations of an engine's run, one batch after the other."""
-
-    description = "measured"
-
-    def __init__(self, recorder: Recorder, stages: int) -> None:
-        table: pd.DataFrame = recorder.iteration_table().to_pandas()
-        self.starts = [table[table.stage == stage].start_s.tolist() for stage in range(stages)]
-        self.durations = [table[table.stage == stage].duration_s.tolist() for stage in range(stages)]
-        self.asked = [0] * stages
-        self.sends = [0] * stages
-
-    def stage_time(self, shape: BatchShape, stage: int) -> float:
-        self.asked[stage] += 1
-        return float(self.durations[stage][self.asked[stage] - 1])
-
-    def send_time(self, shape: BatchShape, stage: int) -> float:
-        if stage == len(self.starts) - 1:
-            return 0.0
-        k = self.sends[stage]
-        self.sends[stage] += 1
-        return float(self.starts[stage + 1][k] - self.starts[stage][k] - self.durations[stage][k])
-
-
 def replay(
-    lengths: list[tuple[float, int, int]], recorder: Recorder, scheduler: Scheduler
+    lengths: list[tuple[float, int, int]], recorder: Recorder, scheduler: Scheduler, async_scheduling: bool = False
 ) -> tuple[list[Batch], Recorder]:
     """Simulate requests of (arrival, prompt, output) on a fresh `scheduler`, which `recorder` has a real run of."""
     batches: list[Batch] = []
@@ -53,8 +29,8 @@ def replay(
 
     scheduler.schedule = noting  # type: ignore[method-assign]
     env, simulated = Clock(), Recorder()
-    predictor = Measured(recorder, scheduler.max_in_flight)
-    replica = Replica(env, 0, scheduler, predictor, simulated, lambda request: None, repeats=False)
+    predictor = Measured(to_numpy(recorder.iteration_table()), scheduler.max_in_flight)
+    replica = Replica(env, 0, scheduler, predictor, simulated, lambda request: None, False, async_scheduling)
     at, prompts, outputs = (np.array(column) for column in zip(*lengths, strict=True))
 
     def arrive() -> Any:

@@ -212,6 +212,16 @@ def test_the_simulator_replays_a_run_batch_for_batch(case: tuple[Any, str, int, 
     assert_same_times(recorder, served.recorder)
 
 
+@given(LENGTHS, st.sampled_from(sorted(POLICIES)), st.integers(14, 30))
+def test_the_simulator_replays_a_run_that_was_scheduled_ahead(lengths: Any, policy: str, num_blocks: int) -> None:
+    num_blocks = 64 if policy in ("orca", "faster_transformer") else num_blocks
+    served = serve(lengths, policy, 1, num_blocks, spec=settings_of(policy), async_scheduling=True)
+    scheduler = Scheduler(served.driver.scheduler.spec, num_blocks)
+    simulated, recorder = replay(lengths, served.recorder, scheduler, async_scheduling=True)
+    assert composition(simulated) == composition(served.batches)
+    assert_same_times(recorder, served.recorder)
+
+
 def test_an_idle_engine_begins_at_the_arrival_and_counts_its_lateness_to_the_batch() -> None:
     served = serve([(1.0, 4, 2), (5.0, 4, 1)])
     table = served.recorder.iteration_table().to_pandas()

@@ -88,11 +88,15 @@ workloads = st.lists(
     router=st.sampled_from(["round_robin", "least_outstanding_tokens"]),
     window=st.sampled_from([None, 16]),
     budget=st.sampled_from([6, 9, 24]),
+    ahead=st.booleans(),
 )
-def test_stretches_equal_single_steps(requests, policy, stages, blocks, replicas, router, window, budget):  # type: ignore[no-untyped-def]
+def test_stretches_equal_single_steps(  # type: ignore[no-untyped-def]
+    requests, policy, stages, blocks, replicas, router, window, budget, ahead
+):
     gaps, prompts, outputs = map(np.array, zip(*requests, strict=True))
     workload = Workload("random", np.cumsum(gaps).astype(float), prompts, outputs, 0)
-    kinds = [deployment(policy, stages, blocks, window, budget=budget)] * replicas
+    kind = deployment(policy, stages, blocks, window, budget=budget)
+    kinds = [replace(kind, async_scheduling=ahead and stages == 1)] * replicas
     fast = simulate(workload, kinds, router=router)
     slow = simulate(workload, kinds, router=router, repeats=False)
     assert_same(fast, slow)
