@@ -16,6 +16,7 @@ from engine.errors import InputError
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration_record import NAMES, left_out
+from studies.words import percent
 
 GEMM_MEAN = {"a100_pcie": 0.035, "a40": 0.045}  # over models; what was aimed at
 GEMM_WORST = 0.07
@@ -225,13 +226,6 @@ def _origin(source: str) -> str:
 
 
 # -- text ----------------------------------------------------------------------------------------------------------
-
-
-def percent(value: float | None, sign: bool = False) -> str:
-    """A fraction as a percentage with two or three digits; "-" for none."""
-    if value is None:
-        return "-"
-    return f"{100 * value:{'+' if sign else ''}.{1 if abs(value) < 0.9995 else 0}f} %"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

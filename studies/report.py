@@ -1,28 +1,24 @@
 """The report of a run: one HTML file that opens offline, on a phone as on a desktop.
 
 It reads a run's folder, and reads nothing else: what is drawn is in `studies.report_record`, how in
-`studies.report_figures`, and the page around it in `report_page.html`. plotly.js is inlined, so nothing is fetched.
+`studies.report_figures`, and the page around it in `studies.page`.
 
     python -c "from pathlib import Path; from studies.report import write_report; write_report(Path('runs/first'))"
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
 from engine.metrics import METRIC_NAMES, describe_slo, summary_key
-from studies.report_figures import Panel, number, panels, seconds
+from studies.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
+from studies.report_figures import panels
 from studies.report_record import Record, read_record
+from studies.words import number, seconds
 
-_PAGE = Path(__file__).with_name("report_page.html")
 _STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
 _FILES = {
     "config.yaml": "the configuration, complete",
@@ -39,49 +35,27 @@ def write_report(folder: Path) -> Path:
     Raises FileNotFoundError when the folder lacks one of config.yaml, summary.json, requests.parquet and
     iterations.parquet.
     """
-    path = folder / "report.html"
-    unfinished = folder / ".report.html.tmp"
-    unfinished.write_text(render(read_record(folder)), encoding="utf-8")
-    return unfinished.replace(path)
+    return render(read_record(folder)).write(folder / "report.html")
 
 
-def render(record: Record) -> str:
+def render(record: Record) -> Page:
     """The page."""
-    sections = panels(record)
-    drawn = [panel for _, group in sections for panel in group]
-    names = {id(panel): f"figure-{i}" for i, panel in enumerate(drawn)}
-    figures = {names[id(panel)]: panel.figure for panel in drawn if panel.figure is not None}
-    # "<" could end the script element early, and in JSON may be written otherwise
-    data = ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in figures.items())
-    body = [_header(record), _cards(record)]
-    for i, (heading, group) in enumerate(sections):
-        body.append(f"<h2>{escape(heading)}</h2>\n<div class='panels'>")
-        body += [_panel(panel, names[id(panel)]) for panel in group]
-        body.append("</div>")
-        if i == 0:
-            body.append(_latency_table(record.summary))
-    body.append(_about(record))
-    return Template(_PAGE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{_served(record)} · Windtunnel"),
-        body="\n".join(body),
-        figures="{" + data.replace("<", "\\u003c") + "}",
-        plotly=get_plotlyjs(),
-    )
+    page = Page(_served(record))
+    page.add(_header(record), _cards(record))
+    for heading, group in panels(record):
+        page.add_panels(heading, group)
+        if heading == "Latency":
+            page.add(_latency_table(record.summary))
+    page.add(_about(record))
+    return page
 
 
 # -- the header ----------------------------------------------------------------------------------------------------
 
 
 def _header(record: Record) -> str:
-    verdicts = "".join(f"<li class='{tone}'>{_text(text)}</li>" for tone, text in verdict(record.summary))
-    tone, word, source = times_source(record)
-    return f"""<header>
-<p class='kicker'>Windtunnel · report of a run</p>
-<h1>{escape(_served(record))}</h1>
-<p class='setting'>{escape(_setting(record))}</p>
-<ul class='verdicts'>{verdicts}</ul>
-<p class='source'><b class='{tone}'>{escape(word)}</b> {_text(source)}</p>
-</header>"""
+    kicker = "Windtunnel · report of a run"
+    return header(kicker, _served(record), _setting(record), verdict(record.summary), [times_source(record)])
 
 
 def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
@@ -127,10 +101,10 @@ def _setting(record: Record) -> str:
     )
 
 
-def verdict(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def verdict(summary: Mapping[str, Any]) -> list[tuple[Tone, str]]:
     """The verdict and each SLO in words, each with its tone: good, bad or unsure."""
     growing = summary["saturation"]["growing"]
-    tone = "unsure" if growing is None else "bad" if growing else "good"
+    tone: Tone = "unsure" if growing is None else "bad" if growing else "good"
     lines = [(tone, summary["saturation"]["verdict"])]
     lines += [("good" if slo["met"] else "bad", describe_slo(slo)) for slo in summary["slos"]]
     if not summary["slos"]:
@@ -138,7 +112,7 @@ def verdict(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(tone, text[:1].upper() + text[1:] if i == 0 else text) for i, (tone, text) in enumerate(lines)]
 
 
-def times_source(record: Record) -> tuple[str, str, str]:
+def times_source(record: Record) -> tuple[Tone, str, str]:
     """Tone, a word and a sentence about where the batches' times came from."""
     timeline = record.timeline
     predictors = list(dict.fromkeys(replica.get("predictor", "") for replica in record.summary["replicas"]))
@@ -165,7 +139,7 @@ def _cards(record: Record) -> str:
     met = f"{number(share)} % met every SLO" if summary["slos"] else "no SLO set"
     blocks = sum(replica["num_gpu_blocks"] for replica in summary["replicas"])
     many = len(summary["replicas"]) > 1
-    cards = [
+    entries = [
         ("Throughput", f"{number(summary['request_throughput'])} requests/s", finished),
         ("Output", f"{number(summary['output_throughput'])} tokens/s", f"{summary['total_output_tokens']:,} tokens"),
         ("Goodput", f"{number(summary['request_goodput'])} requests/s", met),
@@ -184,17 +158,8 @@ def _cards(record: Record) -> str:
         ("Dropped requests", f"{summary['dropped']:,}", "too long to be served"),
     ]
     if summary["failed"]:
-        cards.append(("Failed requests", f"{summary['failed']:,}", "never finished"))
-    return "<dl class='cards'>" + "".join(map(_card, cards)) + "</dl>"
-
-
-def _card(card: tuple[str, str, str]) -> str:
-    name, value, note = card
-    number, _, unit = value.partition(" ")
-    return (
-        f"<div class='card'><dt>{escape(name)}</dt><dd>{escape(number)} <span>{escape(unit)}</span></dd>"
-        f"<p>{escape(note)}</p></div>"
-    )
+        entries.append(("Failed requests", f"{summary['failed']:,}", "never finished"))
+    return cards(entries)
 
 
 def _latency(summary: Mapping[str, Any], key: str) -> str:
@@ -203,35 +168,17 @@ def _latency(summary: Mapping[str, Any], key: str) -> str:
 
 
 def _latency_table(summary: Mapping[str, Any]) -> str:
-    head = "".join(f"<th scope='col'>{name.capitalize()}</th>" for name in _STATISTICS)
-    rows = []
-    for metric, name in METRIC_NAMES.items():
-        keys = [summary_key(statistic, metric) for statistic in _STATISTICS]
-        values = "".join(f"<td>{escape(_latency(summary, key))}</td>" for key in keys)
-        rows.append(f"<tr><th scope='row'>{escape(name)}</th>{values}</tr>")
+    heads = ("", *(name.capitalize() for name in _STATISTICS))
+    rows = [
+        (name, [_latency(summary, summary_key(statistic, metric)) for statistic in _STATISTICS])
+        for metric, name in METRIC_NAMES.items()
+    ]
     how = summary.get("token_percentiles", "exact")
     note = "" if how == "exact" else f"<p>Percentiles of TBT: {escape(how)}.</p>"
-    return (
-        f"<details><summary>Every latency in numbers</summary><div class='scroll'><table class='numbers'>"
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}</details>"
-    )
+    return details("Every latency in numbers", numbers_table(heads, rows) + note)
 
 
-# -- panels and the rest ---------------------------------------------------------------------------------------------
-
-
-def _panel(panel: Panel, name: str) -> str:
-    words = f"<h3>{escape(panel.title)}</h3><p>{_text(panel.caption)}</p>"
-    figure = ""
-    if panel.figure is not None:
-        label = f"role='img' aria-label='{escape(panel.title)}'"
-        figure = f"<div class='figure' id='{name}' {label} style='height:{panel.height_px}px'></div>"
-    return f"<section class='panel {panel.width}'>{words}{figure}</section>"
-
-
-def _text(text: str) -> str:
-    """Escaped, and with each number on the line of its unit."""
-    return escape(re.sub(r"(\d) (%|s|ms|µs)(?!\w)", "\\1\u00a0\\2", text))
+# -- the rest ------------------------------------------------------------------------------------------------------
 
 
 def _about(record: Record) -> str:
@@ -240,13 +187,18 @@ def _about(record: Record) -> str:
     if simulator:
         took = f" · {simulator['batches']:,} batches simulated in {seconds(simulator['loop_seconds'])}"
     version = record.summary.get("version")
-    files = _table((name, _size(size)) for name, size in record.files.items() if name in _FILES)
-    return f"""<h2>The run</h2>
-<details><summary>Configuration</summary>{_table(_flat(record.config))}</details>
-<details><summary>Files and how to reproduce</summary>{files}
+    files = [(name, f"{_size(size)} · {_FILES[name]}") for name, size in record.files.items() if name in _FILES]
+    again = """
 <p style='margin-top:12px'>In the run's folder, the same configuration gives the same run:</p>
-<pre>windtunnel simulate --config config.yaml</pre></details>
-<footer>Windtunnel{f" {escape(str(version))}" if version else ""}{_text(took)}</footer>"""
+<pre>windtunnel simulate --config config.yaml</pre>"""
+    return "\n".join(
+        [
+            "<h2>The run</h2>",
+            details("Configuration", facts_table(_flat(record.config), code=True)),
+            details("Files and how to reproduce", facts_table(files, code=True) + again),
+            footer(f"{f' {version}' if version else ''}{took}"),
+        ]
+    )
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
@@ -258,15 +210,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, st
             yield prefix + name, ", ".join(map(str, value)) or "none"
         else:
             yield prefix + name, "not set" if value is None else str(value)
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    cells = "".join(
-        f"<tr><th scope='row'><code>{escape(name)}</code></th><td>{escape(value)}"
-        f"{f' · {_FILES[name]}' if name in _FILES else ''}</td></tr>"
-        for name, value in rows
-    )
-    return f"<div class='scroll'><table><tbody>{cells}</tbody></table></div>"
 
 
 def _size(num_bytes: int) -> str:

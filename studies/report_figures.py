@@ -1,43 +1,39 @@
-"""The figures of a report: each function draws a part of a Record, and `panels` is the order they are shown in.
-
-Colours of text and grid are left to the page, which knows whether it is light or dark.
-"""
+"""The figures of a report: each function draws a part of a Record, and `panels` is the order they are shown in."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from engine.metrics import METRIC_NAMES
 from engine.tables import Array
+from studies.figures import (
+    BAD,
+    BLUE,
+    GOOD,
+    GREY,
+    LATENCIES,
+    ORANGE,
+    Panel,
+    faded,
+    new_figure,
+    share_axis,
+    style_axes,
+    value_axis,
+)
 from studies.report_record import STALL_FACTOR, Record, Timeline
+from studies.report_stages import stage_use
+from studies.words import number, seconds
 
-# told apart with any colour vision, and on a light ground as on a dark one
-BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"
-GOOD, BAD = "#1f9e77", "#d6453d"
-
-_MOST_BARS = 16
 _NO_GAPS = "No request has more than one output token, so there is no gap between tokens."
-
-
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """A figure with its words. Without a figure the caption stands alone."""
-
-    title: str
-    caption: str
-    figure: go.Figure | None
-    width: Literal["third", "half", "full"] = "full"
-    height_px: int = 300
 
 
 def panels(record: Record) -> list[tuple[str, list[Panel]]]:
     """The sections of a report: a heading and its panels."""
     return [
-        ("Latency", [latency_cdf(record, metric) for metric in ("ttft", "tbt", "e2e")]),
+        ("Latency", [latency_cdf(record, metric) for metric in LATENCIES]),
         ("Over time", [tbt_over_time(record), batch_composition(record), kv_use(record), queue(record)]),
         ("Stages", [stage_use(record)]),
     ]
@@ -48,17 +44,13 @@ def panels(record: Record) -> list[tuple[str, list[Panel]]]:
 
 def latency_cdf(record: Record, metric: str) -> Panel:
     """The share of requests (or token gaps) within each latency, with the SLOs on that metric."""
-    name, things = {
-        "ttft": ("Time to first token (TTFT)", "requests"),
-        "tbt": ("Time between tokens (TBT)", "gaps between tokens"),
-        "e2e": ("End-to-end latency (E2E)", "requests"),
-    }[metric]
+    name, things = LATENCIES[metric]
     distribution = record.latencies.get(metric)
     if distribution is None:
         return Panel(name, _NO_GAPS, None, "third")
     slos = [(slo, value, met) for slo, value, met in record.slos if slo.metric == metric]
     values = distribution.values_s
-    figure = _figure(legend=False)
+    figure = new_figure(legend=False)
     figure.add_scatter(
         x=values,
         y=100 * distribution.quantiles,
@@ -67,7 +59,7 @@ def latency_cdf(record: Record, metric: str) -> Panel:
         hovertemplate="%{y:.4~r} % within %{x:.3~r} s<extra></extra>",
     )
     shown = np.concatenate([values, [slo.threshold_s for slo, _, _ in slos]])
-    figure.update_xaxes(title_text=f"{METRIC_NAMES[metric]} (s)", **_value_axis(shown[shown > 0]))
+    figure.update_xaxes(title_text=f"{METRIC_NAMES[metric]} (s)", **value_axis(shown[shown > 0]))
     for i, (slo, value, met) in enumerate(slos):
         colour = GOOD if met else BAD
         within = float(np.interp(slo.threshold_s, values, distribution.quantiles))
@@ -82,8 +74,7 @@ def latency_cdf(record: Record, metric: str) -> Panel:
                 marker={"color": colour, "size": 9, "line": {"color": "white", "width": 1.5}},
                 hovertemplate=f"{_statistic(slo.statistic)} is %{{x:.3~r}} s<extra></extra>",
             )
-    figure.update_yaxes(title_text="Share (%)", range=[0, 102], tickvals=[0, 25, 50, 75, 100])
-    figure.update_layout(hovermode="closest")
+    share_axis(figure)
     caption = f"Height: share of {things} within this time."
     if slos:
         caption += " Dashed: SLO; the dot is what the run had, and must lie left of its line."
@@ -107,7 +98,7 @@ def tbt_over_time(record: Record) -> Panel:
     unit_s, unit = _time_unit(timeline)
     edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
     centres = (timeline.edges_s[1:] + timeline.edges_s[:-1]) / 2 / unit_s
-    figure = _figure()
+    figure = new_figure()
     longest = timeline.max_tbt_s
     stalled = some & (longest > threshold)
     figure.add_scatter(
@@ -125,7 +116,7 @@ def tbt_over_time(record: Record) -> Panel:
     if stalled.any():
         figure.add_hline(y=threshold, line={"color": BAD, "width": 1, "dash": "dot"})
     shown = np.concatenate([longest[some], timeline.median_tbt_s[some], [threshold] if stalled.any() else []])
-    figure.update_yaxes(title_text="TBT (s)", **_value_axis(shown))
+    figure.update_yaxes(title_text="TBT (s)", **value_axis(shown))
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
     stalls = f"a gap over {seconds(threshold)}, {STALL_FACTOR:g} times the run's median"
     if timeline.stalled_batches:
@@ -148,21 +139,21 @@ def batch_composition(record: Record) -> Panel:
     timeline = record.timeline
     unit_s, unit = _time_unit(timeline)
     edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
-    figure = _figure()
+    figure = new_figure()
     figure.set_subplots(rows=2, shared_xaxes=True, row_heights=[0.64, 0.36], vertical_spacing=0.09)
-    _style_axes(figure)
+    style_axes(figure)
     for name, colour, tokens in (
         ("decode tokens", BLUE, timeline.decode_tokens),
         ("prefill tokens", ORANGE, timeline.prefill_tokens),
     ):
         figure.add_scatter(
             x=edges, y=_steps(tokens), name=name, stackgroup="tokens", mode="lines",
-            line={"color": colour, "width": 0.5}, fillcolor=_faded(colour, 0.75),
+            line={"color": colour, "width": 0.5}, fillcolor=faded(colour, 0.75),
             hovertemplate="%{y:,.3~r}", row=1, col=1,
         )  # fmt: skip
     figure.add_scatter(
         x=edges, y=_steps(timeline.decode_tokens), mode="lines", fill="tozeroy", showlegend=False, name="decode tokens",
-        line={"color": BLUE, "width": 0.5}, fillcolor=_faded(BLUE, 0.75),
+        line={"color": BLUE, "width": 0.5}, fillcolor=faded(BLUE, 0.75),
         hovertemplate="%{y:,.3~r}", row=2, col=1,
     )  # fmt: skip
     highest = float((timeline.decode_tokens + timeline.prefill_tokens).max())
@@ -195,7 +186,7 @@ def kv_use(record: Record) -> Panel:
     unit_s, unit = _time_unit(timeline)
     edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
     several = len(timeline.kv_percent) > 1
-    figure = _figure(legend=several)
+    figure = new_figure(legend=several)
     _mean_and_range(figure, edges, timeline.kv_percent, "", BLUE, "%{y:.3~r} %")
     top = 105.0 if timeline.peak_kv_percent > 25 else None
     figure.update_yaxes(title_text="KV blocks in use (%)", range=[0, top], rangemode="tozero")
@@ -211,7 +202,7 @@ def queue(record: Record) -> Panel:
     unit_s, unit = _time_unit(timeline)
     edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
     several = len(timeline.kv_percent) > 1
-    figure = _figure()
+    figure = new_figure()
     _mean_and_range(figure, edges, timeline.num_running, "running", BLUE, "%{y:.3~r}")
     _mean_and_range(figure, edges, timeline.num_waiting, "waiting", ORANGE, "%{y:.3~r}")
     figure.update_yaxes(title_text="Requests per replica" if several else "Requests", rangemode="tozero")
@@ -228,128 +219,16 @@ def _mean_and_range(figure: go.Figure, edges: Array, values: Array, name: str, c
         common: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
         figure.add_scatter(x=edges, y=_steps(values.min(axis=0)), **common)
         figure.add_scatter(
-            x=edges, y=_steps(values.max(axis=0)), fill="tonexty", fillcolor=_faded(colour, 0.25), **common
+            x=edges, y=_steps(values.max(axis=0)), fill="tonexty", fillcolor=faded(colour, 0.25), **common
         )
     figure.add_scatter(
         x=edges, y=_steps(values.mean(axis=0)), name=", ".join(filter(None, [name, "mean of replicas" * several])),
         mode="lines", line={"color": colour, "width": 2}, hovertemplate=hover,
-        **({} if several else {"fill": "tozeroy", "fillcolor": _faded(colour, 0.18)}),
+        **({} if several else {"fill": "tozeroy", "fillcolor": faded(colour, 0.18)}),
     )  # fmt: skip
 
 
-# -- stages --------------------------------------------------------------------------------------------------------
-
-
-def stage_shares(record: Record) -> list[tuple[str, Array]]:
-    """A label and the shares (3, replicas) of the run that each stage worked, was a bubble, and had no request.
-
-    One entry for each stage of each replica; where those are too many to show, one for each stage of all replicas.
-    """
-    shares: list[list[Array]] = []
-    for replica in record.summary["replicas"]:
-        busy, bubbles = np.array(replica["stage_utilization"]), np.array(replica["stage_bubbles"])
-        # a bubble is told as a share of the time with requests, of which the stage works the rest
-        bubble = np.where(bubbles < 1, busy * bubbles / np.where(bubbles < 1, 1 - bubbles, 1.0), 0.0)
-        shares.append(list(np.clip([busy, bubble, 1 - busy - bubble], 0.0, 1.0).T))
-    if sum(map(len, shares)) <= _MOST_BARS:
-        several, pipelined = len(shares) > 1, max(map(len, shares)) > 1
-        return [
-            (
-                ", ".join([f"replica {i}"] * several + [f"stage {j}"] * pipelined) or "replica 0",
-                share[:, None],
-            )
-            for i, stages in enumerate(shares)
-            for j, share in enumerate(stages)
-        ]
-    entries = []
-    for j in range(max(map(len, shares))):
-        having = [stages[j] for stages in shares if len(stages) > j]
-        label = f"{len(having)} replicas"
-        if max(map(len, shares)) > 1:
-            label = f"stage {j}, {label}"
-        entries.append((label, np.stack(having, axis=1)))
-    return entries
-
-
-def stage_use(record: Record) -> Panel:
-    """Work, bubbles and idle time of each stage."""
-    entries = stage_shares(record)
-    labels = [label for label, _ in entries]
-    together = any(shares.shape[1] > 1 for _, shares in entries)
-    figure = _figure()
-    for i, (name, colour) in enumerate([("working", BLUE), ("bubble", ORANGE), ("no request", _faded(GREY, 0.3))]):
-        means = [100 * float(shares[i].mean()) for _, shares in entries]
-        ranges = [f" ({100 * shares[i].min():.0f} to {100 * shares[i].max():.0f})" * together for _, shares in entries]
-        words = [
-            "" if mean < 11 else f"{mean:.0f} %" + (span if mean > 40 else "")
-            for mean, span in zip(means, ranges, strict=True)
-        ]
-        figure.add_bar(
-            x=means, y=labels, name=name, orientation="h", marker={"color": colour, "line": {"width": 0}},
-            text=words, textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
-            **({"textfont": {"color": "white"}} if i < 2 else {}),
-            customdata=ranges, hovertemplate="%{x:.3~r} %%{customdata}",
-        )  # fmt: skip
-    figure.update_layout(barmode="stack", bargap=0.35, hovermode="closest")
-    figure.update_xaxes(title_text="Share of the run (%)", range=[0, 100])
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
-    caption = "A bubble is time that a stage idles while requests are at its replica."
-    if together:
-        caption += " Each bar is the mean of its replicas, with the lowest and the highest in brackets."
-    return Panel("How each stage spent the run", caption, figure, "full", 130 + 34 * len(entries))
-
-
 # -- what they share -----------------------------------------------------------------------------------------------
-
-
-def _figure(legend: bool = True) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(
-        template="none",
-        margin={"l": 44, "r": 14, "t": 34 if legend else 10, "b": 46},
-        showlegend=legend,
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "itemclick": False,
-            "itemdoubleclick": False,
-            "traceorder": "normal",
-        },
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        hovermode="x unified",
-        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12.5},
-    )
-    _style_axes(figure)
-    return figure
-
-
-def _style_axes(figure: go.Figure) -> None:
-    for axis in (figure.update_xaxes, figure.update_yaxes):
-        axis(zeroline=False, title={"standoff": 8, "font": {"size": 12.5}})
-    figure.update_xaxes(showgrid=False, showline=True, ticks="outside", ticklen=4, hoverformat=".4~r")
-    figure.update_yaxes(automargin=True)
-
-
-def _value_axis(values: Array) -> dict[str, Any]:
-    """An axis for positive values: logarithmic where they span more than a factor of 20, else from 0."""
-    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    if not len(values) or high <= 20 * low:
-        return {"range": [0, 1.06 * high], "nticks": 6}
-    low, high = low / 1.15, high * 1.15
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    steps = (1,) if high / low > 2e3 else (1, 3) if high / low > 100 else (1, 2, 5)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    shown = [tick for tick in ticks if low <= tick <= high]
-    return {
-        "type": "log",
-        "range": [np.log10(low), np.log10(high)],
-        "tickvals": shown,
-        "ticktext": [f"{tick:g}" if tick < 1e5 else f"{tick:.0e}" for tick in shown],
-    }
 
 
 def _time_unit(timeline: Timeline) -> tuple[float, str]:
@@ -379,20 +258,3 @@ def _vertical_line(figure: go.Figure, x: float, within: float, text: str, colour
         font={"color": colour, "size": 12}, borderpad=1,
         xanchor="right" if left else "left", xshift=-4 if left else 4, yanchor="top" if top else "bottom",
     )  # fmt: skip
-
-
-def _faded(colour: str, opacity: float) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{opacity:g})"
-
-
-def number(value: float) -> str:
-    """Three digits, and no exponent unless there is no other way to be brief."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-
-
-def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
-    if value == 0 or value >= 1:
-        return f"{number(value)} s"
-    return f"{number(1e3 * value)} ms" if value >= 1e-3 else f"{number(1e6 * value)} µs"

@@ -14,9 +14,10 @@ from engine import catalog
 from profiler import table
 from simulator.predictor.calibration import Calibration, fit
 from studies import accuracy
-from studies.accuracy import accuracy_markdown, percent, targets
+from studies.accuracy import accuracy_markdown, targets
 from studies.calibration_record import errors_by_size, left_out, read_calibration, spread_evenly
 from studies.calibration_report import write_calibration_report
+from studies.words import percent
 
 DEVICE = catalog.device("a40")
 HEADS = ((32, 8, 128), (16, 16, 128), (64, 8, 128))

@@ -1,0 +1,22 @@
+"""Numbers as a reader wants them: short, and with the unit that suits them."""
+
+from __future__ import annotations
+
+
+def number(value: float) -> str:
+    """Three digits, and no exponent unless there is no other way to be brief."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that suits it."""
+    if value == 0 or value >= 1:
+        return f"{number(value)} s"
+    return f"{number(1e3 * value)} ms" if value >= 1e-3 else f"{number(1e6 * value)} µs"
+
+
+def percent(value: float | None, sign: bool = False) -> str:
+    """A fraction as a percentage with two or three digits; "-" for none."""
+    if value is None:
+        return "-"
+    return f"{100 * value:{'+' if sign else ''}.{1 if abs(value) < 0.9995 else 0}f} %"
