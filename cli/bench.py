@@ -27,7 +27,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
     """Serve `config`'s workload, write its folder and print what came out."""
     for plugin in config.plugin:
         load_plugin(plugin)
-    group = _only_group(config)
+    group = only_group(config)
     slos = config.slos()
     spec, scheduler = engine_spec(group, config, engine_device(group.device), config.seed)
     async_scheduling = asynchronous(group, spec)
@@ -87,7 +87,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
     return summary
 
 
-def _only_group(config: BenchConfig) -> ReplicaGroup:
+def only_group(config: BenchConfig) -> ReplicaGroup:
     groups = config.groups()
     if len(groups) != 1 or groups[0].count != 1:
         raise InputError("the engine runs one replica: give --num-replicas 1, and simulate clusters")

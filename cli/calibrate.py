@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,8 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
     folder = output_dir or store.FOLDER / device.name
     store.save(calibration, folder, device if profiles else None)
+    if profiles:
+        shutil.copyfile(profiles[0] / SETTINGS, folder / SETTINGS)  # where and with what it was measured
     show_calibration(calibration)
     for place in profiles:
         for name, errors in check_iterations(replace(device, calibration=str(folder)), place).items():

@@ -17,7 +17,8 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from cli.config import BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags, load
+from cli.config import BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
+from cli.config import load as _load_config
 from engine.errors import InputError
 from engine.executor import WorkerError
 
@@ -92,7 +93,7 @@ def simulate(
     from cli.__main__ import STARTED
     from cli.simulate import run
 
-    run(load(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+    run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
 
 
 @app.command()
@@ -108,7 +109,29 @@ def bench(
     """Serve a workload on the engine of this machine, in real time, and write a report."""
     from cli.bench import run
 
-    run(load(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)
+    run(_load_config(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)
+
+
+@app.command()
+@partial(_with_settings, BenchConfig)
+def validate(
+    *,
+    flags: dict[str, Any],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the results; must not exist.")],
+    load: Annotated[
+        str | None, typer.Option("--load", help="Shares of the capacity, such as 0.5,0.85,0.95, instead of a rate.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible server to validate instead (not there yet).")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON, as the last line.")] = False,
+) -> None:
+    """Run a workload on this machine's engine and in the simulator, and say how far apart they are, and why."""
+    from cli.validate import run
+
+    settings = _load_config(config, flags, BenchConfig)
+    run(settings, load, against, output_dir, as_json=json_)
 
 
 @app.command()
