@@ -72,6 +72,10 @@ class TorchVarlen(AttentionBackend):
     @classmethod
     def unavailable(cls, shape: AttentionShape) -> str | None:
         reasons = cuda_reasons(shape)
+        if shape.head_dim % 8 or shape.head_dim > 256:
+            reasons.append(f"head_dim {shape.head_dim} is not a multiple of 8 up to 256")
+        if shape.device.type != "cuda":
+            return "; ".join(reasons)  # torch's function takes a second to import
         function = torch_function()
         if function is None:
             reasons.append("this torch has no torch.nn.attention.varlen")
@@ -79,8 +83,6 @@ class TorchVarlen(AttentionBackend):
             reasons.append("this torch has no sliding window in it")
         if not torch.backends.cuda.is_flash_attention_available():
             reasons.append("this torch is built without FlashAttention")
-        if shape.head_dim % 8 or shape.head_dim > 256:
-            reasons.append(f"head_dim {shape.head_dim} is not a multiple of 8 up to 256")
         return "; ".join(reasons) or None
 
     def plan(self, batch: AttentionBatch) -> None:
