@@ -324,10 +324,10 @@ def device(name_or_path: str) -> DeviceSpec:
     `a100` is the PCIe card.
     """
     found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
-    if found is None and _is_file(name_or_path, (".yaml", ".yml")):
-        return _from_yaml(DeviceSpec, name_or_path)
     if found is None and Path(name_or_path).expanduser().is_dir():
         return _of_calibration(Path(name_or_path).expanduser())
+    if found is None and _is_file(name_or_path, (".yaml", ".yml")):
+        return _from_yaml(DeviceSpec, name_or_path)
     if found is None:
         raise unknown("device", name_or_path, (*DEVICES, *_DEVICE_ALIASES))
     return DEVICES[found]

@@ -180,6 +180,14 @@ def test_a_device_file_that_is_no_mapping_or_not_there(tmp_path: Path) -> None:
         catalog.device(str(path))
 
 
+def test_a_device_of_a_calibrations_folder(tmp_path: Path) -> None:
+    card = catalog.device("h100")
+    (tmp_path / catalog.DEVICE_FILE).write_text(json.dumps({**asdict(card), "name": "mine", "calibration": None}))
+    assert catalog.device(str(tmp_path)) == replace(card, name="mine", calibration=str(tmp_path.resolve()))
+    with pytest.raises(InputError, match="is no calibration .* windtunnel calibrate fit"):
+        catalog.device(str(tmp_path.parent))
+
+
 def test_a_network_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "lab.yaml"
     path.write_text(yaml.safe_dump(asdict(catalog.network("pairwise_nvlink"))))
