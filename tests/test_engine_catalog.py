@@ -184,7 +184,7 @@ def test_a_device_of_a_calibrations_folder(tmp_path: Path) -> None:
     card = catalog.device("h100")
     (tmp_path / catalog.DEVICE_FILE).write_text(json.dumps({**asdict(card), "name": "mine", "calibration": None}))
     assert catalog.device(str(tmp_path)) == replace(card, name="mine", calibration=str(tmp_path.resolve()))
-    with pytest.raises(InputError, match="is no calibration .* windtunnel calibrate fit"):
+    with pytest.raises(InputError, match=r"is no calibration .*calibrate fit"):
         catalog.device(str(tmp_path.parent))
 
 
