@@ -32,7 +32,7 @@ WIDTH = 2  # bytes of an element
 FOREST: dict[str, Any] = {"trees": 18, "max_leaf_nodes": 2000, "max_features": 0.6}
 
 
-MOST_CURVES = 48  # weight shapes of which each keeps its own measurements; of more, only the forests do
+SMALL = 4000  # rows up to which weight shapes keep their own measurements; of more, forests know enough
 
 
 class Gemm(KindModel):
@@ -55,7 +55,7 @@ class Gemm(KindModel):
         self.curves_: dict[tuple[int, int], tuple[Array, Array]] = {}  # log m, log(measured / roofline)
         log_ratio = np.maximum(log_s - np.log(roofline(m, k, n, self.device)), 0.0)
         shapes = sorted(set(zip(k.astype(int).tolist(), n.astype(int).tolist(), strict=True)))
-        for shape in shapes if len(shapes) <= MOST_CURVES else []:
+        for shape in shapes if len(frame) <= SMALL else []:
             mine = (k == shape[0]) & (n == shape[1])
             if mine.sum() > 1:
                 self.curves_[shape] = _rounded(np.log(m[mine])), _rounded(log_ratio[mine])
