@@ -1,0 +1,288 @@
+"""The engine on a GPU: bfloat16 against transformers, CUDA graphs, every attention backend, memory.
+
+    python -m pytest -m gpu tests/test_gpu_engine.py
+
+What needs no GPU in particular runs on the CPU too, so that the tests themselves are tried everywhere.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from engine.driver import Driver
+from engine.engine_spec import EngineSpec, start
+from engine.errors import InputError
+from engine.executor import Executor, Result
+from engine.memory import kv_bytes_per_block
+from engine.policies import resolve
+from engine.recorder import Recorder
+from engine.request import Batch, Request
+from engine.scheduler import Scheduler
+from engine.sequences import Sequence
+from engine.specs import ModelSpec, SchedulerSpec
+from engine.worker.attention import BACKENDS
+from engine.worker.attention.base import AttentionShape
+
+FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi")
+LENGTHS = (21, 1, 64, 130, 7)  # of the prompts
+OUTPUT, MAX_LEN, BUDGET = 24, 256, 100  # a prompt is longer than the budget: it comes in chunks
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+                         "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=["cpu", ON_GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    threads = torch.get_num_threads()
+    yield request.param
+    torch.set_num_threads(threads)
+    gc.collect()
+    if request.param == "cuda":
+        torch.cuda.empty_cache()
+
+
+gpu_only = pytest.mark.parametrize("device", [ON_GPU], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of small checkpoints: those of `checkpoints`, and "wide" with heads that every backend can do."""
+    known: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in known:
+            known[name] = tmp_path_factory.mktemp(name)
+            if name == "wide":
+                torch.manual_seed(5)
+                config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=False, initializer_range=0.06)
+                transformers.LlamaForCausalLM(config).save_pretrained(known[name])
+            else:
+                checkpoints.write(known[name], name)
+        return known[name]
+
+    return get
+
+
+def spec_of(folder: Path | None, device: str, model: ModelSpec | None = None, **changes: Any) -> EngineSpec:
+    """Of a checkpoint, or of a model's shapes with dummy weights, in bfloat16."""
+    model = model or replace(ModelSpec.from_hf(folder or Path()), dtype_bytes=2)
+    settings: dict[str, Any] = {
+        "max_num_seqs": 8,
+        "max_model_len": MAX_LEN,
+        "max_batch_tokens": BUDGET,
+        "dtype": "bfloat16",
+        "block_size": 16,
+        "num_blocks": 100,
+        "cuda_graphs": (),
+        "keep_logits": folder is not None,
+    }
+    return EngineSpec(model=model, folder=folder, device=device, **(settings | changes))  # type: ignore[arg-type]
+
+
+def serve(
+    spec: EngineSpec, executor: Executor, prompts: list[list[int]], output: int, **settings: Any
+) -> list[Sequence]:
+    """The prompts, all there at once, continued."""
+    limits = SchedulerSpec(
+        max_num_batched_tokens=spec.max_batch_tokens,
+        max_num_seqs=spec.max_num_seqs,
+        max_model_len=spec.max_model_len,
+        block_size=spec.block_size,
+    )
+    scheduler = Scheduler(resolve(limits, spec.max_model_len), executor.num_blocks)
+    driver = Driver(scheduler, executor, Recorder(predicted=False), **settings)
+    sequences = [Sequence(Request(i, 0.0, len(ids), output), ids) for i, ids in enumerate(prompts)]
+    driver.run(sequences)
+    assert [len(sequence.output) for sequence in sequences] == [output] * len(prompts)
+    return sequences
+
+
+@dataclass
+class Generated:
+    """Sequences with their prompts, and the logits that each of their generated tokens was chosen by."""
+
+    sequences: list[Sequence]
+    logits: list[NDArray[np.float32]]  # a sequence: (generated tokens, vocabulary)
+
+
+def generate(spec: EngineSpec, **settings: Any) -> Generated:
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(3, spec.model.vocab_size, length).tolist() for length in LENGTHS]
+    rows: list[list[NDArray[np.float32]]] = [[] for _ in prompts]
+
+    def on_result(batch: Batch, result: Result) -> None:
+        assert result.logits is not None
+        for request, row in zip((*batch.decodes, *batch.ending), result.logits, strict=True):
+            rows[request.id].append(row)
+
+    executor = start(spec, "in_process")
+    try:
+        sequences = serve(spec, executor, prompts, OUTPUT, on_result=on_result, **settings)
+    finally:
+        executor.close()
+    return Generated(sequences, [np.stack(each) for each in rows])
+
+
+def transformers_logits(
+    folder: Path, device: str, dtype: torch.dtype, sequences: list[Sequence]
+) -> list[NDArray[np.float32]]:
+    """What transformers computes for each generated token, given the tokens before it."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    logits = []
+    with torch.inference_mode():
+        for sequence in sequences:
+            ids = torch.tensor([sequence.tokens[:-1]], device=device)
+            given = len(sequence.tokens) - len(sequence.output) - 1
+            logits.append(model(ids).logits[0, given:].float().cpu().numpy())
+    return logits
+
+
+def rms(a: list[NDArray[np.float32]], b: list[NDArray[np.float32]]) -> float:
+    assert [x.shape for x in a] == [x.shape for x in b]
+    return float(np.sqrt(np.mean(np.square(np.concatenate(a) - np.concatenate(b)))))
+
+
+def assert_as_good_as_transformers(generated: Generated, folder: Path, device: str) -> float:
+    """The logits are as near to those of float32 as transformers' in bfloat16 are. Returns that distance."""
+    exact = transformers_logits(folder, device, torch.float32, generated.sequences)
+    rounded = transformers_logits(folder, device, torch.bfloat16, generated.sequences)
+    tolerance = rms(rounded, exact)
+    assert 0 < tolerance < 0.2 * float(np.std(np.concatenate(exact)))
+    assert rms(generated.logits, exact) < 1.5 * tolerance
+    for sequence, logits in zip(generated.sequences, generated.logits, strict=True):
+        assert sequence.output == logits.argmax(-1).tolist()
+    return tolerance
+
+
+def assert_same_but_for_ties(a: Generated, b: Generated, tolerance: float) -> None:
+    """Logits are close, and tokens equal up to one that was nearly chosen in the other run too (then they differ)."""
+    equal = 0
+    for ours, theirs, x, y in zip(a.sequences, b.sequences, a.logits, b.logits, strict=True):
+        pairs = list(zip(ours.output, theirs.output, strict=True))
+        parted = next((i for i, (s, t) in enumerate(pairs) if s != t), len(pairs))
+        equal += parted
+        upto = min(parted + 1, len(pairs))
+        assert rms([x[:upto]], [y[:upto]]) < 2 * tolerance
+        if parted < len(pairs):
+            token, other = pairs[parted]
+            assert x[parted][token] - x[parted][other] < 8 * tolerance
+    assert equal > OUTPUT * len(LENGTHS) / 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_transformers(name: str, device: str, checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint(name)
+    assert_as_good_as_transformers(generate(spec_of(folder, device)), folder, device)
+
+
+def test_the_wide_checkpoint_too(device: str, checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("wide")
+    assert_as_good_as_transformers(generate(spec_of(folder, device, block_size=256)), folder, device)
+
+
+def test_scheduling_ahead_changes_nothing(device: str, checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("wide")
+    spec = spec_of(folder, device)
+    plain, ahead = generate(spec), generate(spec, async_scheduling=True)
+    tolerance = assert_as_good_as_transformers(ahead, folder, device)
+    assert_same_but_for_ties(plain, ahead, tolerance)
+
+
+@gpu_only
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
+def test_backends_agree_and_cuda_graphs_change_nothing(
+    backend: str, device: str, checkpoint: Callable[[str], Path]
+) -> None:
+    folder = checkpoint("wide")
+    spec = spec_of(folder, device, block_size=256, attention_backend=backend)
+    shape = AttentionShape(8, 2, 64, 256, None, torch.bfloat16, torch.device(device))
+    if (reason := BACKENDS[backend].unavailable(shape)) is not None:
+        pytest.skip(reason)
+    plain = generate(spec)
+    tolerance = assert_as_good_as_transformers(plain, folder, device)
+    assert_same_but_for_ties(plain, generate(replace(spec, attention_backend="sdpa")), tolerance)
+    if not BACKENDS[backend].supports_cuda_graph:
+        return
+    for ahead in (False, True):
+        graphs = generate(replace(spec, cuda_graphs=(1, 2, 4, 8)), async_scheduling=ahead)  # 3 and 5 are padded
+        assert_same_but_for_ties(plain, graphs, tolerance)
+
+
+LARGE = ModelSpec(name="large", model_type="llama", num_layers=6, hidden_size=2048, intermediate_size=8192,
+                  num_attention_heads=16, num_key_value_heads=4, head_dim=128, vocab_size=128_000,
+                  max_position_embeddings=8192)  # fmt: skip
+
+
+SMALL = ModelSpec.from_hf({"model_type": "llama", "max_position_embeddings": 256, **SIZES})
+
+
+@gpu_only
+def test_the_profiled_kv_cache_leaves_room_for_the_largest_batch(device: str) -> None:
+    limits = {"max_num_seqs": 64, "max_model_len": 4096, "max_batch_tokens": 8192, "num_blocks": None}
+    spec = spec_of(None, device, LARGE, **limits, cuda_graphs=(64,), gpu_memory_utilization=0.8)
+    gc.collect()
+    torch.cuda.empty_cache()
+    executor = start(spec, "in_process")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, LARGE.vocab_size, 128 if i else 4000).tolist() for i in range(64)]
+    serve(spec, executor, prompts, 40)  # a batch of 8192 tokens, then one of 64 decodes
+    free, total = torch.cuda.mem_get_info()
+    assert total - free <= 0.8 * total
+    held = executor.num_blocks * kv_bytes_per_block(LARGE, spec.parallel, 0, spec.block_size)
+    assert held > 0.5 * total  # it is used
+    executor.close()
+
+
+def test_memory_does_not_grow(device: str) -> None:
+    """From the 1,000th to the 10,000th iteration of requests that come and go."""
+    warm_up, last = (1_000, 10_000) if device == "cuda" else (50, 250)
+    dtype = "bfloat16" if device == "cuda" else "float32"  # a CPU keeps code for each shape in 16 bits that it has met
+    model = replace(SMALL, dtype_bytes=2 if device == "cuda" else 4)
+    spec = spec_of(None, device, model, dtype=dtype, max_num_seqs=16, cuda_graphs=(1, 8, 16))
+    executor = start(spec, "in_process")
+    rng = np.random.default_rng(0)
+    iterations = 0
+    seen: list[tuple[int, int]] = []
+
+    def on_result(batch: Batch, result: Result) -> None:
+        nonlocal iterations
+        iterations += 1
+        if iterations in (warm_up, last):
+            gc.collect()
+            on_device = torch.cuda.memory_reserved() if device == "cuda" else 0
+            pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+            seen.append((on_device, pages * 4096))
+
+    while iterations < last:
+        lengths = rng.integers(1, 100, 64)
+        prompts = [rng.integers(0, model.vocab_size, length).tolist() for length in lengths]
+        serve(spec, executor, prompts, int(rng.integers(10, 60)), async_scheduling=True, on_result=on_result)
+    executor.close()
+    (device_before, host_before), (device_after, host_after) = seen
+    assert device_after - device_before <= 4 << 20
+    assert host_after - host_before <= 64 << 20
+
+
+def test_too_little_memory_is_told(device: str) -> None:
+    spec = spec_of(None, device, SMALL, num_blocks=9_999_999, block_size=4096)
+    where = "GPU" if device == "cuda" else "CPU"
+    with pytest.raises(InputError, match=f"{where} out of memory.*--num-gpu-blocks-override 9999999"):
+        start(spec, "in_process")
+
+
+@gpu_only
+def test_a_share_that_is_too_small_is_told(device: str) -> None:
+    spec = spec_of(None, device, LARGE, num_blocks=None, gpu_memory_utilization=0.01)
+    with pytest.raises(InputError, match="raise --gpu-memory-utilization"):
+        start(spec, "in_process")
