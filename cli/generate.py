@@ -10,7 +10,7 @@ from typing import Any
 from cli.config import GenerateConfig
 from cli.engine import asynchronous, engine_device, engine_spec
 from engine.driver import Driver
-from engine.engine_spec import EngineSpec, start
+from engine.engine_spec import EngineSpec, need, start
 from engine.errors import InputError
 from engine.executor import SamplingParams
 from engine.recorder import Recorder
@@ -130,6 +130,7 @@ def _tokenizer(folder: Path | None) -> Any:
     """The tokenizer in a model's folder; None if there is none."""
     if folder is None or not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return None
+    need("transformers", "engine")
     from transformers import AutoTokenizer
 
     try:

@@ -7,6 +7,7 @@ executor = start(spec, "in_process")
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,7 @@ def start(spec: EngineSpec, executor: str | None = None) -> Executor:
 
     Raises InputError for what can't be (weights that are not there, a model too big, ...), WorkerError for what breaks.
     """
+    need("torch", "engine")
     name = executor or ("in_process" if spec.parallel.world_size == 1 else "multiprocess")
     if name == "in_process":
         if spec.parallel.world_size > 1:
@@ -71,7 +73,14 @@ def start(spec: EngineSpec, executor: str | None = None) -> Executor:
 
         return MultiprocessExecutor(spec)
     if name == "ray":
+        need("ray", "cluster")
         from engine.ray_executor import RayExecutor
 
         return RayExecutor(spec)
     raise unknown("executor", name, EXECUTORS)
+
+
+def need(package: str, extra: str) -> None:
+    """Raise InputError if a package that Windtunnel brings in an extra is not installed."""
+    if find_spec(package) is None:
+        raise InputError(f"this needs the package {package}, which is not installed: pip install -e '.[{extra}]'")

@@ -332,6 +332,18 @@ def test_bench_tells_what_is_wrong(
     assert (broken / "used" / "precious.txt").read_text() == "keep me"
 
 
+@pytest.mark.parametrize("package", ["torch", "ray", "transformers"])
+def test_a_missing_package_is_named(
+    package: str, broken: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(broken)
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = "cluster" if package == "ray" else "engine"
+    what = ["llama", "--prompt", "hello"] if package == "transformers" else ["no_weights", *flags(([1],))]
+    message = told(["generate", "--device", "cpu", "--executor", "ray", "--model", *what], broken, capsys)
+    assert package in message and f"'.[{extra}]'" in message
+
+
 def test_a_process_without_a_gpu_says_so(folder: Path, tmp_path: Path) -> None:
     settings = ["--model", str(folder), "--device", "h100", *LOAD, "--request-rate", "9", "--num-prompts", "3"]
     done = windtunnel("bench", *settings, cwd=tmp_path)

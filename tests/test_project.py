@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,42 @@ def imported(path: Path) -> set[str]:
 def test_packages_import_in_one_direction(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     assert imported(path) & set(MAY_IMPORT) <= MAY_IMPORT[package] | {package}
+
+
+HEAVY = {  # what takes seconds to import or is not always installed, and where alone it may be imported
+    "torch": ("engine/worker/", "profiler/", "cli/profile.py"),
+    "safetensors": ("engine/worker/",),
+    "flash_attn": ("engine/worker/attention/",),
+    "flashinfer": ("engine/worker/attention/",),
+    "transformers": ("cli/generate.py",),
+    "ray": ("engine/ray_executor.py",),
+}
+
+
+@pytest.mark.parametrize("package", HEAVY)
+def test_heavy_packages_are_imported_where_they_are_needed_alone(package: str) -> None:
+    users = [str(path.relative_to(ROOT)) for path in SOURCES if package in imported(path)]
+    assert [user for user in users if not user.startswith(HEAVY[package])] == []
+    assert users  # else it is not needed at all
+
+
+def test_the_engine_starts_without_heavy_packages() -> None:
+    code = (
+        "import sys, cli.main, cli.bench, cli.generate, engine.serve, engine.multiprocess; "
+        "print([name for name in ('torch', 'ray', 'plotly', 'transformers', 'safetensors') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_extras_name_packages_and_the_tests_bring_every_one_they_need() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert all(extras.values())
+    for word in re.findall(r"windtunnel\[(.*?)\]", str(extras)):
+        assert set(word.split(",")) <= set(extras)
+    assert {"engine", "cluster", "test"} <= set(re.findall(r"\w+", extras["dev"][0]))
+    assert [text for text in extras["dev"] if text.startswith("torch==")]  # one version for everybody who develops
+    assert any(text.startswith("torch>=") for text in extras["engine"])
 
 
 def test_every_package_has_sources() -> None:
