@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.driver import Driver
+from engine.driver import Clock, Driver
 from engine.executor import Executor, RankTime, Result
 from engine.metrics import replica_use, summarize, tbt_percentiles
 from engine.recorder import Recorder, Run
@@ -42,6 +42,7 @@ def serve(
     folder: Path | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_batch: Callable[[Batch, Sequence[RankTime]], None] | None = None,
+    clock: Clock | None = None,
 ) -> Run:
     """Serve `workload` as its requests arrive, after a warm-up that is not recorded.
 
@@ -57,7 +58,7 @@ def serve(
 
     scheduler = new_scheduler()
     workload.check_fits(scheduler)
-    _warm_up(new_scheduler(), executor, vocab_size, async_scheduling)
+    _warm_up(new_scheduler(), executor, vocab_size, async_scheduling, clock)
     recorder = Recorder(folder, tbt_percentiles(slos), predicted=False)
     ranks = _RankTimes()
     finished = 0
@@ -77,6 +78,7 @@ def serve(
         scheduler,
         executor,
         recorder,
+        clock=clock,
         async_scheduling=async_scheduling,
         seed=seed,
         on_finished=on_finished,
@@ -115,7 +117,9 @@ def _sequences(requests: Iterator[Request], vocab_size: int, seed: int) -> Itera
         yield TokenSequence(request, rng.integers(0, vocab_size, request.prompt_tokens).tolist())
 
 
-def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, async_scheduling: bool) -> None:
+def _warm_up(
+    scheduler: Scheduler, executor: Executor, vocab_size: int, async_scheduling: bool, clock: Clock | None
+) -> None:
     """Run a few requests of the largest prompts, for what is slow only once: compiling, allocating, page faults."""
     spec = scheduler.spec
     count, output = WARM_UP
@@ -126,7 +130,7 @@ def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, async_sc
     if output < 1:
         return
     requests = [Request(i, 0.0, length - output, output) for i in range(count)]
-    driver = Driver(scheduler, executor, Recorder(predicted=False), async_scheduling=async_scheduling)
+    driver = Driver(scheduler, executor, Recorder(predicted=False), clock=clock, async_scheduling=async_scheduling)
     driver.run(_sequences(iter(requests), vocab_size, 0))
 
 

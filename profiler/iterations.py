@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.driver import Driver
+from engine.driver import Clock, Driver
 from engine.executor import Executor, Result, Step
 from engine.recorder import Recorder
 from engine.request import Batch, BatchShape, Request
@@ -53,6 +53,7 @@ def run_burst(
     vocab_size: int,
     sliding_window: int | None = None,
     async_scheduling: bool = False,
+    clock: Clock | None = None,
 ) -> list[dict[str, Any]]:
     """The iterations (rows of COLUMNS) of `count` requests of `prompt` tokens that arrive at once."""
     scheduler = Scheduler(scheduler_spec, executor.num_blocks, sliding_window=sliding_window)
@@ -63,6 +64,7 @@ def run_burst(
         scheduler,
         _Watched(executor, seconds["launch"]),
         recorder,
+        clock=clock,
         async_scheduling=async_scheduling,
         on_result=lambda batch, result: done.append((batch, result)),
     )

@@ -7,7 +7,7 @@ durations: whether the simulator then forms the same batches tells errors of tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from engine.driver import Clock
 from engine.executor import Executor, RankTime
 from engine.metrics import latencies, summary_key
 from engine.recorder import Run
@@ -26,6 +27,7 @@ from engine.workload import Workload
 from simulator.cluster import Deployment, simulate
 from simulator.predictor.calibration import errors
 from simulator.replay import Measured
+from studies.words import percent
 
 STATISTICS = ("mean", "p50", "p90", "p99")
 METRICS = ("ttft", "tbt", "e2e")
@@ -55,7 +57,8 @@ def run_pair(
     async_scheduling: bool = False,
     seed: int = 0,
     slos: Sequence[SLO] = (),
-    on_progress: Any = None,
+    on_progress: Callable[[int], None] | None = None,
+    clock: Clock | None = None,
 ) -> Pair:
     """Serve `workload` on the engine, then simulate it; the tables go to `engine` and `simulated` in `folder`."""
     shapes: list[BatchShape] = []
@@ -81,6 +84,7 @@ def run_pair(
         folder=folders[0],
         on_progress=on_progress,
         on_batch=on_batch,
+        clock=clock,
     )
     simulated = simulate(workload, [deployment], seed=seed, slos=slos, folder=folders[1])
     return Pair(engine, simulated, *folders, shapes, np.array(compute))
@@ -92,7 +96,7 @@ def compare(pair: Pair, deployment: Deployment, workload: Workload, host: HostOv
     result = {
         "requests": len(workload),
         "engine_s": pair.engine.summary["duration"],
-        "iterations": _iteration_errors(pair, deployment, measured, host),
+        "iterations": _iteration_errors(pair, deployment, host),
         "batches": _batch_sequences(measured, simulated),
         "replay": _replay(deployment, workload, measured),
         "latencies": _latencies(pair),
@@ -108,26 +112,32 @@ def in_words(result: dict[str, Any]) -> str:
     name = max(parts, key=lambda each: abs(parts[each]))
     total = result["iterations"]["bias_of_time"]
     how = "too short" if parts[name] < 0 else "too long"
-    what = "the host's part of iterations" if name == "host" else f"the ranks' work in batches of {name}"
+    batches = "hybrid batches" if name == "hybrid" else f"batches of {name}"
+    what = f"the ranks' work in {batches}" if "host" in parts else f"the time of {batches}"
+    what = "the host's part of iterations" if name == "host" else what
     return (
-        f"{what} is predicted {how} by {abs(parts[name]):.1%} of the time that all batches took together, the largest "
-        f"part of an error of {total:+.1%}"
+        f"{what} is predicted {how} by {percent(abs(parts[name]))} of the time that all batches took together, the "
+        f"largest part of an error of {percent(total, sign=True)}"
     )
+
+
+def iteration_times(pair: Pair, deployment: Deployment) -> tuple[Array, Array, Array]:
+    """Measured and predicted durations (stages, batches) in s of the engine's own batches, and each batch's kind."""
+    measured, stages = _iterations(pair.engine_folder), range(deployment.parallel.pipeline_parallel_size)
+    actual = np.stack([measured["duration_s"][measured["stage"] == stage] for stage in stages])
+    stage_time = deployment.predictor.stage_time
+    predicted = np.array([[stage_time(shape, stage) for shape in pair.shapes] for stage in stages])
+    return actual, predicted, np.array([_kind(shape) for shape in pair.shapes])
 
 
 def _iterations(folder: Path) -> Columns:
     return to_numpy(pq.read_table(folder / "iterations.parquet"))
 
 
-def _iteration_errors(
-    pair: Pair, deployment: Deployment, measured: Columns, host: HostOverhead | None
-) -> dict[str, Any]:
-    """Predicted and measured durations of the engine's own batches, stage by stage."""
-    stages = deployment.parallel.pipeline_parallel_size
-    predictor, shapes = deployment.predictor, pair.shapes
-    actual = np.stack([measured["duration_s"][measured["stage"] == stage] for stage in range(stages)])
-    predicted = np.array([[predictor.stage_time(shape, stage) for shape in shapes] for stage in range(stages)])
-    kinds = np.array([_kind(shape) for shape in shapes])
+def _iteration_errors(pair: Pair, deployment: Deployment, host: HostOverhead | None) -> dict[str, Any]:
+    """Errors of the engine's own batches' times on each stage, and which kinds make up the error of their sum."""
+    actual, predicted, kinds = iteration_times(pair, deployment)
+    predictor, shapes, stages = deployment.predictor, pair.shapes, len(actual)
     by_kind = {name: errors(actual[:, kinds == name].ravel(), predicted[:, kinds == name].ravel())
                for name in BATCH_KINDS if (kinds == name).any()}  # fmt: skip
     total = float(actual.sum())
