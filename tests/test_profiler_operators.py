@@ -1,0 +1,124 @@
+"""The engine's operators on the bench and where they stand: every one of every family, at the sizes asked for."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+
+from engine.engine_spec import EngineSpec
+from engine.specs import ModelSpec, ParallelSpec
+from profiler.collectives import Ranks
+from profiler.in_situ import InSitu, Reference
+from profiler.points import Limits, points
+from profiler.timer import CudaTimer
+from profiler.workbench import Workbench
+
+LIMITS = Limits(max_tokens=40, max_requests=6, max_length=24, kv_tokens=96)
+FAMILIES = ["llama", "mistral", "qwen2", "falcon_new", "falcon_multi_query", "falcon_multi_head", "phi"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterable[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model_of(name: str, folder: Path) -> ModelSpec:
+    checkpoints.write(folder, name)
+    return replace(ModelSpec.from_hf(folder), dtype_bytes=4)
+
+
+def rows_of(point: dict[str, Any]) -> int:
+    if point["kind"] == "attention_prefill":
+        return int(point["chunk"])
+    return int(point.get("m") or point.get("rows") or point["batch_size"])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_operator_runs_on_the_bench_at_its_size(name: str, tp: int, tmp_path: Path) -> None:
+    model = model_of(name, tmp_path)
+    bench = Workbench(model, tp, torch.device("cpu"), torch.float32, "sdpa", 4, LIMITS)
+    seen = 0
+    for point in points(model, tp, LIMITS):
+        calls = bench.calls(point)
+        assert calls
+        with torch.inference_mode():
+            out = calls[-1]()
+        if isinstance(out, tuple):  # rotary gives queries and keys
+            out = out[0]
+        if point["operator"] != "kv_write":
+            assert isinstance(out, torch.Tensor)
+            assert out.shape[0] == rows_of(point)
+            assert not out.is_floating_point() or torch.isfinite(out).all()
+        if point["kind"] == "gemm":
+            assert isinstance(out, torch.Tensor)
+            assert out.shape[1] == point["n"]
+        seen += 1
+    assert seen > 50
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", ["llama", "falcon_new", "phi"])
+def test_every_operator_is_timed_where_it_stands(name: str, tp: int, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("profiler.in_situ.BUDGET_S", 0.0)
+    model = model_of(name, tmp_path)
+    spec = EngineSpec(
+        model=model, folder=None, device="cpu", dtype="float32", max_num_seqs=6, max_model_len=24, max_batch_tokens=40,
+        block_size=4, parallel=ParallelSpec(tensor_parallel_size=tp), num_blocks=30,
+    )  # fmt: skip
+    standing = InSitu(spec, Reference())
+    every = list(points(model, tp, LIMITS))
+    times = [standing.measure(point) for point in every]
+    assert all(0 < timing.seconds < 1 and timing.repeats >= 4 for timing in times)
+    by_name = {str(point["operator"]): timing for point, timing in zip(every, times, strict=True)}
+    assert {"qkv_proj", "attention_prefill", "attention_decode", "lm_head", "sampler"} <= set(by_name)
+
+
+def test_a_pass_is_the_sum_of_its_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that ticks at each look: what any operator takes is in exactly one time."""
+    model = model_of("llama", tmp_path)
+    spec = EngineSpec(
+        model=model, folder=None, device="cpu", dtype="float32", max_num_seqs=6, max_model_len=24, max_batch_tokens=40,
+        block_size=4, num_blocks=30,
+    )  # fmt: skip
+    standing = InSitu(spec, Reference())
+    ticks = iter(range(10**9))
+    monkeypatch.setattr("profiler.in_situ.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(standing.reference, "drift", lambda: 1.0)
+    monkeypatch.setattr("profiler.in_situ.BUDGET_S", 0.0)
+    every = [point for point in points(model, 1, LIMITS) if point.get("m") == 6 or point.get("rows") == 6]
+    assert every
+    for point in every:
+        standing._seen.clear()
+        timing = standing.measure(point)
+        assert timing.seconds == 1.0  # one look at the clock for each operator, so one tick each
+        assert timing.spread_s == 0.0
+
+
+def test_ranks_measure_together_and_end_with_their_owner() -> None:
+    ranks = Ranks(2, "cpu")
+    processes = ranks._processes
+    for kind, num_bytes in (("all_reduce", 4096), ("send", 64), ("all_reduce", 1)):
+        timing = ranks.measure(kind, num_bytes)
+        assert 0 < timing.seconds < 5 and timing.repeats == 25
+    del ranks
+    for process in processes:
+        process.join(10)
+        assert process.exitcode is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_timer_sees_the_gpus_time_and_not_the_hosts() -> None:
+    timer = CudaTimer()
+    short, long = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for n in (256, 8192))
+    quick, slow = timer.measure([lambda: short @ short]), timer.measure([lambda: long @ long])
+    assert quick.seconds < 50e-6  # a launch alone takes the host several microseconds more
+    assert slow.seconds > 1e-3
