@@ -32,7 +32,7 @@ def panels(kind: KindRecord) -> list[Panel]:
 def _scatter(kind: KindRecord) -> Panel:
     points = kind.scatter
     assert points is not None
-    figure = predicted_by_measured([Points(kind.name, BLUE, 1e3 * points.measured_s, 1e3 * points.predicted_s)])
+    figure = predicted_by_measured([Points("", BLUE, 1e3 * points.measured_s, 1e3 * points.predicted_s)])
     shown = len(points.measured_s)
     some = "" if shown == points.total else f", {shown:,} of them drawn"
     share = points.fitted / points.total

@@ -39,7 +39,7 @@ class Panel:
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """A group of measured values (ms), the predicted ones beside them, and how they are drawn."""
+    """A group of measured values (ms), the predicted ones beside them, and how they are drawn ("": without a name)."""
 
     name: str
     colour: str
@@ -109,17 +109,20 @@ def predicted_by_measured(groups: Sequence[Points], logarithmic: bool = False) -
     """Each group's predicted values over the measured ones, with the line on which they are the same."""
     axis = value_axis(np.concatenate([each for g in groups for each in (g.measured_ms, g.predicted_ms)]), logarithmic)
     low, high = (10.0**edge if axis.get("type") == "log" else edge for edge in axis["range"])
-    figure = new_figure(legend=len(groups) > 1)
+    figure = new_figure(legend=any(group.name for group in groups))
     for group in groups:
         figure.add_scatter(
-            x=group.measured_ms, y=group.predicted_ms, mode="markers",
-            **({"name": group.name} if len(groups) > 1 else {}),
+            x=group.measured_ms, y=group.predicted_ms, mode="markers", showlegend=False,
             marker={"color": faded(group.colour, 0.45), "size": 4},
             hovertemplate="measured %{x:.3~r} ms<br>predicted %{y:.3~r} ms<extra></extra>",
         )  # fmt: skip
+        if group.name:  # in the legend a marker that can be seen
+            figure.add_scatter(
+                x=[None], y=[None], name=group.name, mode="markers", marker={"color": group.colour, "size": 8}
+            )
     figure.add_scatter(
         x=[low, high], y=[low, high], mode="lines", line={"color": GREY, "width": 1.2, "dash": "dash"},
-        hoverinfo="skip", **({"showlegend": False} if len(groups) > 1 else {}),
+        hoverinfo="skip", showlegend=False,
     )  # fmt: skip
     figure.update_layout(hovermode="closest")
     figure.update_xaxes(title_text="Measured (ms)", **axis)

@@ -108,7 +108,7 @@ def compare(pair: Pair, deployment: Deployment, workload: Workload, host: HostOv
 
 def in_words(result: dict[str, Any]) -> str:
     """What contributes most to the error of the iterations' time, in a sentence."""
-    parts = {name: part for name, part in result["iterations"]["contributions"].items() if part is not None}
+    parts = result["iterations"]["contributions"]
     name = max(parts, key=lambda each: abs(parts[each]))
     total = result["iterations"]["bias_of_time"]
     how = "too short" if parts[name] < 0 else "too long"
@@ -144,7 +144,7 @@ def _iteration_errors(pair: Pair, deployment: Deployment, host: HostOverhead | N
     added = _added(host, shapes, deployment) if stages == 1 and host is not None else None
     if added is None:
         off = (predicted - actual).sum(axis=0)
-        contributions: dict[str, float | None] = {name: float(off[kinds == name].sum()) / total for name in by_kind}
+        contributions = {name: float(off[kinds == name].sum()) / total for name in by_kind}
     else:
         off = predicted[0] - added - pair.compute_s
         contributions = {name: float(off[kinds == name].sum()) / total for name in by_kind}
