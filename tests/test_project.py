@@ -1,11 +1,14 @@
 """Rules of the house: who may import whom, what never imports torch, and that README, docs and CI tell the truth."""
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +101,22 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     assert command in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
 
 
+def test_the_pages_name_flags_that_there_are() -> None:
+    import typer
+
+    from cli.main import app
+
+    def options(command: Any) -> set[str]:
+        inner = [options(each) for each in getattr(command, "commands", {}).values()]
+        return {name for parameter in command.params for name in parameter.opts}.union(*inner)
+
+    known = options(typer.main.get_command(app))
+    others = {"--help", "--full", "--name", "--memory-growth"}  # some of scripts
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = re.sub(r"ruff format --check", "", page.read_text("utf-8"))
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | others, page.name
+
+
 def test_links_between_the_pages_lead_somewhere() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     links = [
@@ -130,6 +149,26 @@ def test_the_examples_of_the_extension_page_run(capsys: pytest.CaptureFixture[st
     assert "p99_ttft<=2" in capsys.readouterr().out
 
 
+def test_the_example_of_the_engine_page_runs(tmp_path: Path) -> None:
+    example, benchmark = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "engine.md").read_text("utf-8"), re.DOTALL)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", example],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert [len(answer["token_ids"]) for answer in answers] == [5, 5]
+    for folder in ("measured", "simulated"):
+        assert json.loads((tmp_path / folder / "summary.json").read_text("utf-8"))["completed"] == 40
+    script = benchmark.split()[-1]
+    assert (ROOT / script).is_file()
+
+
 def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
     from cli.config import FileConfig, load
     from engine.catalog import network
@@ -146,10 +185,12 @@ def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
 
 
 def test_the_help_names_what_there_is_to_choose_from() -> None:
-    from cli.config import RunConfig
+    from cli.config import BenchConfig, EngineSettings
     from engine.catalog import DEVICES, HOST_OVERHEADS, INTERNODES
+    from engine.engine_spec import DTYPE_BYTES, EXECUTORS, LOAD_FORMATS
     from engine.lengths import builtin_names
     from engine.policies import POLICIES
+    from engine.worker.attention import BACKENDS
     from simulator.cluster import PREDICTORS
     from simulator.router import ROUTERS
 
@@ -161,10 +202,18 @@ def test_the_help_names_what_there_is_to_choose_from() -> None:
         "host_overhead": HOST_OVERHEADS,
         "predictor": PREDICTORS,
         "workload": builtin_names(),
+        "dtype": DTYPE_BYTES,
+        "executor": EXECUTORS,
+        "load_format": LOAD_FORMATS,
+        "attention_backend": BACKENDS,
     }
+    settings_page = (ROOT / "docs" / "settings.md").read_text("utf-8")
     for setting, names in choices.items():
         for name in names:
-            assert name in str(RunConfig.model_fields[setting].description), f"--{setting} does not name {name}"
+            assert name in str(BenchConfig.model_fields[setting].description), f"--{setting} does not name {name}"
+            assert setting not in EngineSettings.model_fields or f"`{name}`" in settings_page
+    for setting in EngineSettings.model_fields:
+        assert f"`--{setting.replace('_', '-')}" in settings_page
 
 
 def test_the_device_of_the_extension_page_is_a_device(tmp_path: Path) -> None:
