@@ -48,7 +48,7 @@ FIXED_TABLE = """
 import numpy as np
 from simulator.predictor.base import FixedTable
 rows = simulate(workload, [replica]).iterations
-tokens, seconds = rows["num_tokens"].to_numpy(), rows["duration_s"].to_numpy()
+tokens, seconds = rows["num_tokens"], rows["duration_s"]
 known = np.unique(tokens)
 means = np.bincount(tokens, seconds)[known] / np.bincount(tokens)[known]
 table = FixedTable([np.interp(range(scheduler.max_num_batched_tokens + 1), known, means).tolist()])

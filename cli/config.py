@@ -166,8 +166,8 @@ class RunConfig(ReplicaConfig):
         [], "Goals", "A latency goal such as 'p99_tbt<=0.1' (s) or 'mean_ttft<=300ms'; may be given several times."
     )
 
-    def workload_spec(self, max_model_len: int) -> WorkloadSpec:
-        """The workload; requests over `max_model_len` tokens are dropped."""
+    def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
+        """The workload; requests over `max_model_len` tokens are dropped. `burst`: all at once, at whatever rate."""
         named = {} if self.workload is None else {"lengths": self.workload}
         return WorkloadSpec(
             **named,
@@ -175,8 +175,8 @@ class RunConfig(ReplicaConfig):
             output_len=self.output_len,
             zipf_alpha=self.zipf_alpha,
             trace=self.trace,
-            arrival=self.arrival,
-            request_rate=self.request_rate,
+            arrival="burst" if burst else self.arrival,
+            request_rate=None if burst else self.request_rate,
             arrival_cv=self.arrival_cv,
             rate_scale=self.rate_scale,
             num_prompts=self.num_prompts,

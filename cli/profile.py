@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -14,13 +12,9 @@ from cli.engine import engine_device
 from engine import catalog
 from engine.engine_spec import DTYPE_BYTES
 from engine.errors import InputError, unknown
-from engine.specs import DeviceSpec
 from profiler.points import Limits
+from profiler.session import duration
 
-# NVIDIA's names of the cards that the catalog has
-CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
-    name: name.lower() for name in ("A40", "H100", "H200", "L4")
-}
 DEFAULTS = {
     "cuda": Limits(max_tokens=8192, max_requests=256, max_length=32768, kv_tokens=1 << 20),
     "cpu": Limits(max_tokens=512, max_requests=32, max_length=1024, kv_tokens=1 << 14),
@@ -64,10 +58,10 @@ def run(
     )
     sizes = tuple(_positive(text, "--tensor-parallel-sizes") for text in tensor_parallel_sizes.split(","))
     seconds = duration(budget)
-    from profiler.profile import ProfileSpec, run_profile  # imports torch
+    from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
 
     spec = ProfileSpec(
-        device=this_device(device, on),
+        device=device_here(on) if device == "auto" else catalog.device(device),
         on=on,
         models=specs,
         tensor_parallel_sizes=sizes,
@@ -96,29 +90,6 @@ def run(
     )
     console.print(f"next: windtunnel calibrate fit --source profile:{output_dir} --output-dir {output_dir}/calibration")
     console.print(f"profile: {output_dir}")
-
-
-def this_device(name: str, on: Literal["cpu", "cuda"]) -> DeviceSpec:
-    """The device of that name; "auto" finds this machine's in the catalog."""
-    if name != "auto":
-        return catalog.device(name)
-    if on == "cpu":
-        return catalog.device("cpu")
-    import torch
-
-    found = torch.cuda.get_device_name()
-    for card, known in CARDS.items():
-        if re.search(rf"\b{re.escape(card)}", found):
-            return catalog.device(known)
-    raise InputError(f"this GPU, {found}, is not in the catalog: give --device FILE.yaml with its data sheet")
-
-
-def duration(text: str) -> float:
-    """Seconds of 90, 90s, 8m or 1.5h."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise InputError(f"--budget {text!r}: give a time such as 90s, 8m or 1h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _positive(text: str, flag: str) -> int:

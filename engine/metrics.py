@@ -19,6 +19,7 @@ PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %
 
 
+QUANTILES = np.array([*np.arange(199) / 200, 0.995, 0.999, 1.0])  # at which a distribution is drawn
 METRIC_NAMES = {
     "ttft": "TTFT",
     "tbt": "TBT",

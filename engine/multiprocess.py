@@ -13,6 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
@@ -30,6 +31,7 @@ class MultiprocessExecutor:
     def __init__(self, spec: EngineSpec) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["engine.worker.rank_process"])  # torch is imported once for all ranks
+        _start_fork_server()
         meeting_point = f"tcp://127.0.0.1:{spec.port or free_port()}"
         if spec.port is not None:
             check_port(spec.port)
@@ -162,6 +164,18 @@ class MultiprocessExecutor:
             process.join()
         for pipe in self._pipes:
             pipe.close()
+
+
+def _start_fork_server() -> None:
+    """Start the process that ranks are forked from, unless it runs, with SIGINT blocked in it and so in them.
+
+    Ctrl-C goes to every process of the group, while they start too; the driver alone decides what comes of it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pending_message(pipe: Connection) -> tuple[Any, ...] | None:

@@ -22,7 +22,6 @@ from engine.request import Batch, Request
 from engine.tables import Columns, to_arrow
 
 if TYPE_CHECKING:
-    import pyarrow as pa  # at run time only where a table is written or asked for: an engine can do without
     import pyarrow.parquet as pq
 
 ITERATION_COLUMNS: dict[str, type[np.generic]] = {
@@ -72,7 +71,7 @@ class Run:
 
     summary: dict[str, Any]
     requests: Columns
-    iterations: pa.Table | None
+    iterations: Columns | None
 
 
 class Recorder:
@@ -186,12 +185,13 @@ class Recorder:
         blocks = self._request_blocks
         return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]} if blocks else {}
 
-    def iteration_table(self) -> pa.Table:
-        """The iterations of a run that was kept in memory."""
-        import pyarrow as pa
-
-        none = {name: np.empty(0, dtype=kind) for name, kind in ITERATION_COLUMNS.items()}
-        return pa.concat_tables([to_arrow(block) for block in self._iteration_table.blocks or [none]])
+    def iterations_kept(self) -> Columns:
+        """The iterations of a run that was kept in memory, a row each and stage; call after `close`."""
+        blocks = self._iteration_table.blocks
+        return {
+            name: np.concatenate([block[name] for block in blocks]) if blocks else np.empty(0, dtype=kind)
+            for name, kind in ITERATION_COLUMNS.items()
+        }
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

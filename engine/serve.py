@@ -107,7 +107,7 @@ def serve(
         "num_gpu_blocks": executor.num_blocks,
         "async_scheduling": async_scheduling,
     }
-    return Run(summary, requests, None if folder else recorder.iteration_table())
+    return Run(summary, requests, None if folder else recorder.iterations_kept())
 
 
 def _sequences(requests: Iterator[Request], vocab_size: int, seed: int) -> Iterator[TokenSequence]:

@@ -72,7 +72,7 @@ def run_burst(
     driver.steps.build = _timed(driver.steps.build, seconds["build_step"])  # type: ignore[method-assign]
     driver.run(_sequences(count, prompt, vocab_size))
     recorder.close()
-    durations = recorder.iteration_table()["duration_s"].to_pylist()
+    durations = recorder.iterations_kept()["duration_s"].tolist()
     parts = zip(done, durations, *seconds.values(), strict=True)
     return [_row(batch, result, *spent) for (batch, result), *spent in parts]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from engine import catalog
 from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
 from engine.policies import resolve
@@ -32,6 +34,9 @@ from profiler.session import Bursts, Measure, Part, Session
 from profiler.timer import CudaTimer
 from profiler.workbench import Workbench
 
+CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
+    name: name.lower() for name in ("A40", "H100", "H200", "L4")
+}  # NVIDIA's names of what the catalog has
 ITERATIONS_SHARE = 0.3  # of what operators get: whole iterations of a model
 
 
@@ -153,6 +158,17 @@ def _engine(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str) -> Engin
         attention_backend=backend,
         seed=spec.seed,
     )
+
+
+def device_here(on: Literal["cpu", "cuda"]) -> DeviceSpec:
+    """This machine's device in the catalog. Raises InputError for a GPU that is not there."""
+    if on == "cpu":
+        return catalog.device("cpu")
+    found = torch.cuda.get_device_name()
+    for card, known in CARDS.items():
+        if re.search(rf"\b{re.escape(card)}", found):
+            return catalog.device(known)
+    raise InputError(f"this GPU, {found}, is not in the catalog: give --device FILE.yaml with its data sheet")
 
 
 def _cut(tensor_parallel_size: int) -> ParallelSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -174,6 +175,14 @@ def settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} holds no profile ({error}): make one with 'windtunnel profile'") from None
     return found
+
+
+def duration(text: str) -> float:
+    """Seconds of 90, 90s, 8m or 1.5h."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise InputError(f"--budget {text!r}: give a time such as 90s, 8m or 1h")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _entries(part: Part | Bursts) -> Iterator[dict[str, Any]]:

@@ -245,7 +245,7 @@ def simulate(
         for deployment, replica in zip(deployments, replicas, strict=True)
     ]
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
-    return Run(summary, requests, None if folder else recorder.iteration_table())
+    return Run(summary, requests, None if folder else recorder.iterations_kept())
 
 
 def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:

@@ -21,11 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from engine.metrics import latencies
+from engine.metrics import QUANTILES, latencies
 from engine.specs import SLO
 from engine.tables import Array, Columns, to_numpy
 
-QUANTILES = np.array([*np.arange(199) / 200, 0.995, 0.999, 1.0])
 STALL_FACTOR = 5.0  # a gap this many times the run's median is a generation stall
 MOST_BINS = 240
 FEWEST_BINS = 24

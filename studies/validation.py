@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from engine.driver import Clock
 from engine.executor import Executor, RankTime
@@ -41,8 +40,8 @@ class Pair:
 
     engine: Run
     simulated: Run
-    engine_folder: Path
-    simulated_folder: Path
+    iterations: Columns  # of the engine's run
+    simulated_iterations: Columns
     shapes: list[BatchShape]
     compute_s: Array  # (batches,) the slowest stage's own time, without the host's
 
@@ -51,16 +50,15 @@ def run_pair(
     workload: Workload,
     deployment: Deployment,
     executor: Executor,
-    folder: Path,
+    folder: Path | None = None,
     *,
     vocab_size: int,
-    async_scheduling: bool = False,
     seed: int = 0,
     slos: Sequence[SLO] = (),
     on_progress: Callable[[int], None] | None = None,
     clock: Clock | None = None,
 ) -> Pair:
-    """Serve `workload` on the engine, then simulate it; the tables go to `engine` and `simulated` in `folder`."""
+    """Serve `workload` on the engine, then simulate it; the tables go to `engine` and `simulated` in a folder."""
     shapes: list[BatchShape] = []
     compute: list[float] = []
 
@@ -68,9 +66,10 @@ def run_pair(
         shapes.append(batch.shape)
         compute.append(max(time.end - time.start for time in times))
 
-    folders = folder / "engine", folder / "simulated"
+    folders = [None if folder is None else folder / name for name in ("engine", "simulated")]
     for each in folders:
-        each.mkdir(parents=True)
+        if each is not None:
+            each.mkdir(parents=True)
     engine = serve(
         workload,
         deployment.scheduler,
@@ -78,7 +77,7 @@ def run_pair(
         vocab_size=vocab_size,
         parallel=deployment.parallel,
         sliding_window=deployment.model.sliding_window,
-        async_scheduling=async_scheduling,
+        async_scheduling=deployment.async_scheduling,
         seed=seed,
         slos=slos,
         folder=folders[0],
@@ -87,12 +86,13 @@ def run_pair(
         clock=clock,
     )
     simulated = simulate(workload, [deployment], seed=seed, slos=slos, folder=folders[1])
-    return Pair(engine, simulated, *folders, shapes, np.array(compute))
+    measured, predicted = (_iterations(run, place) for run, place in zip((engine, simulated), folders, strict=True))
+    return Pair(engine, simulated, measured, predicted, shapes, np.array(compute))
 
 
 def compare(pair: Pair, deployment: Deployment, workload: Workload, host: HostOverhead | None) -> dict[str, Any]:
     """Every comparison of a pair of runs, as plain numbers (shares are fractions, times seconds)."""
-    measured, simulated = (_iterations(folder) for folder in (pair.engine_folder, pair.simulated_folder))
+    measured, simulated = pair.iterations, pair.simulated_iterations
     result = {
         "requests": len(workload),
         "engine_s": pair.engine.summary["duration"],
@@ -123,14 +123,20 @@ def in_words(result: dict[str, Any]) -> str:
 
 def iteration_times(pair: Pair, deployment: Deployment) -> tuple[Array, Array, Array]:
     """Measured and predicted durations (stages, batches) in s of the engine's own batches, and each batch's kind."""
-    measured, stages = _iterations(pair.engine_folder), range(deployment.parallel.pipeline_parallel_size)
+    measured, stages = pair.iterations, range(deployment.parallel.pipeline_parallel_size)
     actual = np.stack([measured["duration_s"][measured["stage"] == stage] for stage in stages])
     stage_time = deployment.predictor.stage_time
     predicted = np.array([[stage_time(shape, stage) for shape in pair.shapes] for stage in stages])
     return actual, predicted, np.array([_kind(shape) for shape in pair.shapes])
 
 
-def _iterations(folder: Path) -> Columns:
+def _iterations(run: Run, folder: Path | None) -> Columns:
+    """A run's iterations, from memory or from its folder."""
+    if run.iterations is not None:
+        return run.iterations
+    import pyarrow.parquet as pq  # a node that only measures may lack it
+
+    assert folder is not None
     return to_numpy(pq.read_table(folder / "iterations.parquet"))
 
 
@@ -195,8 +201,7 @@ def _replay(deployment: Deployment, workload: Workload, measured: Columns) -> di
         run = simulate(workload, [replayed], repeats=False)
     except RuntimeError as error:
         return {"same": False, "first_difference": None, "why": str(error)}
-    assert run.iterations is not None
-    return _batch_sequences(measured, to_numpy(run.iterations))
+    return _batch_sequences(measured, _iterations(run, None))
 
 
 def _latencies(pair: Pair) -> dict[str, Any]:

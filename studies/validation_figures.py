@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.metrics import METRIC_NAMES
+from engine.metrics import METRIC_NAMES, QUANTILES
 from studies.figures import (
     BLUE,
     GOOD,
@@ -21,7 +21,6 @@ from studies.figures import (
     value_axis,
 )
 from studies.page import Cell, numbers_table
-from studies.report_record import QUANTILES
 from studies.validation import BATCH_KINDS, METRICS, STATISTICS
 from studies.validation_record import judge
 from studies.words import percent, seconds

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.metrics import METRIC_NAMES, latencies
+from engine.metrics import METRIC_NAMES, QUANTILES, latencies
 from engine.recorder import Run
 from engine.tables import Array
 from simulator.cluster import Deployment
-from studies.report_record import QUANTILES
 from studies.validation import METRICS, Pair, iteration_times
 
 ITERATION_TARGET = 0.05  # mean absolute error of the batches' times
@@ -58,7 +57,7 @@ def judge(load: Mapping[str, Any]) -> list[Judgement]:
 def curves(pair: Pair, deployment: Deployment) -> dict[str, Any]:
     """What there is to draw of a pair of runs, with five digits.
 
-    Each of ttft, tbt and e2e has the `engine` and the `simulated` quantiles (s) at `report_record.QUANTILES`; tbt is
+    Each of ttft, tbt and e2e has the `engine` and the `simulated` quantiles (s) at `metrics.QUANTILES`; tbt is
     absent where no request has two tokens. `iterations` has the measured_ms, predicted_ms and kind of the engine's
     batches on each stage, or of a sample of them.
     """

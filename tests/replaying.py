@@ -8,7 +8,6 @@ from simpy.events import URGENT
 from engine.recorder import Recorder
 from engine.request import Batch
 from engine.scheduler import Scheduler
-from engine.tables import to_numpy
 from engine.workload import Workload
 from simulator.replay import Measured
 from simulator.replica import Clock, Replica
@@ -29,7 +28,7 @@ def replay(
 
     scheduler.schedule = noting  # type: ignore[method-assign]
     env, simulated = Clock(), Recorder()
-    predictor = Measured(to_numpy(recorder.iteration_table()), scheduler.max_in_flight)
+    predictor = Measured(recorder.iterations_kept(), scheduler.max_in_flight)
     replica = Replica(env, 0, scheduler, predictor, simulated, lambda request: None, False, async_scheduling)
     at, prompts, outputs = (np.array(column) for column in zip(*lengths, strict=True))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -224,7 +225,7 @@ def test_the_simulator_replays_a_run_that_was_scheduled_ahead(lengths: Any, poli
 
 def test_an_idle_engine_begins_at_the_arrival_and_counts_its_lateness_to_the_batch() -> None:
     served = serve([(1.0, 4, 2), (5.0, 4, 1)])
-    table = served.recorder.iteration_table().to_pandas()
+    table = pd.DataFrame(served.recorder.iterations_kept())
     assert table.start_s.tolist()[0] == 1.0
     assert 5.0 in table.start_s.tolist()
     assert not table.predicted.any()

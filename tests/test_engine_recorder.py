@@ -14,8 +14,13 @@ from engine.recorder import ITERATION_COLUMNS, Recorder
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.specs import SchedulerSpec
+from engine.tables import to_arrow
 
 SCHEMA = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in ITERATION_COLUMNS.items()])
+
+
+def kept(recorder: Recorder) -> pa.Table:
+    return to_arrow(recorder.iterations_kept())
 
 
 def new_scheduler() -> Scheduler:
@@ -85,7 +90,7 @@ def drive(recorder: Recorder, seed: int = 0, count: int = 60) -> tuple[list[Requ
 def test_every_request_and_every_batch_gets_its_row() -> None:
     recorder = Recorder(tbt_percentiles=(50.0, 99.0))
     requests, rows = drive(recorder)
-    table = recorder.iteration_table()
+    table = kept(recorder)
     assert table.schema == SCHEMA
     assert table.num_rows == len(rows) == recorder.num_batches
     assert any(row["num_prefills"] for row in rows)
@@ -131,7 +136,7 @@ def test_flushing_often_gives_the_same_tables(block_rows: int) -> None:
     drive(once)
     drive(often)
     assert len(often._request_blocks) > len(once._request_blocks) == 1
-    assert often.iteration_table().combine_chunks().equals(once.iteration_table().combine_chunks())
+    assert kept(often).combine_chunks().equals(kept(once).combine_chunks())
     assert once.requests().keys() == often.requests().keys()
     for name, column in once.requests().items():
         np.testing.assert_array_equal(often.requests()[name], column, err_msg=name)
@@ -148,13 +153,13 @@ def test_a_folder_gets_the_tables_that_memory_would_have(tmp_path: Path, block_r
     assert {path.name for path in tmp_path.iterdir()} == {"requests.parquet", "iterations.parquet"}
     iterations = pq.read_table(tmp_path / "iterations.parquet")
     assert iterations.schema == SCHEMA
-    assert iterations.combine_chunks().equals(memory.iteration_table().combine_chunks())
+    assert iterations.combine_chunks().equals(kept(memory).combine_chunks())
     requests = pq.read_table(tmp_path / "requests.parquet")
     assert requests.schema == pa.table(memory.requests()).schema
     for name, column in memory.requests().items():
         np.testing.assert_array_equal(requests[name].to_numpy(), column, err_msg=name)
         np.testing.assert_array_equal(disk.requests()[name], column, err_msg=name)
-    assert disk.iteration_table().num_rows == 0  # they are on disk, and not twice
+    assert kept(disk).num_rows == 0  # they are on disk, and not twice
 
 
 def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -168,7 +173,7 @@ def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_a_measured_run_says_so() -> None:
     recorder = Recorder(predicted=False)
     drive(recorder, count=10)
-    assert set(recorder.iteration_table()["predicted"].to_pylist()) == {False}
+    assert set(kept(recorder)["predicted"].to_pylist()) == {False}
 
 
 def test_a_sketch_counts_every_gap() -> None:
@@ -197,6 +202,6 @@ def test_times_keep_their_last_digit_late_in_a_run() -> None:
 def test_a_run_without_a_batch_has_empty_tables() -> None:
     recorder = Recorder()
     recorder.close()
-    assert recorder.iteration_table().schema == SCHEMA
-    assert recorder.iteration_table().num_rows == 0
+    assert kept(recorder).schema == SCHEMA
+    assert kept(recorder).num_rows == 0
     assert recorder.requests() == {}

@@ -308,9 +308,8 @@ def test_the_simulator_agrees_with_the_engine_on_the_synthetic_device(
     assert deployment.predictor.description.startswith("calibrated on measurements of h100")
     spec = WorkloadSpec(lengths="uniform", input_len="100:1000", output_len="20:200", request_rate=60, num_prompts=150)
     workload = make_workload(spec)
-    pair = run_pair(
-        workload, deployment, workers, tmp_path / "pair", vocab_size=100, async_scheduling=ahead, clock=clock
-    )
+    folder = None if ahead else tmp_path / "pair"  # in memory or on disk
+    pair = run_pair(workload, deployment, workers, folder, vocab_size=100, clock=clock)
     found = compare(pair, deployment, workload, store.measured_host(deployment.device))
     assert found["replay"]["same"]
     assert found["iterations"]["mape"] < 0.03

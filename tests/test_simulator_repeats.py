@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ def deployment(
 
 def rows(run: Run) -> list[tuple]:  # type: ignore[type-arg]
     assert run.iterations is not None
-    table = run.iterations.to_pandas().sort_values(["replica", "stage", "start_s"]).fillna(-1.0)
+    table = pd.DataFrame(run.iterations).sort_values(["replica", "stage", "start_s"]).fillna(-1.0)
     return [tuple(row) for row in table.itertuples(index=False)]
 
 

@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from engine.metrics import describe
+from engine.metrics import QUANTILES, describe
 from engine.recorder import ITERATION_COLUMNS
 from engine.specs import SLO, ParallelSpec, SchedulerSpec
 from engine.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
 from studies.report import times_source, verdict, write_report
 from studies.report_figures import panels
-from studies.report_record import QUANTILES, STALL_FACTOR, read_record, read_timeline
+from studies.report_record import STALL_FACTOR, read_record, read_timeline
 from studies.report_stages import stage_shares
 
 SLOS = ("p99_tbt<=0.02", "p99_ttft<=100", "mean_e2e<=0.001", "p50_scheduling_delay<=2")

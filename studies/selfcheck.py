@@ -1,0 +1,221 @@
+"""One command for a GPU node that may be gone in ten minutes: test, measure, learn, and say how far off we are.
+
+    windtunnel selfcheck --device cuda --budget 9m --output-dir check
+    python -m studies.selfcheck --device cuda --budget 9m --output-dir check     # where pydantic or plotly is missing
+
+Each step is a process of its own, so that it leaves the GPU's memory, and the steps after it, alone; what a step
+measures is written as it goes. The folder holds at most eight files, to bring home: `summary.json` with a line for each
+step, the tests' and the benchmark's output, the profile, and `validation.json`. There,
+`windtunnel calibrate fit --source profile:check/profile` makes the calibration again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine import catalog
+from engine.engine_spec import EngineSpec, start
+from engine.errors import InputError
+from engine.policies import largest_batch, resolve
+from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec
+from engine.workload import WorkloadSpec, make_workload
+from profiler.points import Limits
+from profiler.session import duration
+
+ROOT = Path(__file__).parents[1]
+LOADS = (0.5, 0.85, 0.95)
+STEPS = {"tests": 0.2, "benchmark": 0.2, "profile": 0.35, "validate": 0.25}  # shares of the budget
+SETTLE_S = 15.0  # of a step's time, to start and to end
+SMALL = ModelSpec(name="small", model_type="llama", num_layers=4, hidden_size=512, intermediate_size=1408,
+                  num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=8192,
+                  max_position_embeddings=4096)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a kind of device is checked with."""
+
+    model: ModelSpec
+    dtype: str
+    limits: Limits
+    scheduler: SchedulerSpec
+    workload: WorkloadSpec
+
+
+CASES = {
+    "cuda": Case(
+        catalog.model("Meta-Llama-3-8B"),
+        "bfloat16",
+        Limits(max_tokens=8192, max_requests=256, max_length=8192, kv_tokens=1 << 18),
+        SchedulerSpec(max_num_batched_tokens=2048, max_num_seqs=256, max_model_len=8192),
+        WorkloadSpec(lengths="openchat_sharegpt4", max_model_len=8192, arrival="burst"),
+    ),
+    "cpu": Case(
+        replace(SMALL, dtype_bytes=4),
+        "float32",
+        Limits(max_tokens=128, max_requests=8, max_length=512, kv_tokens=4096),
+        SchedulerSpec(max_num_batched_tokens=128, max_num_seqs=8, max_model_len=512),
+        WorkloadSpec(lengths="uniform", input_len="16:128", output_len="8:32", max_model_len=512, arrival="burst"),
+    ),
+}
+
+
+def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, ...] = tuple(STEPS)) -> bool:
+    """Run the steps within the budget and print a table of them. Returns whether all went well."""
+    if device not in CASES:
+        raise InputError(f"device {device!r}: give cuda or cpu")
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise InputError(f"{output_dir} is not empty: give another --output-dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    lines: dict[str, dict[str, Any]] = {}
+    for i, step in enumerate(steps):
+        left = budget_s - (time.perf_counter() - began)
+        share = STEPS[step] / sum(STEPS[each] for each in steps[i:])
+        start_s = time.perf_counter()
+        print(f"{step}: {left * share:.0f} s of {left:.0f} s", flush=True)
+        lines[step] = _run_step(step, device, left * share, output_dir)
+        lines[step]["seconds"] = round(time.perf_counter() - start_s, 1)
+        _write(output_dir / "summary.json", {"device": device, "budget_s": budget_s, "steps": lines})
+    print(f"\n{'step':<10} {'seconds':>8}  result")
+    for step, line in lines.items():
+        print(f"{step:<10} {line['seconds']:>8.1f}  {line['result']}")
+    print(f"results: {output_dir}")
+    return all(line["ok"] for line in lines.values())
+
+
+def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[str, Any]:
+    """A step as a process that is killed when its time is up; what came of it in a line."""
+    commands: dict[str, list[str]] = {
+        "tests": ["-m", "pytest", "-q", "-m", "gpu" if device == "cuda" else "not gpu", "-p", "no:cacheprovider",
+                  "tests/test_gpu_engine.py", "tests/test_worker_attention.py"],
+        "benchmark": ["benchmarks/engine_speed.py", "--device", device, "--json"],
+    }  # fmt: skip
+    own = ["-m", "studies.selfcheck", "--device", device, "--budget", f"{seconds}", "--output-dir", str(output_dir)]
+    command = commands.get(step, [*own, "--step", step])
+    log = output_dir / f"{step}.txt" if step in commands else None
+    environment = {**_environment(), "PYTHONPATH": str(ROOT)}
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT if step in commands else None, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(5.0, seconds),
+        )  # fmt: skip
+        output, code = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as error:
+        found = error.stdout or b""
+        output, code = found.decode("utf-8", "replace") if isinstance(found, bytes) else found, -1
+    if log is not None:
+        log.write_text(output, encoding="utf-8")
+    said = [line for line in output.splitlines() if line.strip()]
+    last = said[-1][:200] if said else "nothing said"
+    if code == -1:
+        return {"ok": False, "result": f"out of time after {seconds:.0f} s; last: {last}"}
+    return {"ok": code == 0, "result": last if code == 0 else f"failed ({code}): {last}"}
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def profile_step(device: str, seconds: float, output_dir: Path) -> str:
+    """Profile the case's model; the sentence says what was measured."""
+    from profiler.profile import ProfileSpec, run_profile
+
+    case = CASES[device]
+    spec = ProfileSpec(
+        device=this_device(device), on="cuda" if device == "cuda" else "cpu", models=(case.model,),
+        tensor_parallel_sizes=(1,), dtype=case.dtype, limits=case.limits,
+        budget_s=max(5.0, seconds - SETTLE_S), block_size=case.scheduler.block_size,
+    )  # fmt: skip
+    session = run_profile(spec, output_dir / "profile", lambda part, samples, left: None)
+    return f"{len(session.samples):,} measurements on {session.provenance['hardware']}"
+
+
+def validate_step(device: str, seconds: float, output_dir: Path) -> str:
+    """Fit the profile and validate it at LOADS; the sentence says how far off the simulator is."""
+    from profiler.importers import read_source
+    from simulator.cluster import deploy, simulate
+    from simulator.predictor import calibration as store
+    from studies.validation_run import Validation
+
+    began = time.perf_counter()
+    case, profile = CASES[device], output_dir / "profile"
+    with tempfile.TemporaryDirectory() as scratch:
+        found = this_device(device)
+        fitted = store.fit(found, [read_source("profile", profile)], on_progress=lambda line: None)
+        store.save(fitted, Path(scratch), found)
+        (Path(scratch) / "profile.json").write_bytes((profile / "profile.json").read_bytes())
+        scheduler = resolve(case.scheduler, case.scheduler.max_model_len or 0)
+        engine = EngineSpec(
+            model=case.model, folder=None, device="cuda" if device == "cuda" else "cpu", dtype=case.dtype,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=scheduler.max_model_len or 0, max_batch_tokens=largest_batch(scheduler),
+            block_size=scheduler.block_size,
+        )  # fmt: skip
+        executor = start(engine, "in_process")
+        deployment = deploy(
+            case.model, scratch, scheduler=scheduler, num_gpu_blocks_override=executor.num_blocks,
+            async_scheduling=device == "cuda",
+        )  # fmt: skip
+        burst = simulate(make_workload(replace(case.workload, num_prompts=64)), [deployment])
+        rate = burst.summary["request_throughput"]
+        left = seconds - SETTLE_S - (time.perf_counter() - began)
+        prompts = max(16, int(left * rate / (1 + sum(1 / load for load in LOADS))))
+        validation = Validation(
+            engine=engine, deployment=deployment, workload=replace(case.workload, num_prompts=prompts), loads=LOADS
+        )
+        results = validation.run(executor)
+    _write(output_dir / "validation.json", results)
+    errors = [
+        f"{each['load']:.0%}: iterations {each['iterations']['mape']:.1%}, "
+        f"E2E P50 {each['latencies']['e2e']['p50']['error']:+.1%} P99 {each['latencies']['e2e']['p99']['error']:+.1%}"
+        for each in results["loads"]
+    ]
+    return f"capacity {results['capacity']['error']:+.1%}; " + "; ".join(errors)
+
+
+def this_device(device: str) -> DeviceSpec:
+    """The catalog's device for this machine."""
+    from profiler.profile import device_here
+
+    return device_here("cuda" if device == "cuda" else "cpu")
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+STEP_FUNCTIONS: dict[str, Callable[[str, float, Path], str]] = {"profile": profile_step, "validate": validate_step}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 0 if every step went well."""
+    parser = argparse.ArgumentParser(prog="windtunnel selfcheck", description="Test and measure this machine.")
+    parser.add_argument("--device", choices=sorted(CASES), default="cuda")
+    parser.add_argument("--budget", default="9m", help="time to spend: 90s, 9m (default: %(default)s)")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--step", choices=sorted(STEP_FUNCTIONS), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    try:
+        seconds = duration(given.budget)
+        if given.step:
+            print(STEP_FUNCTIONS[given.step](given.device, seconds, given.output_dir))
+            return 0
+        return 0 if selfcheck(given.device, seconds, given.output_dir) else 1
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
