@@ -430,9 +430,9 @@ def test_the_config_of_a_run_runs_it_again(
     monkeypatch.chdir(benched.parent)
     assert run(["bench", "--config", "benched/config.yaml", "--output-dir", "again"]) == (0, "")
     assert capsys.readouterr().out.splitlines()[-1] == "report: again/report.html"
-    assert Path("again/config.yaml").read_text() == Path("benched/config.yaml").read_text()
-    config = yaml.safe_load(Path("benched/config.yaml").read_text())
-    assert config["num_gpu_blocks_override"] == 50
+    config, again = (yaml.safe_load(Path(name, "config.yaml").read_text()) for name in ("benched", "again"))
+    assert again == config
+    assert (config["num_gpu_blocks_override"], config["async_scheduling"]) == (50, False)
     assert summary_of(Path("again"))["total_output_tokens"] == summary_of(benched)["total_output_tokens"]
 
 
