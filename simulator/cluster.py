@@ -70,6 +70,7 @@ class Deployment:
     num_kv_blocks: int
     predictor: RuntimePredictor
     async_scheduling: bool = False
+    host: HostOverhead | None = None  # that the predictor was made with, if it was made by name
 
     def new_scheduler(self) -> Scheduler:
         """The engine's scheduler for one replica of this kind."""
@@ -148,6 +149,7 @@ def deploy(
         raise InputError(f"num_gpu_blocks_override {num_gpu_blocks_override}: give 1 to {MOST_BLOCKS:,} blocks")
     else:
         blocks = num_gpu_blocks_override
+    host = None
     if isinstance(predictor, str):
         if predictor not in PREDICTORS:
             raise unknown("predictor", predictor, PREDICTORS)
@@ -157,7 +159,7 @@ def deploy(
         predictor = PREDICTORS[predictor](model, device, net, parallel, host)
     if async_scheduling and parallel.pipeline_parallel_size > 1:
         raise InputError("async_scheduling true is for one pipeline stage: several batches are in flight already")
-    return Deployment(model, device, net, parallel, spec, blocks, predictor, async_scheduling)
+    return Deployment(model, device, net, parallel, spec, blocks, predictor, async_scheduling, host)
 
 
 def simulate(

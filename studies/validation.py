@@ -90,13 +90,13 @@ def run_pair(
     return Pair(engine, simulated, measured, predicted, shapes, np.array(compute))
 
 
-def compare(pair: Pair, deployment: Deployment, workload: Workload, host: HostOverhead | None) -> dict[str, Any]:
+def compare(pair: Pair, deployment: Deployment, workload: Workload) -> dict[str, Any]:
     """Every comparison of a pair of runs, as plain numbers (shares are fractions, times seconds)."""
     measured, simulated = pair.iterations, pair.simulated_iterations
     result = {
         "requests": len(workload),
         "engine_s": pair.engine.summary["duration"],
-        "iterations": _iteration_errors(pair, deployment, host),
+        "iterations": _iteration_errors(pair, deployment),
         "batches": _batch_sequences(measured, simulated),
         "replay": _replay(deployment, workload, measured),
         "latencies": _latencies(pair),
@@ -140,13 +140,14 @@ def _iterations(run: Run, folder: Path | None) -> Columns:
     return to_numpy(pq.read_table(folder / "iterations.parquet"))
 
 
-def _iteration_errors(pair: Pair, deployment: Deployment, host: HostOverhead | None) -> dict[str, Any]:
+def _iteration_errors(pair: Pair, deployment: Deployment) -> dict[str, Any]:
     """Errors of the engine's own batches' times on each stage, and which kinds make up the error of their sum."""
     actual, predicted, kinds = iteration_times(pair, deployment)
     predictor, shapes, stages = deployment.predictor, pair.shapes, len(actual)
     by_kind = {name: errors(actual[:, kinds == name].ravel(), predicted[:, kinds == name].ravel())
                for name in BATCH_KINDS if (kinds == name).any()}  # fmt: skip
     total = float(actual.sum())
+    host = deployment.host
     added = _added(host, shapes, deployment) if stages == 1 and host is not None else None
     if added is None:
         off = (predicted - actual).sum(axis=0)

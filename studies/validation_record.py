@@ -1,6 +1,6 @@
 """What the page of a validation draws and judges, as plain numbers.
 
-results["loads"].append({**compare(pair, deployment, workload, host), "curves": curves(pair, deployment)})
+results["loads"].append({**compare(pair, deployment, workload), "curves": curves(pair, deployment)})
 judge(results["loads"][-1])
 """
 

@@ -60,13 +60,12 @@ class Validation:
             real, simulated = (run.summary["request_throughput"] for run in (pair.engine, pair.simulated))
             results["capacity"] = {"engine": real, "simulated": simulated, "error": simulated / real - 1}
             rates = [(load, load * simulated) for load in self.loads]
-        host = store.measured_host(deployment.device)
         for load, rate in rates:
             spec = self.workload if load is None else replace(self.workload, request_rate=rate, arrival=None)
             workload = make_workload(spec)
             name = "run" if load is None else f"load-{load:g}"
             pair = self._pair(workload, deployment, executor, folder, name, on_progress)
-            result = {"load": load, "request_rate": rate, **compare(pair, deployment, workload, host)}
+            result = {"load": load, "request_rate": rate, **compare(pair, deployment, workload)}
             on_result(result)
             results["loads"].append({**result, "curves": curves(pair, deployment)})
         return results
@@ -96,7 +95,7 @@ class Validation:
         """What was validated on what, and how well the calibration predicts operators."""
         folder = store.folder_of(deployment.device)
         learned = store.load(folder, deployment.device).records if folder is not None else {}
-        host = store.measured_host(deployment.device)
+        host = deployment.host
         spec, torch = self.engine, version("torch")
         return {
             "model": spec.model.name,

@@ -310,7 +310,7 @@ def test_the_simulator_agrees_with_the_engine_on_the_synthetic_device(
     workload = make_workload(spec)
     folder = None if ahead else tmp_path / "pair"  # in memory or on disk
     pair = run_pair(workload, deployment, workers, folder, vocab_size=100, clock=clock)
-    found = compare(pair, deployment, workload, store.measured_host(deployment.device))
+    found = compare(pair, deployment, workload)
     assert found["replay"]["same"]
     assert found["iterations"]["mape"] < 0.03
     for metric in ("ttft", "tbt", "e2e"):

@@ -12,6 +12,7 @@ import pytest
 
 from engine import catalog
 from engine.engine_spec import EngineSpec, start
+from engine.metrics import QUANTILES
 from engine.recorder import Run
 from engine.request import BatchShape
 from engine.specs import HostOverhead, SchedulerSpec
@@ -19,7 +20,6 @@ from engine.tables import Columns
 from engine.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import RuntimePredictor
-from studies.report_record import QUANTILES
 from studies.validation import Pair, compare, in_words, run_pair
 from studies.validation_record import MOST_POINTS, curves, judge
 from studies.validation_report import verdicts, write_validation
@@ -42,7 +42,8 @@ class ByKind(RuntimePredictor):
 
 
 def make_deployment(predictor: RuntimePredictor) -> Deployment:
-    return deploy("microsoft/phi-2", "a100", scheduler=SCHEDULER, num_gpu_blocks_override=64, predictor=predictor)
+    found = deploy("microsoft/phi-2", "a100", scheduler=SCHEDULER, num_gpu_blocks_override=64, predictor=predictor)
+    return replace(found, host=HOST)
 
 
 def make_workload_of(num_prompts: int, rate: float) -> Workload:
@@ -66,7 +67,7 @@ def pair_and_result() -> tuple[Pair, Deployment, dict[str, Any]]:
     workload = make_workload_of(40, 20.0)
     deployment = make_deployment(ByKind(0.0110, 0.0180, 0.0250))
     pair = simulated_pair(workload, ByKind(0.010, 0.020, 0.020), deployment)
-    return pair, deployment, compare(pair, deployment, workload, HOST)
+    return pair, deployment, compare(pair, deployment, workload)
 
 
 def test_errors_of_iterations_by_kind_and_what_they_add(
@@ -109,7 +110,7 @@ def test_without_a_host_the_kinds_make_up_the_whole_error(
     pair_and_result: tuple[Pair, Deployment, dict[str, Any]],
 ) -> None:
     pair, deployment, _ = pair_and_result
-    found = compare(pair, deployment, make_workload_of(40, 20.0), None)
+    found = compare(pair, replace(deployment, host=None), make_workload_of(40, 20.0))
     parts = found["iterations"]["contributions"]
     assert set(parts) == {"decodes alone", "prompts alone", "hybrid"}
     assert sum(parts.values()) == pytest.approx(found["iterations"]["bias_of_time"])
@@ -184,7 +185,7 @@ ONE_REQUEST = Workload("one", np.zeros(1), np.array([10]), np.array([3]), 0)
 
 def test_latencies_and_throughput_by_hand() -> None:
     pair = hand_written([PROMPT, DECODE, DECODE], [PROMPT, DECODE, DECODE])
-    result = compare(pair, make_deployment(ByKind(0.01, 0.01, 0.01)), ONE_REQUEST, HOST)
+    result = compare(pair, make_deployment(ByKind(0.01, 0.01, 0.01)), ONE_REQUEST)
     ttft = result["latencies"]["ttft"]
     assert ttft["mean"] == {"engine_s": 2.5, "simulated_s": pytest.approx(2.75), "error": pytest.approx(0.1)}
     assert ttft["p50"]["error"] == 0 and ttft["p99"]["error"] == pytest.approx(1 / 1.1 - 1)
@@ -211,7 +212,7 @@ def test_where_batches_first_differ() -> None:
         ([*engine, DECODE], False, 3, None),  # the engine has no fourth batch that could begin
         ([PROMPT, DECODE], False, 2, 0.52),
     ):
-        found = compare(hand_written(engine, simulated), deployment, ONE_REQUEST, HOST)
+        found = compare(hand_written(engine, simulated), deployment, ONE_REQUEST)
         assert found["batches"] == {"engine": 3, "simulated": len(simulated), "same": same, "first_difference": first,
                                     "at_s": None if at_s is None else pytest.approx(at_s)}  # fmt: skip
         assert found["replay"]["same"]
@@ -220,11 +221,11 @@ def test_where_batches_first_differ() -> None:
 def test_an_engine_that_schedules_otherwise_is_found_by_the_replay() -> None:
     deployment = make_deployment(ByKind(0.01, 0.01, 0.01))
     chunked = [(6, 0, 1), (4, 0, 1), DECODE]
-    found = compare(hand_written(chunked, chunked), deployment, ONE_REQUEST, HOST)
+    found = compare(hand_written(chunked, chunked), deployment, ONE_REQUEST)
     assert found["batches"]["same"]
     assert not found["replay"]["same"] and found["replay"]["first_difference"] == 0
     short = hand_written([PROMPT, DECODE], [PROMPT, DECODE])
-    found = compare(replace(short, shapes=SHAPES[:2]), deployment, ONE_REQUEST, HOST)
+    found = compare(replace(short, shapes=SHAPES[:2]), deployment, ONE_REQUEST)
     assert not found["replay"]["same"] and "more batches than were measured" in found["replay"]["why"]
 
 
@@ -415,7 +416,7 @@ def test_a_pair_of_a_real_engine_and_the_simulator(tmp_path: Path) -> None:
     assert len(table) == len(pair.shapes) == len(pair.compute_s) > 20
     assert table["num_tokens"].to_pylist() == [shape.num_tokens for shape in pair.shapes]
     assert (pair.compute_s > 0).all() and (pair.compute_s <= pair.iterations["duration_s"] + 1e-6).all()
-    result = compare(pair, deployment, workload, HOST)
+    result = compare(pair, deployment, workload)
     assert result["replay"]["same"]
     assert sum(result["iterations"]["contributions"].values()) == pytest.approx(result["iterations"]["bias_of_time"])
     results = made_up_results({"load": None, "request_rate": 100.0, **result, "curves": curves(pair, deployment)})

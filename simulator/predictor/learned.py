@@ -392,19 +392,32 @@ class _Maker:
         (prefill,) = [op for op in self.operators[0] if op.kind == "attention_prefill"]
         heads = {"num_heads": prefill.num_heads, "num_kv_heads": prefill.num_kv_heads, "head_dim": prefill.head_dim}
 
+        def edges(kind: str, name: str, grid: Array) -> Array:
+            """The grid, and where kernels' measurements begin and end."""
+            model = self.models[kind]
+            assert isinstance(model, AttentionPrefill | AttentionDecode)
+            return np.union1d(grid, [edge for kernel in model.kernels_.values() for edge in kernel["range"][name]])
+
         def most(kind: str, sizes: Array, **columns: Any) -> int:
             full = {name: np.broadcast_to(np.asarray(value), len(sizes)) for name, value in (heads | columns).items()}
             model = self.models[kind]
             known = model.in_range({name: full[name] for name in model.columns})
             return int(sizes[known].max()) if known.any() else 0
 
+        prompts, decodes = "attention_prefill", "attention_decode"
+        chunks, prefixes = edges(prompts, "chunk", CHUNKS), edges(prompts, "prefix", PREFIXES)
+        requests, lengths = edges(decodes, "batch_size", REQUESTS), edges(decodes, "length", KV_TOKENS)
         return Limits(
             tokens=int(ROWS[inside].max()) if inside.any() else 0,
-            chunk=most("attention_prefill", CHUNKS, batch_size=1, chunk=CHUNKS, prefix=0),
-            prefix=most("attention_prefill", PREFIXES, batch_size=1, chunk=512, prefix=PREFIXES),
-            requests=most("attention_decode", REQUESTS, batch_size=REQUESTS, kv_tokens=512 * REQUESTS),
-            kv_tokens=most("attention_decode", KV_TOKENS, batch_size=64, kv_tokens=KV_TOKENS),
-            length=most("attention_decode", KV_TOKENS, batch_size=1, kv_tokens=KV_TOKENS),
+            chunk=most(prompts, chunks, batch_size=1, chunk=chunks, prefix=0),
+            prefix=max(most(prompts, prefixes, batch_size=1, chunk=chunk, prefix=prefixes) for chunk in (1, 512)),
+            requests=max(
+                most(decodes, requests, batch_size=requests, kv_tokens=length * requests) for length in (16, 512)
+            ),
+            kv_tokens=max(
+                count * most(decodes, lengths, batch_size=count, kv_tokens=count * lengths) for count in (1, 8, 64)
+            ),
+            length=most(decodes, lengths, batch_size=1, kv_tokens=lengths),
         )
 
     def describe(self, host: HostOverhead) -> str:
