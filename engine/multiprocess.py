@@ -13,7 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
@@ -171,6 +171,7 @@ def _start_fork_server() -> None:
 
     Ctrl-C goes to every process of the group, while they start too; the driver alone decides what comes of it.
     """
+    resource_tracker.ensure_running()  # first, for it unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()

@@ -5,6 +5,7 @@ monkeypatch.setattr(multiprocess, "_run_rank", partial(strange_ranks.dies_comput
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -57,6 +58,18 @@ def runs_out_of_memory(*arguments: Any, victim: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")
 
     _run(arguments, victim, fail)
+
+
+def takes_its_time(*arguments: Any) -> None:
+    """A hundredth of a second more each step, without need of a processor."""
+    compute = Decoder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.01)
+        return compute(*args, **kwargs)
+
+    Decoder.forward = forward  # type: ignore[method-assign]
+    rank_process.main(*arguments)
 
 
 def has_room_by_rank(*arguments: Any) -> None:

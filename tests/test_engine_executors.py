@@ -156,6 +156,7 @@ def test_ray_gives_them_and_is_gone_afterwards(oracle: GetOracle) -> None:
         victim: Any = mine._actors[1]  # type: ignore[attr-defined]
         ray.cloudpickle.register_pickle_by_value(strange_ranks)  # which the actor can't import
         pid = ray.get(victim.__ray_call__.remote(strange_ranks.pid))
+        assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match=f"(?s)rank 1 died.*{pid}"):
             serve(mine, oracle())
@@ -233,10 +234,17 @@ def test_the_simulator_replays_a_run_in_real_time(
     assert_same_times(recorder, served.recorder)
 
 
-def test_pipeline_stages_work_at_the_same_time(oracle: GetOracle, executor: GetExecutor) -> None:
-    served = serve(executor(pp=2), oracle(), stages=2)
+def test_pipeline_stages_work_at_the_same_time(oracle: GetOracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocess, "_run_rank", strange_ranks.takes_its_time)
+    mine = start(oracle().engine_spec(pp=2))
+    try:
+        served = serve(mine, oracle(), stages=2)
+    finally:
+        mine.close()
+    assert served.outputs == oracle().outputs
     first, second = ([result.times[stage] for result in served.results] for stage in (0, 1))
     overlaps = [a.start < b.end and b.start < a.end for a, b in zip(first[1:], second, strict=False)]
+    assert len(overlaps) > 10
     assert any(overlaps)
 
 

@@ -166,6 +166,7 @@ def wait_until(true: Callable[[], bool], limit_s: float = SOON_S) -> None:
         (strange_ranks.exits_computing, WorkerError, r"rank {} ended with exit code 3 \(process \d+\)"),
         (strange_ranks.runs_out_of_memory, InputError, r"out of memory on rank {} while computing a batch: lower --"),
     ],
+    ids=["error", "exit", "memory"],
 )
 def test_the_rank_that_failed_first_is_named(
     failing: Callable[..., None], kind: type[Exception], message: str, tp: int, pp: int, victim: int,
@@ -249,32 +250,45 @@ def test_a_port_can_be_used_again_at_once(oracle: Oracle, launch: Launch) -> Non
 # -- the driver's process ends -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tp", "pp"), CUTS)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_every_process_ends_with_the_driver(number: signal.Signals, tp: int, pp: int, oracle: Oracle) -> None:
-    """SIGKILL goes to the driver's process alone, Ctrl-C to all of them."""
-    script = [sys.executable, str(Path(__file__).with_name("endless_engine.py")), str(oracle.folder), str(tp), str(pp)]
+@contextlib.contextmanager
+def endless_engine(folder: Path, tp: int, pp: int) -> Iterator[tuple[subprocess.Popen[str], Callable[[], int]]]:
+    """An engine in a process of its own, and how many processes there are of it and by it."""
+    script = [sys.executable, str(Path(__file__).with_name("endless_engine.py")), str(folder), str(tp), str(pp)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen(
-        script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    pipe = subprocess.PIPE
+    driver = subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
 
     def members() -> list[int]:
         return [pid for pid, state, _, session in processes() if session == driver.pid and state != "Z"]
 
     try:
-        assert driver.stdout is not None and driver.stdout.readline() == "serving\n"
-        assert len(members()) >= 1 + tp * pp
-        if number == signal.SIGKILL:
-            driver.kill()
-        else:
-            os.killpg(driver.pid, number)
-        wait_until(lambda: members() == [])
-        errors = driver.communicate(timeout=SOON_S)[1]
-        assert driver.returncode == -number
-        assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
-        assert errors.count("Traceback") <= 1  # the driver's, no rank's
+        yield driver, lambda: len(members())
     finally:
         for pid in members():
             os.kill(pid, signal.SIGKILL)
         driver.communicate()
+
+
+@pytest.mark.parametrize(("tp", "pp"), CUTS)
+def test_all_ranks_end_when_the_driver_is_killed(tp: int, pp: int, oracle: Oracle) -> None:
+    with endless_engine(oracle.folder, tp, pp) as (driver, count):
+        assert driver.stdout is not None and driver.stdout.readline() == "serving\n"
+        assert count() > tp * pp
+        driver.kill()
+        wait_until(lambda: count() == 0)
+        assert driver.communicate(timeout=SOON_S)[1] == ""
+
+
+@pytest.mark.parametrize("serving", [False, True])
+@pytest.mark.parametrize(("tp", "pp"), CUTS)
+def test_ctrl_c_ends_all_processes_and_only_the_driver_speaks(tp: int, pp: int, serving: bool, oracle: Oracle) -> None:
+    with endless_engine(oracle.folder, tp, pp) as (driver, count):
+        if serving:
+            assert driver.stdout is not None and driver.stdout.readline() == "serving\n"
+        else:
+            wait_until(lambda: count() > 2)  # the process that ranks are forked from has started
+        os.killpg(driver.pid, signal.SIGINT)
+        wait_until(lambda: count() == 0)
+        errors = driver.communicate(timeout=SOON_S)[1]
+        assert driver.returncode == -signal.SIGINT
+        assert errors.rstrip().endswith("KeyboardInterrupt") and errors.count("Traceback") == 1
