@@ -116,8 +116,10 @@ def _print(result: Mapping[str, Any], console: Console) -> None:
         f"measured durations {'the same' if replay['same'] else 'NOT the same'}"
     )
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("latency: engine / simulated (ms), error", *STATISTICS):
-        table.add_column(column, justify="left" if column not in STATISTICS else "right")
+    console.print("latencies on the engine / simulated (ms), and the error:")
+    table.add_column("")
+    for statistic in STATISTICS:
+        table.add_column(statistic if statistic == "mean" else statistic.upper(), justify="right")
     for metric in METRICS:
         cells = []
         for statistic in STATISTICS:

@@ -62,7 +62,8 @@ def run_profile(spec: ProfileSpec, folder: Path, on_progress: Callable[[str, int
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     setups = [(model, tp) for model in spec.models for tp in spec.tensor_parallel_sizes if _cut(tp).fits(model)]
     if not setups:
-        raise InputError(f"none of the models can be cut into {spec.tensor_parallel_sizes} ranks: give others")
+        sizes = ", ".join(map(str, spec.tensor_parallel_sizes))
+        raise InputError(f"none of the models can be cut into {sizes} ranks: give other --tensor-parallel-sizes")
     backend = _attention_backend(spec)
     reference = Reference() if spec.on == "cpu" else None
     session = Session(folder, _identity(spec, backend), _provenance(spec, backend, reference))

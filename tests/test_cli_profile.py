@@ -1,0 +1,171 @@
+"""The closed loop as a user walks it on a CPU: profile, fit, simulate, validate; and what may go wrong on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 1024, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}  # fmt: skip
+SIZES = ["--max-model-len", "256", "--max-num-batched-tokens", "64", "--max-num-seqs", "8"]
+LOAD = ["--workload", "uniform", "--input-len", "10:100", "--output-len", "10:40", "--num-prompts", "60"]
+
+
+def windtunnel(*arguments: str, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WINDTUNNEL_CACHE_DIR": str(cwd / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", "cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its profile on this machine, and the calibration fitted to that."""
+    folder = tmp_path_factory.mktemp("loop")
+    (folder / "tiny").mkdir()
+    (folder / "tiny" / "config.json").write_text(json.dumps(CONFIG))
+    done = windtunnel(
+        "profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "20s", "--output-dir", "profile",
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "profile: profile"
+    done = windtunnel("calibrate", "fit", "--source", "profile:profile", "--output-dir", "mine", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "whole iterations of tiny" in done.stderr
+    return folder
+
+
+def test_the_calibration_of_a_profile_is_a_device(folder: Path) -> None:
+    done = windtunnel(
+        "simulate", "--model", "tiny", "--device", "mine", *SIZES, *LOAD, "--request-rate", "5", "--output-dir", "sim",
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "times: calibrated on measurements of cpu (shared_memory, host overhead measured_cpu)" in done.stdout
+    config = yaml.safe_load((folder / "sim" / "config.yaml").read_text())
+    assert config["device"] == str(folder / "mine")
+    provenance = json.loads((folder / "mine" / "profile.json").read_text())["provenance"]
+    assert provenance["source"].startswith("windtunnel profile on ")
+    assert provenance["software"].startswith("torch ")
+    assert provenance["date"] and provenance["threads"] == 1
+
+
+def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder: Path) -> None:
+    """A shared machine changes its speed between a profile and a run: the best of three runs counts."""
+    errors: list[Any] = []
+    for attempt in range(3):
+        done = windtunnel(
+            "validate", "--model", "tiny", "--load-format", "dummy", "--device", "mine", *SIZES, *LOAD, "--load", "0.5",
+            "--output-dir", f"validation-{attempt}", "--json", cwd=folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results = json.loads(done.stdout.splitlines()[-1])
+        (load,) = results["loads"]
+        assert load["replay"]["same"]
+        assert load["iterations"]["in_range"] > 0.95
+        assert load["latencies"]["e2e"]["pearson_r"] > 0.3
+        errors.append([abs(load["latencies"][metric]["p50"]["error"]) for metric in ("tbt", "e2e")])
+        if max(errors[-1]) < 0.25:
+            break
+    assert min(map(max, errors)) < 0.25, errors
+    target = folder / f"validation-{attempt}"
+    names = {path.name for path in target.iterdir()}
+    assert names == {"burst", "load-0.5", "validation.json", "validation.html", "config.yaml"}
+    assert {path.name for path in (target / "load-0.5").iterdir()} == {"engine", "simulated"}
+    assert "largest" in load
+    assert "</html>" in (target / "validation.html").read_text()
+
+
+def test_a_calibration_of_another_machine_is_refused(folder: Path) -> None:
+    other = folder / "other"
+    subprocess.run(["cp", "-r", str(folder / "mine"), str(other)], check=True)
+    settings = json.loads((other / "profile.json").read_text())
+    settings["identity"]["hardware"] = "another processor"
+    (other / "profile.json").write_text(json.dumps(settings))
+    done = windtunnel(
+        "validate", "--model", "tiny", "--load-format", "dummy", "--device", "other", *SIZES, *LOAD, "--request-rate",
+        "5", "--output-dir", "refused", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "hardware 'another processor'" in done.stderr and "profile this machine" in done.stderr
+    assert not (folder / "refused").exists()
+
+
+def test_an_interrupted_profile_goes_on(folder: Path) -> None:
+    command = ["profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "8s", "--output-dir", "begun"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", *command], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    samples = folder / "begun" / "samples.jsonl"
+    end = time.monotonic() + 60
+    while not (samples.exists() and samples.read_text().count("\n") > 20):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    before = samples.read_text().splitlines()
+    assert not (folder / "begun" / "operators.csv").exists()
+    done = windtunnel(*command, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert samples.read_text().splitlines()[: len(before)] == before
+    assert (folder / "begun" / "operators.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--models", "tiny", "--budget", "soon"], "--budget 'soon'"),
+        (["--models", "tiny", "--tensor-parallel-sizes", "two"], "--tensor-parallel-sizes 'two'"),
+        (["--models", "tiny", "--tensor-parallel-sizes", "3"], "can be cut into 3 ranks"),
+        (["--models", ","], "no model given"),
+        (["--models", "nowhere"], "nowhere"),
+        (["--models", "tiny", "--dtype", "int4"], "int4"),
+        (["--models", "tiny", "--attention-backend", "flash_attn"], "can't serve here"),
+        (["--models", "tiny", "--max-num-seqs", "0"], "--max-num-seqs 0"),
+        (["--models", "tiny", "--output-dir", "tiny"], "holds no profile"),
+        (["--models", "tiny", "--max-model-len", "128", "--output-dir", "profile"], "holds a profile with"),
+    ],
+)
+def test_bad_settings_are_told_in_a_line(folder: Path, arguments: list[str], complaint: str) -> None:
+    defaults = [] if "--output-dir" in arguments else ["--output-dir", "never"]
+    done = windtunnel("profile", "--device", "cpu", *arguments, *defaults, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert complaint in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--load", "half"], "--load 'half'"),
+        (["--load", "0.5", "--against", "http://localhost:8000"], "--against is not there yet"),
+        (["--load", "0.5", "--num-replicas", "2"], "--num-replicas 1"),
+        (["--load", "0.5", "--device", "tiny"], "no calibration"),
+        (["--load", "0.5", "--async-scheduling", "true", "--pipeline-parallel-size", "2"], "one pipeline stage"),
+    ],
+)
+def test_bad_validations_are_told_in_a_line(folder: Path, arguments: list[str], complaint: str) -> None:
+    device = [] if "--device" in arguments else ["--device", "mine"]
+    base = ["--model", "tiny", "--load-format", "dummy", *SIZES, *LOAD, "--output-dir", "never"]
+    done = windtunnel("validate", *base, *device, *arguments, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert complaint in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (folder / "never").exists()
