@@ -185,6 +185,19 @@ def profile(
     )
 
 
+@app.command()
+def selfcheck(
+    *,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the results; must be empty.")],
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    budget: Annotated[str, typer.Option(help="Time to spend: 90s, 9m.")] = "9m",
+) -> None:
+    """Test, profile and validate this machine within a budget of time, each step on its own."""
+    from studies.selfcheck import main
+
+    raise typer.Exit(main(["--device", device, "--budget", budget, "--output-dir", str(output_dir)]))
+
+
 calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
 app.add_typer(calibrate, name="calibrate")
 

@@ -104,7 +104,7 @@ def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[
     own = ["-m", "studies.selfcheck", "--device", device, "--budget", f"{seconds}", "--output-dir", str(output_dir)]
     command = commands.get(step, [*own, "--step", step])
     log = output_dir / f"{step}.txt" if step in commands else None
-    environment = {**_environment(), "PYTHONPATH": str(ROOT)}
+    environment = _environment()
     try:
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT if step in commands else None, env=environment, text=True,
@@ -124,7 +124,9 @@ def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads}
 
 
 def profile_step(device: str, seconds: float, output_dir: Path) -> str:

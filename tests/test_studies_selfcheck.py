@@ -1,0 +1,89 @@
+"""selfcheck on a CPU, on a machine that lacks what a GPU node may lack."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LACKING = ("pydantic", "plotly", "ray", "pyarrow", "datasketches", "rich", "typer", "yaml", "hypothesis")
+BLOCKER = f"""
+import sys
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {LACKING!r}:
+            raise ModuleNotFoundError(f"no module named {{name}} on this node", name=name)
+
+sys.meta_path.insert(0, Lacking())
+"""
+
+
+def node(arguments: list[str], tmp_path: Path, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """A command where some packages are not installed."""
+    (tmp_path / "site").mkdir(exist_ok=True)
+    (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKER)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(ROOT)]),
+                   "OMP_NUM_THREADS": "1", "WINDTUNNEL_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_the_node_really_lacks_them(tmp_path: Path) -> None:
+    for name in LACKING:
+        assert node(["-c", f"import {name}"], tmp_path).returncode != 0
+
+
+def test_profile_fit_and_validation_fit_into_a_budget_and_a_few_files(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from studies.selfcheck import selfcheck; "
+        "raise SystemExit(0 if selfcheck('cpu', 40, Path('out'), ('profile', 'validate')) else 1)"
+    )
+    done = node(["-c", code], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "results: out"
+    assert any(line.startswith("validate") and "capacity" in line for line in lines)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) <= 8
+    assert all(path.stat().st_size < 16 << 20 for path in files)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert all(step["ok"] for step in summary["steps"].values())
+    assert sum(step["seconds"] for step in summary["steps"].values()) < 55
+    results = json.loads((tmp_path / "out" / "validation.json").read_text())
+    assert [load["load"] for load in results["loads"]] == [0.5, 0.85, 0.95]
+    assert all(load["replay"]["same"] for load in results["loads"])
+    from studies.validation_report import write_validation  # back home, where plotly is
+
+    assert "</html>" in write_validation(results, tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["--device", "cpu", "--budget", "soon", "--output-dir", "x"], 2, "--budget 'soon'"),
+        (["--device", "tpu", "--output-dir", "x"], 2, "invalid choice"),
+        (["--device", "cpu", "--output-dir", "site"], 2, "is not empty"),
+    ],
+)
+def test_bad_settings_are_told(arguments: list[str], code: int, complaint: str, tmp_path: Path) -> None:
+    done = node(["-m", "cli", "selfcheck", *arguments], tmp_path)
+    assert done.returncode == code
+    assert complaint in done.stderr
+
+
+def test_a_step_that_runs_out_of_time_or_fails_is_said_and_the_others_go_on(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from studies.selfcheck import selfcheck; "
+        "raise SystemExit(0 if selfcheck('cpu', 12, Path('out'), ('benchmark', 'validate')) else 1)"
+    )
+    done = node(["-c", code], tmp_path)
+    assert done.returncode == 1
+    steps = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert not steps["benchmark"]["ok"] and "out of time" in steps["benchmark"]["result"]
+    assert not steps["validate"]["ok"]  # there is no profile
+    assert (tmp_path / "out" / "benchmark.txt").exists()
