@@ -217,19 +217,19 @@ def test_a_stop_token_ends_a_sequence(tp: int, pp: int, ahead: bool, oracle: Get
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize(("tp", "pp", "ahead"), [(1, 1, False), (1, 2, False), (2, 1, True)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_simulator_replays_a_run_in_real_time(
-    policy: str, pp: int, oracle: GetOracle, executor: GetExecutor
+    policy: str, tp: int, pp: int, ahead: bool, oracle: GetOracle, executor: GetExecutor
 ) -> None:
     rng = np.random.default_rng(5)
     arrivals = [0.0, *np.cumsum(rng.exponential(0.5 / 30, 29)).tolist()]
     lengths = [(at, int(rng.integers(1, 31)), int(rng.integers(1, 14))) for at in arrivals]
     prompts = [rng.integers(checkpoints.VOCABULARY, size=prompt).tolist() for _, prompt, _ in lengths]
-    served = serve(executor(pp=pp), oracle(), policy=policy, stages=pp, prompts=prompts,
-                   counts=[count for _, _, count in lengths], arrivals=arrivals)  # fmt: skip
+    served = serve(executor(tp=tp, pp=pp), oracle(), policy=policy, stages=pp, prompts=prompts, arrivals=arrivals,
+                   counts=[count for _, _, count in lengths], async_scheduling=ahead)  # fmt: skip
     assert len(served.batches) > 50
-    simulated, recorder = replay(lengths, served.recorder, served.new_scheduler())
+    simulated, recorder = replay(lengths, served.recorder, served.new_scheduler(), ahead)
     assert composition(simulated) == composition(served.batches)
     assert_same_times(recorder, served.recorder)
 
