@@ -171,6 +171,7 @@ def simulate(
     folder: Path | None = None,
     repeats: bool = True,
     on_progress: Callable[[int], None] | None = None,
+    stop: Callable[[Request], str | None] | None = None,
 ) -> Run:
     """Run `workload` through one replica of each of `deployments`.
 
@@ -179,6 +180,7 @@ def simulate(
         folder: where `requests.parquet` and `iterations.parquet` are written as the run goes on.
         repeats: False single-steps every batch; the result is the same, later.
         on_progress: called now and then with the number of finished requests.
+        stop: called with each finished request; what it gives ends the run, and is `stopped_early` in its summary.
 
     Raises InputError for a request that one of the replicas could never run.
     """
@@ -194,12 +196,17 @@ def simulate(
     env = Clock()
     all_finished = env.event()
     finished = 0
+    stopped_early: str | None = None
     report_every = max(1, len(workload) // 200)
 
     def on_finished(request: Request) -> None:
-        nonlocal finished
+        nonlocal finished, stopped_early
         finished += 1
-        if finished == len(workload):
+        if stop is not None and stopped_early is None:
+            stopped_early = stop(request)
+            if stopped_early is not None and finished < len(workload):
+                all_finished.succeed()
+        if finished == len(workload) and not all_finished.triggered:
             all_finished.succeed()
         if on_progress is not None and finished % report_every == 0:
             on_progress(finished)
@@ -246,6 +253,8 @@ def simulate(
         }
         for deployment, replica in zip(deployments, replicas, strict=True)
     ]
+    if stopped_early is not None:
+        summary["stopped_early"] = stopped_early
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
     return Run(summary, requests, None if folder else recorder.iterations_kept())
 
