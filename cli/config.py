@@ -245,7 +245,7 @@ def load(path: Path | None, flags: dict[str, Any], kind: type[File]) -> File:
 
     A file of the engine's may be simulated: the engine's own settings in it are passed over.
     """
-    values = {} if path is None else _read(path)
+    values = {} if path is None else read_file(path)
     values = {key: value for key, value in values.items() if key in kind.model_fields or key not in ENGINE_KEYS}
     where = str(path)
     given = {key: value for key, value in flags.items() if value is not None}
@@ -264,7 +264,7 @@ def load(path: Path | None, flags: dict[str, Any], kind: type[File]) -> File:
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:

@@ -135,6 +135,42 @@ def validate(
 
 
 @app.command()
+@partial(_with_settings, BenchConfig)
+def search(
+    *,
+    flags: dict[str, Any],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the results; a search that was begun goes on.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="YAML file of settings, and under `sweep` what varies.")] = None,
+    tolerance: Annotated[float, typer.Option(help="How finely to search: a share of the capacity.")] = 0.025,
+    gpu_price: Annotated[float | None, typer.Option(help="Dollars per GPU-hour, for requests per dollar.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes of a sweep; default: one a core.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Spread a sweep over the Ray cluster at this address.")] = None,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Run the predicted capacity on this node's engine.")
+    ] = False,
+    top_k: Annotated[int, typer.Option(help="Points of a sweep to confirm, the best per GPU first.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON, as the last line.")] = False,
+) -> None:
+    """Find the highest request rate at which every SLO holds."""
+    from cli.search import run
+
+    code = run(
+        config,
+        flags,
+        output_dir,
+        sweep=sweep,
+        tolerance=tolerance,
+        gpu_price=gpu_price,
+        workers=workers,
+        ray_address=ray,
+        confirm_top=top_k if confirm else 0,
+        as_json=json_,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 @partial(_with_settings, GenerateConfig)
 def generate(
     *,

@@ -42,12 +42,12 @@ def resolved(config: FileConfig, kinds: list[Deployment], num_prompts: int) -> d
         (kind,) = kinds
         values["max_num_batched_tokens"] = kind.scheduler.max_num_batched_tokens
         values["max_model_len"] = kind.scheduler.max_model_len
-    values["replicas"] = [_full_paths(group) for group in config.replicas]
+    values["replicas"] = [full_paths(group) for group in config.replicas]
     values["plugin"] = [str(path.resolve()) for path in config.plugin]
-    return {key: value for key, value in _full_paths(values).items() if value not in (None, "", [])}
+    return {key: value for key, value in full_paths(values).items() if value not in (None, "", [])}
 
 
-def _full_paths(settings: dict[str, Any]) -> dict[str, Any]:
+def full_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with each file by its full path; a known name is no file, whatever lies in this folder."""
     full = dict(settings)
     for key in ("model", "device", "network"):

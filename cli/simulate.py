@@ -27,7 +27,7 @@ def run(
         load_plugin(plugin)
     groups = config.groups()
     slos = config.slos()
-    kinds = [_deployment(group) for group in groups]
+    kinds = [deployment_of(group) for group in groups]
     deployments = [kind for kind, group in zip(kinds, groups, strict=True) for _ in range(group.count)]
     shortest = min(kind.scheduler.max_model_len or 0 for kind in kinds)
     workload = make_workload(config.workload_spec(shortest))
@@ -66,7 +66,7 @@ def run(
     return summary
 
 
-def _deployment(group: ReplicaGroup) -> Deployment:
+def deployment_of(group: ReplicaGroup) -> Deployment:
     return deploy(
         group.model,
         group.device,

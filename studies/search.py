@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import floor, inf, sqrt
+from math import floor, inf, isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class Capacity:
                 {
                     "rate": trial.rate,
                     "met": trial.met,
-                    "margin": trial.margin,
+                    "margin": trial.margin if isfinite(trial.margin) else None,
                     "binding_slo": trial.binding,
                     "stopped_early": trial.summary.get("stopped_early"),
                     "folder": trial.folder,
