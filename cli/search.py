@@ -52,12 +52,18 @@ def run(
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
     if gpu_price is not None and not gpu_price > 0:
         raise InputError(f"--gpu-price {gpu_price}: give dollars per GPU-hour")
+    if not 0 < tolerance < 1:
+        raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
     shared: dict[str, Any] = {"tolerance": tolerance}
     if sweep is None:
         settings = load(config, flags, BenchConfig)
         _checked(settings)
+        for plugin in settings.plugin:
+            load_plugin(plugin)
+        for group in settings.groups():
+            deployment_of(group)  # says what is wrong with it, before anything is written
         changes: list[dict[str, Any]] = [{}]
     else:
         if config is not None:
