@@ -42,12 +42,12 @@ def test_packages_import_in_one_direction(path: Path) -> None:
 
 
 HEAVY = {  # what takes seconds to import or is not always installed, and where alone it may be imported
-    "torch": ("engine/worker/", "profiler/", "cli/profile.py"),
+    "torch": ("engine/worker/", "profiler/"),
     "safetensors": ("engine/worker/",),
     "flash_attn": ("engine/worker/attention/",),
     "flashinfer": ("engine/worker/attention/",),
     "transformers": ("cli/generate.py",),
-    "ray": ("engine/ray_executor.py",),
+    "ray": ("engine/ray_executor.py", "studies/sweep.py"),
 }
 
 
@@ -60,7 +60,7 @@ def test_heavy_packages_are_imported_where_they_are_needed_alone(package: str) -
 
 def test_the_engine_starts_without_heavy_packages() -> None:
     code = (
-        "import sys, cli.main, cli.bench, cli.generate, engine.serve, engine.multiprocess; "
+        "import sys, cli.main, cli.bench, cli.generate, cli.search, engine.serve, engine.multiprocess; "
         "print([name for name in ('torch', 'ray', 'plotly', 'transformers', 'safetensors') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
