@@ -16,6 +16,7 @@ from engine import catalog
 from engine.errors import InputError
 from engine.specs import DeviceSpec
 from profiler.importers import SOURCES, read_source
+from profiler.importers.common import OtherDeviceError
 from profiler.session import SETTINGS
 from simulator.predictor import calibration as store
 from simulator.predictor.check import check_iterations, profiled_device
@@ -33,9 +34,7 @@ def read(text: str, device: DeviceSpec) -> pd.DataFrame:
         kind = _kind_of(Path(text))
     try:
         return read_source(kind, place, device=device.name)
-    except InputError as error:
-        if "none of" not in str(error):
-            raise
+    except OtherDeviceError:
         return read_source(kind, place)  # of another device, which is said where it matters
 
 

@@ -19,7 +19,7 @@ Kind = Literal["gemm", "elementwise", "attention_prefill", "attention_decode", "
 class Operator:
     """One operator, run `count` times an iteration.
 
-    gemm: (rows, k) x (k, n). elementwise: reads and writes `bytes_per_row`, and `fixed_bytes` whatever the rows.
+    gemm: (rows, k) x (k, n). elementwise: reads and writes `bytes_per_row`.
     all_reduce and send: a message of `bytes_per_row` a row. Attention: `num_heads` query and `num_kv_heads` KV heads of
     `head_dim` on this rank.
     """
@@ -31,7 +31,6 @@ class Operator:
     k: int = 0
     n: int = 0
     bytes_per_row: int = 0
-    fixed_bytes: int = 0
     num_heads: int = 0
     num_kv_heads: int = 0
     head_dim: int = 0

@@ -14,7 +14,7 @@ from engine.errors import InputError
 from engine.specs import DeviceSpec
 from engine.tables import Array
 from profiler.importers import read_source
-from simulator.predictor.attention import AttentionDecode, AttentionPrefill, kernel_names, monotone
+from simulator.predictor.attention import AttentionDecode, AttentionPrefill, kernel_names
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not (DATA / "aiconfigurator").exists(), reason="the public tables are not here")
@@ -194,12 +194,6 @@ def test_in_range() -> None:
     assert prefill().in_range(one(chunk=512, prefix=512, num_heads=np.array([16]), num_kv_heads=4))[0]
     kv_tokens = np.array([16, 16384, 16385])
     assert decode().in_range(one(kv_tokens=kv_tokens)).tolist() == [True, True, False]
-
-
-def test_monotone_is_a_running_maximum() -> None:
-    grid_ms = np.array([[1.0, 3.0, 2.0], [2.0, 2.0, 4.0]])
-    assert monotone(grid_ms, 1).tolist() == [[1, 3, 3], [2, 2, 4]]
-    assert monotone(grid_ms, 0).tolist() == [[1, 3, 2], [2, 3, 4]]
 
 
 def test_no_rows_is_an_error() -> None:

@@ -17,6 +17,10 @@ from profiler import table
 DEVICES = {name: (name,) for name in catalog.DEVICES if name != "cpu"} | {"a100": ("a100_pcie", "a100_sxm")}
 
 
+class OtherDeviceError(InputError):
+    """There are tables, of other devices than the one asked for."""
+
+
 @dataclass
 class Part:
     """The rows of one file and device, not yet validated, and what there is to say about them."""
@@ -96,7 +100,9 @@ def choose_device(found: Iterable[tuple[str, ...]], device: str | None, place: P
         chosen = catalog.device(device).name if device.casefold() in {*catalog.DEVICES, "a100"} else device
         if () in found or any(chosen in devices for devices in found):
             return chosen
-        raise InputError(f"{place} holds tables of {_names(found)}, none of {chosen}: name one of them as the device")
+        raise OtherDeviceError(
+            f"{place} holds tables of {_names(found)}, none of {chosen}: name one of them as the device"
+        )
     if () in found:
         raise InputError(f"the folders of {place} don't tell the device: name it (device=...)")
     if len(first := {devices[0] for devices in found}) == 1:

@@ -6,7 +6,7 @@ roofline divided by the best share of it that the kernel attained. The terms fol
 3.2): a thread block computes a tile of query rows of one head and loops over the KV in tiles; grouped-query decoding
 packs the heads of a group into a tile and splits the KV over thread blocks (Flash-Decoding), multi-head decoding does
 neither. Beyond what was measured the correction is held at its value at the edge and the terms go on, so times rise
-with chunk, prefix, KV length and batch. Within, the trees' steps are small but not monotone: take `monotone` of a grid.
+with chunk, prefix, KV length and batch. Within, the trees' steps are small but not monotone.
 
 Rows of several kernels (the table's `backend` and `kernel`) may be fitted together: head configurations measured with
 one kernel and cached prefixes with another both carry over, and `kernel` says whose times to predict.
@@ -35,11 +35,6 @@ Columns = Mapping[str, Array]
 QUERY_TILE, KV_TILE = 128, 64  # rows and KV tokens of a FlashAttention-2 tile at head_dim 128
 WIDTH = 2  # bytes of a 16-bit element
 HEADS = ("num_heads", "num_kv_heads", "head_dim")
-
-
-def monotone(values: Array, axis: int) -> Array:
-    """The running maximum along `axis`: on a grid, what keeps a forest's steps from making longer work faster."""
-    return np.maximum.accumulate(values, axis=axis)
 
 
 class _Attention(KindModel):

@@ -23,7 +23,7 @@ from engine.errors import InputError
 from engine.specs import DeviceSpec, HostOverhead
 from engine.tables import Array
 from simulator.predictor.attention import AttentionDecode, AttentionPrefill, kernel_names
-from simulator.predictor.collectives import AllReduce, Send
+from simulator.predictor.collectives import HOST_BOUND, AllReduce, Send
 from simulator.predictor.elementwise import Elementwise
 from simulator.predictor.gemm import Gemm
 from simulator.predictor.host import OVERHEAD, HostFit, fit_overhead
@@ -102,7 +102,7 @@ def gather(frames: Sequence[pd.DataFrame], device: DeviceSpec) -> dict[str, pd.D
 
 def _of_kind(frame: pd.DataFrame, kind: str) -> pd.DataFrame:
     """The rows of a kind that are times of the GPU; collectives launched eagerly are mostly the host's."""
-    return frame[(frame["kind"] == kind) & (frame["backend"].fillna("") != "vllm_eager")]
+    return frame[(frame["kind"] == kind) & ~frame["backend"].isin(HOST_BOUND)]
 
 
 def learn(device: DeviceSpec, frames: Sequence[pd.DataFrame]) -> dict[str, KindModel]:

@@ -113,7 +113,7 @@ class _Stage:
             traffic = (rows * (op.k + op.n) + op.k * op.n) * self.width
             return op.count * np.maximum(flops / self.flops, traffic / self.bandwidth)
         if op.kind == "elementwise":
-            return op.count * (rows * op.bytes_per_row + op.fixed_bytes) / self.bandwidth
+            return op.count * rows * op.bytes_per_row / self.bandwidth
         latency = self.network.allreduce_time(0, self.first_rank, self.tp)
         per_row = self.network.allreduce_time(op.bytes_per_row, self.first_rank, self.tp) - latency
         return op.count * (latency + rows * per_row)
