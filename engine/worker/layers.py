@@ -28,6 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 ROPE_SCALINGS = ("linear", "llama3")
 
 Chain = TypeVar("Chain", bound=Callable[..., Any])
+MOST_SHAPES = 64  # kinds of shapes that a chain is compiled for, in a process that runs several models
 _compile = False
 
 
@@ -46,6 +47,9 @@ def _chain(function: Chain) -> Chain:
         if not (_compile and first.is_cuda):
             return function(first, *rest)
         if compiled is None:  # not before it is wanted: torch.compile takes seconds to import
+            import torch._dynamo.config
+
+            torch._dynamo.config.recompile_limit = MOST_SHAPES
             compiled = torch.compile(function)
         return compiled(first, *rest)
 
