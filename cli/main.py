@@ -305,6 +305,51 @@ def _accuracy(
     write_accuracy(output)
 
 
+study = typer.Typer(help="Published experiments, simulated, beside what was published.", no_args_is_help=True)
+app.add_typer(study, name="study")
+
+
+@study.command("list")
+def _study_list() -> None:
+    """The studies there are."""
+    from cli.study import show
+
+    show()
+
+
+@study.command("run")
+def _study_run(
+    name: Annotated[str, typer.Argument(help="A study of `windtunnel study list`.")],
+    model: Annotated[str | None, typer.Option(help="Only the models that have this in their name.")] = None,
+    host_overhead: Annotated[
+        str | None, typer.Option(help="Default: sarathi_osdi24, as published, and cuda_graphs, a modern engine.")
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Requests a run; default: the study's own.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one for each core.")] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; one that was begun goes on. Default: runs/studies/NAME."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON, as the last line.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the study's section of docs/studies.md.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Confirm on an engine (not there for studies).")] = False,
+) -> None:
+    """Run a published experiment in the simulator and write a page: published numbers beside ours."""
+    from cli.study import run_study
+
+    run_study(
+        name,
+        model,
+        host_overhead,
+        num_prompts,
+        workers,
+        output_dir,
+        as_json=json_,
+        as_markdown=markdown,
+        confirm=confirm,
+    )
+
+
 def _one_each(arguments: list[str]) -> list[str]:
     """`--train A B --test C` as `--train A --train B --test C`: several folders may follow one flag."""
     result: list[str] = []

@@ -1,0 +1,103 @@
+"""`windtunnel study list | run`: published experiments, simulated, with what was published beside what came out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from engine.errors import InputError
+from studies import experiment as studies
+from studies.experiments_run import StudyCrashedError, claim_folder, run, write_whole
+
+
+def show() -> None:
+    """Print the name, the title and the source of each study."""
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(map(len, studies.names()))
+    for name in studies.names():
+        found = studies.load(name)
+        console.print(f"[bold]{name:<{width}}[/bold]  {found.title} ({found.source})")
+
+
+def run_study(
+    name: str,
+    model: str | None,
+    host_overhead: str | None,
+    num_prompts: int | None,
+    workers: int | None,
+    output_dir: Path | None,
+    *,
+    as_json: bool,
+    as_markdown: bool,
+    confirm: bool,
+) -> None:
+    """Run a study, write its page, and say what agrees; exit code 1 if a point crashed."""
+    if confirm:
+        raise InputError("study --confirm needs a GPU node's engine: use windtunnel search --confirm")
+    if as_json and as_markdown:
+        raise InputError("--json and --markdown both say what to print: leave one out")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: give at least 1")
+    whole = studies.load(name)
+    hosts = studies.hosts(host_overhead)
+    experiment = studies.reduced(whole, model, num_prompts)
+    only = f"only the models with {model} in their name" if model else ""
+    few = f"{num_prompts} requests a run" if num_prompts else ""
+    left_out = " and ".join(filter(None, [only, few]))
+    target = output_dir or Path("runs") / "studies" / (name if not left_out else f"{name}-reduced")
+    claim_folder(target, name)
+    console = Console(stderr=as_json or as_markdown, highlight=False, soft_wrap=True, markup=False)
+    started = time.perf_counter()
+    with _progress() as progress:
+        task = progress.add_task(name, total=1)
+        try:
+            records = run(
+                experiment,
+                hosts,
+                target,
+                workers,
+                lambda what, done, of: progress.update(task, description=what or name, completed=done, total=of),
+            )
+        except StudyCrashedError as error:
+            progress.stop()
+            for crash in error.crashes:
+                print(crash.trace, file=sys.stderr, end="")
+                print(f"error: {crash.point} on {crash.host} crashed: {crash.error}", file=sys.stderr)
+            kept = "the points that did not are kept, and are not computed again"
+            print(
+                f"error: {len(error.crashes)} points of {name} crashed: no page was written ({kept})", file=sys.stderr
+            )
+            raise typer.Exit(1) from None
+    from studies.experiments_page import markdown, summary_lines, to_json, write_page
+
+    results = {"study": name, "reduced": left_out, **to_json(experiment, records)}
+    write_whole(target / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    page = write_page(name, experiment, records, target / "report.html", left_out)
+    for line in summary_lines(experiment, records):
+        console.print(line)
+    count = sum(map(len, records.values()))
+    console.print(f"{count} points, {time.perf_counter() - started:.0f} s", style="dim")
+    console.print(f"report: {page}")
+    if as_markdown:
+        print(markdown(name, experiment, records))
+    if as_json:
+        print(json.dumps({**results, "output_dir": str(target)}, allow_nan=False))
+
+
+def _progress() -> Progress:
+    """A bar on a terminal, nothing in a pipe."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("points"),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+        transient=True,
+    )

@@ -1,0 +1,82 @@
+"""What a batch's time is spent on: linear layers, attention, communication and the rest, as the calibration has them.
+
+The operators that depend on rows alone are asked one by one; attention is what is left of the batch's time without the
+host's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from engine.errors import InputError
+from engine.request import BatchShape
+from engine.tables import Array
+from profiler.operators import Operator, inventory
+from simulator.cluster import Deployment
+from simulator.predictor.calibration import Calibration, folder_of, load
+from simulator.predictor.learned import learned
+
+
+def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict[str, float]:
+    """Seconds by kind of operator of a whole prompt of `prompt` tokens, or (0) of `batch` decodes of `context` tokens.
+
+    `linear_per_token` is the linear layers' time over the batch's tokens; `host` is what the host adds. Raises
+    InputError for a pipeline or a device without a calibration.
+    """
+    model, device, network, parallel = deployment.model, deployment.device, deployment.network, deployment.parallel
+    folder, overhead = folder_of(device), deployment.host
+    if folder is None or overhead is None or parallel.pipeline_parallel_size > 1:
+        raise InputError(f"operators of {model.name} on {device.name}: give a calibrated device and no pipeline stages")
+    none = replace(overhead, iteration_s=0.0, sequence_s=0.0, layer_s=0.0, message_s=0.0)
+    tokens, sampled = prompt or batch, 1 if prompt else batch
+    shape = BatchShape(
+        num_tokens=tokens,
+        num_decodes=0 if prompt else batch,
+        decode_kv_tokens=0 if prompt else batch * context,
+        prefills=((prompt, 0),) if prompt else (),
+        num_sampled=sampled,
+        decode_kv_growth=0,
+    )
+    rows_alone = shape._replace(num_decodes=0, decode_kv_tokens=0, prefills=())
+    gpu = learned(model, device, network, parallel, none)
+    whole = deployment.predictor.stage_time(shape, 0)
+    total, by_rows = gpu.stage_time(shape, 0), gpu.stage_time(rows_alone, 0)
+    calibration = load(folder, device)
+    kinds = {"gemm": 0.0, "all_reduce": 0.0}
+    for op in inventory(model, parallel, 0):
+        if op.kind in kinds and op.kind in calibration.models:
+            rows = tokens if op.rows == "tokens" else sampled
+            columns = {"num_ranks": parallel.tensor_parallel_size, "ranks_per_node": parallel.tensor_parallel_size}
+            kinds[op.kind] += _seconds(calibration, op, rows, {**columns, "network": network.name})
+    linear = kinds["gemm"]
+    return {
+        "linear": linear,
+        "attention": total - by_rows,
+        "communication": kinds["all_reduce"],
+        "other": max(0.0, by_rows - linear - kinds["all_reduce"]),
+        "host": whole - total,
+        "total": whole,
+        "linear_per_token": linear / tokens,
+    }
+
+
+def _seconds(calibration: Calibration, op: Operator, rows: int, layout: dict[str, Any]) -> float:
+    """Seconds of all runs of an operator over that many rows."""
+    if op.kind == "all_reduce" and layout["num_ranks"] == 1:
+        return 0.0
+    model = calibration.models[op.kind]
+    given = {
+        "operator": op.name,
+        "m": rows,
+        "k": op.k,
+        "n": op.n,
+        "rows": rows,
+        "bytes_per_row": op.bytes_per_row,
+        "num_bytes": rows * op.bytes_per_row,
+        **layout,
+    }
+    asked: dict[str, Array] = {name: np.array([given[name]]) for name in model.columns}
+    return float(op.count * model.seconds(asked)[0])
