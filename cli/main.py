@@ -189,6 +189,21 @@ def generate(
 
 
 @app.command()
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, searches, sweeps, a study, validations.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file to write. Default: in the folder; of several, comparison.html.")
+    ] = None,
+) -> None:
+    """Make one offline page of a run, search, sweep, study or validation, or of several side by side."""
+    from cli.report import run
+
+    run(folders, output)
+
+
+@app.command()
 def profile(
     *,
     models: Annotated[str, typer.Option(help="Known models or folders with a config.json, with commas between.")],

@@ -17,6 +17,9 @@ from engine.tables import Array
 # told apart with any colour vision, and on a light ground as on a dark one
 BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"
 GOOD, BAD = "#1f9e77", "#d6453d"
+# of several runs, one after the other; when they are used up, the next dash
+SERIES = (BLUE, ORANGE, GOOD, "#b0559b", "#b8960c", "#7a6ad8")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 # each latency's name, and what has one
 LATENCIES = {
     "ttft": ("Time to first token (TTFT)", "requests"),
@@ -128,6 +131,11 @@ def predicted_by_measured(groups: Sequence[Points], logarithmic: bool = False) -
     figure.update_xaxes(title_text="Measured (ms)", **axis)
     figure.update_yaxes(title_text="Predicted (ms)", **axis)
     return figure
+
+
+def series_style(index: int) -> tuple[str, str]:
+    """Colour and dash of one of several runs."""
+    return SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)]
 
 
 def faded(colour: str, opacity: float) -> str:

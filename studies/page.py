@@ -21,7 +21,7 @@ from typing import Literal
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from studies.figures import Panel
+from studies.figures import Panel, series_style
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
 
@@ -74,7 +74,10 @@ class Page:
         if panel.figure is not None:
             self._figures[name] = panel.figure
             label = f"role='img' aria-label='{escape(panel.title)}'"
-            figure = f"<div class='figure' id='{name}' {label} style='height:{panel.height_px}px'></div>"
+            figure = (
+                f"<div class='figure' id='{name}' {label} style='height:{panel.height_px}px'></div>"
+                f"<button type='button' class='csv' data-figure='{name}'>Data as CSV</button>"
+            )
         return f"<section class='panel {panel.width}'>{words}{figure}{panel.table}</section>"
 
 
@@ -111,6 +114,15 @@ def _card(entry: tuple[str, str, str]) -> str:
         f"<div class='card'><dt>{escape(name)}</dt><dd>{escape(number)} <span>{escape(unit)}</span></dd>"
         f"<p>{escape(note)}</p></div>"
     )
+
+
+def key(entries: Iterable[tuple[str, str]]) -> str:
+    """What is laid side by side, in the colours of its lines: a name, and what there is to say about it."""
+    lines = (
+        f"<li style='border-color:{series_style(i)[0]}'>{escape(name)}<br><span>{text(words)}</span></li>"
+        for i, (name, words) in enumerate(entries)
+    )
+    return f"<ul class='key'>{''.join(lines)}</ul>"
 
 
 def numbers_table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]]) -> str:
