@@ -72,6 +72,7 @@ class Search:
     """A search: the capacity, and the trials by their rate."""
 
     name: str
+    folder: Path
     point: Point
     words: str
     tolerance: float
@@ -89,6 +90,7 @@ class Sweep:
     """A sweep and its points, in the order of its file."""
 
     name: str
+    folder: Path
     points: list[Point]
 
 
@@ -112,7 +114,7 @@ def read_search(folder: Path, name: str) -> Search:
         if (folder / "confirmation.json").is_file():
             values["confirmed"] = read_json(folder / "confirmation.json")
         point = _point({"status": "done", **values}, name, "")
-        return Search(name, point, values.get("words", ""), float(values["tolerance"]), trials)
+        return Search(name, folder, point, values.get("words", ""), float(values["tolerance"]), trials)
 
 
 def read_sweep(folder: Path, name: str) -> Sweep:
@@ -122,7 +124,7 @@ def read_sweep(folder: Path, name: str) -> Sweep:
         points = [_point(entry, str(entry["name"]), name) for entry in values["points"]]
         if not points:
             raise InputError(f"{folder / 'sweep.json'} has no point: sweep again into another folder")
-        return Sweep(name, points)
+        return Sweep(name, folder, points)
 
 
 def responses(side: Side, search: Search | None) -> list[Response]:

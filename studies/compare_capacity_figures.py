@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 
 import numpy as np
@@ -30,8 +30,11 @@ def capacity_panels(points: Sequence[Point]) -> list[Panel]:
     return panels
 
 
-def capacity_bars(points: Sequence[Point]) -> Panel:
-    """A bar for each capacity, with the published and the confirmed one beside it where there is one."""
+def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = None) -> Panel:
+    """A bar for each capacity, with the published and the confirmed one beside it where there is one.
+
+    `colours`: of the searches by their names, where they are not all to have the same one.
+    """
     shown = _most(points, lambda point: point.qps)
     series: list[tuple[str, str, list[float | None]]] = [
         (f"simulated{f', {group}' if group else ''}", series_style(i)[0],
@@ -45,6 +48,7 @@ def capacity_bars(points: Sequence[Point]) -> Panel:
     series = [each for each in series if any(value is not None for value in each[2])]
     figure = new_figure(legend=len(series) > 1)
     bars = len({name.partition(",")[0] for name, _, _ in series})  # of a point
+    own = [(colours or {}).get(point.name, GREY) for point in shown]
     for name, colour, values in series:
         simulated = name.startswith("simulated")
         words = [
@@ -53,7 +57,8 @@ def capacity_bars(points: Sequence[Point]) -> Panel:
         ]
         figure.add_bar(
             y=names_of_points(shown), x=values, name=name, orientation="h",
-            marker={"color": colour, "line": {"width": 0}}, offsetgroup="simulated" if simulated else name,
+            marker={"color": own if simulated and colours else colour, "line": {"width": 0}},
+            offsetgroup="simulated" if simulated else name,
             text=words, textposition="outside", cliponaxis=False, constraintext="none",
             customdata=[f"; beyond it {point.binding} is missed" * bool(point.binding) for point in shown],
             hovertemplate="%{y}: %{x:.4~r} requests/s" + "%{customdata}" * simulated + "<extra></extra>",
@@ -142,26 +147,25 @@ def speed_front(points: Sequence[Point], title: str, unit: str, metric: str, sta
     return Panel(title, caption, figure, "half", 380)
 
 
-def trials(searches: Sequence[Search]) -> Panel:
+def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None) -> Panel:
     """Value over threshold at each rate: of each SLO for one search, of the binding one for several."""
     figure = new_figure()
+    own = colours or {search.name: series_style(i)[0] for i, search in enumerate(searches)}
     several = len(searches) > 1
     known = [_margins(trial, search.name if several else None) for search in searches for trial in search.trials]
     finite = [margin for margins in known for margin in margins.values() if margin]
     top = 1.5 * max([1.0, *finite])
-    index = 0
     for search in searches:
         lines: dict[str, list[tuple[float, float]]] = {}
         for trial in search.trials:
             for slo, margin in _margins(trial, search.name if several else None).items():
                 lines.setdefault(slo, []).append((trial.rate, max(margin, top / _SPAN)))
-        for slo, found in lines.items():
-            colour, dash = series_style(index)
-            index += 1
+        for i, (slo, found) in enumerate(lines.items()):
+            colour = own[search.name] if several else series_style(i)[0]
             rates, values = zip(*found, strict=True)
             figure.add_scatter(
                 x=rates, y=values, name=slo, mode="lines+markers", marker={"size": 7, "color": colour},
-                line={"color": colour, "width": 1.8, "dash": dash},
+                line={"color": colour, "width": 1.8},
                 hovertemplate="%{x:.4~r} requests/s: %{y:.3~r} times the threshold",
             )  # fmt: skip
     given_up = [(search, trial) for search in searches for trial in search.trials if trial.stopped_early]
@@ -172,12 +176,12 @@ def trials(searches: Sequence[Search]) -> Panel:
             marker={"symbol": "x", "size": 8, "color": GREY},
             hovertemplate="%{id} can't be met at %{x:.4~r} requests/s<extra></extra>",
         )  # fmt: skip
-    for i, search in enumerate(searches):
+    for search in searches:
         if search.point.outcome == "found" and search.point.qps:
             figure.add_scatter(
                 x=[search.point.qps] * 2, y=[top / _SPAN / 2, 2 * top], mode="lines",
                 name=f"capacity of {search.name}" if several else "capacity", showlegend=not several,
-                line={"color": series_style(i)[0] if several else GREY, "width": 1.5, "dash": "dash"},
+                line={"color": own[search.name] if several else GREY, "width": 1.5, "dash": "dash"},
                 hovertemplate=f"capacity: {search.point.qps:.4g} requests/s<extra></extra>",
             )  # fmt: skip
     shown = np.array([*(max(each, top / _SPAN) for each in finite), 1.0, top])

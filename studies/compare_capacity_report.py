@@ -8,7 +8,7 @@ from studies.compare_capacity import Point, Search, Sweep
 from studies.compare_capacity_figures import capacity_panels, names_of_points, speed_front, trials
 from studies.compare_record import num_gpus, readable
 from studies.figures import Panel
-from studies.page import Cell, Page, Tone, cards, facts_table, footer, header, numbers_table
+from studies.page import Cell, Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.report_figures import panels
 from studies.report_record import Record, read_record
 from studies.validation_figures import coloured
@@ -119,6 +119,12 @@ def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page
     if searches:
         page.add_panels("Searches", [trials(searches)])
     page.add_panels("Every point", _tables(points))
+    if len(names) > 1:
+        folders = [
+            *((each.name, str(each.folder)) for each in sweeps),
+            *((each.name, str(each.folder)) for each in searches),
+        ]
+        page.add(details("Folders", facts_table(folders)))
     page.add(footer())
     return page
 

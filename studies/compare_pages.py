@@ -18,7 +18,7 @@ from studies.compare_record import (
     readable,
     same_requests,
 )
-from studies.figures import Panel
+from studies.figures import Panel, series_style
 from studies.page import Cell, Page, Tone, facts_table, footer, header, key, numbers_table
 from studies.report_record import Record
 from studies.validation_figures import coloured
@@ -28,17 +28,20 @@ from studies.words import number, percent, seconds
 
 def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
     """Runs side by side, with the capacities of those that are the best of a search."""
-    page = Page(_title([*dict.fromkeys([*(side.name for side in sides), *searches])]))
+    order = list(dict.fromkeys([*(side.name for side in sides), *searches]))  # not every search has a run
+    page = Page(_title(order))
     verdicts = _verdicts(sides)
     for name, search in searches.items():
         if search.best is None:
             verdicts.append(("unsure", f"{name}: no run at a capacity ({search.words})"))
     what = "Runs" if not searches else "Runs at the capacity" if len(searches) == len(sides) else "Runs and searches"
     page.add(header("Windtunnel · side by side", page.title, f"{what}, laid side by side.", verdicts, []))
-    page.add(key((side.name, _describe(side.record)) for side in sides))
+    folders = {side.name: side.folder for side in sides} | {name: search.folder for name, search in searches.items()}
+    page.add(key((side.name, f"{_describe(side.record)} · {folders[side.name]}") for side in sides))
     if searches:
-        capacities = [capacity_bars([search.point for search in searches.values()]), trials(list(searches.values()))]
-        page.add_panels("Capacity", capacities)
+        colours = {name: series_style(order.index(name))[0] for name in searches}
+        points = [search.point for search in searches.values()]
+        page.add_panels("Capacity", [capacity_bars(points, colours), trials(list(searches.values()), colours)])
     page.add_panels("Numbers", [_headline_table(sides), _settings_table(sides)])
     for heading, panels in run_panels(sides, searches):
         page.add_panels(heading, panels)
@@ -131,7 +134,7 @@ def validations_page(names: dict[Path, str]) -> Page:
     for folder, name in names.items():
         with readable(folder, "validation"):
             results = read_json(folder / "validation.json")
-            facts.append((name, f"{results['model']} on {results['device']} ({results['hardware']})"))
+            facts.append((name, f"{results['model']} on {results['device']} ({results['hardware']}) · {folder}"))
             for load in results["loads"]:
                 for each in judge(load):
                     cells = rows.setdefault(f"{each.what} {each.statistic}".strip(), [])

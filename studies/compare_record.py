@@ -59,6 +59,7 @@ class Side:
     """One of the runs. `output_tokens[i]` tokens were there by `output_s[i]` after the first arrival."""
 
     name: str
+    folder: Path
     record: Record
     output_s: Array
     output_tokens: Array
@@ -138,7 +139,7 @@ def read_side(folder: Path, name: str) -> Side:
         start_s = float(requests["arrived_s"].min())
         first = np.sort(requests["first_token_s"] - start_s)
         tokens = np.searchsorted(first, output_s, side="right") + _decoded(folder, stages, start_s, output_s)
-        return Side(name, record, output_s, tokens)
+        return Side(name, folder, record, output_s, tokens)
 
 
 def _decoded(folder: Path, stages: Array, start_s: float, times_s: Array) -> Array:

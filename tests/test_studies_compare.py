@@ -271,6 +271,8 @@ def test_trials_are_drawn_against_their_thresholds(place: Path) -> None:
         assert list(zip(lines[slo].x, lines[slo].y, strict=True)) == expected
     both = named(trials([one, other]).figure)
     ended = [trial for trial in other.trials if not trial.stopped_early]
+    ours = named(trials([one, other], {"s-sarathi": "#111111", "s-vllm": "#222222"}).figure)
+    assert ours["s-vllm"].line.color == ours["capacity of s-vllm"].line.color == "#222222"
     assert list(both["s-vllm"].y) == [max(trial.margins.values()) for trial in ended]
     assert other.point.qps is not None and one.point.qps is not None
     low, high = 10 ** np.array(trials([one]).figure.layout.xaxis.range)
@@ -285,6 +287,8 @@ def test_capacities_as_bars_with_what_was_published(place: Path) -> None:
     assert list(bars["published"].x) == [None, 4.5, None, None] and "confirmed on hardware" not in bars
     assert capacity_bars(points).figure.layout.yaxis.ticktext[2] == "tpu (crashed)"
     many = capacity_bars(points[:1] * MOST_BARS + points[1:2])
+    own = capacity_bars(points, {"a100": "#111111", "h100": "#222222"}).figure.data[0]
+    assert list(own.marker.color)[:2] == ["#111111", "#222222"]
     assert len(many.figure.data[0].x) == MOST_BARS and many.figure.data[0].x[0] == 5.0
     assert f"{MOST_BARS} highest of {MOST_BARS + 1}" in many.caption
 
@@ -308,7 +312,7 @@ def test_runs_side_by_side(place: Path, tmp_path: Path) -> None:
     assert "sarathi and piped" in page.text and "phi-2 on 4 \N{MULTIPLICATION SIGN} a100_pcie, TP1-PP2" in page.text
     p99 = [read_side(place / name, name).record.summary["p99_itl_ms"] for name in ("sarathi", "piped")]
     assert f"({100 * (p99[1] / p99[0] - 1):+.{1 if abs(p99[1] / p99[0] - 1) < 0.9995 else 0}f} %)" in page.text
-    assert "did not serve the same" not in page.text
+    assert "did not serve the same" not in page.text and str(place / "piped") in page.text
 
 
 def test_a_run_beside_the_capacity_of_a_search(place: Path, tmp_path: Path) -> None:
