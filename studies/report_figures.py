@@ -54,6 +54,7 @@ def latency_cdf(record: Record, metric: str) -> Panel:
     figure.add_scatter(
         x=values,
         y=100 * distribution.quantiles,
+        name=METRIC_NAMES[metric],
         mode="lines",
         line={"color": BLUE, "width": 2.5},
         hovertemplate="%{y:.4~r} % within %{x:.3~r} s<extra></extra>",
@@ -70,6 +71,7 @@ def latency_cdf(record: Record, metric: str) -> Panel:
             figure.add_scatter(
                 x=[value],
                 y=[share],
+                name=str(slo),
                 mode="markers",
                 marker={"color": colour, "size": 9, "line": {"color": "white", "width": 1.5}},
                 hovertemplate=f"{_statistic(slo.statistic)} is %{{x:.3~r}} s<extra></extra>",
@@ -217,10 +219,11 @@ def _mean_and_range(figure: go.Figure, edges: Array, values: Array, name: str, c
     several = len(values) > 1
     if several:
         common: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        figure.add_scatter(x=edges, y=_steps(values.min(axis=0)), **common)
+        figure.add_scatter(x=edges, y=_steps(values.min(axis=0)), name="lowest", **common)
         figure.add_scatter(
-            x=edges, y=_steps(values.max(axis=0)), fill="tonexty", fillcolor=faded(colour, 0.25), **common
-        )
+            x=edges, y=_steps(values.max(axis=0)), name="highest", fill="tonexty", fillcolor=faded(colour, 0.25),
+            **common,
+        )  # fmt: skip
     figure.add_scatter(
         x=edges, y=_steps(values.mean(axis=0)), name=", ".join(filter(None, [name, "mean of replicas" * several])),
         mode="lines", line={"color": colour, "width": 2}, hovertemplate=hover,
