@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         code, message = run(arguments)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted: no results were written"
+        goes_on = given[:1] in (["search"], ["profile"])
+        what = "the same command goes on from here" if goes_on else "no results were written"
+        code, message = 130, f"interrupted: {what}"
     if message:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

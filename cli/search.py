@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cli.bench import only_group
 from cli.config import BenchConfig, load, read_file
-from cli.engine import asynchronous, engine_device, engine_spec
+from cli.engine import engine_device, engine_spec
 from cli.output import full_paths, load_plugin
 from cli.simulate import deployment_of
 from engine.engine_spec import start
@@ -60,6 +60,9 @@ def run(
     if sweep is None:
         settings = load(config, flags, BenchConfig)
         _checked(settings)
+        if confirm_top:
+            only_group(settings)  # before the search is made
+        shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
         for plugin in settings.plugin:
             load_plugin(plugin)
         for group in settings.groups():
@@ -95,7 +98,8 @@ def run(
     console.print(f"results: {output_dir / (RESULT if sweep is None else SWEEP)}")
     if as_json:
         print(json.dumps({**(rows[0] if sweep is None else {"points": rows}), "output_dir": str(output_dir)}))
-    return int(any(row["status"] == "crashed" for row in rows))
+    failed = any(row.get("confirmed", {}).get("status", "done") != "done" for row in rows)
+    return int(failed or any(row["status"] == "crashed" for row in rows))
 
 
 def search_point(point: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +250,8 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, gpu_price: float |
 def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
     """Run a point's predicted capacity on this node's engine. Importable by a process of its own."""
     settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
+    for plugin in settings.plugin:
+        load_plugin(plugin)
     group = only_group(settings)
     workload, slos = _checked(settings)
     spec, scheduler = engine_spec(group, settings, engine_device(group.device), settings.seed)
@@ -263,7 +269,7 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
                 vocab_size=spec.model.vocab_size,
                 parallel=spec.parallel,
                 sliding_window=spec.model.sliding_window,
-                async_scheduling=asynchronous(group, spec),
+                async_scheduling=bool(group.async_scheduling),  # as it was predicted
                 seed=settings.seed,
                 slos=slos,
                 folder=partial,
@@ -283,13 +289,13 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
     """Confirm each row's capacity and write it beside the search; several at once where the node has GPUs for them."""
     if not rows:
         raise InputError("no capacity was found that could be confirmed: see the outcomes above")
-    gpus = sorted(int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*"))
+    gpus = _gpus()
     needed = max(row["num_gpus"] for row in rows)
     slots = max(1, len(gpus) // needed)
 
     def visible(slot: int) -> dict[str, str]:
         mine = gpus[slot * needed : (slot + 1) * needed]
-        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, mine))} if mine else {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
 
     work = [{**point, "predicted": row["max_qps_under_slo"]} for row, point in zip(rows, every, strict=True)]
     for number, result in work_off(confirm_point, work, slots, visible):
@@ -307,3 +313,11 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
             f"({error}), {len(result['trials'])} runs, {result['gpu_hours']:.3g} GPU-hours, "
             f"{saved:.3g} fewer than a plain search"
         )
+
+
+def _gpus() -> list[str]:
+    """This process's GPUs as CUDA_VISIBLE_DEVICES names them: from 0, whatever the numbers of the device files."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]

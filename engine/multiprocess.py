@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import socket
 import time
@@ -192,6 +193,17 @@ def _run_rank(driver: Connection, spec: EngineSpec, rank: int, meeting_point: st
     from engine.worker.rank_process import main
 
     main(driver, spec, rank, meeting_point)
+
+
+def end_with_parent() -> None:
+    """To be run in a thread of a child: end it when its parent's process has ended.
+
+    A rank that waits for another in a collective hears no pipe.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def free_port() -> int:

@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.multiprocess import end_with_parent
 
 Work = Callable[[dict[str, Any]], dict[str, Any]]  # a point's settings -> its result; importable by name
 
@@ -166,6 +168,8 @@ def write_json(path: Path, values: Any) -> None:
 
 def _work(work: Work, settings: dict[str, Any], variables: dict[str, str], answer: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    threading.Thread(target=end_with_parent, daemon=True).start()  # killed: or it would race with who goes on
+    multiprocessing.current_process().daemon = False  # a daemon may not start an engine's ranks
     os.environ.update(variables)
     answer.send(answered(work, settings))
     answer.close()

@@ -1,5 +1,6 @@
 """Work for sweeps' processes, which import it by name."""
 
+import multiprocessing
 import os
 import signal
 from typing import Any
@@ -16,6 +17,12 @@ def work(point: dict[str, Any]) -> dict[str, Any]:
             raise ZeroDivisionError("in a policy")
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "child":
+            child = multiprocessing.get_context("fork").Process(target=int, daemon=True)  # as an engine's ranks are
+            child.start()
+            child.join()
         case "slot":
             return {"status": "done", "value": os.environ["SLOT"]}
-    return {"status": "done", "value": point["do"] ** 2}
+        case number:
+            return {"status": "done", "value": number**2}
+    return {"status": "done"}

@@ -93,6 +93,10 @@ def test_each_slot_has_its_own_environment() -> None:
     assert {row["value"] for row in found.values()} == {"0", "1"}
 
 
+def test_a_point_may_have_processes_of_its_own() -> None:
+    assert dict(work_off(sweep_work.work, [{"do": "child"}], 1)) == {0: {"status": "done"}}
+
+
 # -- the door --------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +173,18 @@ def test_a_search_with_other_settings_leaves_the_folder_alone(searched: Path) ->
     done = windtunnel("search", *MODEL, "--slo", "p99_tbt<=0.2", "--output-dir", "one", cwd=searched)
     assert done.returncode == 2 and "other settings" in done.stderr
     assert sorted(path.name for path in (searched / "one" / "trials").iterdir()) == before
+
+
+def test_a_search_is_of_what_its_file_said(searched: Path) -> None:
+    """A file that was edited meanwhile is another search, whatever its path."""
+    file = searched / "run.yaml"
+    settings = {key: value for key, value in SWEEP.items() if key != "sweep"} | {"device": "a100"}
+    command = ["search", "--config", "run.yaml", "--output-dir", "of-a-file"]
+    for slo, code in (("p99_tbt<=0.1", 0), ("p99_tbt<=0.1", 0), ("p99_tbt<=0.2", 2)):
+        file.write_text(yaml.safe_dump({**settings, "slo": [slo]}))
+        done = windtunnel(*command, cwd=searched)
+        assert done.returncode == code, done.stderr
+    assert "other settings" in done.stderr
 
 
 def test_points_that_cannot_be_are_refused_and_crashes_are_crashes(searched: Path) -> None:

@@ -7,17 +7,17 @@ Messages are ("allocate", number of KV blocks), ("step", Step) and ("close",); a
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import threading
 import time
 import traceback
 from collections import deque
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
+from engine.multiprocess import end_with_parent
 from engine.worker.rank import join, leave
 from engine.worker.runner import ModelRunner, Pending
 
@@ -27,7 +27,7 @@ POLL_S = 50e-6
 def main(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) -> None:
     """Live as `rank` until told to close, or until the driver is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the driver tells when to end
-    threading.Thread(target=_die_with_the_driver, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         runner = join(spec, rank, rank, meeting_point)
         driver.send(("ready", *runner.describe()))
@@ -56,11 +56,3 @@ def _serve(driver: Connection, runner: ModelRunner) -> None:
                 driver.send(("allocated",))
             case ("close",):
                 return
-
-
-def _die_with_the_driver() -> None:
-    """A rank that waits for another in a collective hears no pipe: end it when the driver's process has ended."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
