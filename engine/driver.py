@@ -111,7 +111,8 @@ class Driver:
     def run(self, sequences: Iterable[Sequence]) -> None:
         """Serve `sequences`, which come in order of arrival, each when its time has come, to their ends.
 
-        Raises InputError for a request that could never run, WorkerError when a worker fails.
+        Raises InputError for a request that could never run, WorkerError when a worker fails, RuntimeError if the
+        policy leaves requests waiting for ever.
         """
         arrivals = _Arrivals(sequences)
         self.origin = self.clock.now()
@@ -119,6 +120,7 @@ class Driver:
             self._launch()
             if not self._flights:
                 if arrivals.next_at == inf:
+                    self._check_finished()
                     return
                 self._sleep_until(arrivals.next_at)
                 self.now = arrivals.next_at
@@ -137,6 +139,11 @@ class Driver:
                 self._admit(arrivals)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _check_finished(self) -> None:
+        if left := len(self.steps.sequences):
+            raise RuntimeError(f"the policy {self.scheduler.spec.policy} schedules nothing although {left} requests "
+                               "are not finished")  # fmt: skip
 
     def _time(self) -> float:
         return self.clock.now() - self.origin

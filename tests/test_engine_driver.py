@@ -249,6 +249,15 @@ def test_a_request_that_never_fits_is_refused() -> None:
         serve([(0.0, 60, 60)])
 
 
+def test_a_policy_that_leaves_requests_waiting_is_told() -> None:
+    served = serve([(0.0, 4, 3), (0.0, 4, 3)], run=False)
+    schedule = served.driver.scheduler.schedule
+    batches = iter(range(2))
+    served.driver.scheduler.schedule = lambda: schedule() if next(batches, None) is not None else None  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="schedules nothing although 2 requests are not finished"):
+        served.driver.run(served.sequences)
+
+
 def test_a_dead_worker_ends_the_run_and_finished_requests_stay_on_record() -> None:
     served = serve([(0.0, 4, 1), (0.0, 4, 9)], run=False)
     served.workers.fail_after = 4
