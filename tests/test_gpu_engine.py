@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -31,6 +32,7 @@ from engine.sequences import Sequence
 from engine.specs import ModelSpec, SchedulerSpec
 from engine.worker.attention import BACKENDS
 from engine.worker.attention.base import AttentionShape
+from engine.worker.runner import Pending
 
 FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi")
 LENGTHS = (21, 1, 64, 130, 7)  # of the prompts
@@ -286,3 +288,29 @@ def test_a_share_that_is_too_small_is_told(device: str) -> None:
     spec = spec_of(None, device, LARGE, num_blocks=None, gpu_memory_utilization=0.01)
     with pytest.raises(InputError, match="raise --gpu-memory-utilization"):
         start(spec, "in_process")
+
+
+def test_a_steps_end_that_was_polled_sets_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the origin of a rank that never waits would stay where it began, and the GPU's clock run away from it."""
+
+    class Event:
+        def __init__(self) -> None:
+            self.answers = [False, True, True]
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return self.answers.pop(0)
+
+    seen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    runner: Any = SimpleNamespace(rank=SimpleNamespace(tp_rank=1), _clock=SimpleNamespace(set=seen.append))
+    ended: Any = Event()
+    pending = Pending(runner, 1, ended, ended)
+    assert not pending.ready() and seen == []
+    assert pending.ready() and seen == [ended]
+    late = Pending(runner, 2, ended, ended)
+    assert not late.ready()
+    monkeypatch.setattr("engine.worker.runner.JUST_NOW_S", 0.0)
+    assert late.ready() and seen == [ended]  # nobody knows how long ago it was

@@ -18,8 +18,6 @@ from engine.worker.attention.base import AttentionBatch
 
 Whole = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]  # integers of any width
 
-COPIES_ON_THE_WAY = 8  # host buffers that may be read by copies to the device at once
-
 
 @dataclass
 class Inputs:
@@ -43,7 +41,7 @@ class Rows:
         self.padding_row = num_rows
         self.table = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int32, device=device)
         self.newest = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
-        self._upload = _Upload(device)
+        self._device = device
 
     def set_padding_block(self, block: int) -> None:
         self.table[self.padding_row] = block
@@ -58,7 +56,7 @@ class Rows:
         token_rows = np.pad(np.repeat(step.rows, chunks), (0, padding), constant_values=self.padding_row)
         last_tokens = np.arange(pad_to) if padding else ends[step.sampled] - 1
         parts = (tokens, positions, token_rows, last_tokens, step.rows, kv_lens, *step.new_blocks)
-        device_parts = self._upload(parts)
+        device_parts = _upload(parts, self._device)
         ids, place, token_rows_, last, rows, device_kv_lens, new_rows, offsets, new_ids = device_parts
         if len(new_ids):
             self.table[new_rows.long(), offsets.long()] = new_ids
@@ -77,27 +75,13 @@ class Rows:
 
     def remember(self, step: Step, tokens: Tensor) -> None:
         """Keep the tokens (m,) that a step sampled."""
-        (rows,) = self._upload((step.rows[step.sampled],))
+        (rows,) = _upload((step.rows[step.sampled],), self._device)
         self.newest[rows.long()] = tokens
 
 
-class _Upload:
-    """Copies arrays to the device as one, from pinned memory where that lets the host go on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._buffers = [torch.empty(0, dtype=torch.int32)] * COPIES_ON_THE_WAY
-        self._next = 0
-
-    def __call__(self, parts: tuple[Whole, ...]) -> list[Tensor]:
-        """int32 tensors of the parts, on the device."""
-        sizes = [len(part) for part in parts]
-        joined = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
-        if self.device.type == "cpu":
-            return list(joined.split(sizes))
-        buffer = self._buffers[self._next]
-        if len(buffer) < len(joined):
-            buffer = self._buffers[self._next] = torch.empty(2 * len(joined), dtype=torch.int32, pin_memory=True)
-        self._next = (self._next + 1) % COPIES_ON_THE_WAY
-        buffer[: len(joined)] = joined
-        return list(buffer[: len(joined)].to(self.device, non_blocking=True).split(sizes))
+def _upload(parts: tuple[Whole, ...], device: torch.device) -> list[Tensor]:
+    """The parts as int32 tensors on the device, in one copy: from pinned memory, which lets the host go on."""
+    joined = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+    if device.type == "cuda":
+        joined = joined.pin_memory().to(device, non_blocking=True)  # torch keeps what is pinned until it is copied
+    return list(joined.split([len(part) for part in parts]))

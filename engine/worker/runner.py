@@ -30,6 +30,7 @@ from engine.worker.parallel import Links, Rank
 from engine.worker.sampler import sample
 
 RESERVED_BYTES = GIB // 2  # of a GPU, for what libraries take later (cuBLAS, NCCL, fragmentation)
+JUST_NOW_S = 200e-6  # between two looks at a step: what ended in between has ended just now
 CPU_KV_SHARE = 0.5  # of the free memory of a CPU, for the KV caches of all ranks
 
 
@@ -176,6 +177,8 @@ class ModelRunner:
             started = self._stamp()
             if graphs is not None and size:
                 output = graphs.run(inputs, batch, hidden)
+                if self.spec.keep_logits or not self.rank.is_last_stage:
+                    output = output.clone()  # it is read later, when the next replay may have written over it
             else:
                 self.attention.plan(batch)
                 output = self._forward(inputs, self.attention, hidden)
@@ -218,6 +221,7 @@ class Pending:
         self._logits = logits
         self._tokens = tokens if self._rank.tp_rank == 0 else None
         self._copied: torch.cuda.Event | None = None
+        self._seen_busy = 0.0  # when `ready` last found it on its way
         if self._clock is not None:
             if self._tokens is not None:
                 self._tokens = self._tokens.to("cpu", non_blocking=True)
@@ -226,7 +230,16 @@ class Pending:
 
     def ready(self) -> bool:
         """Whether `wait` would return at once."""
-        return self._copied is None or self._copied.query()
+        if self._copied is None:
+            return True
+        now = time.perf_counter()
+        if not self._copied.query():
+            self._seen_busy = now
+            return False
+        if self._clock is not None and now - self._seen_busy < JUST_NOW_S:
+            assert not isinstance(self._ended, float)
+            self._clock.set(self._ended)
+        return True
 
     def wait(self) -> RankReport:
         """What came of it, once it is done."""
