@@ -155,7 +155,8 @@ def _engine(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str) -> Engin
         max_batch_tokens=max(limits.max_tokens, limits.max_requests),
         block_size=spec.block_size,
         parallel=_cut(tp),
-        num_blocks=-(-limits.kv_tokens // spec.block_size) + limits.max_requests,
+        # on a GPU the cache may be larger than what fits beside a whole model
+        num_blocks=-(-limits.kv_tokens // spec.block_size) + limits.max_requests if spec.on == "cpu" else None,
         attention_backend=backend,
         seed=spec.seed,
     )

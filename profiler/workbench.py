@@ -38,7 +38,10 @@ class NoLinks(Links):
 
 
 class Workbench:
-    """Rank 0 of `model` over `tensor_parallel_size` ranks. `limits` are cut to what the KV caches here hold."""
+    """Rank 0 of `model` over `tensor_parallel_size` ranks. `limits` are cut to what the KV caches here hold.
+
+    Points may be beyond: then sequences share blocks.
+    """
 
     def __init__(
         self,
@@ -106,7 +109,9 @@ class Workbench:
         width = -(-max(kv_lens) // self.block_size)
         for length in kv_lens:
             need = -(-length // self.block_size)
-            table.append(torch.nn.functional.pad(self._blocks[at : at + need], (0, width - need)))
+            # where there are too few blocks sequences share some, which no cache of the device keeps until then
+            places = torch.arange(at, at + need, device=self.device) % len(self._blocks)
+            table.append(torch.nn.functional.pad(self._blocks[places], (0, width - need)))
             at += need
         batch = AttentionBatch(
             num_decodes=decodes,

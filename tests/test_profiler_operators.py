@@ -64,6 +64,20 @@ def test_every_operator_runs_on_the_bench_at_its_size(name: str, tp: int, tmp_pa
     assert seen > 50
 
 
+def test_decodes_of_more_tokens_than_the_caches_hold_share_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("profiler.workbench.KV_BYTES", 1)
+    model = model_of("llama", tmp_path)
+    bench = Workbench(model, 1, torch.device("cpu"), torch.float32, "sdpa", 4, LIMITS)
+    assert bench.limits.kv_tokens < LIMITS.kv_tokens
+    decodes = [point for point in points(model, 1, LIMITS) if point["kind"] == "attention_decode"]
+    assert max(int(point["kv_tokens"]) for point in decodes) > bench.limits.kv_tokens
+    for point in decodes:
+        out = bench.calls(point)[0]()
+        assert isinstance(out, torch.Tensor) and torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", ["llama", "falcon_new", "phi"])
 def test_every_operator_is_timed_where_it_stands(name: str, tp: int, tmp_path: Path, monkeypatch: Any) -> None:
