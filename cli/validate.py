@@ -17,7 +17,8 @@ from cli.engine import asynchronous, engine_device, engine_spec
 from cli.output import load_plugin, progress_bar, resolved
 from engine.engine_spec import start
 from engine.errors import InputError
-from engine.run_folder import run_folder, write_config
+from engine.executor import WorkerError
+from engine.run_folder import keep_incomplete, run_folder, write_config
 from engine.workload import make_workload
 from simulator.cluster import deploy
 from studies.validation import METRICS, STATISTICS
@@ -48,6 +49,10 @@ def run(
         async_scheduling=ahead,
     )
     shares = _loads(loads)
+    for flag, value in (("request-rate", config.request_rate), ("arrival", config.arrival)):
+        if shares and value is not None:
+            raise InputError(f"--{flag} {value} has no meaning with --load, which sets the rate of Poisson arrivals: "
+                             "leave one out")  # fmt: skip
     workload = config.workload_spec(spec.max_model_len, burst=bool(shares))
     num_prompts = len(make_workload(workload))  # says what is wrong with it, before the wait
     validation = Validation(
@@ -65,6 +70,9 @@ def run(
                     lambda what, done, of: progress.update(task, description=what, completed=done, total=of),
                     lambda result: _print(result, console),
                 )
+            except WorkerError as error:
+                kept = keep_incomplete(folder, output_dir)
+                raise WorkerError(f"{error}. What was finished before is in {kept}") from None
             finally:
                 executor.close()
         results["version"] = version("windtunnel")
