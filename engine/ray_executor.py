@@ -43,6 +43,10 @@ class RankActor:
         self._runner = join(self._spec, self._rank, 0, meeting_point)  # Ray shows an actor its own GPU only
         return self._runner.describe()
 
+    def clock(self) -> tuple[str, float]:
+        """This actor's machine and its clock, as `_clock` says them."""
+        return _clock()
+
     def allocate(self, num_blocks: int) -> None:
         self._runner.allocate(num_blocks)
 
@@ -75,6 +79,9 @@ class RayExecutor:
             self.num_blocks: int = min(answer[0] for answer in ready)
             self.attention_backend: str = ready[0][1]
             self.hardware: str = ready[0][2]
+            node, zero = _clock()
+            clocks = self._get([actor.clock.remote() for actor in self._actors])
+            self._shifts = [0.0 if there == node else of_rank - zero for there, of_rank in clocks]
             self._get([actor.allocate.remote(self.num_blocks) for actor in self._actors])
         except BaseException:
             self.close()
@@ -92,7 +99,8 @@ class RayExecutor:
     def wait(self, timeout: float | None) -> Result | None:
         if not self._finished(self._launched[0], timeout):
             return None
-        return combine(ray.get(self._launched.popleft()))
+        reports = zip(ray.get(self._launched.popleft()), self._shifts, strict=True)
+        return combine([_on_our_clock(report, shift) for report, shift in reports])
 
     def close(self) -> None:
         for actor in self._actors:
@@ -147,3 +155,16 @@ class RayExecutor:
             if isinstance(error, RayTaskError) and isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
         raise WorkerError(f"rank {first} failed: {errors[first]}") from None
+
+
+def _clock() -> tuple[str, float]:
+    """This process's machine in the cluster, and the wall-clock time at which its monotonic clock was 0.
+
+    Each machine's monotonic clock has a zero of its own; wall clocks agree as far as they are kept in step (NTP).
+    """
+    return ray.get_runtime_context().get_node_id(), time.time() - time.perf_counter()
+
+
+def _on_our_clock(report: RankReport, shift: float) -> RankReport:
+    time = report.time
+    return report._replace(time=time._replace(start=time.start + shift, end=time.end + shift))

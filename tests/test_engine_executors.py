@@ -153,6 +153,10 @@ def test_ray_gives_them_and_is_gone_afterwards(oracle: GetOracle) -> None:
         assert_varied(served)
         assert served.outputs == oracle().outputs
         assert ray.is_initialized()
+        ends = [time.end for result in served.results for time in result.times]
+        mine._shifts = [0.0, 1e6]  # type: ignore[attr-defined]  # as if rank 1 were on a machine that started later
+        shifted = [result.times for result in serve(mine, oracle()).results]
+        assert all(max(ends) < one.end < two.end - 0.9e6 for one, two in shifted)
         victim: Any = mine._actors[1]  # type: ignore[attr-defined]
         ray.cloudpickle.register_pickle_by_value(strange_ranks)  # which the actor can't import
         pid = ray.get(victim.__ray_call__.remote(strange_ranks.pid))
