@@ -149,7 +149,7 @@ def search(
     confirm: Annotated[
         bool, typer.Option("--confirm", help="Run the predicted capacity on this node's engine.")
     ] = False,
-    top_k: Annotated[int, typer.Option(help="Points of a sweep to confirm, the best per GPU first.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Points of a sweep to confirm, the best per GPU first.")] = 1,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON, as the last line.")] = False,
 ) -> None:
     """Find the highest request rate at which every SLO holds."""

@@ -243,6 +243,8 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(searched: Path) -> None
         ([*MODEL, *SLOS, "--workers", "0"], "--workers 0"),
         ([*MODEL, *SLOS, "--arrival", "burst"], "--arrival burst"),
         ([*MODEL, *SLOS, "--tensor-parallel-size", "3"], "tensor_parallel_size=3"),
+        ([*MODEL, *SLOS, "--confirm", "--top-k", "0"], "--top-k"),
+        ([*MODEL, *SLOS, "--confirm", "--num-replicas", "2"], "--num-replicas 1"),
         (["--sweep", "nowhere.yaml"], "nowhere.yaml"),
         (["--sweep", "sweep.yaml", "--config", "x.yaml"], "leave one out"),
     ],
