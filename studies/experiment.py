@@ -32,7 +32,7 @@ Drawing = Literal[
 
 METRICS: dict[str, tuple[str, ...]] = {  # what a point of each task gives, and claims may be about
     "search": ("qps",),
-    "run": ("p50_tbt", "p99_tbt", "p50_ttft", "p99_ttft", "throughput", "longest_pause"),
+    "run": ("p50_tbt", "p99_tbt", "p50_ttft", "p99_ttft", "throughput", "max_tbt"),
     "prefill": ("seconds", "overhead"),
     "operators": ("linear", "attention", "communication", "other", "host", "total", "linear_per_token"),
     "piggyback": ("alone", "with_chunk", "with_prompt"),
@@ -176,8 +176,8 @@ def read(path: Path) -> Experiment:
 
 
 def _in_words(error: ValidationError, path: Path) -> InputError:
-    """The first error, with the place in the file."""
-    first = error.errors()[0]
+    """The first error, with the place in the file; a key that nothing has comes first, for another then lacks."""
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         sections: dict[str, type[_Strict]] = {

@@ -126,8 +126,8 @@ def _completions(records: Records, published: Mapping[str, float | None]) -> lis
         )  # fmt: skip
     figure.update_xaxes(title_text="Time since the first arrival (s)")
     figure.update_yaxes(title_text="Decodes completed", rangemode="tozero")
-    pauses = "; ".join(f"{parts[-1]} {record['values']['longest_pause']:.3g} s" for parts, record in _split(records))
-    caption = f"A flat step is a stall: no request got a token. The longest pause (median of the draws): {pauses}."
+    gaps = "; ".join(f"{parts[-1]} {record['values']['max_tbt']:.3g} s" for parts, record in _split(records))
+    caption = f"A flat step is a stall. The longest gap between a request's tokens (median of the draws): {gaps}."
     return [Panel("Decodes completed over time", caption, figure, "half", 340)]
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import sqrt
 from typing import Any
 
 import numpy as np
 
-from engine.recorder import Run
 from engine.request import BatchShape
 from engine.specs import SLO
 from engine.tables import Columns
@@ -23,9 +23,10 @@ from simulator.cluster import Deployment, simulate
 from studies.experiment import Task
 from studies.experiments_points import Point
 from studies.operation_split import split
-from studies.search import TOLERANCE, Capacity, Trial, at_rate, find_capacity, guess, judged, simulated_trial
+from studies.search import FAR, TOLERANCE, at_rate, find_capacity, guess, judged, simulated_trial
 
 FINE = 0.005  # tolerance of the exhaustive search that a choice is held against
+STEP = 1.08  # of its bracket
 TIMELINE_POINTS = 400
 
 
@@ -57,18 +58,29 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     else:
         record["facts"] = found.describe()
     if point.exact:
-        record["fine_qps"] = _exhaustive(point, kinds, slos, found, start).qps
+        record["fine_qps"] = exhaustive(
+            lambda rate: judged(simulate(at_rate(spec, rate), kinds, slos=slos).summary, rate).met, found.qps or start
+        )
     return record
 
 
-def _exhaustive(point: Point, kinds: list[Deployment], slos: list[SLO], found: Capacity, start: float) -> Capacity:
-    """The capacity at a fine tolerance, every trial run to its end, and from another start."""
-    spec = point.workload()
+def exhaustive(met: Callable[[float], bool], start: float) -> float:
+    """The capacity at a fine tolerance near `start`, a rate above 0, by trials that run to their end.
 
-    def whole(rate: float) -> Trial:
-        return judged(simulate(at_rate(spec, rate), kinds, slos=slos).summary, rate)
-
-    return find_capacity(whole, 1.1 * found.qps if found.outcome == "found" else start, FINE)
+    A bracket is found in steps of 8 %, then bisected in the logarithm; 0 if a thousandth of the start is too much.
+    """
+    low = start
+    while not met(low):
+        low /= STEP
+        if low < start / FAR:
+            return 0.0
+    high = low * STEP
+    while low == start and met(high):
+        start, low, high = high, high, high * STEP
+    while high > low * (1 + FINE):
+        middle = sqrt(low * high)
+        low, high = (middle, high) if met(middle) else (low, middle)
+    return low
 
 
 def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
@@ -78,7 +90,7 @@ def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
     first.
     """
     runs = [simulate(make_workload(replace(point.workload(), seed=seed)), [deployment]) for seed in range(point.draws)]
-    draws = [_latencies(run, deployment) for run in runs]
+    draws = [_latencies(run.summary) for run in runs]
     values = {name: float(np.median([draw[name] for draw in draws])) for name in draws[0]}
     summary, iterations = runs[0].summary, runs[0].iterations
     shown = batches(iterations, deployment)
@@ -90,16 +102,15 @@ def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
     return record
 
 
-def _latencies(run: Run, deployment: Deployment) -> dict[str, float]:
+def _latencies(summary: dict[str, Any]) -> dict[str, float]:
     """The values of a run (s; throughput in requests/s)."""
-    summary = run.summary
     return {
         "p50_tbt": summary["median_itl_ms"] / 1e3,
         "p99_tbt": summary["p99_itl_ms"] / 1e3,
         "p50_ttft": summary["median_ttft_ms"] / 1e3,
         "p99_ttft": summary["p99_ttft_ms"] / 1e3,
         "throughput": summary["request_throughput"],
-        "longest_pause": longest_pause(run.iterations, deployment),
+        "max_tbt": summary["max_itl_ms"] / 1e3,
     }
 
 
@@ -123,6 +134,8 @@ def batches(iterations: Columns | None, deployment: Deployment) -> dict[str, flo
         "mean_tokens": float(rows["num_tokens"].mean()),
         "mean_decodes": float(rows["num_decodes"].mean()),
         "peak_kv": float(rows["kv_blocks"].max() / deployment.num_kv_blocks),
+        "peak_running": float(rows["num_running"].max()),
+        "max_num_seqs": float(deployment.scheduler.max_num_seqs),
         "kv_cache_tokens": float(deployment.num_kv_blocks * deployment.scheduler.block_size),
     }
 
@@ -134,35 +147,18 @@ def in_words(summary: dict[str, Any], shown: dict[str, float]) -> str:
         f"{summary['median_scheduling_delay_ms'] / 1e3:.2g} s; a batch takes {1e3 * shown['p50_s']:.3g} ms (median; "
         f"P99 {1e3 * shown['p99_s']:.3g} ms; {shown['with_prompts']:.0%} have prompts in them, median "
         f"{1e3 * shown['p50_with_prompts_s']:.3g} ms) and has {shown['mean_decodes']:.0f} decodes on average; KV "
-        f"cache at most {shown['peak_kv']:.0%} full; stages busy "
+        f"cache at most {shown['peak_kv']:.0%} full, {shown['peak_running']:.0f} of "
+        f"{shown['max_num_seqs']:.0f} requests running; stages busy "
         f"{' and '.join(f'{busy:.0%}' for busy in summary['replicas'][0]['stage_utilization'])} of the time"
     )
 
 
-def _decode_ends(iterations: Columns | None, deployment: Deployment) -> tuple[Any, Any]:
-    """When batches with decodes ended (s), in order, and how many decodes each had."""
-    rows = _last_stage(iterations, deployment)
-    some = rows["num_decodes"] > 0
-    ends = (rows["start_s"] + rows["duration_s"])[some]
-    order = np.argsort(ends, kind="stable")
-    return ends[order], rows["num_decodes"][some][order]
-
-
-def longest_pause(iterations: Columns | None, deployment: Deployment) -> float:
-    """The longest time (s) in which no decode completed although requests were running."""
-    rows = _last_stage(iterations, deployment)
-    order = np.argsort(rows["start_s"], kind="stable")
-    pause = longest = 0.0
-    for seconds, decodes in zip(rows["duration_s"][order], rows["num_decodes"][order], strict=True):
-        pause = seconds if decodes else pause + seconds
-        longest = max(longest, pause)
-        pause = 0.0 if decodes else pause
-    return float(longest)
-
-
 def completions(iterations: Columns | None, deployment: Deployment) -> dict[str, list[float]]:
     """Decodes completed by each of some moments, evenly spread over the run."""
-    ends, counts = _decode_ends(iterations, deployment)
+    rows = _last_stage(iterations, deployment)
+    ends = rows["start_s"] + rows["duration_s"]
+    order = np.argsort(ends, kind="stable")
+    ends, counts = ends[order], rows["num_decodes"][order]
     moments = np.linspace(0.0, float(ends[-1]), TIMELINE_POINTS)
     total = np.concatenate([[0], np.cumsum(counts)])
     done = total[np.searchsorted(ends, moments, side="right")]

@@ -7,12 +7,15 @@ host's.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine.errors import InputError
 from engine.request import BatchShape
+from engine.specs import DeviceSpec
 from engine.tables import Array
 from profiler.operators import Operator, inventory
 from simulator.cluster import Deployment
@@ -44,7 +47,7 @@ def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict
     gpu = learned(model, device, network, parallel, none)
     whole = deployment.predictor.stage_time(shape, 0)
     total, by_rows = gpu.stage_time(shape, 0), gpu.stage_time(rows_alone, 0)
-    calibration = load(folder, device)
+    calibration = _calibration(folder, device)
     kinds = {"gemm": 0.0, "all_reduce": 0.0}
     for op in inventory(model, parallel, 0):
         if op.kind in kinds and op.kind in calibration.models:
@@ -61,6 +64,11 @@ def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict
         "total": whole,
         "linear_per_token": linear / tokens,
     }
+
+
+@cache
+def _calibration(folder: Path, device: DeviceSpec) -> Calibration:
+    return load(folder, device)
 
 
 def _seconds(calibration: Calibration, op: Operator, rows: int, layout: dict[str, Any]) -> float:
