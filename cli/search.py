@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from cli.bench import only_group
-from cli.config import BenchConfig, load, read_file
+from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
 from cli.engine import engine_device, engine_spec
-from cli.output import full_paths, load_plugin
+from cli.output import load_plugin, resolved
 from cli.simulate import deployment_of
 from engine.engine_spec import start
 from engine.errors import InputError
@@ -96,6 +96,7 @@ def run(
         if sweep is not None:
             write_json(output_dir / SWEEP, {"points": rows, "gpu_price": gpu_price, **shared})
     console.print(f"results: {output_dir / (RESULT if sweep is None else SWEEP)}")
+    console.print(f"draw them: windtunnel report {output_dir}")
     if as_json:
         print(json.dumps({**(rows[0] if sweep is None else {"points": rows}), "output_dir": str(output_dir)}))
     failed = any(row.get("confirmed", {}).get("status", "done") != "done" for row in rows)
@@ -120,7 +121,7 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
             requests = at_rate(workload, rate)
             made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
             write_summary(partial, made.summary)
-            write_config(partial, full_paths({**settings.model_dump(mode="json"), "request_rate": rate}))
+            write_config(partial, _config(settings, deployments, len(requests), rate))
         return judged(made.summary, rate, place)
 
     begin = settings.request_rate or guess(workload, deployments, settings.router)
@@ -139,6 +140,12 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
     }
     write_json(folder / RESULT, found)
     return found
+
+
+def _config(settings: BenchConfig, deployments: list[Deployment], num_prompts: int, rate: float) -> dict[str, Any]:
+    """The settings of a trial, by which `simulate` runs it again: to its end, if it was given up."""
+    found = resolved(settings, deployments[:1], num_prompts)
+    return {key: value for key, value in found.items() if key not in ENGINE_KEYS} | {"request_rate": rate}
 
 
 def _at_capacity(best: Trial | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from studies.figures import BAD, BLUE, GOOD, GREY, ORANGE, Panel, new_figure, va
 
 PURPLE, BROWN = "#8e6bbf", "#94663a"
 COLOURS = {"sarathi": ORANGE, "vllm": BLUE, "orca": GREY, "both": ORANGE, "hybrid-only": BLUE, "chunked-only": GREY}
+COLOURS |= {"linear": BLUE, "attention": GREY, "communication": GOOD, "other": PURPLE, "host": ORANGE}
 PALETTE = (BLUE, GREY, GOOD, PURPLE, ORANGE, BAD, BROWN)
 
 Series = Mapping[str, tuple[Sequence[Any], Sequence[float]]]  # x and y by name
@@ -132,10 +133,10 @@ def _completions(records: Records, published: Mapping[str, float | None]) -> lis
 
 
 def _over_rate(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
-    """P99 TBT and median TTFT over the request rate, for each setup."""
+    """P99 TBT and median TTFT over the request rate, for each setup and workload."""
     result = []
-    for setup in _unique([parts[0] for parts, _ in _split(records)]):
-        here = [(parts, record) for parts, record in _split(records) if parts[0] == setup]
+    for setup, workload in dict.fromkeys((parts[0], parts[1]) for parts, _ in _split(records)):
+        here = [(parts, record) for parts, record in _split(records) if parts[:2] == [setup, workload]]
         for metric, name in (("p99_tbt", "P99 TBT"), ("p50_ttft", "Median TTFT")):
             series = {
                 scheduler: (
@@ -145,7 +146,9 @@ def _over_rate(records: Records, published: Mapping[str, float | None]) -> list[
                 for scheduler in _unique([parts[3] for parts, _ in here])
             }
             figure = lines(series, "Request rate (requests/s)", f"{name} (s)", log=True)
-            result.append(Panel(f"{setup}: {name} over the load", "Each point is a run.", figure, "half", 300))
+            result.append(
+                Panel(f"{setup}, {workload}: {name} over the load", "Each point is a run.", figure, "half", 300)
+            )
     return result
 
 

@@ -49,7 +49,8 @@ def write_page(
         missed = [each for each in judgements if each.agrees is False]
         if missed:
             rows = [(each.claim, f"{each.ours} for {each.published}: {each.explanation}") for each in missed]
-            page.add(details(f"Why ours differs as {host_name(host)}: {len(missed)} claims", facts_table(rows)))
+            count = f"{len(missed)} claim{'s' * (len(missed) > 1)}"
+            page.add(details(f"Why ours differs as {host_name(host)}: {count}", facts_table(rows)))
     beside = [_named(panels(experiment, found), host) for host, found in records.items() if found]
     page.add_panels("Figures", [panel for row in zip_longest(*beside) for panel in row if panel is not None])
     for host, found in records.items():
