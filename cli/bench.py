@@ -65,9 +65,11 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
                     folder=folder,
                     on_progress=lambda finished: progress.update(task, completed=finished),
                 )
-            except WorkerError as error:
+            except (WorkerError, InputError) as error:
+                if not (folder / "ranks.parquet").exists():  # nothing was served
+                    raise
                 kept = keep_incomplete(folder, target)
-                raise WorkerError(f"{error}. What was finished before is in {kept}") from None
+                raise type(error)(f"{error}. What was finished before is in {kept}") from None
             finally:
                 executor.close()
         summary = result.summary

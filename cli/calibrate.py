@@ -70,7 +70,10 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
         raise InputError("no source given: add --source profile:DIR, vidur:DIR or aiconfigurator:DIR")
     profiles = [Path(text.removeprefix("profile:")) for text in sources if text.startswith("profile:")]
     if device_name is None and not profiles:
-        raise InputError("no device given: add --device NAME")
+        hint = next(
+            (f" (a profile is --source profile:{text})" for text in sources if _kind_of(Path(text)) == "profile"), ""
+        )
+        raise InputError(f"no device given: add --device NAME{hint}")
     device = profiled_device(profiles[0]) if device_name is None else catalog.device(device_name)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     frames = [read(source, device) for source in sources]
@@ -98,10 +101,7 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
 def show(device_name: str) -> None:
     """Print what is known of a device."""
     device = catalog.device(device_name)
-    if device.name not in store.known_devices():
-        known = ", ".join(store.known_devices()) or "none yet"
-        raise InputError(f"no calibration for device {device.name!r} (there are: {known}): fit one")
-    show_calibration(store.load(store.FOLDER / device.name, device))
+    show_calibration(store.load_of(device))
 
 
 def show_calibration(calibration: store.Calibration) -> None:
@@ -119,9 +119,12 @@ def show_calibration(calibration: store.Calibration) -> None:
     console.print(table)
     if calibration.host is not None:
         host = calibration.host.overhead
+        launch = f"{1e6 * host.layer_s:.3g} us to launch a layer"
+        if calibration.host.launch == "not measured":
+            launch = "launching a layer was not measured (on a CPU it is in the operators' times)"
         console.print(
-            f"host: {1e3 * host.iteration_s:.3g} ms an iteration + {1e6 * host.sequence_s:.3g} us a sequence, "
-            f"{1e6 * host.layer_s:.3g} us to launch a layer (held-out error {calibration.host.held_out_error:.1%})"
+            f"host: {1e3 * host.iteration_s:.3g} ms an iteration + {1e6 * host.sequence_s:.3g} us a sequence "
+            f"(held-out error {calibration.host.held_out_error:.1%}); {launch}; messages between ranks: not measured"
         )
     for kind, record in calibration.records.items():
         console.print(f"{kind}: measured over {'; '.join(range_words(calibration.models[kind]))}")
@@ -141,7 +144,7 @@ def evaluate(device_name: str, train: Sequence[str], test: Sequence[str], as_jso
         models = store.learn(device, [read(source, device) for source in train])
         calibration = store.Calibration(device.name, models, {})
     else:
-        calibration = store.load(store.FOLDER / device.name, device)
+        calibration = store.load_of(device)
     operators = store.evaluate(calibration, [read(source, device) for source in test])
     result: dict[str, Any] = {"device": device.name, "operators": operators}
     if as_json:

@@ -283,6 +283,17 @@ def _underscored(values: dict[str, Any]) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
+_WANTED = {  # by pydantic's name of what is wrong
+    "int_parsing": "give a whole number",
+    "int_from_float": "give a whole number",
+    "int_type": "give a whole number",
+    "float_parsing": "give a number",
+    "float_type": "give a number",
+    "bool_parsing": "give true or false",
+    "bool_type": "give true or false",
+}
+
+
 def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: Collection[str] = ()) -> Settings:
     """`values` as settings; an error names the flag, or `where` and the key."""
     for key in values:
@@ -294,4 +305,4 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: C
         first = error.errors()[0]
         key = str(first["loc"][0])
         place = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
-        raise InputError(f"{place} {first['input']!r}: {first['msg']}") from None
+        raise InputError(f"{place} {first['input']!r}: {_WANTED.get(first['type'], first['msg'])}") from None

@@ -252,7 +252,7 @@ def selfcheck(
 calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
 app.add_typer(calibrate, name="calibrate")
 
-_Device = Annotated[str, typer.Option(help="A known device.")]
+_Device = Annotated[str, typer.Option(help="A known device, or a calibration's folder.")]
 
 
 @calibrate.command("fit")
@@ -385,7 +385,10 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
     except InputError as error:
         return 2, _in_flags(str(error))
     except _UsageError as error:
-        return 2, f"{error.format_message()} (see windtunnel --help)"
+        context = getattr(error, "ctx", None)
+        said = error.format_message()
+        command = context.command_path if context is not None else "windtunnel"
+        return 2, f"{said} (see {command} --help)" if said else ""  # no words: the help was printed
     except WorkerError as error:
         return 1, str(error)
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
@@ -411,4 +414,6 @@ def _in_flags(message: str) -> str:
         )
     )
     pattern = rf"(?<![\w.])(?:(?:Scheduler|Parallel)Spec )?({names})\b(?!: )"
-    return re.sub(pattern, lambda found: "--" + found[1].replace("_", "-"), message)
+    message = re.sub(pattern, lambda found: "--" + found[1].replace("_", "-"), message)
+    message = re.sub(r"\blengths (?=')|(?<=choose )lengths ", "--workload ", message)
+    return re.sub(r"(?<![\w-])arrival (?=')", "--arrival ", message)

@@ -87,7 +87,7 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         first += count
         console.print(
             f"{count} x {kind['model']} on {kind['device']}, {kind['parallel']}, {kind['scheduler']}: "
-            f"{kind['kv_cache_tokens']:,} tokens of KV cache",
+            f"{kind['kv_cache_tokens']:,} tokens of KV cache{' each' if count > 1 else ''}",
         )
         for note in kind["notes"]:
             console.print(f"note: {note}", style="yellow")

@@ -88,6 +88,10 @@ def run(
         f"{len(session.samples):,} measurements in {session.spent_s:,.0f} s on {made['hardware']} "
         f"({made['software']}, {made['dtype']}, {made['attention_backend']} attention)"
     )
+    if failed := [sample for sample in session.samples if "failed" in sample]:
+        console.print(f"{len(failed):,} points could not be measured, the first because: {failed[0]['failed']}")
+    for failure in session.failures:
+        console.print(f"not measured: {failure}")
     console.print(f"next: windtunnel calibrate fit --source profile:{output_dir} --output-dir {output_dir}/calibration")
     console.print(f"profile: {output_dir}")
 

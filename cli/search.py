@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,18 @@ from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
 from cli.engine import engine_device, engine_spec
 from cli.output import load_plugin, resolved
 from cli.simulate import deployment_of
+from engine import catalog
 from engine.engine_spec import start
-from engine.errors import InputError
+from engine.errors import InputError, unknown
 from engine.run_folder import run_folder, write_config, write_summary
 from engine.serve import serve
 from engine.specs import SLO
+from simulator.cluster import Deployment
+from simulator.predictor import calibration as store
 from studies.confirm import confirm, gpu_hours
 from studies.search import Trial, at_rate, find_capacity, guess, judged, simulated_trial
 from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray, write_json
+from studies.validation_run import check_machine
 
 NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
 SETTINGS, RESULT, SWEEP = "settings.json", "search.json", "sweep.json"
@@ -76,12 +82,15 @@ def run(
         shared["file"] = str(sweep.resolve())
     every = []
     given = {key: value for key, value in flags.items() if value is not None}
+    if sweep is not None:
+        _check_keys(values, changes, given, sweep)
     for change in changes:
         folder = output_dir if sweep is None else output_dir / "points" / name_of(change)
         base = {} if sweep is None else values
         every.append({"config": str(config.resolve()) if config else None, "flags": {**base, **change, **given},
                       "folder": str(folder.absolute()), "tolerance": tolerance})  # fmt: skip
-    _open(output_dir, {"points": [{**each, "folder": None} for each in every], **shared})
+    identity = {**shared, "version": version("windtunnel"), "contents": _contents(every)}
+    _open(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
     rows = _search_all(every, changes, workers, ray_address, console)
     for row in rows:
         row["requests_per_dollar"] = _per_dollar(row, gpu_price)
@@ -103,6 +112,36 @@ def run(
     return int(failed or any(row["status"] == "crashed" for row in rows))
 
 
+def _check_keys(
+    values: Mapping[str, Any], changes: list[dict[str, Any]], given: Mapping[str, Any], sweep: Path
+) -> None:
+    """InputError for a key that no point could have, and for a flag that would win over what a sweep varies."""
+    varied = {key: None for change in changes for key in change}
+    for key in (*values, *varied):
+        if key not in BenchConfig.model_fields:
+            raise unknown(f"key in {sweep}", key, (*BenchConfig.model_fields, "sweep"))
+    if twice := next((key for key in varied if key in given), None):
+        raise InputError(f"--{twice.replace('_', '-')} {given[twice]}: {sweep} varies {twice}: leave one out")
+
+
+def _contents(every: list[dict[str, Any]]) -> dict[str, str]:
+    """Hashes of the files that the points rest on, which may change: calibrations, traces, lengths, plugins."""
+    found = {}
+    for point in every:
+        flags = point["flags"]
+        names = [flags.get(key) for key in ("device", "trace", "workload", "model")]
+        for name in (*names, *(flags.get("plugin") or [])):
+            path = Path(str(name)).expanduser()
+            files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+            for file in files:
+                found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+        device = flags.get("device")
+        if device and catalog.is_name("device", str(device)):
+            folder = store.folder_of(catalog.device(str(device)))
+            found[str(device)] = store.fingerprint(folder) if folder is not None else ""
+    return found
+
+
 def search_point(point: dict[str, Any]) -> dict[str, Any]:
     """One search, in its folder, going on with the trials that are there. Importable by a process of its own."""
     folder = Path(point["folder"])
@@ -110,7 +149,7 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
     workload, slos = _checked(settings)
     for plugin in settings.plugin:
         load_plugin(plugin)
-    kinds = [(deployment_of(group), group.count) for group in settings.groups()]
+    kinds = [(deployment_of(group, settings.dtype), group.count) for group in settings.groups()]
     deployments = [kind for kind, count in kinds for _ in range(count)]
 
     def trial(rate: float) -> Trial:
@@ -241,7 +280,7 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, gpu_price: float |
         table.add_column(column, justify="left" if column in ("point", "binding SLO") else "right")
     for row in sorted(rows, key=lambda row: -(row.get("qps_per_gpu") or -inf)):
         if row["status"] != "done":
-            table.add_row(row["name"], row["status"], *[""] * (len(columns) - 3), row["error"].splitlines()[0])
+            table.add_row(row["name"], row["status"], *[""] * (len(columns) - 4), row["error"].splitlines()[0])
             continue
         cells = [f"{row['max_qps_under_slo']:.3g}", f"{row['qps_per_gpu']:.3g}"]
         if gpu_price is not None:
@@ -263,6 +302,11 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
     workload, slos = _checked(settings)
     spec, scheduler = engine_spec(group, settings, engine_device(group.device), settings.seed)
     executor = start(spec, settings.executor)
+    try:
+        check_machine(deployment_of(group), spec, executor)
+    except InputError:
+        executor.close()
+        raise
 
     def trial(rate: float) -> Trial:
         place = Path(point["folder"]) / "confirm" / f"{rate:.6g}"
@@ -314,12 +358,22 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
         saved = row["plain_search_gpu_hours"] - result["gpu_hours"]
         row["confirmed"] = {**result, "gpu_hours_saved": saved}
         write_json(Path(every[number]["folder"]) / "confirmation.json", row["confirmed"])
-        error = "none meets the SLOs" if result["error"] is None else f"predicted {result['error']:+.1%}"
-        console.print(
-            f"{row['name']}: confirmed {result['confirmed_qps']:.3g} requests/s on {result['hardware']} "
-            f"({error}), {len(result['trials'])} runs, {result['gpu_hours']:.3g} GPU-hours, "
-            f"{saved:.3g} fewer than a plain search"
-        )
+        console.print(f"{row['name']}: {_confirmed_words(row['confirmed'])}")
+
+
+def _confirmed_words(result: Mapping[str, Any]) -> str:
+    """What hardware said, in a sentence."""
+    low, high = result["confirmed_qps"], result["missed_at_qps"]
+    if result["settled"]:
+        found = f"confirmed {low:.3g} requests/s on {result['hardware']} (predicted {result['error']:+.1%})"
+    elif not low:
+        found = f"below {high:.3g} requests/s on {result['hardware']}: no rate that was tried meets the SLOs"
+    else:
+        above = "above it" if high is None else f"at most {high:.3g}"
+        found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled in so many runs"
+    saved = result["gpu_hours_saved"]
+    than = f"{abs(saved):.3g} {'fewer' if saved >= 0 else 'more'} than a plain search"
+    return f"{found}; {len(result['trials'])} runs, {result['gpu_hours']:.3g} GPU-hours, {than}"
 
 
 def _gpus() -> list[str]:

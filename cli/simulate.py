@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rich.console import Console
 
 from cli.config import FileConfig, ReplicaGroup
 from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
+from engine import catalog
+from engine.engine_spec import dtype_bytes
 from engine.run_folder import run_folder, write_chrome_trace, write_config, write_summary
 from engine.workload import make_workload
 from simulator.cluster import Deployment, deploy
@@ -66,9 +69,11 @@ def run(
     return summary
 
 
-def deployment_of(group: ReplicaGroup) -> Deployment:
+def deployment_of(group: ReplicaGroup, dtype: str = "auto") -> Deployment:
+    """The group's replica; a `dtype` that the engine was told is simulated too."""
+    model = catalog.model(group.model)
     return deploy(
-        group.model,
+        model if dtype == "auto" else replace(model, dtype_bytes=dtype_bytes(dtype)),
         group.device,
         network=group.network,
         internode_network=group.internode_network,

@@ -9,6 +9,7 @@ calibration replaces them, and each `source` says what it rests on.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec
 
 GIB = 1 << 30
+_CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
+    name: name.lower() for name in ("A40", "H100", "H200", "L4")
+}  # NVIDIA's names
 DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
 Spec = TypeVar("Spec", DeviceSpec, NetworkSpec, Link)
 
@@ -314,7 +318,9 @@ def model(name_or_path: str) -> ModelSpec:
     if found is None and _is_file(name_or_path, (".json",)):
         return ModelSpec.from_hf(name_or_path)
     if found is None:
-        raise unknown("model", name_or_path, MODELS)
+        raise InputError(
+            f"{unknown('model', name_or_path, MODELS)}; or give a folder with a config.json (here is none)"
+        )
     return MODELS[found]
 
 
@@ -329,8 +335,18 @@ def device(name_or_path: str) -> DeviceSpec:
     if found is None and _is_file(name_or_path, (".yaml", ".yml")):
         return _from_yaml(DeviceSpec, name_or_path)
     if found is None:
+        if name_or_path.casefold() in ("cuda", "gpu", "auto"):
+            raise InputError(f"device {name_or_path!r} is not one: name the GPU, such as a100 or h100, or give cpu")
         raise unknown("device", name_or_path, (*DEVICES, *_DEVICE_ALIASES))
     return DEVICES[found]
+
+
+def card(hardware: str) -> str | None:
+    """The device that a GPU's driver names so ("NVIDIA H200"); None for one that is not known."""
+    for name, known in _CARDS.items():
+        if re.search(rf"\b{re.escape(name)}", hardware):
+            return known
+    return None
 
 
 def _of_calibration(folder: Path) -> DeviceSpec:
@@ -372,7 +388,7 @@ def host_overhead(name: str) -> HostOverhead:
     """The host overhead of that name."""
     found = _find(HOST_OVERHEADS, {}, name)
     if found is None:
-        raise unknown("host overhead", name, HOST_OVERHEADS)
+        raise unknown("host overhead", name, ("auto", *HOST_OVERHEADS))
     return HOST_OVERHEADS[found]
 
 

@@ -21,6 +21,13 @@ LOAD_FORMATS = ("safetensors", "dummy")
 DECODE_GRAPHS = (1, 2, 4, *range(8, 257, 8))  # batch sizes that CUDA graphs are captured for
 
 
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of an element. Raises InputError for a type that the engine does not compute in."""
+    if dtype not in DTYPE_BYTES:
+        raise unknown("dtype", dtype, DTYPE_BYTES)
+    return DTYPE_BYTES[dtype]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
     """One replica of the engine.

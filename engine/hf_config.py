@@ -74,7 +74,8 @@ def read(source: str | Path | Mapping[str, Any], name: str | None = None) -> Mod
     config = _Config(values, where)
     _refuse(config)
     reader = {"falcon": _falcon, "phi": _phi, "qwen": _qwen}.get(config.get("model_type"), _llama_like)
-    return ModelSpec(name=name, **_shared(config), **reader(config))
+    layers = reader(config)  # first: says of a type that is not known that it is not
+    return ModelSpec(name=name, **_shared(config), **layers)
 
 
 def _refuse(config: _Config) -> None:

@@ -331,11 +331,12 @@ class HostOverhead:
     sequence_s: float  # added for each sequence of the batch
     layer_s: float  # to launch one layer
     message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
+    graph_decodes: int = 0  # batches of decodes alone, up to this many, are launched as one CUDA graph: no layer_s
     attention_kernel: str | None = None  # that such an engine runs, by its name in a calibration; None: the usual one
     source: str
 
     def __post_init__(self) -> None:
-        _check(self, "iteration_s sequence_s layer_s message_s", zero=True)
+        _check(self, "iteration_s sequence_s layer_s message_s graph_decodes", zero=True)
 
     def times(self, layers: int, sequences: int, ranks: int, stage: int = 0) -> tuple[float, float]:
         """(launch, added) seconds of a batch of `sequences` on a pipeline `stage` that has `layers`.

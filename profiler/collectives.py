@@ -16,6 +16,8 @@ from engine.multiprocess import free_port
 from profiler.timing import Timing
 
 WARM_UP, REPEATS = 5, 25
+LEAD_CYCLES = 1_000_000  # of a GPU: about half a millisecond
+PATIENCE_S = 60.0  # for an answer of all ranks
 
 
 class Ranks:
@@ -39,11 +41,20 @@ class Ranks:
         try:
             for pipe in self._pipes:
                 pipe.send((kind, num_bytes))
-            every: list[list[float]] = [pipe.recv() for pipe in self._pipes]
+            every: list[list[float]] = []
+            for pipe in self._pipes:
+                while not pipe.poll(PATIENCE_S / 60):
+                    self._check_alive(kind)
+                every.append(pipe.recv())
         except (EOFError, OSError) as error:
             raise WorkerError(f"a rank of the {kind} measurement ended ({error!r})") from None
         slowest = [max(times) for times in zip(*every, strict=True)]
         return Timing(statistics.median(slowest), statistics.pstdev(slowest), len(slowest))
+
+    def _check_alive(self, kind: str) -> None:
+        ended = [rank for rank, process in enumerate(self._processes) if process.exitcode is not None]
+        if ended:
+            raise WorkerError(f"rank {ended[0]} of the {kind} measurement ended")
 
     def __del__(self) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):
@@ -95,6 +106,7 @@ def _times(kind: str, num_bytes: int, rank: int, on: Literal["cpu", "cuda"]) -> 
         dist.barrier()
         if on == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            torch.cuda._sleep(LEAD_CYCLES)  # the launch is queued behind it, and not timed
             events[0].record()
             once()
             events[1].record()

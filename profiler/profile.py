@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,11 +18,11 @@ from typing import Any, Literal
 import torch
 
 from engine import catalog
-from engine.engine_spec import EngineSpec, start
+from engine.engine_spec import DECODE_GRAPHS, EngineSpec, start
 from engine.errors import InputError
 from engine.policies import resolve
 from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
-from engine.worker.attention import select
+from engine.worker.attention import BACKENDS, select
 from engine.worker.attention.base import AttentionShape
 from engine.worker.runner import hardware_name
 from profiler import collectives
@@ -34,9 +33,6 @@ from profiler.session import Bursts, Measure, Part, Session
 from profiler.timer import CudaTimer
 from profiler.workbench import Workbench
 
-CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
-    name: name.lower() for name in ("A40", "H100", "H200", "L4")
-}  # NVIDIA's names of what the catalog has
 ITERATIONS_SHARE = 0.3  # of what operators get: whole iterations of a model
 
 
@@ -58,6 +54,7 @@ class ProfileSpec:
 
 def run_profile(spec: ProfileSpec, folder: Path, on_progress: Callable[[str, int, float], None]) -> Session:
     """Measure into `folder`, which may hold a part of the same profile. Raises InputError for what can't be."""
+    _check_gpu(spec.on)
     if spec.on == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     setups = [(model, tp) for model in spec.models for tp in spec.tensor_parallel_sizes if _cut(tp).fits(model)]
@@ -93,9 +90,13 @@ def _operators(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str, refer
             spec.limits,
             spec.seed,
         )
-        return lambda point: timer.measure(bench.calls(point))
+        return lambda point: bench.launch() if point["kind"] == "host" else timer.measure(bench.calls(point))
 
-    return Part(f"{model.name} TP{tp}", list(points(model, tp, spec.limits)), open_bench)
+    every = list(points(model, tp, spec.limits))
+    if reference is None:  # on a CPU launching is computing
+        name: Point = {"model": model.name, "tensor_parallel_size": tp}
+        every.insert(0, {"operator": "layer_launch", "kind": "host", "batch_size": 1, **name})
+    return Part(f"{model.name} TP{tp}", every, open_bench)
 
 
 def _messages(spec: ProfileSpec, model: ModelSpec, tp: int) -> Part:
@@ -166,11 +167,16 @@ def device_here(on: Literal["cpu", "cuda"]) -> DeviceSpec:
     """This machine's device in the catalog. Raises InputError for a GPU that is not there."""
     if on == "cpu":
         return catalog.device("cpu")
+    _check_gpu(on)
     found = torch.cuda.get_device_name()
-    for card, known in CARDS.items():
-        if re.search(rf"\b{re.escape(card)}", found):
-            return catalog.device(known)
+    if (name := catalog.card(found)) is not None:
+        return catalog.device(name)
     raise InputError(f"this GPU, {found}, is not in the catalog: give --device FILE.yaml with its data sheet")
+
+
+def _check_gpu(on: Literal["cpu", "cuda"]) -> None:
+    if on == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no GPU here that this torch can use: give --device cpu")
 
 
 def _cut(tensor_parallel_size: int) -> ParallelSpec:
@@ -230,6 +236,7 @@ def _provenance(spec: ProfileSpec, backend: str, reference: Reference | None) ->
         "python": platform.python_version(),
         "commit": _commit(),
         "threads": torch.get_num_threads() if spec.on == "cpu" else None,
+        "graph_decodes": max(DECODE_GRAPHS) if spec.on == "cuda" and BACKENDS[backend].supports_cuda_graph else 0,
         "reference_s": reference.reference_s if reference is not None else None,
         **state,
     }

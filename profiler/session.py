@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.executor import WorkerError
 from profiler.iterations import COLUMNS as ITERATION_COLUMNS
 from profiler.iterations import host_points
 from profiler.points import Point
@@ -77,6 +78,7 @@ class Session:
             folder.mkdir(parents=True, exist_ok=True)
             _write(settings, json.dumps(self._settings, indent=1) + "\n")
         self.samples = list(self._read_samples())
+        self.failures: list[str] = []  # parts that could not be measured at all, and why
         self.spent_s = sum(sample["cost_s"] for sample in self.samples)
 
     @property
@@ -105,12 +107,18 @@ class Session:
                     if time.perf_counter() >= end:
                         break
                     start = time.perf_counter()
-                    measure = measure or part.open()
-                    if isinstance(part, Part):
-                        timing = measure(entry["point"])
-                        entry |= {"seconds": timing.seconds, "spread_s": timing.spread_s, "repeats": timing.repeats}
-                    else:
-                        entry["iterations"] = measure(*entry["burst"])
+                    try:
+                        measure = measure or part.open()
+                    except (InputError, RuntimeError) as error:  # too large a model for this machine, say
+                        self.failures.append(f"{part.name}: {error}")
+                        break
+                    try:
+                        entry |= _measured(part, measure, entry)
+                    except WorkerError as error:  # there is nobody left to ask
+                        self.failures.append(f"{part.name}: {error}")
+                        break
+                    except (InputError, RuntimeError) as error:  # out of memory, or no kernel for this size
+                        entry["failed"] = str(error)
                     entry["cost_s"] = time.perf_counter() - start
                     file.write(json.dumps(entry) + "\n")
                     file.flush()
@@ -121,7 +129,9 @@ class Session:
 
     def finish(self) -> None:
         """Write the tables of what was measured."""
-        if not self.samples:
+        if not any("failed" not in sample for sample in self.samples):
+            if self.failures:
+                raise InputError(self.failures[0])
             raise InputError("nothing was measured within the budget: raise --budget")
         iterations = [row for sample in self.samples for row in sample.get("iterations", [])]
         rows = [
@@ -132,7 +142,7 @@ class Session:
                 "repeats": sample["repeats"],
             }
             for sample in self.samples
-            if "point" in sample
+            if "seconds" in sample
         ]
         for name, sequences, timing in host_points(iterations):
             host = {"operator": name, "kind": "host", "batch_size": sequences}
@@ -183,6 +193,14 @@ def duration(text: str) -> float:
     if found is None or float(found[1]) <= 0:
         raise InputError(f"--budget {text!r}: give a time such as 90s, 8m or 1h")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def _measured(part: Part | Bursts, measure: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """What measuring an entry gives."""
+    if isinstance(part, Bursts):
+        return {"iterations": measure(*entry["burst"])}
+    timing: Timing = measure(entry["point"])
+    return {"seconds": timing.seconds, "spread_s": timing.spread_s, "repeats": timing.repeats}
 
 
 def _entries(part: Part | Bursts) -> Iterator[dict[str, Any]]:

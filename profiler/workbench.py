@@ -6,6 +6,8 @@ called in turns. Of a tensor-parallel rank the shard is made and nothing is sent
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,15 +19,18 @@ from engine.specs import ModelSpec, ParallelSpec
 from engine.worker import layers, weights
 from engine.worker.attention import select
 from engine.worker.attention.base import AttentionBatch, AttentionShape
+from engine.worker.inputs import Inputs
 from engine.worker.model import Decoder
 from engine.worker.parallel import Links, Rank
 from engine.worker.sampler import sample
 from profiler.points import Limits, Point
 from profiler.timer import Call
+from profiler.timing import Timing
 
 CACHE_BYTES = 256 << 20  # weights in turns: more than a GPU's cache
 KV_BYTES = 16 << 30  # of all layers' caches
 INPUTS = 4  # random inputs, in turns
+LAUNCHES = 40  # of all layers, to time them
 
 
 class NoLinks(Links):
@@ -98,6 +103,25 @@ class Workbench:
             if kind == "gemm":
                 return self._gemm(name, rows)
             return self._elementwise(name, rows)
+
+    def launch(self) -> Timing:
+        """The host's time to launch the kernels of one layer eagerly, for a decode of one sequence."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        inputs = Inputs(zero, zero, zero, zero, 1)
+        seconds = []
+        with torch.inference_mode():
+            self._attention([1], [1], 1)  # plans
+            angles = layers.rotation(zero, self.decoder.frequencies)
+            for _ in range(LAUNCHES):
+                hidden = self._random(1, self.model.hidden_size)
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for layer, cache in zip(self.decoder.layers, self.caches, strict=True):
+                    hidden = layer(hidden, inputs, angles, self.attention, cache)
+                seconds.append((time.perf_counter() - start) / len(self.caches))
+            torch.cuda.synchronize()
+        warm = seconds[LAUNCHES // 4 :]
+        return Timing(statistics.median(warm), statistics.pstdev(warm), len(warm))
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

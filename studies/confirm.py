@@ -27,6 +27,11 @@ class Confirmation:
     trials: tuple[Trial, ...]
 
     @property
+    def settled(self) -> bool:
+        """Whether the capacity is known to a step: it lies between `qps` and `missed_at`."""
+        return bool(self.qps) and self.missed_at is not None and self.missed_at <= self.qps * (1 + STEP) * 1.001
+
+    @property
     def error(self) -> float | None:
         """Predicted over confirmed, less 1."""
         return self.predicted / self.qps - 1 if self.qps else None
@@ -37,6 +42,7 @@ class Confirmation:
             "predicted_qps": self.predicted,
             "confirmed_qps": self.qps,
             "missed_at_qps": self.missed_at,
+            "settled": self.settled,
             "error": self.error,
             "trials": [
                 {

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from engine import catalog
 from engine.driver import Clock
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
@@ -122,8 +123,11 @@ def check_machine(deployment: Deployment, spec: EngineSpec, executor: Executor) 
     """Raise InputError if the calibration was measured on other hardware, in another dtype or with other attention."""
     folder = store.folder_of(deployment.device)
     path = folder / SETTINGS if folder is not None else None
-    if path is None or not path.is_file():
-        return  # fitted to public tables, or a data sheet: what that is worth is what a validation tells
+    if path is None or not path.is_file():  # fitted to public tables, or a data sheet
+        device, card = deployment.device.name, catalog.card(executor.hardware)
+        if device in catalog.DEVICES and card is not None and card != device:
+            raise InputError(f"the device is {device}, and this machine has {executor.hardware}: give --device {card}")
+        return
     measured = json.loads(path.read_text("utf-8"))["identity"]
     here = {"hardware": executor.hardware, "dtype": spec.dtype, "attention_backend": executor.attention_backend}
     for name, value in here.items():

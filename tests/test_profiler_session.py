@@ -218,6 +218,31 @@ def test_a_session_killed_half_way_goes_on_to_the_same_tables(whole: Path, tmp_p
         )
 
 
+def test_a_point_that_cannot_be_measured_is_passed_over_and_not_asked_again(tmp_path: Path) -> None:
+    asked: list[Point] = []
+
+    def failing(point: Point) -> Timing:
+        asked.append(point)
+        if point["operator"] == "lm_head":
+            raise RuntimeError("out of memory")
+        return measure(point)
+
+    def too_large() -> Measure:
+        raise InputError("the model does not fit")
+
+    first = list(points(MODEL, 1, LIMITS))[:60]
+    every = [Part("a", first, lambda: failing), Part("b", list(points(MODEL, 2, LIMITS))[:5], too_large)]
+    found = run(tmp_path / "some", every)
+    assert found.failures == ["b: the model does not fit"]
+    failed = [sample for sample in found.samples if "failed" in sample]
+    assert {sample["point"]["operator"] for sample in failed} == {"lm_head"}
+    frame = table.read(tmp_path / "some" / "operators.csv")
+    assert "lm_head" not in set(frame["operator"]) and "qkv_proj" in set(frame["operator"])
+    count = len(asked)
+    run(tmp_path / "some", every)
+    assert len(asked) == count
+
+
 def test_any_budget_gives_a_usable_table(tmp_path: Path) -> None:
     found = session(tmp_path / "short")
     some = parts()

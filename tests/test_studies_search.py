@@ -183,6 +183,7 @@ def test_a_right_prediction_takes_two_runs() -> None:
     found = confirm(lambda rate: trial(rate, rate <= 2.03), 2.0)
     assert [round(each.rate, 3) for each in found.trials] == [2.0, 2.1]
     assert (found.qps, found.missed_at) == (2.0, pytest.approx(2.1))
+    assert found.settled
     assert found.error == 0.0
     below = confirm(lambda rate: trial(rate, rate <= 1.95), 2.0)
     assert [round(each.rate, 3) for each in below.trials] == [2.0, 1.905]
@@ -201,7 +202,12 @@ def test_a_wrong_prediction_is_followed_to_the_capacity(capacity: float) -> None
 def test_hardware_that_meets_nothing_has_no_capacity() -> None:
     found = confirm(lambda rate: trial(rate, False), 1.0)
     assert found.qps == 0.0 and found.error is None
-    assert found.to_json()["confirmed_qps"] == 0.0
+    assert found.to_json()["confirmed_qps"] == 0.0 and not found.settled
+
+
+def test_a_capacity_that_was_not_reached_is_not_settled() -> None:
+    found = confirm(lambda rate: trial(rate, True), 1.0)
+    assert not found.settled and found.missed_at is None and found.qps > 50
 
 
 def test_gpu_hours_count_every_gpu() -> None:

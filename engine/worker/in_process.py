@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from engine.engine_spec import EngineSpec
-from engine.executor import Result, Step, combine
+from engine.executor import Result, Step, WorkerError, combine
 from engine.worker.rank import join
 from engine.worker.runner import Pending
 
@@ -23,7 +23,10 @@ class InProcessExecutor:
         self._pending: deque[Pending] = deque()
 
     def launch(self, step: Step) -> None:
-        self._pending.append(self._runner.execute(step))
+        try:
+            self._pending.append(self._runner.execute(step))
+        except RuntimeError as error:  # CUDA's errors, for the most part
+            raise WorkerError(f"rank 0 failed: {error}") from error
 
     def wait(self, timeout: float | None) -> Result | None:
         if timeout is not None:

@@ -8,15 +8,19 @@ import pandas as pd
 
 from engine.errors import InputError
 from profiler import table
-from profiler.session import OPERATORS
+from profiler.session import OPERATORS, SAMPLES, settings
 
 
 def read(place: Path, device: str | None, network: str | None) -> pd.DataFrame:
     """The operators of a session, with `device` to check against; `network` names that of the collectives."""
+    if (place / SAMPLES).is_file() and not (place / OPERATORS).is_file():
+        raise InputError(f"the profile in {place} is not finished: give its 'windtunnel profile' command again")
     frame = table.read(place / OPERATORS if place.is_dir() else place)
     found = str(frame["device"].iloc[0])
     if device is not None and device != found:
         raise InputError(f"{place} was measured on {found}, not on {device}: give --device {found}, or another source")
+    if place.is_dir():
+        frame.attrs["graph_decodes"] = settings(place)["provenance"].get("graph_decodes", 0)
     if network is not None:
         frame["network"] = frame["network"].where(frame["network"].isna(), network)
     return frame

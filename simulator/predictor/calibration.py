@@ -264,6 +264,18 @@ def load(folder: Path, device: DeviceSpec) -> Calibration:
     return Calibration(device.name, models, records, _load_host(folder / HOST_FILE))
 
 
+def load_of(device: DeviceSpec) -> Calibration:
+    """The calibration of a device: its own, or what ships under its name. InputError if there is none."""
+    folder = folder_of(device)
+    if folder is None:
+        known = ", ".join(known_devices()) or "none yet"
+        raise InputError(
+            f"no calibration for device {device.name!r} (there are: {known}): give a calibration's folder, or fit one "
+            "with 'windtunnel calibrate fit'"
+        )
+    return load(folder, device)
+
+
 def folder_of(device: DeviceSpec) -> Path | None:
     """Where the calibration of a device is: its own, or what ships under its name; None if there is none."""
     return Path(device.calibration) if device.calibration is not None else known_devices().get(device.name)

@@ -45,7 +45,7 @@ class HostFit:
     overhead: HostOverhead
     held_out: Literal["model", "batch size"]
     held_out_error: float
-    launch: Literal["measured", "upper bound"]
+    launch: Literal["measured", "upper bound", "not measured"]
     iterations: int  # combinations of model, ranks and batch size that were fitted
 
 
@@ -122,9 +122,11 @@ def fit_overhead(frame: pd.DataFrame, *, name: str = "measured") -> HostFit:
         layer_s=1e-3 * float(launch["time_ms"].median()) if len(launch) else 0.0,
         iteration_s=1e-3 * float(iteration_ms),
         sequence_s=1e-3 * float(sequence_ms),
+        graph_decodes=int(frame.attrs.get("graph_decodes", 0)),
         source="; ".join(sorted(set(rows["source"].dropna()))),
     )
-    return HostFit(overhead, "batch size", float(np.mean(errors)), "measured", len(rows))
+    measured_launch: Literal["measured", "not measured"] = "measured" if len(launch) else "not measured"
+    return HostFit(overhead, "batch size", float(np.mean(errors)), measured_launch, len(rows))
 
 
 def _wide(frame: pd.DataFrame) -> pd.DataFrame:

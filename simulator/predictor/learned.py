@@ -130,6 +130,7 @@ class _Stage:
         # by the number of sequences: what the host adds is a straight line
         self.launch, self.added = host.times(layers, 0, ranks, stage)
         self.added_per_sequence = host.times(layers, 1, ranks, stage)[1] - self.added
+        self.graph_decodes = host.graph_decodes
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         """Seconds of the batch and of its next repeats."""
@@ -139,7 +140,7 @@ class _Stage:
             fixed = self.tokens[tokens] + self.sampled[sampled] + added
         else:
             fixed = _at(self.tokens, tokens) + _at(self.sampled, sampled) + added
-        launch = self.launch + added
+        launch = added if not prefills and decodes <= self.graph_decodes else self.launch + added
         low = slope = start = 0.0
         if decodes:  # attention is linear in the cached tokens between the grid's points
             row = self.decode_rows.get(decodes) or self.decode_row(decodes)

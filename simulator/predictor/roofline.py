@@ -81,6 +81,8 @@ class _Stage:
         """Seconds of the batch and of its next repeats: the longer of GPU and launch, and the host time not hidden."""
         tokens, decodes, kv, prefills, sampled, growth = shape
         launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage)
+        if not prefills and decodes <= self.host.graph_decodes:
+            launch = 0.0
         launch += host
         gpu = self.rows_time("tokens", tokens) + self.rows_time("sampled", sampled) + self.decode_per_request * decodes
         gpu += host
