@@ -34,9 +34,9 @@ _IN_SAMPLE = (
 
 
 def report(device_name: str, frames: Sequence[pd.DataFrame], path: Path) -> Path:
-    """The page of a device's calibration as it ships."""
+    """The page of a device's calibration: what ships, or a folder's."""
     device = catalog.device(device_name)
-    return write_calibration_report(store.load(store.FOLDER / device.name, device), device, frames, path)
+    return write_calibration_report(store.load_of(device), device, frames, path)
 
 
 def write_calibration_report(

@@ -202,10 +202,13 @@ STEP_FUNCTIONS: dict[str, Callable[[str, float, Path], str]] = {"profile": profi
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 if every step went well."""
-    parser = argparse.ArgumentParser(prog="windtunnel selfcheck", description="Test and measure this machine.")
-    parser.add_argument("--device", choices=sorted(CASES), default="cuda")
+    parser = argparse.ArgumentParser(
+        prog="windtunnel selfcheck",
+        description="Test, profile and validate this machine within a budget of time, each step on its own.",
+    )
+    parser.add_argument("--device", choices=sorted(CASES), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--budget", default="9m", help="time to spend: 90s, 9m (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the results; must be empty")
     parser.add_argument("--step", choices=sorted(STEP_FUNCTIONS), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     try:

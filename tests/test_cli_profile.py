@@ -142,7 +142,7 @@ def test_ones_own_calibration_is_shown_and_tried(folder: Path, command: list[str
     done = windtunnel("calibrate", *command, "--device", "mine", cwd=folder)
     assert done.returncode == 0, done.stderr
     if command[0] == "report":
-        assert "attention_decode" in (folder / "page.html").read_text()
+        assert "Calibration of cpu" in (folder / "page.html").read_text()
     else:
         assert "attention_decode" in done.stdout
 

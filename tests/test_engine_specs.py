@@ -158,6 +158,8 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
     assert ModelSpec.from_hf(untied | {"model_type": "novel"}).tie_word_embeddings
     assert not ModelSpec.from_hf(untied).tie_word_embeddings
     del untied["rms_norm_eps"]
+    with pytest.raises(InputError, match=r"'gpt2' are not known"):
+        ModelSpec.from_hf({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257})
     with pytest.raises(InputError, match=r"'rms_norm_eps' is missing.*'novel'"):
         ModelSpec.from_hf(untied | {"model_type": "novel"})
 

@@ -247,9 +247,12 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(searched: Path) -> None
         ([*MODEL, *SLOS, "--confirm", "--num-replicas", "2"], "--num-replicas 1"),
         (["--sweep", "nowhere.yaml"], "nowhere.yaml"),
         (["--sweep", "sweep.yaml", "--config", "x.yaml"], "leave one out"),
+        (["--sweep", "sweep.yaml", "--scheduler", "orca"], "varies scheduler"),
+        (["--sweep", "misspelt.yaml"], "unknown key in misspelt.yaml 'max_model_lenn'"),
     ],
 )
 def test_bad_searches_are_told_in_a_line(searched: Path, arguments: list[str], complaint: str) -> None:
+    (searched / "misspelt.yaml").write_text("max_model_lenn: 8192\nsweep: {scheduler: [sarathi]}\n")
     done = windtunnel("search", *arguments, "--output-dir", "never", cwd=searched)
     assert done.returncode == 2, done.stderr
     assert complaint.replace("_", "-") in done.stderr.replace("_", "-")
