@@ -123,7 +123,7 @@ def _about_choices(table: Sequence[Choice], host: str) -> str:
     right = sum(choice.chosen == choice.best for choice in table)
     words = (
         f"The scheduler with the highest capacity at the search's usual tolerance, against every scheduler's capacity "
-        f"found at 0.5 % with each trial run to its end and from another start, as {host_name(host)}: the best one is "
+        f"to 0.5 % with each trial run to its end, as {host_name(host)}: the best one is "
         f"chosen in {right} of {len(table)} places; the largest regret is {percent(worst)}"
     )
     if known:
