@@ -176,6 +176,7 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
         "plain_search_gpu_hours": gpu_hours(capacity.trials, gpus),
         "predictor": deployments[0].predictor.description,
         **_at_capacity(capacity.best),
+        "unsteady": _unsteady(capacity.best) if capacity.outcome == "found" else None,
     }
     write_json(folder / RESULT, found)
     return found
@@ -191,6 +192,12 @@ def _at_capacity(best: Trial | None) -> dict[str, Any]:
     """What the run at the capacity was like."""
     summary = best.summary if best is not None else {}
     return {name: summary.get(key) for name, key in _AT_CAPACITY.items()}
+
+
+def _unsteady(best: Trial | None) -> str | None:
+    """Why a capacity holds for so many requests and may not for more; None if its run was seen to be sustained."""
+    judged_steady = best.summary["saturation"] if best is not None else {"growing": False}
+    return None if judged_steady["growing"] is False else str(judged_steady["verdict"])
 
 
 def _checked(settings: BenchConfig) -> tuple[Any, list[SLO]]:
@@ -270,6 +277,7 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, gpu_price: float |
     """A single search in a sentence, several as a table."""
     if len(rows) == 1 and rows[0]["status"] == "done":
         console.print(f"capacity: {rows[0]['words']}", style="bold")
+        _print_unsteady(rows, console)
         console.print(f"{len(rows[0]['trials'])} trials; times: {rows[0]['predictor']}", style="dim")
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -288,6 +296,18 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, gpu_price: float |
         cells += ["-" if row[key] is None else f"{row[key]:.4g}" for key in ("p99_tbt_ms", "p50_ttft_ms")]
         table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], "*" if row["pareto"] else "")
     console.print(table)
+    _print_unsteady(rows, console)
+
+
+def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:
+    for row in rows:
+        if why := row.get("unsteady"):
+            which = f"{row['name']}: " if len(rows) > 1 else ""
+            more = "with more requests (--num-prompts) the capacity may be lower"
+            console.print(
+                f"note: {which}the run at the capacity: {why.removesuffix('; raise --num-prompts')}; {more}",
+                style="yellow",
+            )
 
 
 # -- confirming ------------------------------------------------------------------------------------------------------

@@ -168,6 +168,20 @@ def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
     assert rows("killed") == rows("many")
 
 
+def test_a_capacity_that_few_requests_alone_allow_is_told(searched: Path) -> None:
+    few = [*MODEL[:-1], "60", "--slo", "p99_ttft<=4", "--tolerance", "0.1"]
+    done = windtunnel("search", *few, "--output-dir", "few", cwd=searched)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((searched / "few" / "search.json").read_text())
+    assert result["outcome"] == "found" and result["unsteady"]
+    assert "note: the run at the capacity" in done.stdout and "--num-prompts" in done.stdout
+    plenty = [*MODEL[:-1], "1500", *SLOS, "--tolerance", "0.1"]
+    done = windtunnel("search", *plenty, "--output-dir", "plenty", cwd=searched)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((searched / "plenty" / "search.json").read_text())["unsteady"] is None
+    assert "note:" not in done.stdout
+
+
 def test_a_search_with_other_settings_leaves_the_folder_alone(searched: Path) -> None:
     before = sorted(path.name for path in (searched / "one" / "trials").iterdir())
     done = windtunnel("search", *MODEL, "--slo", "p99_tbt<=0.2", "--output-dir", "one", cwd=searched)
