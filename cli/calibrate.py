@@ -84,7 +84,7 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
         for note in frame.attrs.get("notes", []):
             console.print(f"note: {note}", style="dim")
     calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
-    folder = output_dir or store.FOLDER / device.name
+    folder = output_dir or (profiles[0] / "calibration" if profiles else store.FOLDER / device.name)
     store.save(calibration, folder, device if profiles else None)
     if profiles:
         shutil.copyfile(profiles[0] / SETTINGS, folder / SETTINGS)  # where and with what it was measured

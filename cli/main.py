@@ -143,7 +143,9 @@ def search(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
     sweep: Annotated[Path | None, typer.Option(help="YAML file of settings, and under `sweep` what varies.")] = None,
     tolerance: Annotated[float, typer.Option(help="How finely to search: a share of the capacity.")] = 0.025,
-    gpu_price: Annotated[float | None, typer.Option(help="Dollars per GPU-hour, for requests per dollar.")] = None,
+    gpu_price: Annotated[
+        str | None, typer.Option(help="Dollars per GPU-hour, for requests per dollar: 2.5, or a100=2,h100=4.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes of a sweep; default: one a core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Spread a sweep over the Ray cluster at this address.")] = None,
     confirm: Annotated[
@@ -263,7 +265,7 @@ def _fit(
     ],
     device: Annotated[str | None, typer.Option(help="A known device; a profile says by itself what it is of.")] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder; by default the device's in calibration_data.")
+        Path | None, typer.Option(help="Folder; default: a profile's own, else the device's in calibration_data.")
     ] = None,
 ) -> None:
     """Learn a calibration from a profile or from public tables, and write it."""

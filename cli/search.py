@@ -47,7 +47,7 @@ def run(
     *,
     sweep: Path | None,
     tolerance: float,
-    gpu_price: float | None,
+    gpu_price: str | None,
     workers: int | None,
     ray_address: str | None,
     confirm_top: int,
@@ -56,8 +56,7 @@ def run(
     """Search, write the results and print them. Returns the exit code: 1 if a point crashed."""
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 160
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
-    if gpu_price is not None and not gpu_price > 0:
-        raise InputError(f"--gpu-price {gpu_price}: give dollars per GPU-hour")
+    prices = None if gpu_price is None else _prices(gpu_price)
     if not 0 < tolerance < 1:
         raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
     if workers is not None and workers < 1:
@@ -93,17 +92,17 @@ def run(
     _open(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
     rows = _search_all(every, changes, workers, ray_address, console)
     for row in rows:
-        row["requests_per_dollar"] = _per_dollar(row, gpu_price)
+        row["requests_per_dollar"] = _per_dollar(row, prices)
     mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
     if sweep is not None:
-        write_json(output_dir / SWEEP, {"points": rows, "gpu_price": gpu_price, **shared})
-    _print_rows(rows, console, gpu_price)
+        write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
+    _print_rows(rows, console, prices is not None)
     if confirm_top:
         chosen = sorted((row for row in rows if row["status"] == "done" and row["outcome"] == "found"),
                         key=lambda row: -row["qps_per_gpu"])[:confirm_top]  # fmt: skip
         _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
         if sweep is not None:
-            write_json(output_dir / SWEEP, {"points": rows, "gpu_price": gpu_price, **shared})
+            write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
     console.print(f"results: {output_dir / (RESULT if sweep is None else SWEEP)}")
     console.print(f"draw them: windtunnel report {output_dir}")
     if as_json:
@@ -171,6 +170,7 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
         **capacity.to_json(),
         "words": capacity.describe(),
         "slos": [str(slo) for slo in slos],
+        "device": deployments[0].device.name,
         "num_gpus": gpus,
         "qps_per_gpu": capacity.qps / gpus,
         "plain_search_gpu_hours": gpu_hours(capacity.trials, gpus),
@@ -266,14 +266,29 @@ def _search_all(
     return rows
 
 
-def _per_dollar(row: Mapping[str, Any], gpu_price: float | None) -> float | None:
-    """Requests per dollar at the capacity."""
-    if gpu_price is None or row["status"] != "done":
+def _prices(text: str) -> dict[str, float]:
+    """Dollars per GPU-hour by device, of "2.5" (any device: "") or "a100=2,h100=4"."""
+    found = {}
+    for part in text.split(","):
+        name, _, price = part.rpartition("=")
+        try:
+            found[catalog.device(name).name if name else ""] = float(price)
+        except ValueError:
+            found[""] = 0.0
+    if not all(price > 0 for price in found.values()):
+        raise InputError(f"--gpu-price {text!r}: give dollars per GPU-hour such as 2.5, or a100=2,h100=4")
+    return found
+
+
+def _per_dollar(row: Mapping[str, Any], prices: Mapping[str, float] | None) -> float | None:
+    """Requests per dollar at the capacity; None without a price of its device."""
+    price = (prices or {}).get(row.get("device", ""), (prices or {}).get(""))
+    if price is None or row["status"] != "done":
         return None
-    return float(row["max_qps_under_slo"] * 3600 / (row["num_gpus"] * gpu_price))
+    return float(row["max_qps_under_slo"] * 3600 / (row["num_gpus"] * price))
 
 
-def _print_rows(rows: list[dict[str, Any]], console: Console, gpu_price: float | None) -> None:
+def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> None:
     """A single search in a sentence, several as a table."""
     if len(rows) == 1 and rows[0]["status"] == "done":
         console.print(f"capacity: {rows[0]['words']}", style="bold")
@@ -282,7 +297,7 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, gpu_price: float |
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     columns = ["point", "capacity (requests/s)", "per GPU", "P99 TBT (ms)", "P50 TTFT (ms)", "binding SLO", "Pareto"]
-    if gpu_price is not None:
+    if priced:
         columns.insert(3, "requests/$")
     for column in columns:
         table.add_column(column, justify="left" if column in ("point", "binding SLO") else "right")
@@ -291,8 +306,8 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, gpu_price: float |
             table.add_row(row["name"], row["status"], *[""] * (len(columns) - 4), row["error"].splitlines()[0])
             continue
         cells = [f"{row['max_qps_under_slo']:.3g}", f"{row['qps_per_gpu']:.3g}"]
-        if gpu_price is not None:
-            cells.append(f"{row['requests_per_dollar']:.4g}")
+        if priced:
+            cells.append("-" if row["requests_per_dollar"] is None else f"{row['requests_per_dollar']:.4g}")
         cells += ["-" if row[key] is None else f"{row[key]:.4g}" for key in ("p99_tbt_ms", "p50_ttft_ms")]
         table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], "*" if row["pareto"] else "")
     console.print(table)

@@ -18,6 +18,7 @@ from engine.errors import InputError
 from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray
 
 MODEL = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--num-prompts", "200"]
+PRICES = ["--gpu-price", "a100=2,h100=4"]
 SLOS = ["--slo", "p99_tbt<=0.1", "--slo", "p50_scheduling_delay<=2"]
 SWEEP = {
     "model": "mistralai/Mistral-7B-v0.1", "max_model_len": 4096, "num_prompts": 150,
@@ -108,7 +109,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder / "one.json").write_text(done.stdout.splitlines()[-1])
     (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    done = windtunnel("search", "--sweep", "sweep.yaml", "--gpu-price", "2", "--output-dir", "many", cwd=folder)
+    done = windtunnel("search", "--sweep", "sweep.yaml", *PRICES, "--output-dir", "many", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "many.txt").write_text(done.stdout)
     return folder
@@ -139,7 +140,8 @@ def test_a_sweep_gives_a_table_with_per_gpu_and_per_dollar(searched: Path) -> No
     assert [row["name"] for row in rows] == ["a100,sarathi", "a100,vllm", "h100,64,sarathi", "h100,64,vllm"]
     for row in rows:
         assert row["status"] == "done"
-        assert row["requests_per_dollar"] == pytest.approx(row["max_qps_under_slo"] * 3600 / 2)
+        price = 2 if row["device"] == "a100_pcie" else 4
+        assert row["requests_per_dollar"] == pytest.approx(row["max_qps_under_slo"] * 3600 / price)
     assert rows[0]["max_qps_under_slo"] > rows[1]["max_qps_under_slo"]  # no stalls
     assert any(row["pareto"] for row in rows)
     table = (searched / "many.txt").read_text()
@@ -147,7 +149,17 @@ def test_a_sweep_gives_a_table_with_per_gpu_and_per_dollar(searched: Path) -> No
 
 
 def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
-    command = ["search", "--sweep", "sweep.yaml", "--gpu-price", "2", "--workers", "1", "--output-dir", "killed"]
+    command = [
+        "search",
+        "--sweep",
+        "sweep.yaml",
+        "--gpu-price",
+        "a100=2,h100=4",
+        "--workers",
+        "1",
+        "--output-dir",
+        "killed",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", *command], cwd=searched, env=environment(searched), stdout=subprocess.DEVNULL
     )
@@ -253,7 +265,8 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(searched: Path) -> None
     [
         ([*MODEL], "no SLO to search by"),
         ([*MODEL, *SLOS, "--tolerance", "2"], "tolerance 2"),
-        ([*MODEL, *SLOS, "--gpu-price", "0"], "--gpu-price 0"),
+        ([*MODEL, *SLOS, "--gpu-price", "0"], "--gpu-price '0'"),
+        ([*MODEL, *SLOS, "--gpu-price", "a100=two"], "a100=two"),
         ([*MODEL, *SLOS, "--workers", "0"], "--workers 0"),
         ([*MODEL, *SLOS, "--arrival", "burst"], "--arrival burst"),
         ([*MODEL, *SLOS, "--tensor-parallel-size", "3"], "tensor_parallel_size=3"),
@@ -288,7 +301,7 @@ def test_a_ray_cluster_of_two_nodes_gives_what_processes_give(searched: Path, mo
             each.pop("traceback", None)
         assert found == local
         done = windtunnel(
-            "search", "--sweep", "sweep.yaml", "--gpu-price", "2", "--ray", cluster.address, "--output-dir", "on-ray",
+            "search", "--sweep", "sweep.yaml", *PRICES, "--ray", cluster.address, "--output-dir", "on-ray",
             cwd=searched,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
