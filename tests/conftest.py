@@ -1,6 +1,7 @@
 """The same random examples on every CI run, new ones on each run by hand; and helpers that tests import by name."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from hypothesis import settings
 
 sys.path.append(str(Path(__file__).parent))  # `import checkpoints`: --import-mode=importlib leaves it out
 
+# a script's background job ignores it, and so would every process that a test starts and interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("hand", deadline=None)  # a shared machine stalls now and then
 settings.load_profile("hand")
