@@ -12,14 +12,14 @@ from rich.console import Console
 from cli.config import BenchConfig, ReplicaGroup
 from cli.engine import asynchronous, engine_device, engine_spec
 from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
+from cli.simulate import deployment_of
 from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError, unknown
 from engine.executor import Executor, WorkerError
 from engine.run_folder import keep_incomplete, run_folder, write_chrome_trace, write_config, write_summary
 from engine.serve import serve
-from engine.specs import SchedulerSpec
 from engine.workload import make_workload
-from simulator.cluster import PREDICTORS, Deployment, deploy
+from simulator.cluster import PREDICTORS
 from simulator.router import ROUTERS
 
 
@@ -34,7 +34,8 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
     workload = make_workload(config.workload_spec(spec.max_model_len))
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     _check_names(config, group)
-    kind = _deployment(group, spec, scheduler, spec.num_blocks or 1)
+    as_simulated = {"model": spec.model, "predictor": "roofline", "async_scheduling": async_scheduling}
+    kind = deployment_of(group, **as_simulated, num_gpu_blocks_override=spec.num_blocks or 1)
     target = output_dir or default_folder(kind, workload.name, "bench-")
     with run_folder(target) as folder:
         with progress_bar(len(workload)) as progress:
@@ -42,7 +43,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
             executor = start(spec, config.executor)
             try:
                 progress.update(task, description="serving")
-                kind = _deployment(group, spec, scheduler, executor.num_blocks)
+                kind = deployment_of(group, **as_simulated, num_gpu_blocks_override=executor.num_blocks)
                 settings = resolved(config, [kind], len(workload))
                 write_config(
                     folder,
@@ -101,21 +102,6 @@ def _check_names(config: BenchConfig, group: ReplicaGroup) -> None:
     for what, name, known in (("predictor", group.predictor, PREDICTORS), ("router", config.router, ROUTERS)):
         if name not in known:
             raise unknown(what, name, known)
-
-
-def _deployment(group: ReplicaGroup, spec: EngineSpec, scheduler: SchedulerSpec, num_blocks: int) -> Deployment:
-    """The replica as the simulator would have it, for its description."""
-    return deploy(
-        spec.model,
-        group.device,
-        network=group.network,
-        internode_network=group.internode_network,
-        parallel=spec.parallel,
-        scheduler=scheduler,
-        host_overhead=group.host_overhead,
-        num_gpu_blocks_override=num_blocks,
-        predictor="roofline",
-    )
 
 
 def _source(executor: Executor, spec: EngineSpec) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
@@ -17,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from cli.bench import only_group
-from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
+from cli.config import ENGINE_KEYS, BenchConfig, ReplicaGroup, load, read_file
 from cli.engine import engine_device, engine_spec
 from cli.output import load_plugin, resolved
 from cli.simulate import deployment_of
 from engine import catalog
-from engine.engine_spec import start
+from engine.engine_spec import dtype_bytes, start
 from engine.errors import InputError, unknown
 from engine.run_folder import run_folder, write_config, write_summary
 from engine.serve import serve
@@ -148,19 +150,17 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
     workload, slos = _checked(settings)
     for plugin in settings.plugin:
         load_plugin(plugin)
-    kinds = [(deployment_of(group, settings.dtype), group.count) for group in settings.groups()]
+    kinds = [(_simulated(group, settings.dtype), group.count) for group in settings.groups()]
     deployments = [kind for kind, count in kinds for _ in range(count)]
 
+    def simulated(rate: float, partial: Path) -> dict[str, Any]:
+        requests = at_rate(workload, rate)
+        made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
+        write_config(partial, _config(settings, deployments, len(requests), rate))
+        return made.summary
+
     def trial(rate: float) -> Trial:
-        place = folder / "trials" / f"{rate:.6g}"
-        if (place / "summary.json").is_file():
-            return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)
-        with run_folder(place) as partial:
-            requests = at_rate(workload, rate)
-            made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
-            write_summary(partial, made.summary)
-            write_config(partial, _config(settings, deployments, len(requests), rate))
-        return judged(made.summary, rate, place)
+        return _kept(folder / "trials", rate, simulated)
 
     begin = settings.request_rate or guess(workload, deployments, settings.router)
     capacity = find_capacity(trial, begin, point["tolerance"])
@@ -180,6 +180,22 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
     }
     write_json(folder / RESULT, found)
     return found
+
+
+def _simulated(group: ReplicaGroup, dtype: str) -> Deployment:
+    """The group's replica, in a `dtype` that the engine was told."""
+    if dtype == "auto":
+        return deployment_of(group)
+    return deployment_of(group, model=replace(catalog.model(group.model), dtype_bytes=dtype_bytes(dtype)))
+
+
+def _kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any]]) -> Trial:
+    """The trial of a rate: the one that is in `folder` already, or what `make` gives, kept there."""
+    place = folder / f"{rate:.6g}"
+    if not (place / "summary.json").is_file():
+        with run_folder(place) as partial:
+            write_summary(partial, make(rate, partial))
+    return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)
 
 
 def _config(settings: BenchConfig, deployments: list[Deployment], num_prompts: int, rate: float) -> dict[str, Any]:
@@ -271,12 +287,9 @@ def _prices(text: str) -> dict[str, float]:
     found = {}
     for part in text.split(","):
         name, _, price = part.rpartition("=")
-        try:
-            found[catalog.device(name).name if name else ""] = float(price)
-        except ValueError:
-            found[""] = 0.0
-    if not all(price > 0 for price in found.values()):
-        raise InputError(f"--gpu-price {text!r}: give dollars per GPU-hour such as 2.5, or a100=2,h100=4")
+        if re.fullmatch(r"\d*\.?\d+", price.strip()) is None or float(price) == 0:
+            raise InputError(f"--gpu-price {text!r}: give dollars per GPU-hour such as 2.5, or a100=2,h100=4")
+        found[catalog.device(name.strip()).name if name else ""] = float(price)
     return found
 
 
@@ -337,34 +350,25 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
     workload, slos = _checked(settings)
     spec, scheduler = engine_spec(group, settings, engine_device(group.device), settings.seed)
     executor = start(spec, settings.executor)
-    try:
-        check_machine(deployment_of(group), spec, executor)
-    except InputError:
-        executor.close()
-        raise
 
-    def trial(rate: float) -> Trial:
-        place = Path(point["folder"]) / "confirm" / f"{rate:.6g}"
-        if (place / "summary.json").is_file():
-            return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)
-        with run_folder(place) as partial:
-            made = serve(
-                at_rate(workload, rate),
-                scheduler,
-                executor,
-                vocab_size=spec.model.vocab_size,
-                parallel=spec.parallel,
-                sliding_window=spec.model.sliding_window,
-                async_scheduling=bool(group.async_scheduling),  # as it was predicted
-                seed=settings.seed,
-                slos=slos,
-                folder=partial,
-            )
-            write_summary(partial, made.summary)
-        return judged(made.summary, rate, place)
+    def served(rate: float, partial: Path) -> dict[str, Any]:
+        made = serve(
+            at_rate(workload, rate),
+            scheduler,
+            executor,
+            vocab_size=spec.model.vocab_size,
+            parallel=spec.parallel,
+            sliding_window=spec.model.sliding_window,
+            async_scheduling=bool(group.async_scheduling),  # as it was predicted
+            seed=settings.seed,
+            slos=slos,
+            folder=partial,
+        )
+        return made.summary
 
     try:
-        found = confirm(trial, point["predicted"])
+        check_machine(catalog.device(group.device), spec, executor)
+        found = confirm(lambda rate: _kept(Path(point["folder"]) / "confirm", rate, served), point["predicted"])
     finally:
         executor.close()
     used = gpu_hours(found.trials, spec.parallel.world_size)

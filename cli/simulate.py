@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from rich.console import Console
 
 from cli.config import FileConfig, ReplicaGroup
 from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
-from engine import catalog
-from engine.engine_spec import dtype_bytes
 from engine.run_folder import run_folder, write_chrome_trace, write_config, write_summary
 from engine.workload import make_workload
 from simulator.cluster import Deployment, deploy
@@ -69,19 +66,19 @@ def run(
     return summary
 
 
-def deployment_of(group: ReplicaGroup, dtype: str = "auto") -> Deployment:
-    """The group's replica; a `dtype` that the engine was told is simulated too."""
-    model = catalog.model(group.model)
-    return deploy(
-        model if dtype == "auto" else replace(model, dtype_bytes=dtype_bytes(dtype)),
-        group.device,
-        network=group.network,
-        internode_network=group.internode_network,
-        parallel=group.parallel_spec(),
-        scheduler=group.scheduler_spec(),
-        host_overhead=group.host_overhead,
-        predictor=group.predictor,
-        gpu_memory_utilization=group.gpu_memory_utilization,
-        num_gpu_blocks_override=group.num_gpu_blocks_override,
-        async_scheduling=bool(group.async_scheduling),
-    )
+def deployment_of(group: ReplicaGroup, **changes: Any) -> Deployment:
+    """The group's replica; `changes` are arguments of `deploy` that take the place of its settings."""
+    settings: dict[str, Any] = {
+        "model": group.model,
+        "device": group.device,
+        "network": group.network,
+        "internode_network": group.internode_network,
+        "parallel": group.parallel_spec(),
+        "scheduler": group.scheduler_spec(),
+        "host_overhead": group.host_overhead,
+        "predictor": group.predictor,
+        "gpu_memory_utilization": group.gpu_memory_utilization,
+        "num_gpu_blocks_override": group.num_gpu_blocks_override,
+        "async_scheduling": bool(group.async_scheduling),
+    }
+    return deploy(**{**settings, **changes})

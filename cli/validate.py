@@ -15,12 +15,12 @@ from cli.bench import only_group
 from cli.config import BenchConfig
 from cli.engine import asynchronous, engine_device, engine_spec
 from cli.output import load_plugin, progress_bar, resolved
+from cli.simulate import deployment_of
 from engine.engine_spec import start
 from engine.errors import InputError
 from engine.executor import WorkerError
 from engine.run_folder import keep_incomplete, run_folder, write_config
 from engine.workload import make_workload
-from simulator.cluster import deploy
 from studies.validation import METRICS, STATISTICS
 from studies.validation_run import Validation
 
@@ -34,20 +34,10 @@ def run(
     for plugin in config.plugin:
         load_plugin(plugin)
     group = only_group(config)
-    spec, scheduler = engine_spec(group, config, engine_device(group.device), config.seed)
+    spec, _ = engine_spec(group, config, engine_device(group.device), config.seed)
     ahead = asynchronous(group, spec)
-    deployment = deploy(
-        spec.model,
-        group.device,
-        network=group.network,
-        internode_network=group.internode_network,
-        parallel=spec.parallel,
-        scheduler=scheduler,
-        host_overhead=group.host_overhead,
-        predictor=group.predictor,
-        num_gpu_blocks_override=spec.num_blocks or 1,  # until the engine knows
-        async_scheduling=ahead,
-    )
+    blocks = spec.num_blocks or 1  # until the engine knows
+    deployment = deployment_of(group, model=spec.model, num_gpu_blocks_override=blocks, async_scheduling=ahead)
     shares = _loads(loads)
     for flag, value in (("request-rate", config.request_rate), ("arrival", config.arrival)):
         if shares and value is not None:

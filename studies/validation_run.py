@@ -18,7 +18,7 @@ from engine.driver import Clock
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
 from engine.executor import Executor
-from engine.specs import SLO
+from engine.specs import SLO, DeviceSpec
 from engine.workload import Workload, WorkloadSpec, make_workload
 from profiler.session import SETTINGS
 from simulator.cluster import Deployment
@@ -51,7 +51,7 @@ class Validation:
         `on_progress` is told what is served, how many requests are finished, and of how many; `on_result` each load's
         comparison. Raises InputError if the calibration is of another machine than the executor's.
         """
-        check_machine(self.deployment, self.engine, executor)
+        check_machine(self.deployment.device, self.engine, executor)
         deployment = replace(self.deployment, num_kv_blocks=executor.num_blocks)
         results = self._describe(deployment, executor)
         rates: list[tuple[float | None, float | None]] = [(None, self.workload.request_rate)]
@@ -119,14 +119,14 @@ class Validation:
         }
 
 
-def check_machine(deployment: Deployment, spec: EngineSpec, executor: Executor) -> None:
+def check_machine(device: DeviceSpec, spec: EngineSpec, executor: Executor) -> None:
     """Raise InputError if the calibration was measured on other hardware, in another dtype or with other attention."""
-    folder = store.folder_of(deployment.device)
+    folder = store.folder_of(device)
     path = folder / SETTINGS if folder is not None else None
     if path is None or not path.is_file():  # fitted to public tables, or a data sheet
-        device, card = deployment.device.name, catalog.card(executor.hardware)
-        if device in catalog.DEVICES and card is not None and card != device:
-            raise InputError(f"the device is {device}, and this machine has {executor.hardware}: give --device {card}")
+        name, card = device.name, catalog.card(executor.hardware)
+        if name in catalog.DEVICES and card is not None and card != name:
+            raise InputError(f"the device is {name}, and this machine has {executor.hardware}: give --device {card}")
         return
     measured = json.loads(path.read_text("utf-8"))["identity"]
     here = {"hardware": executor.hardware, "dtype": spec.dtype, "attention_backend": executor.attention_backend}
