@@ -83,6 +83,17 @@ class Step(NamedTuple):
     sampling: tuple[SamplingParams, ...] | None  # (m,) None: all greedy. Seeds are filled in
 
 
+def lone_step(sequences: Sequence[tuple[int, int]], num_decodes: int, block_size: int) -> Step:
+    """Sequences of (chunk, tokens in the cache) that nobody asked for: rows and KV blocks from 0 on, every token 0."""
+    chunks = np.array([chunk for chunk, _ in sequences], dtype=np.int32)
+    starts = np.array([start for _, start in sequences], dtype=np.int32)
+    rows = np.arange(len(sequences), dtype=np.int32)
+    blocks = -(-(starts + chunks) // block_size)
+    offsets = np.concatenate([np.arange(count, dtype=np.int32) for count in blocks])
+    new = NewBlocks(np.repeat(rows, blocks), offsets, np.arange(len(offsets), dtype=np.int32))
+    return Step(0, num_decodes, rows, starts, chunks, np.zeros(int(chunks.sum()), np.int32), new, rows, None)
+
+
 class RankTime(NamedTuple):
     """When a rank computed a step, in seconds of the machine's monotonic clock (time.perf_counter)."""
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine.engine_spec import EngineSpec
-from engine.executor import NewBlocks, Step
+from engine.executor import Step, lone_step
 from engine.specs import ParallelSpec
 from engine.worker.parallel import Rank
 from engine.worker.runner import ModelRunner
@@ -131,18 +131,11 @@ class InSitu:
         return {name: spent[name] / count[name] for name in spent}
 
     def _step(self, decodes: int, sequences: list[tuple[int, int]]) -> Step:
-        size = self.spec.block_size
-        chunks = np.array([chunk for chunk, _ in sequences], dtype=np.int32)
-        starts = np.array([prefix for _, prefix in sequences], dtype=np.int32)
-        need = -(-(starts + chunks) // size)
-        rows = np.arange(len(sequences), dtype=np.int32)
-        offsets = np.concatenate([np.arange(count, dtype=np.int32) for count in need])
-        ids = np.random.default_rng(0).permutation(self.spec.num_blocks or 0)[: len(offsets)].astype(np.int32)
-        tokens = np.random.default_rng(1).integers(0, self.spec.model.vocab_size, int(chunks.sum())).astype(np.int32)
-        sampled = np.arange(len(sequences), dtype=np.int32)
-        return Step(
-            0, decodes, rows, starts, chunks, tokens, NewBlocks(np.repeat(rows, need), offsets, ids), sampled, None
-        )
+        step = lone_step(sequences, decodes, self.spec.block_size)
+        ids = np.random.default_rng(0).permutation(self.spec.num_blocks or 0)[: len(step.new_blocks.ids)]
+        tokens = np.random.default_rng(1).integers(0, self.spec.model.vocab_size, len(step.tokens))
+        blocks = step.new_blocks._replace(ids=ids.astype(np.int32))
+        return step._replace(tokens=tokens.astype(np.int32), new_blocks=blocks)
 
     def _key_of(self, op: Operator, tokens: int, decodes: int, sequences: list[tuple[int, int]]) -> tuple[Any, ...]:
         if op.kind == "attention_decode":

@@ -2,12 +2,14 @@
 
 What is measured, what is predicted and what the engine's modules are called are the same names. An operator's work
 depends on the batch through one number of rows (the batch's tokens, or the rows that are sampled) or, for attention,
-through the requests' chunks and cached tokens. Left out: gathering the sampled rows' logits over tensor-parallel ranks.
+through the requests' chunks and cached tokens. Operators that this engine runs as one, and others one after the other,
+are one with `parts`: by these a table of such an engine is read. Left out: gathering the sampled rows' logits over
+tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from engine.specs import ModelSpec, ParallelSpec
@@ -35,6 +37,7 @@ class Operator:
     num_kv_heads: int = 0
     head_dim: int = 0
     sliding_window: int | None = None
+    parts: tuple[Operator, ...] = ()  # what it is where it is not run as one
 
 
 def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Operator, ...]:
@@ -47,6 +50,7 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     kv = kv_heads * model.head_dim
     mlp = model.intermediate_size // tp
     vocab = -(-model.vocab_size // tp)
+    branches = 2 if model.parallel_block else 1  # that are added to the residual at once
 
     def attention(kind: Literal["attention_prefill", "attention_decode"]) -> Operator:
         return Operator(
@@ -65,6 +69,10 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     def elementwise(name: str, count: int, elements: float, rows: Literal["tokens", "sampled"] = "tokens") -> Operator:
         return Operator(name, "elementwise", count, rows, bytes_per_row=int(elements * width))
 
+    def residual_norm(name: str, count: int, add: str, norm: str) -> Operator:
+        parts = elementwise(add, count, (1 + branches + 1) * hidden), elementwise(norm, count, 2 * hidden)
+        return replace(elementwise(name, count, (1 + branches + 2) * hidden), parts=parts)
+
     def all_reduce(name: str, count: int) -> Operator:
         return Operator(name, "all_reduce", count, bytes_per_row=hidden * width)
 
@@ -73,19 +81,26 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
         operators.append(elementwise("embedding", 1, 2 * hidden))
         if tp > 1:
             operators.append(all_reduce("embedding_all_reduce", 1))
-    operators.append(elementwise("input_norm", layers, 2 * hidden))
+    operators.append(elementwise("input_norm", 1, 2 * hidden))
+    if layers > 1:
+        operators.append(residual_norm("mlp_residual_norm", layers - 1, "mlp_residual_add", "input_norm"))
     operators.append(gemm("qkv_proj", layers, hidden, q + 2 * kv))
+    kv_write = elementwise("kv_write", layers, 4 * kv)
     if model.rotary_fraction > 0:
-        operators.append(elementwise("rotary", layers, 2 * (q + kv) * model.rotary_fraction))
-    operators.append(elementwise("kv_write", layers, 4 * kv))
+        rotary = elementwise("rotary", layers, 2 * (q + kv) * model.rotary_fraction)
+        whole = elementwise("rotary_kv_write", layers, 2 * (q + 2 * kv))
+        operators.append(replace(whole, parts=(rotary, kv_write)))
+    else:
+        operators.append(kv_write)
     operators.append(attention("attention_prefill"))
     operators.append(attention("attention_decode"))
     operators.append(gemm("output_proj", layers, q, hidden))
     if not model.parallel_block:
         if tp > 1:
             operators.append(all_reduce("attention_all_reduce", layers))
-        operators.append(elementwise("attention_residual_add", layers, 3 * hidden))
-    if model.norms_per_layer == 2:
+        names = ("attention_residual_norm", layers, "attention_residual_add", "post_attention_norm")
+        operators.append(residual_norm(*names))
+    elif model.norms_per_layer == 2:
         operators.append(elementwise("post_attention_norm", layers, 2 * hidden))
     up = "mlp_gate_up_proj" if model.gated_mlp else "mlp_up_proj"
     operators.append(gemm(up, layers, hidden, mlp * (model.mlp_matrices - 1)))
@@ -93,7 +108,7 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     operators.append(gemm("mlp_down_proj", layers, mlp, hidden))
     if tp > 1:
         operators.append(all_reduce("mlp_all_reduce", layers))
-    operators.append(elementwise("mlp_residual_add", layers, (4 if model.parallel_block else 3) * hidden))
+    operators.append(elementwise("mlp_residual_add", 1, (1 + branches + 1) * hidden))
     if stage == last_stage:
         operators.append(elementwise("final_norm", 1, 2 * hidden))
         operators.append(gemm("lm_head", 1, hidden, vocab, "sampled"))

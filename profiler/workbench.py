@@ -113,11 +113,11 @@ class Workbench:
             self._attention([1], [1], 1)  # plans
             angles = layers.rotation(zero, self.decoder.frequencies)
             for _ in range(LAUNCHES):
-                hidden = self._random(1, self.model.hidden_size)
+                hidden, branches = self._random(1, self.model.hidden_size), ()
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 for layer, cache in zip(self.decoder.layers, self.caches, strict=True):
-                    hidden = layer(hidden, inputs, angles, self.attention, cache)
+                    hidden, branches = layer(hidden, branches, inputs, angles, self.attention, cache)
                 seconds.append((time.perf_counter() - start) / len(self.caches))
             torch.cuda.synchronize()
         warm = seconds[LAUNCHES // 4 :]
@@ -174,20 +174,17 @@ class Workbench:
         if name in ("input_norm", "post_attention_norm"):
             norms = [getattr(each, name) for each in every]
             return self._in_turns(norms, lambda module, x: module(x), rows, hidden)
-        if name == "rotary":
+        if name == "rotary_kv_write":
             angles = layers.rotation(torch.arange(rows, device=self.device), decoder.frequencies)
-            heads = (layer.heads, layer.kv_heads, layer.kv_heads)
-
-            def rotary(module: Any, qkv: Tensor) -> object:
-                q, k, _ = qkv.view(rows, -1, layer.head_dim).split(heads, dim=1)
-                return module.rotary(q, k, angles)
-
-            return self._in_turns(every, rotary, rows, sum(heads) * layer.head_dim)
-        if name == "kv_write":
             slots = torch.randperm(self.limits.kv_tokens, device=self.device)[:rows]
-            k, v = (self._random(rows, layer.kv_heads, layer.head_dim) for _ in range(2))
-            pairs = zip(every, self.caches, strict=True)
-            return [_bind(each.kv_write, k, v, slots, cache) for each, cache in pairs]
+            heads = layer.heads + 2 * layer.kv_heads
+
+            def rotary_kv_write(place: tuple[Any, Any], qkv: Tensor) -> object:
+                module, cache = place
+                return module.rotary_kv_write(qkv.view(rows, heads, layer.head_dim), slots, angles, cache)
+
+            places = list(zip(every, self.caches, strict=True))
+            return self._in_turns(places, rotary_kv_write, rows, heads * layer.head_dim)
         if name == "mlp_activation":
             width = (layer.mlp_gate_up_proj if layer.gated else layer.mlp_up_proj).weight.shape[0]
             return self._in_turns(every, lambda module, x: module.mlp_activation(x), rows, width)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from stand_in_cuda import stand_in
 
 from engine.driver import Driver
 from engine.engine_spec import EngineSpec, start
@@ -42,12 +43,16 @@ SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 512, "intermediate_si
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(params=["cpu", ON_GPU])
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
+@pytest.fixture(params=["cpu", "stand-in", ON_GPU])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     threads = torch.get_num_threads()
-    yield request.param
+    if request.param == "stand-in":
+        with stand_in(monkeypatch):
+            yield "cuda"
+    else:
+        yield request.param
     torch.set_num_threads(threads)
     gc.collect()
     if request.param == "cuda":
@@ -55,6 +60,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 gpu_only = pytest.mark.parametrize("device", [ON_GPU], indirect=True)
+real_only = pytest.mark.parametrize("device", ["cpu", ON_GPU], indirect=True)
+cuda_only = pytest.mark.parametrize("device", ["stand-in", ON_GPU], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +208,7 @@ def test_scheduling_ahead_changes_nothing(device: str, checkpoint: Callable[[str
     assert_same_but_for_ties(plain, ahead, tolerance)
 
 
-@gpu_only
+@cuda_only
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "sdpa"])
 def test_backends_agree_and_cuda_graphs_change_nothing(
     backend: str, device: str, checkpoint: Callable[[str], Path]
@@ -246,6 +253,7 @@ def test_the_profiled_kv_cache_leaves_room_for_the_largest_batch(device: str) ->
     executor.close()
 
 
+@real_only
 def test_memory_does_not_grow(device: str) -> None:
     """From the 1,000th to the 10,000th iteration of requests that come and go."""
     warm_up, last = (1_000, 10_000) if device == "cuda" else (50, 250)
@@ -276,6 +284,7 @@ def test_memory_does_not_grow(device: str) -> None:
     assert host_after - host_before <= 64 << 20
 
 
+@real_only
 def test_too_little_memory_is_told(device: str) -> None:
     spec = spec_of(None, device, SMALL, num_blocks=9_999_999, block_size=4096)
     where = "GPU" if device == "cuda" else "CPU"

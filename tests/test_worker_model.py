@@ -1,5 +1,6 @@
 """The decoder against transformers: every family, chunked and decoded, over tensor- and pipeline-parallel ranks."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -270,34 +271,44 @@ def test_a_parallel_block_is_summed_over_ranks_once(name: str, a_layer: int, ora
     assert counts == {a_layer * expected.spec.num_layers + 1}  # and the embedding's
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_compiled_chains_compute_the_same() -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_compiled_chains_compute_the_same(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if device == "cpu" and shutil.which("g++") is None:
+        pytest.skip("no compiler")
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
     def outputs(x: Tensor) -> list[Tensor]:
-        cos, sin = layers.rotation(torch.arange(len(x), device="cuda"), frequencies)
-        heads = x.view(len(x), -1, 16)
+        cos, sin = layers.rotation(torch.arange(len(x), device=device), frequencies)
+        keys, values = old.clone(), old.clone()
+        slots = torch.arange(len(x), device=device) * 5 % len(old)  # 5 has no divisor in common with it
+        q = layers.rotate_and_write(x.view(len(x), -1, 8), 4, cos, sin, slots, keys, values)
         return [
-            layers.rms_norm(x, weight, 1e-5),
+            layers.norm(x, weight, None, 1e-5),
+            *layers.residual_norm(x, twice, None, weight, None, 1e-5),
+            *layers.residual_norm(x, twice, x, weight, weight, 1e-5),
             layers.activate(x, "gelu_tanh"),
             layers.gated_activate(x, "silu"),
-            layers.add3(x, x, x),
-            *layers.rotate(heads[:, :3], heads[:, 3:], cos, sin),
+            q,
+            keys,
+            values,
         ]
 
-    weight, frequencies = random(64), torch.rand(4, device="cuda")
+    weight, frequencies, old = random(64), torch.rand(3, device=device), random(256, 2, 8)
     try:
-        for tokens in (7, 1, 33, 128):
+        for tokens in (1, 7, 33, 128):
             x = random(tokens, 64)
+            twice = 2 * x
             layers.compile_elementwise(False)
             plain = outputs(x)
             layers.compile_elementwise(True)
             for compiled, expected in zip(outputs(x), plain, strict=True):
                 torch.testing.assert_close(compiled, expected, rtol=2e-2, atol=2e-2)
+            assert (plain[-1] != old).flatten(1).any(1).sum() == tokens  # and no other slot is touched
     finally:
         layers.compile_elementwise(False)
 

@@ -1,8 +1,8 @@
 """What a decoder layer is made of: linear layers, norms, embedding, and the chains of elementwise operations.
 
-Chains are plain functions. On CUDA each is several kernels that read and write the whole tensor; after
-`compile_elementwise(True)` it is one, made by torch.compile. Matrices and parameters are those of one rank, and nothing
-is initialised: `engine.worker.weights` fills them.
+Chains are plain functions, of several kernels that each read and write the whole tensor; after
+`compile_elementwise(True)` they are one or two, made by torch.compile. Matrices and parameters are those of one rank,
+and nothing is initialised: `engine.worker.weights` fills them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _compile = False
 
 
 def compile_elementwise(on: bool) -> None:
-    """Whether chains of elementwise operations run compiled where their tensors are on CUDA. They don't at first."""
+    """Whether chains of elementwise operations run compiled, which pays on CUDA. They don't at first."""
     global _compile
     _compile = on
 
@@ -44,7 +44,7 @@ def _chain(function: Chain) -> Chain:
     @functools.wraps(function)
     def call(first: Tensor, *rest: Any) -> Any:
         nonlocal compiled
-        if not (_compile and first.is_cuda):
+        if not _compile:
             return function(first, *rest)
         if compiled is None:  # not before it is wanted: torch.compile takes seconds to import
             import torch._dynamo.config
@@ -56,12 +56,30 @@ def _chain(function: Chain) -> Chain:
     return cast(Chain, call)
 
 
-@_chain
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(t, h) -> (t, h): x / rms(x) in float32, rounded to x's type, times weight (Zhang & Sennrich 2019)."""
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if bias is not None:
+        return functional.layer_norm(x, weight.shape, weight, bias, eps)  # float32 inside
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
+
+
+@_chain
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(t, h) -> (t, h): layer norm, or without a bias x / rms(x) in float32, rounded to x's type, times weight.
+
+    The latter is RMS norm (Zhang & Sennrich 2019).
+    """
+    return _norm(x, weight, bias, eps)
+
+
+@_chain
+def residual_norm(
+    residual: Tensor, branch: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual (t, h) plus one branch, or plus the sum of two; and the norm of that."""
+    total = residual + (branch if other is None else branch + other)
+    return total, _norm(total, weight, bias, eps)
 
 
 @_chain
@@ -78,12 +96,6 @@ def gated_activate(gate_up: Tensor, activation: str) -> Tensor:
 
 
 @_chain
-def add3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a + (b + c)."""
-    return a + (b + c)
-
-
-@_chain
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (t, 1, r/2), float32, of each position's angle in every rotated plane."""
     angles = positions.float()[:, None, None] * frequencies
@@ -91,12 +103,19 @@ def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_chain
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding (Su et al. 2021) of queries and keys (t, heads, head_dim), computed in float32.
+def rotate_and_write(
+    qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotated queries (t, heads, head_dim) of qkv (t, heads + 2 KV heads, head_dim).
 
-    Plane i is elements i and i + r/2 of a head (Hugging Face's order of the weights); those past r stay as they are.
+    Its rotated keys and its values go to the `slots` (t,) of `keys` and `values` (slots, KV heads, head_dim). This is
+    the rotary embedding of Su et al. 2021, computed in float32. Plane i is elements i and i + r/2 of a head (Hugging
+    Face's order of the weights); those past r stay as they are.
     """
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    q, k, v = qkv.split([heads, keys.shape[1], keys.shape[1]], dim=1)
+    keys.index_copy_(0, slots, _rotate(k, cos, sin))
+    values.index_copy_(0, slots, v)
+    return _rotate(q, cos, sin)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -173,9 +192,11 @@ class Norm(TensorModule):
         self.bias = new(spec.hidden_size) if spec.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return rms_norm(x, self.weight, self.eps)
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # float32 inside
+        return norm(x, self.weight, self.bias, self.eps)
+
+    def of_sum(self, residual: Tensor, branch: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The residual plus its branches, and the norm of that."""
+        return residual_norm(residual, branch, other, self.weight, self.bias, self.eps)
 
 
 class Embedding(TensorModule):

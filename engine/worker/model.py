@@ -10,6 +10,7 @@ differ in what their ModelSpec says: norms, biases, a gated MLP or a plain one, 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from engine.specs import ModelSpec
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend
 from engine.worker.inputs import Inputs
-from engine.worker.layers import Embedding, Linear, NewParameter, Norm, TensorModule
+from engine.worker.layers import Embedding, Linear, NewParameter, Norm
 from engine.worker.names import FAMILIES, vocabulary_rows
 from engine.worker.parallel import Links, Rank
 
@@ -41,7 +42,7 @@ def check_supported(spec: ModelSpec) -> None:
         raise InputError(f"the engine can't run {spec.name}, for it has no {what}. Give another model, or simulate it")
 
 
-class Layer(TensorModule):
+class Layer(nn.Module):
     """One decoder layer on one rank: `heads` query and `kv_heads` KV heads of it, and a share of the MLP."""
 
     mlp_gate_up_proj: Linear  # one of these two
@@ -68,19 +69,31 @@ class Layer(TensorModule):
         self.mlp_down_proj = Linear(mlp, hidden, spec.mlp_bias, new, adds_bias=first)
 
     def forward(
-        self, hidden: Tensor, inputs: Inputs, angles: tuple[Tensor, Tensor], attention: AttentionBackend, cache: Cache
-    ) -> Tensor:
-        """(t, hidden_size) -> (t, hidden_size); `angles` are cosine and sine of the tokens' rotations."""
-        x = self.input_norm(hidden)
+        self,
+        hidden: Tensor,
+        branches: tuple[Tensor, ...],
+        inputs: Inputs,
+        angles: tuple[Tensor, Tensor],
+        attention: AttentionBackend,
+        cache: Cache,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(t, hidden_size) -> (t, hidden_size), and the layer's outputs that are still to be added to it.
+
+        `branches` are those of the layer before, none for the first; `angles` are cosine and sine of the tokens'
+        rotations. Adding a branch is left to the norm behind it, which reads it anyway.
+        """
+        if branches:
+            hidden, x = self.mlp_residual_norm(hidden, *branches)
+        else:
+            x = self.input_norm(hidden)
         attended = self.output_proj(self.attend(x, inputs, angles, attention, cache))
         if self.parallel_block:
             mlp = self.mlp(x if self.post_attention_norm is None else self.post_attention_norm(hidden))
             if self.tp_size > 1:  # one all-reduce for both
-                return self.mlp_residual_add(hidden, self.links.all_reduce(attended.add_(mlp)))
-            return self.mlp_residual_add(hidden, attended, mlp)
-        assert self.post_attention_norm is not None
-        hidden = self.attention_residual_add(hidden, self.links.all_reduce(attended))
-        return self.mlp_residual_add(hidden, self.links.all_reduce(self.mlp(self.post_attention_norm(hidden))))
+                return hidden, (self.links.all_reduce(attended.add_(mlp)),)
+            return hidden, (attended, mlp)
+        hidden, x = self.attention_residual_norm(hidden, self.links.all_reduce(attended))
+        return hidden, (self.links.all_reduce(self.mlp(x)),)
 
     def attend(
         self, x: Tensor, inputs: Inputs, angles: tuple[Tensor, Tensor], attention: AttentionBackend, cache: Cache
@@ -88,9 +101,7 @@ class Layer(TensorModule):
         """Normed input (t, hidden_size) -> outputs of this rank's heads (t, heads * head_dim)."""
         tokens, decodes = x.shape[0], inputs.num_decodes
         qkv = self.qkv_proj(x).view(tokens, -1, self.head_dim)
-        values = self.heads + self.kv_heads
-        q, k = self.rotary(qkv[:, : self.heads], qkv[:, self.heads : values], angles)
-        self.kv_write(k, qkv[:, values:], inputs.slots, cache)
+        q = self.rotary_kv_write(qkv, inputs.slots, angles, cache)
         if decodes == 0:
             out = attention.prefill(q, *cache)
         elif decodes == tokens:
@@ -103,25 +114,27 @@ class Layer(TensorModule):
         """(t, hidden_size) -> (t, hidden_size), this rank's part of the sum."""
         return self.mlp_down_proj(self.mlp_activation(self.mlp_gate_up_proj(x) if self.gated else self.mlp_up_proj(x)))
 
-    def rotary(self, q: Tensor, k: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries (t, heads, head_dim) and keys (t, KV heads, head_dim), rotated."""
-        return layers.rotate(q, k, *angles)
+    def rotary_kv_write(self, qkv: Tensor, slots: Tensor, angles: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
+        """Rotated queries of qkv (t, heads + 2 KV heads, head_dim); keys and values go to this layer's cache."""
+        keys, values = (tensor.view(-1, self.kv_heads, self.head_dim) for tensor in cache)
+        return layers.rotate_and_write(qkv, self.heads, *angles, slots, keys, values)
 
-    def kv_write(self, k: Tensor, v: Tensor, slots: Tensor, cache: Cache) -> None:
-        """Write the tokens' keys and values (t, KV heads, head_dim) into their slots of this layer's cache."""
-        for tensor, new in zip(cache, (k, v), strict=True):
-            tensor.view(-1, self.kv_heads, self.head_dim).index_copy_(0, slots, new)
-
-    def attention_residual_add(self, residual: Tensor, attended: Tensor) -> Tensor:
-        return residual + attended
+    def attention_residual_norm(self, residual: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual plus the attention's output, and its norm for the MLP."""
+        assert self.post_attention_norm is not None
+        return self.post_attention_norm.of_sum(residual, attended)
 
     def mlp_activation(self, up: Tensor) -> Tensor:
         """Output of the up (or gate and up) projection -> input of the down projection."""
         return layers.gated_activate(up, self.activation) if self.gated else layers.activate(up, self.activation)
 
+    def mlp_residual_norm(self, residual: Tensor, *branches: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual plus what the layer before put out, and its norm for the attention."""
+        return self.input_norm.of_sum(residual, *branches)
+
     def mlp_residual_add(self, residual: Tensor, *branches: Tensor) -> Tensor:
-        """The residual and one output, or the two of a parallel block that is on one rank."""
-        return residual + branches[0] if len(branches) == 1 else layers.add3(residual, *branches)
+        """The residual plus one output, or plus the two of a parallel block that is on one rank."""
+        return residual + (branches[0] if len(branches) == 1 else branches[0] + branches[1])
 
 
 class Decoder(nn.Module):
@@ -157,9 +170,11 @@ class Decoder(nn.Module):
             hidden = self.links.all_reduce(self.embedding(inputs.token_ids))
         assert hidden is not None
         angles = layers.rotation(inputs.positions, self.frequencies)
+        branches: tuple[Tensor, ...] = ()
+        layer: Any
         for layer, cache in zip(self.layers, kv_caches, strict=True):
-            hidden = layer(hidden, inputs, angles, attention, cache)
-        assert hidden is not None
+            hidden, branches = layer(hidden, branches, inputs, angles, attention, cache)
+        hidden = layer.mlp_residual_add(hidden, *branches)
         if self.final_norm is None or self.lm_head is None:
             return hidden
         logits = self.lm_head(self.final_norm(hidden)[inputs.last_tokens])

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.executor import NewBlocks, RankReport, RankTime, Step, num_rows
+from engine.executor import RankReport, RankTime, Step, lone_step, num_rows
 from engine.memory import GIB, kv_bytes_per_block
 from engine.worker import weights
 from engine.worker.attention import select
@@ -31,6 +30,14 @@ from engine.worker.sampler import sample
 
 RESERVED_BYTES = GIB // 2  # of a GPU, for what libraries take later (cuBLAS, NCCL, fragmentation)
 JUST_NOW_S = 200e-6  # between two looks at a step: what ended in between has ended just now
+WARM_UP: list[tuple[list[tuple[int, int]], int]] = [  # sequences of (chunk, tokens in the cache), and how many decode
+    ([(2, 0)], 0),
+    ([(3, 0)], 0),
+    ([(1, 0)], 0),
+    ([(1, 1)], 1),
+    ([(1, 1), (1, 1)], 2),
+    ([(1, 1), (2, 0)], 1),
+]
 CPU_KV_SHARE = 0.5  # of the free memory of a CPU, for the KV caches of all ranks
 
 
@@ -103,17 +110,11 @@ class ModelRunner:
         spec = self.spec
         length = min(spec.max_model_len, spec.max_batch_tokens)
         count = max(1, min(spec.max_num_seqs, spec.max_batch_tokens // length))
-        per_sequence = -(-length // spec.block_size)
-        self._make_caches(count * per_sequence)
+        self._make_caches(count * -(-length // spec.block_size))
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        ids = np.arange(count * per_sequence, dtype=np.int32)
-        rows = np.arange(count, dtype=np.int32)
-        chunks = np.full(count, length, dtype=np.int32)
-        blocks = NewBlocks(np.repeat(rows, per_sequence), ids % per_sequence, ids)
-        tokens = np.zeros(count * length, dtype=np.int32)
-        self.execute(Step(0, 0, rows, rows * 0, chunks, tokens, blocks, rows, None)).wait()
+        self.execute(lone_step([(length, 0)] * count, 0, spec.block_size)).wait()
         activations = torch.cuda.max_memory_allocated() - before
         self.kv_caches = []
         torch.cuda.empty_cache()
@@ -121,11 +122,20 @@ class ModelRunner:
         return total - free + activations
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV caches, of `num_blocks` blocks and one more for padding, and on a GPU capture the CUDA graphs."""
+        """Make the KV caches, of `num_blocks` blocks and one more for padding; on a GPU warm up and capture its graphs.
+
+        Warming up runs a step of each kind, of 1, 2 and 3 tokens: what is compiled at first use (and by torch.compile
+        once for a first size, once for any, and once for 1) is there before the first request.
+        """
         spec = self.spec
         with torch.inference_mode(), self._memory("allocating the KV cache"):
             self._make_caches(num_blocks + 1)
             self.rows.set_padding_block(num_blocks)
+            if self.device.type == "cuda":
+                for sequences, num_decodes in WARM_UP:
+                    step = lone_step(sequences, num_decodes, spec.block_size)
+                    if len(step.new_blocks.ids) <= num_blocks and len(step.tokens) <= spec.max_model_len:
+                        self.execute(step).wait()
             if self.device.type == "cuda" and self.attention.supports_cuda_graph:
                 self._graphs = DecodeGraphs(
                     [size for size in spec.cuda_graphs if size <= spec.max_num_seqs],

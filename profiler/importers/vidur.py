@@ -165,7 +165,8 @@ def _mlp(path: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     parts = []
     for _, group in shapes.groupby([*_SHAPE, "use_gated_mlp"]):
         first = {name: int(group[name].iloc[0]) for name in (*_SHAPE, "use_gated_mlp")}
-        operators = {op.name: op for op in _inventory(path, first, "post_attention_layernorm" in timed)}
+        every = _inventory(path, first, "post_attention_layernorm" in timed)
+        operators = {part.name: part for op in every for part in (op, *op.parts)}
         for name in timed:
             operator = next(operators[known] for known in OPERATORS[name] if known in operators)
             part = times[name].loc[group.index].assign(operator=operator.name, tensor_parallel_size=first[_TP])

@@ -65,6 +65,10 @@ class Elementwise(KindModel):
             result[mine] = self.curve(name)(sizes[mine])
         return np.maximum(result, sizes / self.device.memory_bandwidth)
 
+    def knows(self, operator: str) -> bool:
+        """Whether an operator, or one of the same kernel, was measured."""
+        return self._known(operator) in self.curves_
+
     def curve(self, operator: str) -> Curve:
         """The curve that an operator is predicted by."""
         return self.curves_.get(self._known(operator), self.pooled_)

@@ -33,6 +33,7 @@ from simulator.predictor.attention import AttentionDecode, AttentionPrefill
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.collectives import AllReduce, Send
+from simulator.predictor.elementwise import Elementwise
 from simulator.predictor.roofline import Roofline, attended
 
 MOST_ROWS = 16384  # batch tokens that are tabulated; larger batches go on with the last row's time per token
@@ -263,7 +264,15 @@ class _Maker:
         self.ranks_per_node = min(self.tp, network.gpus_per_node)
         self.window = model.sliding_window
         self.estimate = Roofline(model, device, network, parallel, NO_HOST)
-        self.operators = [inventory(model, parallel, stage) for stage in range(parallel.pipeline_parallel_size)]
+        every = [inventory(model, parallel, stage) for stage in range(parallel.pipeline_parallel_size)]
+        self.operators = [[part for op in stage for part in self.as_measured(op)] for stage in every]
+
+    def as_measured(self, op: Operator) -> tuple[Operator, ...]:
+        """An operator, or its parts where only these were measured."""
+        model = self.models.get("elementwise")
+        if not isinstance(model, Elementwise) or model.knows(op.name):
+            return (op,)
+        return op.parts if any(model.knows(part.name) for part in op.parts) else (op,)
 
     def stage(self, stage: int) -> StageTables:
         """The tables of one stage."""
