@@ -136,11 +136,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "stream": lambda stream: nullcontext(),
         "synchronize": lambda: None,
+        "_sleep": lambda cycles: time.sleep(cycles * 1e-12),
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "set_device": lambda device: None,
-        "get_device_capability": lambda device: (9, 0),
-        "get_device_name": lambda device: "a stand-in",
+        "get_device_capability": lambda device=None: (9, 0),
+        "get_device_name": lambda device=None: "NVIDIA H200",
         "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         "memory_allocated": lambda: 0,
         "max_memory_allocated": lambda: 0,
@@ -155,6 +156,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(sys.modules, "flash_attn", functions)
     attention = "engine.worker.attention.flash_attn"
     monkeypatch.setattr(f"{attention}.package_reason", lambda module, package: None)
-    monkeypatch.setattr("engine.worker.runner.compile_elementwise", lambda on: None)
+    for place in ("engine.worker.runner", "engine.worker.layers"):
+        monkeypatch.setattr(f"{place}.compile_elementwise", lambda on: None)
     with OnTheCpu():
         yield

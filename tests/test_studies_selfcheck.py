@@ -4,9 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stand_in_cuda import stand_in
+
+from engine import catalog
+from engine.engine_spec import DECODE_GRAPHS
+from engine.policies import resolve
+from engine.request import BatchShape
+from engine.specs import ParallelSpec, SchedulerSpec
+from profiler.importers import read_source
+from profiler.operators import inventory
+from profiler.points import Limits
+from profiler.timer import CudaTimer
+from simulator.cluster import deploy
+from simulator.predictor.calibration import fit, save
+from studies import selfcheck
 
 ROOT = Path(__file__).parents[1]
 LACKING = ("pydantic", "plotly", "ray", "pyarrow", "datasketches", "rich", "typer", "yaml", "hypothesis")
@@ -87,3 +102,28 @@ def test_a_step_that_runs_out_of_time_or_fails_is_said_and_the_others_go_on(tmp_
     assert not steps["benchmark"]["ok"] and "out of time" in steps["benchmark"]["result"]
     assert not steps["validate"]["ok"]  # there is no profile
     assert (tmp_path / "out" / "benchmark.txt").exists()
+
+
+def test_a_gpu_is_profiled_and_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for one: its times mean nothing, but everything that a GPU's profile has is there."""
+    model = replace(selfcheck.SMALL, num_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=4,
+                    num_key_value_heads=2, head_dim=32, vocab_size=500, dtype_bytes=2)  # fmt: skip
+    limits = Limits(max_tokens=32, max_requests=4, max_length=64, kv_tokens=1024)
+    scheduler = SchedulerSpec(max_num_batched_tokens=32, max_num_seqs=4, max_model_len=64, block_size=256)
+    case = replace(selfcheck.CASES["cuda"], model=model, limits=limits, scheduler=scheduler)
+    monkeypatch.setitem(selfcheck.CASES, "cuda", case)
+    monkeypatch.setattr(CudaTimer, "BUDGET_S", 0.001)
+    with stand_in(monkeypatch):
+        said = selfcheck.profile_step("cuda", selfcheck.SETTLE_S + 60, tmp_path)
+    assert said.endswith("measurements on NVIDIA H200")
+    tables = read_source("profile", tmp_path / "profile")
+    wanted = {op.name for op in inventory(model, ParallelSpec(), 0)} | {"layer_launch", "iteration_overhead"}
+    assert wanted <= set(tables["operator"])
+    calibration = fit(catalog.device("h200"), [tables], on_progress=lambda line: None)
+    save(calibration, tmp_path / "h200", catalog.device("h200"))
+    (tmp_path / "h200" / "profile.json").write_bytes((tmp_path / "profile" / "profile.json").read_bytes())
+    deployment = deploy(model, str(tmp_path / "h200"), scheduler=resolve(scheduler, 64), num_gpu_blocks_override=20)
+    assert deployment.host is not None and deployment.device.name == "h200"
+    assert deployment.host.layer_s > 0 and deployment.host.graph_decodes == max(DECODE_GRAPHS)
+    assert "estimate" not in deployment.predictor.description
+    assert deployment.predictor.stage_time(BatchShape(3, 3, 60, (), 3, 3), 0) > 0

@@ -19,7 +19,7 @@ Forward = Callable[[Inputs, AttentionBackend, Tensor | None], Tensor]
 
 
 class DecodeGraphs:
-    """Graphs for batches of 1 .. max(sizes) decodes. `sizes` may be empty: then nothing fits.
+    """Graphs for batches of 1 .. max(sizes) decodes.
 
     Args:
         forward: the model on (inputs, attention, hidden states of the stage before).

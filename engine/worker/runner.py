@@ -29,6 +29,7 @@ from engine.worker.parallel import Links, Rank
 from engine.worker.sampler import sample
 
 RESERVED_BYTES = GIB // 2  # of a GPU, for what libraries take later (cuBLAS, NCCL, fragmentation)
+GRAPH_BYTES = 16 << 20  # of a CUDA graph: 8 MiB for flashinfer's plan, and an estimate for its kernels' arguments
 JUST_NOW_S = 200e-6  # between two looks at a step: what ended in between has ended just now
 WARM_UP: list[tuple[list[tuple[int, int]], int]] = [  # sequences of (chunk, tokens in the cache), and how many decode
     ([(2, 0)], 0),
@@ -84,9 +85,9 @@ class ModelRunner:
     # -- memory ----------------------------------------------------------------------------------------------------
 
     def free_blocks(self) -> int:
-        """KV blocks that this rank has memory for beside the weights and the largest batch.
+        """KV blocks that this rank has memory for beside the weights and the largest batches.
 
-        On a GPU the largest batch is run and its peak measured. On a CPU it is a share of the memory that is free, and
+        On a GPU these are run and their peak measured. On a CPU it is a share of the memory that is free, and
         not much more than the longest requests could ever fill.
         """
         spec = self.spec
@@ -106,20 +107,38 @@ class ModelRunner:
         return blocks
 
     def _peak_bytes(self) -> int:
-        """Bytes of this GPU in use, by anybody, at the peak of the largest batch, which every rank runs."""
+        """Bytes of this GPU in use, by anybody, at the peak of the largest batches, which every rank runs.
+
+        CUDA graphs keep memory of their own, as much as their largest batch takes.
+        """
         spec = self.spec
         length = min(spec.max_model_len, spec.max_batch_tokens)
-        count = max(1, min(spec.max_num_seqs, spec.max_batch_tokens // length))
-        self._make_caches(count * -(-length // spec.block_size))
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self.execute(lone_step([(length, 0)] * count, 0, spec.block_size)).wait()
-        activations = torch.cuda.max_memory_allocated() - before
+        prompts = [(length, 0)] * max(1, min(spec.max_num_seqs, spec.max_batch_tokens // length))
+        sizes = self._graph_sizes()
+        self._make_caches(max(len(prompts) * -(-length // spec.block_size), spec.max_num_seqs))
+        activations = max(self._activation_bytes(prompts, 0), self._decode_bytes(spec.max_num_seqs))
+        of_graphs = self._decode_bytes(max(sizes)) + len(sizes) * GRAPH_BYTES if sizes else 0
         self.kv_caches = []
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
-        return total - free + activations
+        return total - free + activations + of_graphs
+
+    def _decode_bytes(self, batch: int) -> int:
+        return self._activation_bytes([(1, 0)] * batch, batch)
+
+    def _activation_bytes(self, sequences: list[tuple[int, int]], num_decodes: int) -> int:
+        """What a step of `lone_step` takes beside what is held anyway, at its peak."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.execute(lone_step(sequences, num_decodes, self.spec.block_size)).wait()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _graph_sizes(self) -> list[int]:
+        """Batch sizes to capture CUDA graphs for."""
+        if self.device.type != "cuda" or not self.attention.supports_cuda_graph:
+            return []
+        return [size for size in self.spec.cuda_graphs if size <= self.spec.max_num_seqs]
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV caches, of `num_blocks` blocks and one more for padding; on a GPU warm up and capture its graphs.
@@ -136,9 +155,9 @@ class ModelRunner:
                     step = lone_step(sequences, num_decodes, spec.block_size)
                     if len(step.new_blocks.ids) <= num_blocks and len(step.tokens) <= spec.max_model_len:
                         self.execute(step).wait()
-            if self.device.type == "cuda" and self.attention.supports_cuda_graph:
+            if sizes := self._graph_sizes():
                 self._graphs = DecodeGraphs(
-                    [size for size in spec.cuda_graphs if size <= spec.max_num_seqs],
+                    sizes,
                     self._forward,
                     self.attention,
                     self._max_blocks,
