@@ -10,6 +10,7 @@ import checkpoints
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from engine import catalog
 from engine.errors import InputError
@@ -286,7 +287,7 @@ def test_compiled_chains_compute_the_same(device: str) -> None:
         cos, sin = layers.rotation(torch.arange(len(x), device=device), frequencies)
         keys, values = old.clone(), old.clone()
         slots = torch.arange(len(x), device=device) * 5 % len(old)  # 5 has no divisor in common with it
-        q = layers.rotate_and_write(x.view(len(x), -1, 8), 4, cos, sin, slots, keys, values)
+        q = layers.rotate_and_write(x.view(len(x), -1, 8), cos, sin, slots, 4, keys, values)
         return [
             layers.norm(x, weight, None, 1e-5),
             *layers.residual_norm(x, twice, None, weight, None, 1e-5),
@@ -299,6 +300,8 @@ def test_compiled_chains_compute_the_same(device: str) -> None:
         ]
 
     weight, frequencies, old = random(64), torch.rand(3, device=device), random(256, 2, 8)
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
     try:
         for tokens in (1, 7, 33, 128):
             x = random(tokens, 64)
@@ -308,6 +311,8 @@ def test_compiled_chains_compute_the_same(device: str) -> None:
             layers.compile_elementwise(True)
             for compiled, expected in zip(outputs(x), plain, strict=True):
                 torch.testing.assert_close(compiled, expected, rtol=2e-2, atol=2e-2)
+            chains = 7  # residual_norm is two, with a bias and without
+            assert counters["stats"]["unique_graphs"] - before == (chains if tokens == 1 else 2 * chains)
             assert (plain[-1] != old).flatten(1).any(1).sum() == tokens  # and no other slot is touched
     finally:
         layers.compile_elementwise(False)

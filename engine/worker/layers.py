@@ -38,22 +38,33 @@ def compile_elementwise(on: bool) -> None:
     _compile = on
 
 
-def _chain(function: Chain) -> Chain:
-    compiled: Callable[..., Any] | None = None
+def _chain(by_token: int) -> Callable[[Chain], Chain]:
+    """Makes a function a chain. Its first `by_token` arguments have a row a token, or are None.
 
-    @functools.wraps(function)
-    def call(first: Tensor, *rest: Any) -> Any:
-        nonlocal compiled
-        if not _compile:
-            return function(first, *rest)
-        if compiled is None:  # not before it is wanted: torch.compile takes seconds to import
-            import torch._dynamo.config
+    It is compiled twice for a model: for one token, and for any other number of them.
+    """
 
-            torch._dynamo.config.recompile_limit = MOST_SHAPES
-            compiled = torch.compile(function)
-        return compiled(first, *rest)
+    def decorate(function: Chain) -> Chain:
+        compiled: Callable[..., Any] | None = None
 
-    return cast(Chain, call)
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            nonlocal compiled
+            if not _compile:
+                return function(*arguments)
+            from torch import _dynamo  # not before it is wanted: it takes seconds to import
+
+            if compiled is None:
+                _dynamo.config.recompile_limit = MOST_SHAPES
+                compiled = torch.compile(function)
+            for argument in arguments[:by_token]:
+                if argument is not None:
+                    _dynamo.maybe_mark_dynamic(argument, 0)
+            return compiled(*arguments)
+
+        return cast(Chain, call)
+
+    return decorate
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -64,7 +75,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-@_chain
+@_chain(by_token=1)
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """(t, h) -> (t, h): layer norm, or without a bias x / rms(x) in float32, rounded to x's type, times weight.
 
@@ -73,7 +84,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return _norm(x, weight, bias, eps)
 
 
-@_chain
+@_chain(by_token=3)
 def residual_norm(
     residual: Tensor, branch: Tensor, other: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -82,29 +93,29 @@ def residual_norm(
     return total, _norm(total, weight, bias, eps)
 
 
-@_chain
+@_chain(by_token=1)
 def activate(x: Tensor, activation: str) -> Tensor:
     """The activation of each element of the up-projection (t, w)."""
     return ACTIVATIONS[activation](x)
 
 
-@_chain
+@_chain(by_token=1)
 def gated_activate(gate_up: Tensor, activation: str) -> Tensor:
     """(t, 2w), gate and up side by side -> (t, w): activation(gate) * up (Shazeer 2020)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[activation](gate) * up
 
 
-@_chain
+@_chain(by_token=1)
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (t, 1, r/2), float32, of each position's angle in every rotated plane."""
     angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
-@_chain
+@_chain(by_token=4)
 def rotate_and_write(
-    qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+    qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, heads: int, keys: Tensor, values: Tensor
 ) -> Tensor:
     """Rotated queries (t, heads, head_dim) of qkv (t, heads + 2 KV heads, head_dim).
 

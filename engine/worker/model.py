@@ -117,7 +117,7 @@ class Layer(nn.Module):
     def rotary_kv_write(self, qkv: Tensor, slots: Tensor, angles: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
         """Rotated queries of qkv (t, heads + 2 KV heads, head_dim); keys and values go to this layer's cache."""
         keys, values = (tensor.view(-1, self.kv_heads, self.head_dim) for tensor in cache)
-        return layers.rotate_and_write(qkv, self.heads, *angles, slots, keys, values)
+        return layers.rotate_and_write(qkv, *angles, slots, self.heads, keys, values)
 
     def attention_residual_norm(self, residual: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
         """The residual plus the attention's output, and its norm for the MLP."""

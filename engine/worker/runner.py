@@ -32,9 +32,8 @@ RESERVED_BYTES = GIB // 2  # of a GPU, for what libraries take later (cuBLAS, NC
 GRAPH_BYTES = 16 << 20  # of a CUDA graph: 8 MiB for flashinfer's plan, and an estimate for its kernels' arguments
 JUST_NOW_S = 200e-6  # between two looks at a step: what ended in between has ended just now
 WARM_UP: list[tuple[list[tuple[int, int]], int]] = [  # sequences of (chunk, tokens in the cache), and how many decode
-    ([(2, 0)], 0),
-    ([(3, 0)], 0),
     ([(1, 0)], 0),
+    ([(2, 0)], 0),
     ([(1, 1)], 1),
     ([(1, 1), (1, 1)], 2),
     ([(1, 1), (2, 0)], 1),
@@ -143,8 +142,7 @@ class ModelRunner:
     def allocate(self, num_blocks: int) -> None:
         """Make the KV caches, of `num_blocks` blocks and one more for padding; on a GPU warm up and capture its graphs.
 
-        Warming up runs a step of each kind, of 1, 2 and 3 tokens: what is compiled at first use (and by torch.compile
-        once for a first size, once for any, and once for 1) is there before the first request.
+        Warming up runs a step of each kind, so that what is compiled at first use is there before the first request.
         """
         spec = self.spec
         with torch.inference_mode(), self._memory("allocating the KV cache"):
