@@ -245,7 +245,7 @@ def selfcheck(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     budget: Annotated[str, typer.Option(help="Time to spend: 90s, 9m.")] = "9m",
 ) -> None:
-    """Test, profile and validate this machine within a budget of time, each step on its own."""
+    """Profile, validate and test this machine within a budget of time, each step on its own."""
     from studies.selfcheck import main
 
     raise typer.Exit(main(["--device", device, "--budget", budget, "--output-dir", str(output_dir)]))

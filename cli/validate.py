@@ -19,7 +19,7 @@ from cli.simulate import deployment_of
 from engine.engine_spec import start
 from engine.errors import InputError
 from engine.executor import WorkerError
-from engine.run_folder import keep_incomplete, run_folder, write_config
+from engine.run_folder import keep_incomplete, run_folder, write_config, write_summary
 from engine.workload import make_workload
 from studies.validation import METRICS, STATISTICS
 from studies.validation_run import Validation
@@ -50,6 +50,11 @@ def run(
     )
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     with run_folder(output_dir) as folder:
+
+        def so_far(results: Mapping[str, Any]) -> None:
+            write_summary(folder, results, "validation.json")
+            _print(results["loads"][-1], console)
+
         with progress_bar(num_prompts) as progress:
             task = progress.add_task("starting", total=num_prompts)
             executor = start(spec, config.executor)
@@ -58,7 +63,7 @@ def run(
                     executor,
                     folder,
                     lambda what, done, of: progress.update(task, description=what, completed=done, total=of),
-                    lambda result: _print(result, console),
+                    so_far,
                 )
             except WorkerError as error:
                 kept = keep_incomplete(folder, output_dir)
@@ -68,7 +73,7 @@ def run(
         results["version"] = version("windtunnel")
         settings = resolved(config, [deployment], num_prompts)
         write_config(folder, {**settings, "num_gpu_blocks_override": executor.num_blocks, "async_scheduling": ahead})
-        (folder / "validation.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", "utf-8")
+        write_summary(folder, results, "validation.json")
         from studies.validation_report import write_validation
 
         write_validation(results, folder / "validation.html")

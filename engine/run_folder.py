@@ -78,10 +78,11 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """`summary.json`."""
-    text = json.dumps(summary, indent=2, allow_nan=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+def write_summary(folder: Path, summary: Mapping[str, Any], name: str = "summary.json") -> None:
+    """The file of results, whole or not at all."""
+    unfinished = folder / f"{name}.part"
+    unfinished.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(folder / name)
 
 
 def write_chrome_trace(folder: Path) -> None:

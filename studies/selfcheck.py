@@ -1,10 +1,11 @@
-"""One command for a GPU node that may be gone in ten minutes: test, measure, learn, and say how far off we are.
+"""One command for a GPU node that may be gone in ten minutes: measure, learn, say how far off we are, and test.
 
     windtunnel selfcheck --device cuda --budget 9m --output-dir check
     python -m studies.selfcheck --device cuda --budget 9m --output-dir check     # where pydantic or plotly is missing
 
 Each step is a process of its own, so that it leaves the GPU's memory, and the steps after it, alone; what a step
-measures is written as it goes. The folder holds at most eight files, to bring home: `summary.json` with a line for each
+measures is written as it goes. What can't be had without the GPU comes first, and the first step also pays for the
+kernels that are compiled. The folder holds at most eight files, to bring home: `summary.json` with a line for each
 step, the tests' and the benchmark's output, the profile, and `validation.json`. There,
 `windtunnel calibrate fit --source profile:check/profile` makes the calibration again.
 """
@@ -12,7 +13,6 @@ step, the tests' and the benchmark's output, the profile, and `validation.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -27,6 +27,7 @@ from engine import catalog
 from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
 from engine.policies import largest_batch, resolve
+from engine.run_folder import write_summary
 from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec
 from engine.workload import WorkloadSpec, make_workload
 from profiler.points import Limits
@@ -34,7 +35,7 @@ from profiler.session import duration
 
 ROOT = Path(__file__).parents[1]
 LOADS = (0.5, 0.85, 0.95)
-STEPS = {"tests": 0.2, "benchmark": 0.2, "profile": 0.35, "validate": 0.25}  # shares of the budget
+STEPS = {"profile": 0.35, "validate": 0.25, "benchmark": 0.2, "tests": 0.2}  # shares of the budget
 SETTLE_S = 15.0  # of a step's time, to start and to end
 SMALL = ModelSpec(name="small", model_type="llama", num_layers=4, hidden_size=512, intermediate_size=1408,
                   num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=8192,
@@ -86,7 +87,7 @@ def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, 
         print(f"{step}: {left * share:.0f} s of {left:.0f} s", flush=True)
         lines[step] = _run_step(step, device, left * share, output_dir)
         lines[step]["seconds"] = round(time.perf_counter() - start_s, 1)
-        _write(output_dir / "summary.json", {"device": device, "budget_s": budget_s, "steps": lines})
+        write_summary(output_dir, {"device": device, "budget_s": budget_s, "steps": lines})
     print(f"\n{'step':<10} {'seconds':>8}  result")
     for step, line in lines.items():
         print(f"{step:<10} {line['seconds']:>8.1f}  {line['result']}")
@@ -176,8 +177,9 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
         validation = Validation(
             engine=engine, deployment=deployment, workload=replace(case.workload, num_prompts=prompts), loads=LOADS
         )
-        results = validation.run(executor)
-    _write(output_dir / "validation.json", results)
+        results = validation.run(
+            executor, on_result=lambda so_far: write_summary(output_dir, so_far, "validation.json")
+        )
     errors = [
         f"{each['load']:.0%}: iterations {each['iterations']['mape']:.1%}, "
         f"E2E P50 {each['latencies']['e2e']['p50']['error']:+.1%} P99 {each['latencies']['e2e']['p99']['error']:+.1%}"
@@ -193,10 +195,6 @@ def this_device(device: str) -> DeviceSpec:
     return device_here("cuda" if device == "cuda" else "cpu")
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 STEP_FUNCTIONS: dict[str, Callable[[str, float, Path], str]] = {"profile": profile_step, "validate": validate_step}
 
 
@@ -204,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; 0 if every step went well."""
     parser = argparse.ArgumentParser(
         prog="windtunnel selfcheck",
-        description="Test, profile and validate this machine within a budget of time, each step on its own.",
+        description="Profile, validate and test this machine within a budget of time, each step on its own.",
     )
     parser.add_argument("--device", choices=sorted(CASES), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--budget", default="9m", help="time to spend: 90s, 9m (default: %(default)s)")

@@ -48,8 +48,8 @@ class Validation:
     ) -> dict[str, Any]:
         """Everything, as plain numbers; with a folder the runs' tables go there.
 
-        `on_progress` is told what is served, how many requests are finished, and of how many; `on_result` each load's
-        comparison. Raises InputError if the calibration is of another machine than the executor's.
+        `on_progress` is told what is served, how many requests are finished, and of how many; `on_result` all there is
+        after each load. Raises InputError if the calibration is of another machine than the executor's.
         """
         check_machine(self.deployment.device, self.engine, executor)
         deployment = replace(self.deployment, num_kv_blocks=executor.num_blocks)
@@ -67,8 +67,8 @@ class Validation:
             name = "run" if load is None else f"load-{load:g}"
             pair = self._pair(workload, deployment, executor, folder, name, on_progress)
             result = {"load": load, "request_rate": rate, **compare(pair, deployment, workload)}
-            on_result(result)
             results["loads"].append({**result, "curves": curves(pair, deployment)})
+            on_result(results)
         return results
 
     def _pair(
