@@ -38,7 +38,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
     kind = deployment_of(group, **as_simulated, num_gpu_blocks_override=spec.num_blocks or 1)
     target = output_dir or default_folder(kind, workload.name, "bench-")
     with run_folder(target) as folder:
-        with progress_bar(len(workload)) as progress:
+        with progress_bar("requests") as progress:
             task = progress.add_task("starting", total=len(workload))
             executor = start(spec, config.executor)
             try:

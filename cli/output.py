@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import runpy
-import sys
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from cli.config import FileConfig
@@ -18,6 +26,8 @@ from engine.errors import InputError
 from engine.metrics import METRIC_NAMES, describe, summary_key
 from engine.workload import DEFAULT_LENGTHS
 from simulator.cluster import Deployment
+
+LINE_S = 30.0
 
 
 def load_plugin(path: Path) -> None:
@@ -65,18 +75,34 @@ def default_folder(kind: Deployment, workload: str, prefix: str = "") -> Path:
     return Path("runs") / f"{stamp}-{prefix}{model}-{kind.device.name}-{kind.scheduler.policy}-{Path(workload).stem}"
 
 
-def progress_bar(total: int) -> Progress:
-    """A bar on a terminal, nothing in a pipe."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    )
+class ProgressBar(Progress):
+    """A bar on a terminal; in a pipe or a log a line every LINE_S seconds, of long work only."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        super().__init__(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._said_at = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._say(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        if self.disable and time.monotonic() - self._said_at >= LINE_S:
+            self._said_at = time.monotonic()
+            task = self._tasks[task_id]
+            shown = [column for column in self.columns if isinstance(column, TextColumn | MofNCompleteColumn)]
+            self.console.print(" ".join(column(task).plain.strip() for column in shown))  # type: ignore[union-attr]
+
+
+def progress_bar(what: str) -> ProgressBar:
+    """Progress through a number of `what`."""
+    return ProgressBar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(what),
+                       TimeRemainingColumn())  # fmt: skip
 
 
 def print_summary(summary: dict[str, Any], copies: list[int], target: Path, console: Console) -> None:

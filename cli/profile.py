@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
 from cli.engine import engine_device
+from cli.output import ProgressBar
 from engine import catalog
 from engine.engine_spec import DTYPE_BYTES
 from engine.errors import InputError, unknown
@@ -71,11 +72,9 @@ def run(
         block_size=block_size,
         attention_backend=attention_backend,
     )
-    console, terminal = Console(highlight=False, soft_wrap=True), Console(stderr=True)
+    console = Console(highlight=False, soft_wrap=True)
     shown = TextColumn("{task.fields[samples]} samples, {task.fields[left]} s left")
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), shown, console=terminal,
-                   disable=not terminal.is_terminal, transient=True)  # fmt: skip
-    with bar as progress:
+    with ProgressBar(TextColumn("{task.description}"), BarColumn(), shown) as progress:
         task = progress.add_task("starting", total=seconds, samples=0, left=f"{seconds:.0f}")
 
         def on_progress(part: str, samples: int, left: float) -> None:

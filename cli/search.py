@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from cli.bench import only_group
 from cli.config import ENGINE_KEYS, BenchConfig, ReplicaGroup, load, read_file
 from cli.engine import engine_device, engine_spec
-from cli.output import load_plugin, resolved
+from cli.output import load_plugin, progress_bar, resolved
 from cli.simulate import deployment_of
 from engine import catalog
 from engine.engine_spec import dtype_bytes, start
@@ -261,11 +260,8 @@ def _search_all(
         else:
             left.append(i)
     todo = [every[i] for i in left]
-    terminal = Console(stderr=True)
-    bar = Progress(TextColumn("searching"), BarColumn(), MofNCompleteColumn(), console=terminal, transient=True,
-                   disable=not terminal.is_terminal)  # fmt: skip
-    with bar as progress:
-        task = progress.add_task("", total=len(every), completed=len(every) - len(left))
+    with progress_bar("searches") as progress:
+        task = progress.add_task("searching", total=len(every), completed=len(every) - len(left))
         if ray_address is not None:
             results = work_off_on_ray(search_point, todo, ray_address)
         elif len(every) == 1:  # a single search runs here, and its errors are the command's

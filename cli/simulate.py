@@ -34,7 +34,7 @@ def run(
     target = output_dir or default_folder(kinds[0], workload.name)
     with run_folder(target) as folder:
         startup_seconds = time.perf_counter() - started
-        with progress_bar(len(workload)) as progress:
+        with progress_bar("requests") as progress:
             task = progress.add_task("simulating", total=len(workload))
             result = simulate_cluster(
                 workload,

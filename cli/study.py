@@ -9,8 +9,8 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from cli.output import progress_bar
 from engine.errors import InputError
 from studies import experiment as studies
 from studies.experiments_run import StudyCrashedError, claim_folder, run, write_whole
@@ -54,7 +54,7 @@ def run_study(
     claim_folder(target, name)
     console = Console(stderr=as_json or as_markdown, highlight=False, soft_wrap=True, markup=False)
     started = time.perf_counter()
-    with _progress() as progress:
+    with progress_bar("points") as progress:
         task = progress.add_task(name, total=1)
         try:
             records = run(
@@ -88,16 +88,3 @@ def run_study(
         print(markdown(name, experiment, records))
     if as_json:
         print(json.dumps({**results, "output_dir": str(target)}, allow_nan=False))
-
-
-def _progress() -> Progress:
-    """A bar on a terminal, nothing in a pipe."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("points"),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    )

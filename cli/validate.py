@@ -55,7 +55,7 @@ def run(
             write_summary(folder, results, "validation.json")
             _print(results["loads"][-1], console)
 
-        with progress_bar(num_prompts) as progress:
+        with progress_bar("requests") as progress:
             task = progress.add_task("starting", total=num_prompts)
             executor = start(spec, config.executor)
             try:

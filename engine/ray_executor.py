@@ -66,14 +66,17 @@ class RayExecutor:
         self._launched: deque[list[Any]] = deque()
         self._group: Any = None
         try:
-            need = {"GPU": 1} if spec.device == "cuda" else {"CPU": 1}
-            self._group = placement_group([need] * spec.parallel.world_size, strategy="PACK")
+            what = "GPU" if spec.device == "cuda" else "CPU"
+            ranks, together = spec.parallel.world_size, spec.parallel.tensor_parallel_size
+            if max(node["Resources"].get(what, 0) for node in ray.nodes() if node["Alive"]) < together:
+                together = 1  # a stage's ranks speak most with each other, but no machine holds them all
+            self._group = placement_group([{what: together}] * (ranks // together), strategy="PACK")
             if not self._group.wait(PLACEMENT_S):
                 raise InputError(
-                    f"the Ray cluster has no room for {spec.parallel.world_size} ranks of {need} each (it has "
+                    f"the Ray cluster has no room for {ranks} ranks of 1 {what} each (it has "
                     f"{ray.cluster_resources()}): add nodes, or lower --tensor-parallel-size"
                 )
-            self._actors = [self._actor(spec, rank, need) for rank in range(spec.parallel.world_size)]
+            self._actors = [self._actor(spec, rank, rank // together, what) for rank in range(ranks)]
             meeting_point = self._get([self._actors[0].meeting_point.remote()])[0]
             ready = self._get([actor.join.remote(meeting_point) for actor in self._actors])
             self.num_blocks: int = min(answer[0] for answer in ready)
@@ -87,9 +90,9 @@ class RayExecutor:
             self.close()
             raise
 
-    def _actor(self, spec: EngineSpec, rank: int, need: dict[str, int]) -> Any:
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
-        options: dict[str, Any] = {"num_cpus": need.get("CPU", 0), "num_gpus": need.get("GPU", 0)}
+    def _actor(self, spec: EngineSpec, rank: int, bundle: int, what: str) -> Any:
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        options: dict[str, Any] = {"num_cpus": int(what == "CPU"), "num_gpus": int(what == "GPU")}
         return ray.remote(RankActor).options(scheduling_strategy=place, **options).remote(spec, rank)
 
     def launch(self, step: Step) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import simpy
 from simpy.events import URGENT
 
 from engine import catalog
+from engine.engine_spec import dtype_bytes
 from engine.errors import InputError, unknown
 from engine.memory import MOST_BLOCKS, num_kv_blocks
 from engine.metrics import replica_use, summarize, tbt_percentiles
@@ -32,7 +33,7 @@ from engine.scheduler import Scheduler
 from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
 from engine.workload import Workload
 from simulator.predictor.base import RuntimePredictor
-from simulator.predictor.calibration import folder_of, measured_host
+from simulator.predictor.calibration import folder_of, measured_host, profiled_dtype
 from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline
 from simulator.replica import Clock, Replica
@@ -135,10 +136,13 @@ def deploy(
 ) -> Deployment:
     """A deployment by names, with what is left open filled in. Raises InputError for what can't be.
 
-    `predictor` is a name in PREDICTORS or a predictor made for this very deployment.
+    A model that is given by name has the type of numbers that the device was profiled in, if it was. `predictor` is a
+    name in PREDICTORS or a predictor made for this very deployment.
     """
-    model = catalog.model(model) if isinstance(model, str) else model
     device = catalog.device(device) if isinstance(device, str) else device
+    if isinstance(model, str):
+        model, dtype = catalog.model(model), profiled_dtype(device)
+        model = model if dtype is None else replace(model, dtype_bytes=dtype_bytes(dtype))
     net = catalog.network(network or device.network, internode_network)
     parallel = parallel or ParallelSpec()
     parallel.validate(model)

@@ -98,7 +98,7 @@ def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, 
 def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[str, Any]:
     """A step as a process that is killed when its time is up; what came of it in a line."""
     commands: dict[str, list[str]] = {
-        "tests": ["-m", "pytest", "-q", "-m", "gpu" if device == "cuda" else "not gpu", "-p", "no:cacheprovider",
+        "tests": ["-m", "pytest", "-m", "gpu" if device == "cuda" else "not gpu", "-p", "no:cacheprovider",
                   "tests/test_gpu_engine.py", "tests/test_worker_attention.py"],
         "benchmark": ["benchmarks/engine_speed.py", "--device", device, "--json"],
     }  # fmt: skip

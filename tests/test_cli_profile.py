@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from profiler.in_situ import Reference
+from simulator.cluster import deploy
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4,
@@ -63,6 +64,7 @@ def test_the_calibration_of_a_profile_is_a_device(folder: Path) -> None:
     assert provenance["source"].startswith("windtunnel profile on ")
     assert provenance["software"].startswith("torch ")
     assert provenance["date"] and provenance["threads"] == 1
+    assert deploy(str(folder / "tiny"), str(folder / "mine")).model.dtype_bytes == 4  # as it was profiled
 
 
 def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder: Path) -> None:

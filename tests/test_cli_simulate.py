@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from cli.output import progress_bar
+
 BASE = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "8192"]
 LONG = [*BASE, "--request-rate", "2", "--num-prompts", "300000"]
 SMALL = [*BASE, "--request-rate", "2", "--num-prompts", "40"]
@@ -302,3 +304,15 @@ def test_help_names_every_setting(tmp_path: Path) -> None:
     )
     for name in RunConfig.model_fields:
         assert f"--{name.replace('_', '-')}" in done.stdout
+
+
+def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for every, said in ((0.0, ["serving 3/10 requests", "serving 4/10 requests"]), (3600.0, [])):
+        monkeypatch.setattr("cli.output.LINE_S", every)
+        with progress_bar("requests") as progress:
+            task = progress.add_task("serving", total=10)
+            progress.update(task, completed=3)
+            progress.advance(task)
+        assert capsys.readouterr().err.splitlines() == said

@@ -288,6 +288,17 @@ def measured_host(device: DeviceSpec) -> HostOverhead | None:
     return fitted.overhead if fitted is not None else None
 
 
+def profiled_dtype(device: DeviceSpec) -> str | None:
+    """The type of numbers that a device was profiled in; None where it was not profiled by `windtunnel profile`."""
+    from profiler.session import SETTINGS, settings
+
+    folder = folder_of(device)
+    if folder is None or not (folder / SETTINGS).is_file():
+        return None
+    found: str = settings(folder)["identity"]["dtype"]
+    return found
+
+
 def _load_host(path: Path) -> HostFit | None:
     if not path.exists():
         return None
