@@ -274,3 +274,24 @@ def test_the_rank_with_the_least_memory_decides(oracle: GetOracle, monkeypatch: 
         assert serve(mine, oracle(), stages=2, num_blocks=28).outputs == oracle().outputs
     finally:
         mine.close()
+
+
+def test_the_ranks_of_a_stage_share_a_machine_where_one_holds_them(oracle: GetOracle) -> None:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        for num_cpus in (3, 2):
+            cluster.add_node(num_cpus=num_cpus)
+        ray.init(address=cluster.address, log_to_driver=False)
+        mine: Any = start(oracle().engine_spec(tp=2, pp=2), "ray")
+        try:
+            assert serve(mine, oracle(), stages=2).outputs == oracle().outputs
+            nodes = [node for node, _ in ray.get([actor.clock.remote() for actor in mine._actors])]
+            assert nodes[0] == nodes[1] and nodes[2] == nodes[3] and nodes[0] != nodes[2]
+        finally:
+            mine.close()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
