@@ -7,8 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
@@ -18,27 +17,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.bench import only_group
-from cli.config import ENGINE_KEYS, BenchConfig, ReplicaGroup, load, read_file
-from cli.engine import engine_device, engine_spec
-from cli.output import load_plugin, progress_bar, resolved
+from cli.config import BenchConfig, load, read_file
+from cli.output import load_plugin, progress_bar
+from cli.search_point import RESULT, checked, confirm_point, search_point
 from cli.simulate import deployment_of
 from engine import catalog
-from engine.engine_spec import dtype_bytes, start
 from engine.errors import InputError, unknown
-from engine.run_folder import run_folder, write_config, write_summary
-from engine.serve import serve
-from engine.specs import SLO
-from simulator.cluster import Deployment
 from simulator.predictor import calibration as store
-from studies.confirm import confirm, gpu_hours
-from studies.search import Trial, at_rate, find_capacity, guess, judged, simulated_trial
 from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray, write_json
-from studies.validation_run import check_machine
 
-NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
-SETTINGS, RESULT, SWEEP = "settings.json", "search.json", "sweep.json"
-_AT_CAPACITY = {"p99_tbt_ms": "p99_itl_ms", "p50_ttft_ms": "median_ttft_ms", "output_throughput": "output_throughput",
-                "mean_tpot_ms": "mean_tpot_ms"}  # fmt: skip
+SETTINGS, SWEEP = "settings.json", "sweep.json"
 
 
 def run(
@@ -65,7 +53,7 @@ def run(
     shared: dict[str, Any] = {"tolerance": tolerance}
     if sweep is None:
         settings = load(config, flags, BenchConfig)
-        _checked(settings)
+        checked(settings)
         if confirm_top:
             only_group(settings)  # before the search is made
         shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
@@ -140,94 +128,6 @@ def _contents(every: list[dict[str, Any]]) -> dict[str, str]:
             folder = store.folder_of(catalog.device(str(device)))
             found[str(device)] = store.fingerprint(folder) if folder is not None else ""
     return found
-
-
-def search_point(point: dict[str, Any]) -> dict[str, Any]:
-    """One search, in its folder, going on with the trials that are there. Importable by a process of its own."""
-    folder = Path(point["folder"])
-    settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
-    workload, slos = _checked(settings)
-    for plugin in settings.plugin:
-        load_plugin(plugin)
-    kinds = [(_simulated(group, settings.dtype), group.count) for group in settings.groups()]
-    deployments = [kind for kind, count in kinds for _ in range(count)]
-
-    def simulated(rate: float, partial: Path) -> dict[str, Any]:
-        requests = at_rate(workload, rate)
-        made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
-        write_config(partial, _config(settings, deployments, len(requests), rate))
-        return made.summary
-
-    def trial(rate: float) -> Trial:
-        return _kept(folder / "trials", rate, simulated)
-
-    begin = settings.request_rate or guess(workload, deployments, settings.router)
-    capacity = find_capacity(trial, begin, point["tolerance"])
-    gpus = sum(kind.parallel.world_size for kind in deployments)
-    found: dict[str, Any] = {
-        "status": "done",
-        **capacity.to_json(),
-        "words": capacity.describe(),
-        "slos": [str(slo) for slo in slos],
-        "device": deployments[0].device.name,
-        "num_gpus": gpus,
-        "qps_per_gpu": capacity.qps / gpus,
-        "plain_search_gpu_hours": gpu_hours(capacity.trials, gpus),
-        "predictor": deployments[0].predictor.description,
-        **_at_capacity(capacity.best),
-        "unsteady": _unsteady(capacity.best) if capacity.outcome == "found" else None,
-    }
-    write_json(folder / RESULT, found)
-    return found
-
-
-def _simulated(group: ReplicaGroup, dtype: str) -> Deployment:
-    """The group's replica, in a `dtype` that the engine was told."""
-    if dtype == "auto":
-        return deployment_of(group)
-    return deployment_of(group, model=replace(catalog.model(group.model), dtype_bytes=dtype_bytes(dtype)))
-
-
-def _kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any]]) -> Trial:
-    """The trial of a rate: the one that is in `folder` already, or what `make` gives, kept there."""
-    place = folder / f"{rate:.6g}"
-    if not (place / "summary.json").is_file():
-        with run_folder(place) as partial:
-            write_summary(partial, make(rate, partial))
-    return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)
-
-
-def _config(settings: BenchConfig, deployments: list[Deployment], num_prompts: int, rate: float) -> dict[str, Any]:
-    """The settings of a trial, by which `simulate` runs it again: to its end, if it was given up."""
-    found = resolved(settings, deployments[:1], num_prompts)
-    return {key: value for key, value in found.items() if key not in ENGINE_KEYS} | {"request_rate": rate}
-
-
-def _at_capacity(best: Trial | None) -> dict[str, Any]:
-    """What the run at the capacity was like."""
-    summary = best.summary if best is not None else {}
-    return {name: summary.get(key) for name, key in _AT_CAPACITY.items()}
-
-
-def _unsteady(best: Trial | None) -> str | None:
-    """Why a capacity holds for so many requests and may not for more; None if its run was seen to be sustained."""
-    judged_steady = best.summary["saturation"] if best is not None else {"growing": False}
-    return None if judged_steady["growing"] is False else str(judged_steady["verdict"])
-
-
-def _checked(settings: BenchConfig) -> tuple[Any, list[SLO]]:
-    """The workload and the SLOs of a search; InputError for what can't be searched with."""
-    slos = settings.slos()
-    if not slos:
-        raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
-    if settings.arrival in ("trace", "burst"):
-        raise InputError(f"--arrival {settings.arrival} has no rate to search: leave it out")
-    longest = min(kind.max_model_len or 0 for kind in settings.groups()) or None
-    if longest is None:
-        longest = min((deployment_of(group).scheduler.max_model_len or 0) for group in settings.groups())
-    prompts = settings.num_prompts or (None if settings.trace is not None else NUM_PROMPTS)
-    workload = settings.model_copy(update={"num_prompts": prompts, "request_rate": settings.request_rate or 1.0})
-    return workload.workload_spec(longest), slos
 
 
 def _open(folder: Path, settings: dict[str, Any]) -> None:
@@ -337,40 +237,6 @@ def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:
 # -- confirming ------------------------------------------------------------------------------------------------------
 
 
-def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
-    """Run a point's predicted capacity on this node's engine. Importable by a process of its own."""
-    settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
-    for plugin in settings.plugin:
-        load_plugin(plugin)
-    group = only_group(settings)
-    workload, slos = _checked(settings)
-    spec, scheduler = engine_spec(group, settings, engine_device(group.device), settings.seed)
-    executor = start(spec, settings.executor)
-
-    def served(rate: float, partial: Path) -> dict[str, Any]:
-        made = serve(
-            at_rate(workload, rate),
-            scheduler,
-            executor,
-            vocab_size=spec.model.vocab_size,
-            parallel=spec.parallel,
-            sliding_window=spec.model.sliding_window,
-            async_scheduling=bool(group.async_scheduling),  # as it was predicted
-            seed=settings.seed,
-            slos=slos,
-            folder=partial,
-        )
-        return made.summary
-
-    try:
-        check_machine(catalog.device(group.device), spec, executor)
-        found = confirm(lambda rate: _kept(Path(point["folder"]) / "confirm", rate, served), point["predicted"])
-    finally:
-        executor.close()
-    used = gpu_hours(found.trials, spec.parallel.world_size)
-    return {"status": "done", **found.to_json(), "gpu_hours": used, "hardware": executor.hardware}
-
-
 def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], console: Console) -> None:
     """Confirm each row's capacity and write it beside the search; several at once where the node has GPUs for them."""
     if not rows:
@@ -408,7 +274,8 @@ def _confirmed_words(result: Mapping[str, Any]) -> str:
         found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled in so many runs"
     saved = result["gpu_hours_saved"]
     than = f"{abs(saved):.3g} {'fewer' if saved >= 0 else 'more'} than a plain search"
-    return f"{found}; {len(result['trials'])} runs, {result['gpu_hours']:.3g} GPU-hours, {than}"
+    unit = "CPU-hours" if result["on"] == "cpu" else "GPU-hours"
+    return f"{found}; {len(result['trials'])} runs, {result['gpu_hours']:.3g} {unit}, {than}"
 
 
 def _gpus() -> list[str]:
