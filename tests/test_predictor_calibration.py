@@ -24,6 +24,7 @@ DEVICE = catalog.device("a100_pcie")
 MODEL = catalog.model("microsoft/phi-2")
 NO_HOST = HostOverhead(name="none", iteration_s=0.0, sequence_s=0.0, layer_s=0.0, source="a test")
 NETWORK = catalog.network("pairwise_nvlink")
+ONE_TOKEN = BatchShape(1, 0, 0, ((1, 0),), 1, 0)
 
 
 def gemm_law(m, k, n):  # type: ignore[no-untyped-def]
@@ -343,3 +344,22 @@ def test_the_command_line_fits_shows_and_evaluates(tmp_path: Path, capsys: pytes
     assert (tmp_path / "out" / "gemm.json").exists()
     assert run(["calibrate", "show", "--device", "l4"])[0] == 2
     assert run(["calibrate", "evaluate", "--device", "a40", "--test", str(tmp_path / "nowhere")])[0] == 2
+
+
+def test_operators_run_as_one_are_their_parts_where_only_these_were_measured(
+    calibration: store.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a launch floor of 2 us each, two operators that became one take 2 us less in every layer."""
+    frame = tables()
+    whole = frame[frame["operator"] == "input_norm"]
+    fused = [whole.assign(operator=name) for name in ("mlp_residual_norm", "rotary_kv_write")]
+    of_one = store.fit(DEVICE, [pd.concat([frame, *fused], ignore_index=True)], on_progress=lambda line: None)
+    monkeypatch.setattr(store, "FOLDER", tmp_path)
+    monkeypatch.setenv("WINDTUNNEL_CACHE_DIR", str(tmp_path / "cache"))
+    times = []
+    for each in (calibration, of_one):
+        store.save(each, tmp_path / DEVICE.name)
+        times.append(learned(MODEL, DEVICE, NETWORK, ParallelSpec(), NO_HOST).stage_time(ONE_TOKEN, 0))
+        shutil.rmtree(tmp_path / DEVICE.name)
+    layers = MODEL.num_layers
+    assert times[0] - times[1] == pytest.approx(2e-6 * (layers + layers - 1), rel=0.1)
