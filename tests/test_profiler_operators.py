@@ -126,6 +126,34 @@ def test_ranks_measure_together_and_end_with_their_owner() -> None:
         assert process.exitcode is not None
 
 
+@pytest.mark.parametrize("seconds", [2e-6, 30e-6, 5e-3])
+def test_the_timer_takes_events_off_what_it_times(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where an event takes as long as a short call does."""
+    now = 0.0
+
+    def spend(time: float) -> None:
+        nonlocal now
+        now += time
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now
+            spend(1.5e-6)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: spend(cycles * 1e-9))
+    timing = CudaTimer().measure([lambda: spend(seconds)] * 3)
+    assert timing.seconds == pytest.approx(seconds, rel=0.03)
+    assert timing.repeats >= 8
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_timer_sees_the_gpus_time_and_not_the_hosts() -> None:
