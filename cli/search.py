@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.bench import only_group
-from cli.config import BenchConfig, load, read_file
+from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
 from cli.output import load_plugin, progress_bar
 from cli.search_point import RESULT, checked, confirm_point, search_point
 from cli.simulate import deployment_of
@@ -70,6 +70,10 @@ def run(
         shared["file"] = str(sweep.resolve())
     every = []
     given = {key: value for key, value in flags.items() if value is not None}
+    idle = sorted(set(given) & ENGINE_KEYS - {"dtype"}) if not confirm_top else []
+    if idle:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        console.print(f"note: without effect: {names} (no engine runs without --confirm)", style="yellow")
     if sweep is not None:
         _check_keys(values, changes, given, sweep)
     for change in changes:
