@@ -38,6 +38,19 @@ def compile_elementwise(on: bool) -> None:
     _compile = on
 
 
+def _compiler(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[Tensor, int], None]]:
+    """A function compiled, and what tells the compiler of a dimension of a tensor that it varies.
+
+    Other dimensions don't, for a model. Kernels are not tried out to be tuned: trying out one that writes to the KV
+    cache would copy the cache to the host and back.
+    """
+    from torch import _dynamo  # not before it is wanted: it takes seconds to import
+
+    _dynamo.config.recompile_limit = MOST_SHAPES
+    compiled = torch.compile(function, dynamic=False, options={"triton.autotune_pointwise": False})
+    return compiled, _dynamo.maybe_mark_dynamic
+
+
 def _chain(by_token: int) -> Callable[[Chain], Chain]:
     """Makes a function a chain. Its first `by_token` arguments have a row a token, or are None.
 
@@ -46,20 +59,18 @@ def _chain(by_token: int) -> Callable[[Chain], Chain]:
 
     def decorate(function: Chain) -> Chain:
         compiled: Callable[..., Any] | None = None
+        mark: Callable[[Tensor, int], None]
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            nonlocal compiled
+            nonlocal compiled, mark
             if not _compile:
                 return function(*arguments)
-            from torch import _dynamo  # not before it is wanted: it takes seconds to import
-
             if compiled is None:
-                _dynamo.config.recompile_limit = MOST_SHAPES
-                compiled = torch.compile(function)
+                compiled, mark = _compiler(function)
             for argument in arguments[:by_token]:
                 if argument is not None:
-                    _dynamo.maybe_mark_dynamic(argument, 0)
+                    mark(argument, 0)
             return compiled(*arguments)
 
         return cast(Chain, call)
@@ -123,10 +134,10 @@ def rotate_and_write(
     the rotary embedding of Su et al. 2021, computed in float32. Plane i is elements i and i + r/2 of a head (Hugging
     Face's order of the weights); those past r stay as they are.
     """
-    q, k, v = qkv.split([heads, keys.shape[1], keys.shape[1]], dim=1)
-    keys.index_copy_(0, slots, _rotate(k, cos, sin))
-    values.index_copy_(0, slots, v)
-    return _rotate(q, cos, sin)
+    rotated = _rotate(qkv[:, : -values.shape[1]], cos, sin)  # queries and keys as one: a kernel less
+    keys.index_copy_(0, slots, rotated[:, heads:])
+    values.index_copy_(0, slots, qkv[:, -values.shape[1] :])
+    return rotated[:, :heads]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
