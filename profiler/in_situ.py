@@ -112,7 +112,7 @@ class InSitu:
         """Seconds of one run of each operator in a pass, on average over the layers."""
         with torch.inference_mode():
             self._runner.attention.plan(self._runner.rows.inputs(step)[1])  # the tables are known when it counts
-            inputs, batch = self._runner.rows.inputs(step)
+            inputs, batch, _ = self._runner.rows.inputs(step)
             start = time.perf_counter()
             self._runner.attention.plan(batch)
             planned = time.perf_counter() - start

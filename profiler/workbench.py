@@ -10,11 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.engine_spec import DECODE_GRAPHS
 from engine.specs import ModelSpec, ParallelSpec
 from engine.worker import layers, weights
 from engine.worker.attention import select
@@ -86,7 +89,7 @@ class Workbench:
             blocks = max(-(-max(limits.max_length, limits.max_tokens) // block_size), tokens // block_size)
             cache = (blocks, block_size, kv_heads, model.head_dim)
             self.caches = [(self._random(*cache), self._random(*cache)) for _ in range(few.num_layers)]
-            self._blocks = torch.randperm(blocks, device=device).int()
+            self._blocks = np.random.default_rng(seed).permutation(blocks).astype(np.int32)
         self.limits = replace(limits, kv_tokens=blocks * block_size)
 
     def calls(self, point: Point) -> list[Call]:
@@ -110,7 +113,7 @@ class Workbench:
         inputs = Inputs(zero, zero, zero, zero, 1)
         seconds = []
         with torch.inference_mode():
-            self._attention([1], [1], 1)  # plans
+            self.attention.plan(self._batch([1], [1], 1))
             angles = layers.rotation(zero, self.decoder.frequencies)
             for _ in range(LAUNCHES):
                 hidden, branches = self._random(1, self.model.hidden_size), ()
@@ -128,25 +131,22 @@ class Workbench:
     def _random(self, *sizes: int) -> Tensor:
         return torch.randn(sizes, dtype=self.dtype, device=self.device)
 
+    def _batch(self, chunks: list[int], kv_lens: list[int], decodes: int) -> AttentionBatch:
+        need = [-(-length // self.block_size) for length in kv_lens]
+        ends = list(accumulate(need))
+        # where there are too few blocks sequences share some, which no cache of the device keeps until then
+        places = [np.arange(end - count, end) % len(self._blocks) for count, end in zip(need, ends, strict=True)]
+        table = np.stack([np.pad(self._blocks[each], (0, max(need) - len(each))) for each in places])
+        return AttentionBatch(decodes, chunks, kv_lens, table, self.device)
+
     def _attention(self, chunks: list[int], kv_lens: list[int], decodes: int) -> list[Call]:
-        shape, table, at = self.attention.shape, [], 0
-        width = -(-max(kv_lens) // self.block_size)
-        for length in kv_lens:
-            need = -(-length // self.block_size)
-            # where there are too few blocks sequences share some, which no cache of the device keeps until then
-            places = torch.arange(at, at + need, device=self.device) % len(self._blocks)
-            table.append(torch.nn.functional.pad(self._blocks[places], (0, width - need)))
-            at += need
-        batch = AttentionBatch(
-            num_decodes=decodes,
-            chunks=chunks,
-            kv_lens=kv_lens,
-            kv_lens_device=torch.tensor(kv_lens, dtype=torch.int32, device=self.device),
-            block_table=torch.stack(table),
-        )
-        self.attention.plan(batch)
-        run = self.attention.decode if decodes else self.attention.prefill
-        queries = [self._random(sum(chunks), shape.num_heads, shape.head_dim) for _ in range(INPUTS)]
+        attention, batch = self.attention, self._batch(chunks, kv_lens, decodes)
+        if 0 < decodes <= max(DECODE_GRAPHS) and attention.supports_cuda_graph:  # as a graph runs it
+            attention = attention.for_cuda_graph(decodes, batch.table.shape[1])
+        attention.plan(batch)
+        run = attention.decode if decodes else attention.prefill
+        queries = [self._random(sum(chunks), attention.shape.num_heads, attention.shape.head_dim)
+                   for _ in range(INPUTS)]  # fmt: skip
         pairs = [(queries[i % INPUTS], cache) for i, cache in enumerate(self.caches)]
         return [_bind(lambda q, cache: run(q, *cache).reshape(q.shape[0], -1), q, cache) for q, cache in pairs]
 

@@ -73,8 +73,7 @@ def make_case(shape: AttentionShape, decodes: list[int], prefills: list[tuple[in
     size = shape.num_heads * shape.head_dim
     projected = torch.randn(sum(chunks), 2 * size, generator=generator).to(shape.dtype)  # queries with others beside
     q = projected[:, :size].view(-1, shape.num_heads, shape.head_dim)
-    lens = torch.tensor(kv_lens, dtype=torch.int32, device=shape.device)
-    batch = AttentionBatch(len(decodes), chunks, kv_lens, lens, table.int().to(shape.device))
+    batch = AttentionBatch(len(decodes), chunks, kv_lens, table.int().numpy(), shape.device)
     q, k_cache, v_cache = (x.to(shape.device) for x in (q, *caches))
     return Case(shape, batch, q, keys, values, k_cache, v_cache)
 

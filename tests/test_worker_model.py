@@ -174,8 +174,8 @@ class Replica:
             num_decodes=decodes,
             chunks=[chunk for _, chunk in step],
             kv_lens=lengths,
-            kv_lens_device=torch.tensor(lengths, dtype=torch.int32),
-            block_table=torch.stack([self.blocks[name] for name, _ in step]).int(),
+            table=torch.stack([self.blocks[name] for name, _ in step]).int().numpy(),
+            device=CPU,
         )
         hidden = None
         for decoders in self.stages:

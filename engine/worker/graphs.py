@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,14 +74,7 @@ class _Graph:
         )
         self.hidden = None if hidden is None else hidden.new_zeros(size, hidden.shape[1])
         self.attention = attention
-        one_token = AttentionBatch(
-            size,
-            [1] * size,
-            [1] * size,
-            torch.ones(size, dtype=torch.int32, device=device),
-            torch.zeros(size, 1, dtype=torch.int32, device=device),
-        )
-        attention.plan(one_token)
+        attention.plan(AttentionBatch(size, [1] * size, [1] * size, np.zeros((size, 1), np.int32), device))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is made at the first call must not be captured

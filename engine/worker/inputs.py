@@ -1,7 +1,7 @@
 """A batch as tensors: what the model and the attention read beside the KV cache.
 
-What changes with a step goes to the device in one copy. The rows' block tables and newest tokens stay there, so that a
-step can be launched before the host knows what the last one sampled.
+What changes with a step goes to the device in one copy. The rows' newest tokens stay there, so that a step can be
+launched before the host knows what the last one sampled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.executor import Step
+from engine.executor import LAST_SAMPLED, Step
 from engine.worker.attention.base import AttentionBatch
 
 Whole = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]  # integers of any width
@@ -39,49 +39,50 @@ class Rows:
     def __init__(self, num_rows: int, max_blocks: int, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
         self.padding_row = num_rows
-        self.table = torch.zeros(num_rows + 1, max_blocks, dtype=torch.int32, device=device)
+        self.table = np.zeros((num_rows + 1, max_blocks), dtype=np.int32)
         self.newest = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self._device = device
 
     def set_padding_block(self, block: int) -> None:
         self.table[self.padding_row] = block
 
-    def inputs(self, step: Step, pad_to: int = 0) -> tuple[Inputs, AttentionBatch]:
-        """The tensors of a step. The tokens of a batch of decodes are padded to `pad_to`, if that is more."""
+    def inputs(self, step: Step, pad_to: int = 0) -> tuple[Inputs, AttentionBatch, Tensor]:
+        """The tensors of a step, and its sampled rows (m,), for `remember`.
+
+        The tokens of a batch of decodes are padded to `pad_to`, if that is more.
+        """
+        self.table[step.new_blocks.rows, step.new_blocks.offsets] = step.new_blocks.ids
         padding = max(0, pad_to - len(step.tokens))
         chunks, kv_lens = step.chunks, step.starts + step.chunks
         ends = np.cumsum(chunks)
         tokens = np.pad(step.tokens, (0, padding))
         positions = np.pad(np.arange(len(step.tokens)) + np.repeat(kv_lens - ends, chunks), (0, padding))
         token_rows = np.pad(np.repeat(step.rows, chunks), (0, padding), constant_values=self.padding_row)
+        blocks = self.table[token_rows, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
         last_tokens = np.arange(pad_to) if padding else ends[step.sampled] - 1
-        parts = (tokens, positions, token_rows, last_tokens, step.rows, kv_lens, *step.new_blocks)
-        device_parts = _upload(parts, self._device)
-        ids, place, token_rows_, last, rows, device_kv_lens, new_rows, offsets, new_ids = device_parts
-        if len(new_ids):
-            self.table[new_rows.long(), offsets.long()] = new_ids
-        place, token_rows_ = place.long(), token_rows_.long()
-        ids = torch.where(ids < 0, self.newest[token_rows_], ids)  # LAST_SAMPLED
-        slots = self.table[token_rows_, place // self.block_size].long() * self.block_size + place % self.block_size
+        parts = (tokens, positions, slots, last_tokens, token_rows, step.rows[step.sampled])
+        ids, device_positions, device_slots, last, device_rows, sampled_rows = _upload(parts, self._device)
+        if (step.tokens == LAST_SAMPLED).any():
+            ids = torch.where(ids == LAST_SAMPLED, self.newest[device_rows], ids)
         width = -(-int(kv_lens.max()) // self.block_size)
         batch = AttentionBatch(
             num_decodes=step.num_decodes,
             chunks=chunks.tolist(),
             kv_lens=kv_lens.tolist(),
-            kv_lens_device=device_kv_lens,
-            block_table=self.table[:, :width][rows.long()],
+            table=self.table[step.rows, :width],
+            device=self._device,
         )
-        return Inputs(ids, place, slots, last.long(), step.num_decodes + padding), batch
+        return Inputs(ids, device_positions, device_slots, last, step.num_decodes + padding), batch, sampled_rows
 
-    def remember(self, step: Step, tokens: Tensor) -> None:
-        """Keep the tokens (m,) that a step sampled."""
-        (rows,) = _upload((step.rows[step.sampled],), self._device)
-        self.newest[rows.long()] = tokens
+    def remember(self, rows: Tensor, tokens: Tensor) -> None:
+        """Keep the tokens (m,) that were sampled for `rows` (m,)."""
+        self.newest[rows] = tokens
 
 
 def _upload(parts: tuple[Whole, ...], device: torch.device) -> list[Tensor]:
-    """The parts as int32 tensors on the device, in one copy: from pinned memory, which lets the host go on."""
-    joined = torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind"))
+    """The parts as int64 tensors on the device, in one copy: from pinned memory, which lets the host go on."""
+    joined = torch.from_numpy(np.concatenate(parts, dtype=np.int64, casting="same_kind"))
     if device.type == "cuda":
         joined = joined.pin_memory().to(device, non_blocking=True)  # torch keeps what is pinned until it is copied
     return list(joined.split([len(part) for part in parts]))

@@ -199,7 +199,7 @@ class ModelRunner:
         with self._memory("computing a batch"):
             graphs = self._graphs if self._graphs is not None and step.num_decodes == len(step.rows) else None
             size = graphs.size_for(step.num_decodes) if graphs is not None else 0
-            inputs, batch = self.rows.inputs(step, pad_to=size)
+            inputs, batch, sampled_rows = self.rows.inputs(step, pad_to=size)
             hidden = None if self.rank.is_first_stage else self.links.receive(self._hidden(len(step.tokens)))
             started = self._stamp()
             if graphs is not None and size:
@@ -214,7 +214,7 @@ class ModelRunner:
                 self.links.send(output)
                 return Pending(self, step.number, started, ended)
             tokens = sample(output, step.sampling, (step.starts + step.chunks)[step.sampled])
-            self.rows.remember(step, tokens)
+            self.rows.remember(sampled_rows, tokens)
             return Pending(self, step.number, started, self._stamp(), tokens, output if self.spec.keep_logits else None)
 
     def _forward(self, inputs: Inputs, attention: AttentionBackend, hidden: Tensor | None) -> Tensor:

@@ -9,10 +9,15 @@ scaled by head_dim ** -0.5. What lies in cache slots that hold none of a sequenc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from engine.worker.attention.paged import device_ints
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,23 @@ class AttentionShape:
 
 @dataclass
 class AttentionBatch:
-    """Where the queries and keys of a batch are. n sequences, decodes first; tensors are int32 on the device."""
+    """Where the queries and keys of a batch are. n sequences, decodes first."""
 
     num_decodes: int
     chunks: list[int]  # (n,) queries of each sequence
     kv_lens: list[int]  # (n,) its cached tokens, these chunks' included
-    kv_lens_device: Tensor  # (n,)
-    block_table: Tensor  # (n, at least the blocks of the longest sequence)
+    table: NDArray[np.int32]  # (n, at least the blocks of the longest sequence) its blocks
+    device: torch.device
+
+    @cached_property
+    def kv_lens_device(self) -> Tensor:
+        """(n,) int32 on the device."""
+        return device_ints(self.kv_lens, self.device)
+
+    @cached_property
+    def block_table(self) -> Tensor:
+        """`table` on the device."""
+        return device_ints(self.table, self.device)
 
 
 class AttentionBackend:

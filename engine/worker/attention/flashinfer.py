@@ -10,38 +10,37 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.worker.attention.base import AttentionBackend, AttentionBatch, AttentionShape
-from engine.worker.attention.paged import device_ints
+from engine.worker.attention.paged import device_ints, host_ints
 from engine.worker.attention.requirements import cuda_reasons, package_reason
 
 WORKSPACE_BYTES = 384 << 20  # for partial results of split sequences; one for all wrappers, which run one by one
 HEAD_DIMS = (64, 128, 256)
 
 
-def host_ints(values: list[int]) -> Tensor:
-    """int32 in pinned memory."""
-    return torch.tensor(values, dtype=torch.int32, pin_memory=torch.cuda.is_available())
-
-
-def pages(kv_lens: list[int], block_table: Tensor, block_size: int, padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def pages(
+    kv_lens: list[int], table: NDArray[np.int32], block_size: int, device: torch.device, padding: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The pages of n sequences, and of `padding` more that hold one token each, in block 0.
 
     Returns on the host where each sequence's pages begin (n + padding + 1,) and how many tokens are in its last page
     (n + padding,); and, between them, on the device the ids of all pages, one sequence after another.
     """
-    device = block_table.device
-    counts = [-(-kv_len // block_size) for kv_len in kv_lens]
-    total = sum(counts)
-    lengths = device_ints(counts, device)
-    rows = torch.arange(len(counts), device=device).repeat_interleave(lengths, output_size=total)
-    begins = lengths.cumsum(0) - lengths
-    ids = block_table[rows, torch.arange(total, device=device) - begins[rows]]
-    begin = host_ints([0, *accumulate([*counts, *[1] * padding])])
-    last = host_ints([*((kv_len - 1) % block_size + 1 for kv_len in kv_lens), *[1] * padding])
-    return begin, torch.cat([ids, ids.new_zeros(padding)]), last
+    lens = np.array([*kv_lens, *[1] * padding], dtype=np.int32)
+    counts = -(-lens // block_size)
+    ids = table[np.arange(table.shape[1]) < counts[: len(kv_lens), None]]
+    pinned = device.type == "cuda"
+    begin = host_ints(np.cumsum([0, *counts], dtype=np.int32), pinned)
+    return (
+        begin,
+        device_ints(np.append(ids, np.zeros(padding, np.int32)), device),
+        host_ints((lens - 1) % block_size + 1, pinned),
+    )
 
 
 def heads(shape: AttentionShape) -> tuple[int, int, int, int]:
@@ -89,11 +88,11 @@ class FlashInfer(AttentionBackend):
         n = batch.num_decodes
         self._planned.synchronize()
         if n:
-            where = pages(batch.kv_lens[:n], batch.block_table[:n], self.shape.block_size)
+            where = pages(batch.kv_lens[:n], batch.table[:n], self.shape.block_size, batch.device)
             self._decoder.plan(*where, *heads(self.shape), **options(self.shape))
         if len(batch.chunks) > n:
-            queries = host_ints([0, *accumulate(batch.chunks[n:])])
-            where = pages(batch.kv_lens[n:], batch.block_table[n:], self.shape.block_size)
+            queries = host_ints([0, *accumulate(batch.chunks[n:])], pinned=batch.device.type == "cuda")
+            where = pages(batch.kv_lens[n:], batch.table[n:], self.shape.block_size, batch.device)
             self._prefiller.plan(queries, *where, *heads(self.shape), causal=True, **options(self.shape))
         self._planned.record()
 
@@ -128,7 +127,7 @@ class FlashInferGraph(AttentionBackend):
     def plan(self, batch: AttentionBatch) -> None:
         padding = self._batch_size - len(batch.kv_lens)
         self._planned.synchronize()
-        where = pages(batch.kv_lens, batch.block_table, self.shape.block_size, padding)
+        where = pages(batch.kv_lens, batch.table, self.shape.block_size, batch.device, padding)
         self._decoder.plan(*where, *heads(self.shape), **options(self.shape))
         self._planned.record()
 

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
-def device_ints(values: list[int], device: torch.device) -> Tensor:
+def host_ints(values: list[int] | NDArray[np.int32], pinned: bool) -> Tensor:
+    """int32 on the host."""
+    ints = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
+    return ints.pin_memory() if pinned else ints
+
+
+def device_ints(values: list[int] | NDArray[np.int32], device: torch.device) -> Tensor:
     """int32 on the device. From pinned memory, which torch does not reuse before the copy is done."""
     on_cuda = device.type == "cuda"
-    return torch.tensor(values, dtype=torch.int32, pin_memory=on_cuda).to(device, non_blocking=on_cuda)
+    return host_ints(values, on_cuda).to(device, non_blocking=on_cuda)
 
 
 def cumulative(lengths: list[int], device: torch.device) -> Tensor:
