@@ -2,7 +2,7 @@
 
 What is asked of "cuda" is done on the CPU at once. A CUDA graph is what torch dispatched while it was captured, done
 again on the very tensors that were there then: a replay that reads anything else, or a capture that looks at a value,
-goes wrong as it would on a GPU. flash-attn's two functions are computed plainly.
+goes wrong as it would on a GPU. What is used of flash-attn and flashinfer is computed plainly.
 """
 
 from __future__ import annotations
@@ -112,6 +112,50 @@ def flash_attn_varlen_func(
     return torch.cat([_attention(part[None], k, v, length[None], table[None])[0] for part, length, table in rows])
 
 
+class Wrapper:
+    """flashinfer's two wrappers: `run` reads what `plan` left in the buffers, and looks at no value on the host."""
+
+    def __init__(self, workspace: Tensor, layout: str, *, use_cuda_graph: bool = False, use_tensor_cores: bool = False,
+                 backend: str, **buffers: Tensor) -> None:  # fmt: skip
+        assert layout == "NHD" and backend == "fa2" and use_cuda_graph == bool(buffers)
+        self._fixed = {name.removeprefix("paged_kv_").removesuffix("_buffer"): each for name, each in buffers.items()}
+
+    def _pages(self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, page_size: int) -> None:
+        new = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
+        for name, tensor in self._fixed.items():
+            tensor[: len(new[name])].copy_(new[name])
+        self._now, self._page_size = self._fixed or new, page_size
+        most = len(self._fixed["indices"]) // len(last_page_len) if self._fixed else int(indptr.diff().max())
+        self._places = torch.arange(most)
+
+    def _attend(self, q: Tensor, kv: tuple[Tensor, Tensor], rows: slice = slice(None)) -> Tensor:
+        indptr, indices = self._now["indptr"], self._now["indices"]
+        lens = (indptr.diff() - 1) * self._page_size + self._now["last_page_len"]
+        table = indices[(indptr[:-1, None] + self._places).clamp_max(len(indices) - 1)]
+        return _attention(q, *kv, lens[rows], table[rows])
+
+
+class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
+    def plan(self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int, num_kv_heads: int,
+             head_dim: int, page_size: int, **options: Any) -> None:  # fmt: skip
+        self._pages(indptr, indices, last_page_len, page_size)
+
+    def run(self, q: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        return self._attend(q[:, None], kv)[:, 0]
+
+
+class BatchPrefillWithPagedKVCacheWrapper(Wrapper):
+    def plan(self, qo_indptr: Tensor, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int,
+             num_kv_heads: int, head_dim: int, page_size: int, *, causal: bool, **options: Any) -> None:  # fmt: skip
+        assert causal
+        self._pages(indptr, indices, last_page_len, page_size)
+        self._chunks = qo_indptr.diff().tolist()
+
+    def run(self, q: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        parts = enumerate(q.split(self._chunks))
+        return torch.cat([self._attend(part[None], kv, slice(i, i + 1))[0] for i, part in parts])
+
+
 def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lens: Tensor, table: Tensor) -> Tensor:
     """q (n, queries, heads, head_dim), the last `queries` of each sequence's `lens` (n,) tokens."""
     group = q.shape[2] // k_cache.shape[2]
@@ -127,7 +171,7 @@ def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lens: Tensor, table:
 
 @contextmanager
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """While it is open, there is a GPU with flash-attn."""
+    """While it is open, there is a GPU, with flash-attn and flashinfer."""
     for name, value in {
         "Event": Event,
         "CUDAGraph": Graph,
@@ -150,12 +194,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "empty_cache": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    functions: Any = SimpleNamespace(
-        flash_attn_with_kvcache=flash_attn_with_kvcache, flash_attn_varlen_func=flash_attn_varlen_func
-    )
-    monkeypatch.setitem(sys.modules, "flash_attn", functions)
-    attention = "engine.worker.attention.flash_attn"
-    monkeypatch.setattr(f"{attention}.package_reason", lambda module, package: None)
+    of_flash_attn = (flash_attn_with_kvcache, flash_attn_varlen_func)
+    of_flashinfer = (BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper)
+    for name, parts in {"flash_attn": of_flash_attn, "flashinfer": of_flashinfer}.items():
+        package: Any = SimpleNamespace(**{part.__name__: part for part in parts})
+        monkeypatch.setitem(sys.modules, name, package)
+        monkeypatch.setattr(f"engine.worker.attention.{name}.package_reason", lambda module, package: None)
     for place in ("engine.worker.runner", "engine.worker.layers"):
         monkeypatch.setattr(f"{place}.compile_elementwise", lambda on: None)
     with OnTheCpu():
