@@ -119,7 +119,7 @@ class InSitu:
             self._log.clear()
             self._last = time.perf_counter()
             logits = self._runner.model(inputs, self._runner.attention, self._runner.kv_caches, None)
-            sample(logits, None, ())
+            sample(logits.float(), None, ())
             self._mark("sampler")
         spent, count = defaultdict[str, float](float), defaultdict[str, int](int)
         for name, seconds in self._log:

@@ -24,8 +24,9 @@ class DecodeGraphs:
 
     Args:
         forward: the model on (inputs, attention, hidden states of the stage before).
-        hidden: an example (1, hidden_size) of what the stage before sends, if there is one.
         padding_slot: where padding's keys and values go.
+        hidden: an example (1, hidden_size) of what the stage before sends, if there is one.
+        dtype: of what `run` gives.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class DecodeGraphs:
         max_blocks: int,
         padding_slot: int,
         hidden: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
         self._graphs: dict[int, _Graph] = {}
-        pool: Any = None
+        stream, output, pool = torch.cuda.Stream(), None, None
         for size in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             companion = attention.for_cuda_graph(size, max_blocks)
-            graph = _Graph(size, forward, companion, padding_slot, hidden, pool)
-            pool = graph.pool
+            graph = _Graph(size, forward, companion, padding_slot, hidden, dtype, stream, output, pool)
+            output, pool = graph.output, graph.pool
             self._graphs[size] = graph
         self._sizes = sorted(self._graphs)
 
@@ -51,7 +53,10 @@ class DecodeGraphs:
         return next((size for size in self._sizes if size >= num_decodes), 0)
 
     def run(self, inputs: Inputs, batch: AttentionBatch, hidden: Tensor | None) -> Tensor:
-        """The model's output for a batch whose `inputs` are padded to one of the sizes; hidden (n, hidden_size)."""
+        """The model's output for a batch whose `inputs` are padded to one of the sizes; hidden (n, hidden_size).
+
+        It is there until the next replay of any size.
+        """
         return self._graphs[len(inputs.token_ids)].replay(inputs, batch, hidden)
 
 
@@ -65,6 +70,9 @@ class _Graph:
         attention: AttentionBackend,
         padding_slot: int,
         hidden: Tensor | None,
+        dtype: torch.dtype,
+        stream: torch.cuda.Stream,
+        output: Tensor | None,
         pool: Any,
     ) -> None:
         device = attention.shape.device
@@ -75,15 +83,16 @@ class _Graph:
         self.hidden = None if hidden is None else hidden.new_zeros(size, hidden.shape[1])
         self.attention = attention
         attention.plan(AttentionBatch(size, [1] * size, [1] * size, np.zeros((size, 1), np.int32), device))
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is made at the first call must not be captured
             for _ in range(2):
-                forward(self.inputs, attention, self.hidden)
+                example = forward(self.inputs, attention, self.hidden)
         torch.cuda.current_stream().wait_stream(stream)
+        # the graphs share the room for what they put out, which would else be kept for each of them
+        self.output = torch.empty_like(example, dtype=dtype) if output is None else output[:size]
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.output = forward(self.inputs, attention, self.hidden)
+            self.output.copy_(forward(self.inputs, attention, self.hidden))
         self.pool = self.graph.pool()
 
     def replay(self, inputs: Inputs, batch: AttentionBatch, hidden: Tensor | None) -> Tensor:

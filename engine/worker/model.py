@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         """Run the stage on a batch for which `attention` has been planned; writes its keys and values.
 
         `hidden` (t, hidden_size) comes from the previous stage; the first one has none. Returns the same for the next
-        stage, and on the last one float32 logits (m, vocab_size) of the m `last_tokens`, on all of its ranks.
+        stage, and on the last one logits (m, vocab_size) of the m `last_tokens`, on all of its ranks, in its own type.
         """
         if self.embedding is not None:
             hidden = self.links.all_reduce(self.embedding(inputs.token_ids))
@@ -178,4 +178,4 @@ class Decoder(nn.Module):
         if self.final_norm is None or self.lm_head is None:
             return hidden
         logits = self.lm_head(self.final_norm(hidden)[inputs.last_tokens])
-        return self.links.gather_columns(logits)[:, : self.spec.vocab_size].float()
+        return self.links.gather_columns(logits)[:, : self.spec.vocab_size]

@@ -54,6 +54,7 @@ class ModelRunner:
         self.links = links
         self.device = torch.device(spec.device)
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._output_dtype = torch.float32 if rank.is_last_stage else self.dtype  # logits, or hidden states
         self.kv_caches: list[tuple[Tensor, Tensor]] = []
         self._clock = _CudaClock() if self.device.type == "cuda" else None
         self._graphs: DecodeGraphs | None = None
@@ -161,6 +162,7 @@ class ModelRunner:
                     self._max_blocks,
                     num_blocks * spec.block_size,
                     None if self.rank.is_first_stage else self._hidden(1),
+                    self._output_dtype,
                 )
 
     def _make_caches(self, num_blocks: int) -> None:
@@ -208,7 +210,7 @@ class ModelRunner:
                     output = output.clone()  # it is read later, when the next replay may have written over it
             else:
                 self.attention.plan(batch)
-                output = self._forward(inputs, self.attention, hidden)
+                output = self._forward(inputs, self.attention, hidden).to(self._output_dtype)
             if not self.rank.is_last_stage:
                 ended = self._stamp()
                 self.links.send(output)
