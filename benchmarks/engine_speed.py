@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +45,7 @@ from engine.specs import ModelSpec, SchedulerSpec
 WARM_UP, MEASURED = 10, 50  # iterations of each kind
 PROMPT_WARM_UP, PROMPT_MEASURED = 3, 7
 BUSY_BATCH = 64
+LAUNCH_S = 3e-6  # after a kernel, until the next is under way: a longer gap is waiting
 DECODE_TARGET, PREFILL_TARGET, BUSY_TARGET = 0.8, 0.7, 0.95
 DECODE_TARGET_UP_TO, PREFILL_TARGET_AT = 64, 2048  # batch size; tokens
 GROWTH_ITERATIONS, GROWTH_WARM_UP = 10_000, 1_000
@@ -161,7 +163,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of the product of two square matrices of random numbers."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / median_time(lambda: a @ b, device)
+    # long enough that the GPU's clock is what a long prompt gets
+    return 2 * size**3 / median_time(lambda: a @ b, device, repeats=300 if device == "cuda" else 10)
 
 
 # -- steps by hand -----------------------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ def measure_prompts(bench: Bench, rate: float) -> list[dict[str, float]]:
 
 
 def measure_busy(bench: Bench) -> dict[str, float] | None:
-    """The device's work in an iteration of 64 decodes, over what the iteration takes with the driver."""
+    """The device's work in an iteration of 64 decodes, launches included, over what it takes with the driver."""
     case = bench.case
     if bench.rows_with_room() < BUSY_BATCH:
         return None
@@ -274,7 +277,7 @@ def measure_busy(bench: Bench) -> dict[str, float] | None:
             bench.run(steps)
             torch.cuda.synchronize()
         kernels = [event.time_range for event in profiler.events() if event.device_type.name == "CUDA"]
-        work = busy((each.start / 1e6, each.end / 1e6) for each in kernels) / MEASURED
+        work = busy((each.start / 1e6, each.end / 1e6 + LAUNCH_S) for each in kernels) / MEASURED
     else:
         work = statistics.median(each.end - each.start for each in bench.run(steps))
     ends = []
@@ -339,19 +342,24 @@ def measure_transformers(case: Case) -> float | str:
     )
     count, prompt, output = case.requests
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, spec.vocab_size, prompt).tolist() for _ in range(count)]
+
+    def prompts(number: int) -> list[list[int]]:
+        return [rng.integers(3, spec.vocab_size, prompt).tolist() for _ in range(number)]
+
     try:
         with torch.device(case.device):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).eval()
         seconds = 0.0
-        for some, new in ((prompts[:8], 4), (prompts, output)):  # first a few, for what is slow only once
-            wanted = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        wanted = GenerationConfig(max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        for _ in range(2):  # first for what is slow only once: its cache is made and its graphs are captured in a call
+            inputs = prompts(count)  # new ones, as it shares the cache of equal prefixes
             started = time.perf_counter()
-            answers = model.generate_batch(inputs=some, generation_config=wanted)
+            answers = model.generate_batch(inputs=inputs, generation_config=wanted, persistent_manager=True)
             seconds = time.perf_counter() - started
             made = sum(len(answer.generated_tokens) for answer in answers.values())
-            if made != len(some) * new:
-                return f"generate_batch made {made} of {len(some) * new} tokens"
+            if made != count * output:
+                return f"generate_batch made {made} of {count * output} tokens"
+        model.destroy_cached_continuous_batching_manager()
     except Exception as error:  # whatever it is, the engine's own numbers stand
         return f"generate_batch failed: {type(error).__name__}: {error}".splitlines()[0]
     return count * output / seconds
@@ -487,7 +495,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Case, argparse.Namespace]
     parser.add_argument("--context", type=int, help="tokens that each decode has in the cache")
     parser.add_argument("--prompts", type=numbers, help="lengths of the prompts (tokens)")
     parser.add_argument("--requests", type=numbers, help="of the comparison: count,prompt tokens,output tokens")
-    parser.add_argument("--block-size", type=int, help="tokens in a KV block; default 256, on a CPU 16")
+    parser.add_argument("--block-size", type=int, help="tokens in a KV block; default 16, for flash-attn 256")
     parser.add_argument("--attention-backend", help="default: the best that is installed")
     parser.add_argument(
         "--transformers",
@@ -510,7 +518,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Case, argparse.Namespace]
         context=given.context or (1024 if gpu else 64),
         prompts=given.prompts or ((512, 1024, 2048, 4096, 8192) if gpu else (512, 1024, 2048)),
         requests=given.requests or ((128, 256, 128) if gpu else (16, 32, 16)),
-        block_size=given.block_size or (256 if gpu else 16),
+        block_size=given.block_size or (256 if gpu and find_spec("flash_attn") else 16),
         attention_backend=given.attention_backend,
     )
     return case, given

@@ -48,8 +48,10 @@ class Ranks:
                 every.append(pipe.recv())
         except (EOFError, OSError) as error:
             raise WorkerError(f"a rank of the {kind} measurement ended ({error!r})") from None
-        slowest = [max(times) for times in zip(*every, strict=True)]
-        return Timing(statistics.median(slowest), statistics.pstdev(slowest), len(slowest))
+        # who is early at an all-reduce waits in it for the others
+        of_ranks = min if kind == "all_reduce" else max
+        seconds = [of_ranks(times) for times in zip(*every, strict=True)]
+        return Timing(statistics.median(seconds), statistics.pstdev(seconds), len(seconds))
 
     def _check_alive(self, kind: str) -> None:
         ended = [rank for rank, process in enumerate(self._processes) if process.exitcode is not None]

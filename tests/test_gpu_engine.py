@@ -31,6 +31,7 @@ from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence
 from engine.specs import ModelSpec, SchedulerSpec
+from engine.worker import layers
 from engine.worker.attention import BACKENDS
 from engine.worker.attention.base import AttentionShape
 from engine.worker.runner import Pending
@@ -190,8 +191,12 @@ def assert_same_but_for_ties(a: Generated, b: Generated, tolerance: float) -> No
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_are_transformers(name: str, device: str, checkpoint: Callable[[str], Path]) -> None:
+def test_logits_are_transformers(
+    name: str, device: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint(name)
+    layers.compile_elementwise(False)  # for so many models it would take minutes; the wide one's are compiled
+    monkeypatch.setattr("engine.worker.runner.compile_elementwise", lambda on: None)
     assert_as_good_as_transformers(generate(spec_of(folder, device)), folder, device)
 
 

@@ -7,6 +7,7 @@ Messages are ("allocate", number of KV blocks), ("step", Step) and ("close",); a
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -32,6 +33,8 @@ def main(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) ->
         runner = join(spec, rank, rank, meeting_point)
         driver.send(("ready", *runner.describe()))
         _serve(driver, runner)
+        del runner
+        gc.collect()  # its CUDA graphs hold on to NCCL's communicators
         leave()
     except BaseException as error:
         blame = isinstance(error, InputError)
