@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cli.config import EngineSettings
@@ -103,6 +104,22 @@ def test_several_prompts_go_on_as_in_transformers(
     assert [answer["token_ids"] for answer in answers] == continuations
     assert {answer["finish_reason"] for answer in answers} == {"length"}
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_weights_that_are_no_numbers_are_told(folder: Path, ranks: str, temperature: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors")
+    done = windtunnel(
+        "generate", "--model", "damaged", "--device", "cpu", "--tensor-parallel-size", ranks, "--max-tokens", "4",
+        "--temperature", temperature, *flags(PROMPTS), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the model's logits are NaN") and "--dtype" in line
 
 
 def test_the_end_token_ends_it_unless_ignored(

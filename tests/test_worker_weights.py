@@ -216,6 +216,19 @@ def test_tensors_that_the_config_has_no_place_for(saved: Callable[[str], Path], 
     refused(tmp_path, "has 12 tensors that", "config has no place for: model.layers.0.self_attn.", "and 9 more")
 
 
+def test_layers_past_the_configs_last(folder: Path) -> None:
+    checkpoints.edit_config(folder, num_hidden_layers=2)
+    refused(folder, "config has no place for: model.layers.2.", "a layer left out?")
+
+
+def test_a_head_of_its_own_where_the_config_ties_it(folder: Path, saved: Callable[[str], Path]) -> None:
+    checkpoints.edit_config(folder, tie_word_embeddings=True)
+    refused(folder, "lm_head.weight in", "differs from model.embed_tokens.weight", '"tie_word_embeddings": true')
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    tied = loaded(folder)
+    assert tied.lm_head.weight is tied.embedding.weight
+
+
 def test_quantised_tensors(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
     refused(folder, "model.norm.weight", "is of type I8: give unquantised weights")

@@ -76,8 +76,8 @@ class Rows:
         return Inputs(ids, device_positions, device_slots, last, step.num_decodes + padding), batch, sampled_rows
 
     def remember(self, rows: Tensor, tokens: Tensor) -> None:
-        """Keep the tokens (m,) that were sampled for `rows` (m,)."""
-        self.newest[rows] = tokens
+        """Keep the tokens (m,) that were sampled for `rows` (m,); 0 for NO_NUMBER, as the next step reads it too."""
+        self.newest[rows] = tokens.clamp_min(0)
 
 
 def _upload(parts: tuple[Whole, ...], device: torch.device) -> list[Tensor]:

@@ -26,7 +26,7 @@ from engine.worker.inputs import Inputs, Rows
 from engine.worker.layers import compile_elementwise
 from engine.worker.model import Decoder
 from engine.worker.parallel import Links, Rank
-from engine.worker.sampler import sample
+from engine.worker.sampler import NO_NUMBER, sample
 
 RESERVED_BYTES = GIB // 2  # of a GPU, for what libraries take later (cuBLAS, NCCL, fragmentation)
 GRAPH_BYTES = 16 << 20  # of a CUDA graph: 8 MiB for flashinfer's plan, and an estimate for its kernels' arguments
@@ -281,10 +281,16 @@ class Pending:
                 self._clock.set(ended)
             started, ended = self._clock.time(started), self._clock.time(ended)
         assert isinstance(started, float) and isinstance(ended, float)
+        tokens = None if self._tokens is None else self._tokens.tolist()
+        if tokens is not None and NO_NUMBER in tokens:
+            raise InputError(
+                "the model's logits are NaN: its weights hold a NaN, or are beyond the type of numbers: give other "
+                "weights or another --dtype"
+            )
         return RankReport(
             self._number,
             RankTime(self._rank.rank, started, ended),
-            None if self._tokens is None else self._tokens.tolist(),
+            tokens,
             None if self._logits is None or self._tokens is None else self._logits.float().cpu().numpy(),
         )
 

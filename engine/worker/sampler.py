@@ -17,13 +17,17 @@ from engine.executor import SamplingParams
 COLDEST = 1e-30  # what is colder could be 0 in float32
 
 
+NO_NUMBER = -1  # in the place of a token whose logits are none
+
+
 def sample(logits: Tensor, params: tuple[SamplingParams, ...] | None, positions: Iterable[int]) -> Tensor:
-    """The next token of each row: (m,) int64 on the logits' device.
+    """The next token of each row: (m,) int64 on the logits' device; NO_NUMBER where one of the logits is NaN.
 
     logits: (m, vocabulary) float32; params: one a row, None: all greedy; positions: of the tokens sampled, one a row,
     read only where a row is random. Rows whose temperature is above 0 need a seed.
     """
-    tokens = logits.argmax(dim=-1)
+    highest, tokens = logits.max(dim=-1)  # NaN counts as the highest
+    tokens = torch.where(highest.isnan(), NO_NUMBER, tokens)
     if params is None:
         return tokens
     # top_k 1 is greedy too; taken here so that equal logits can't tell the two apart
@@ -37,7 +41,8 @@ def sample(logits: Tensor, params: tuple[SamplingParams, ...] | None, positions:
     generator = torch.Generator(logits.device)
     for of_row, row in zip(noise, rows, strict=True):
         of_row.exponential_(generator=generator.manual_seed(_noise_seed(params[row].seed, places[row])))
-    tokens[which] = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    drawn = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+    tokens[which] = torch.where(tokens[which] == NO_NUMBER, NO_NUMBER, drawn)
     return tokens
 
 

@@ -24,6 +24,8 @@ from engine.worker.names import Piece, first_layer, pieces, tensor_names
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
 DUMMY_STD = 0.02
+MOST_LAYERS = 1000
+COMPARED = 256  # rows of a matrix
 SHOWN = 3  # names that an error message lists
 
 
@@ -59,7 +61,7 @@ class Checkpoint:
     def check(self, needed: dict[str, tuple[int, ...]], layers: tuple[str, ...], model: str) -> None:
         """Raise InputError unless all `needed` tensors are here in those shapes, and no others of these `layers`.
 
-        A tensor of a layer that nothing takes means that the layer computes something else than the config says.
+        A tensor of a layer that nothing takes means that the model computes something else than the config says.
         """
         if missing := [name for name in needed if name not in self._holder]:
             others = [name for name in self._holder if name not in needed] or list(self._holder)
@@ -85,8 +87,23 @@ class Checkpoint:
         if surplus := [name for name in of_layers if name not in needed]:
             raise InputError(
                 f"{self.folder} has {len(surplus)} tensors that {model}'s config has no place for: {_some(surplus)}: "
-                "give the config.json that belongs to these weights (is a bias switched off in it?)"
+                "give the config.json that belongs to these weights (is a bias switched off in it, a layer left out?)"
             )
+
+    def check_tied(self, head: str, embedding: Piece, model: str) -> None:
+        """Raise InputError if there is an LM head beside the embedding that is said to be it, and they differ.
+
+        Looked at are the first and the last rows of the piece, for a copy of the whole may be there.
+        """
+        start, stop = embedding.start, embedding.stop
+        if head not in self._holder or start == stop:
+            return
+        for first, last in ((start, min(start + COMPARED, stop)), (max(start, stop - COMPARED), stop)):
+            if not torch.equal(*(self._slice(name)[first:last].float() for name in (head, embedding.tensor))):
+                raise InputError(
+                    f"{head} in {self.folder} differs from {embedding.tensor} although {model}'s config says "
+                    '"tie_word_embeddings": true: give the config.json that belongs to these weights'
+                )
 
 
 def load(decoder: Decoder, folder: str | Path) -> None:
@@ -97,9 +114,13 @@ def load(decoder: Decoder, folder: str | Path) -> None:
     spec, rank = decoder.spec, decoder.rank
     parts = {name: pieces(spec, rank, name) for name, _ in decoder.named_parameters()}
     first, layer = first_layer(spec, rank), tensor_names(spec)["layers"]
-    prefixes = tuple(layer.format(first + i) for i in range(len(decoder.layers)))
+    numbers = {*range(first, first + len(decoder.layers)), *range(spec.num_layers, MOST_LAYERS)}  # and none beyond
+    prefixes = tuple(layer.format(number) for number in numbers)
     with Checkpoint(folder) as checkpoint:
-        checkpoint.check({part.tensor: part.shape for each in parts.values() for part in each}, prefixes, spec.name)
+        needed = {part.tensor: part.shape for each in parts.values() for part in each}
+        checkpoint.check(needed, prefixes, spec.name)
+        if spec.tie_word_embeddings and (table := parts.get("embedding.weight") or parts.get("lm_head.weight")):
+            checkpoint.check_tied(f"{tensor_names(spec)['lm_head']}.weight", table[0], spec.name)
         for name, parameter in decoder.named_parameters():
             row = 0
             for piece in parts[name]:
