@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cli.bench import only_group
 from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
+from cli.engine import engine_device, engine_spec
 from cli.output import load_plugin, progress_bar
 from cli.search_point import RESULT, checked, confirm_point, search_point
 from cli.simulate import deployment_of
@@ -53,12 +54,13 @@ def run(
     shared: dict[str, Any] = {"tolerance": tolerance}
     if sweep is None:
         settings = load(config, flags, BenchConfig)
-        checked(settings)
-        if confirm_top:
-            only_group(settings)  # before the search is made
-        shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
         for plugin in settings.plugin:
             load_plugin(plugin)
+        checked(settings)
+        if confirm_top:  # what keeps the engine from it is told before the search is made
+            group = only_group(settings)
+            engine_spec(group, settings, engine_device(group.device), settings.seed)
+        shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
         for group in settings.groups():
             deployment_of(group)  # says what is wrong with it, before anything is written
         changes: list[dict[str, Any]] = [{}]
@@ -244,7 +246,7 @@ def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:
 def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], console: Console) -> None:
     """Confirm each row's capacity and write it beside the search; several at once where the node has GPUs for them."""
     if not rows:
-        raise InputError("no capacity was found that could be confirmed: see the outcomes above")
+        raise InputError("nothing to confirm: no search found a rate above which an SLO is missed (see the outcomes)")
     gpus = _gpus()
     needed = max(row["num_gpus"] for row in rows)
     slots = max(1, len(gpus) // needed)
@@ -253,7 +255,10 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
         mine = gpus[slot * needed : (slot + 1) * needed]
         return {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
 
-    work = [{**point, "predicted": row["max_qps_under_slo"]} for row, point in zip(rows, every, strict=True)]
+    work = [
+        {**point, "predicted": row["max_qps_under_slo"], "name": row["name"]}
+        for row, point in zip(rows, every, strict=True)
+    ]
     for number, result in work_off(confirm_point, work, slots, visible):
         row = rows[number]
         if result["status"] != "done":
@@ -272,7 +277,10 @@ def _confirmed_words(result: Mapping[str, Any]) -> str:
     if result["settled"]:
         found = f"confirmed {low:.3g} requests/s on {result['hardware']} (predicted {result['error']:+.1%})"
     elif not low:
-        found = f"below {high:.3g} requests/s on {result['hardware']}: no rate that was tried meets the SLOs"
+        found = (
+            f"below {high:.3g} requests/s on {result['hardware']}, far from the prediction ('windtunnel validate' says "
+            "what it is wrong about)"
+        )
     else:
         above = "above it" if high is None else f"at most {high:.3g}"
         found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled in so many runs"

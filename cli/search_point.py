@@ -6,6 +6,8 @@ Both are importable by a process of their own, and go on with the trials that ar
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,9 +40,9 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
     """One search, in its folder."""
     folder = Path(point["folder"])
     settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
-    workload, slos = checked(settings)
     for plugin in settings.plugin:
         load_plugin(plugin)
+    workload, slos = checked(settings)
     kinds = [(_simulated(group, settings.dtype), group.count) for group in settings.groups()]
     deployments = [kind for kind, count in kinds for _ in range(count)]
 
@@ -98,9 +100,16 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
         )
         return made.summary
 
+    def trial(rate: float) -> Trial:
+        at_least = workload.num_prompts / rate if workload.num_prompts else 0.0
+        _say(f"{point['name']}: the engine at {rate:.3g} requests/s, {at_least:,.0f} s at least")
+        made = _kept(Path(point["folder"]) / "confirm", rate, served)
+        _say(f"{point['name']}: {rate:.3g} requests/s {'meets the SLOs' if made.met else f'misses {made.binding}'}")
+        return made
+
     try:
         check_machine(catalog.device(group.device), spec, executor)
-        found = confirm(lambda rate: _kept(Path(point["folder"]) / "confirm", rate, served), point["predicted"])
+        found = confirm(trial, point["predicted"])
     finally:
         executor.close()
     used = gpu_hours(found.trials, spec.parallel.world_size)
@@ -122,6 +131,11 @@ def checked(settings: BenchConfig) -> tuple[Any, list[SLO]]:
     return workload.workload_spec(longest), slos
 
 
+def _say(text: str) -> None:
+    """On the terminal, from whichever process."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _simulated(group: ReplicaGroup, dtype: str) -> Deployment:
     """The group's replica, in a `dtype` that the engine was told."""
     if dtype == "auto":
@@ -133,6 +147,8 @@ def _kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any
     """The trial of a rate: the one that is in `folder` already, or what `make` gives, kept there."""
     place = folder / f"{rate:.6g}"
     if not (place / "summary.json").is_file():
+        for unfinished in folder.glob(f".{place.name}.partial-*"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         with run_folder(place) as partial:
             write_summary(partial, make(rate, partial))
     return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)

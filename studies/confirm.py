@@ -15,6 +15,7 @@ from studies.search import Trial
 
 STEP = 0.05  # how far above and below the prediction is just above and just below
 MOST_STEPS = 12
+FAR = 4.0  # a prediction that is off by more is told as that, and not followed
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ class Confirmation:
 def confirm(run: Callable[[float], Trial], predicted: float, step: float = STEP) -> Confirmation:
     """Bracket the real capacity around the prediction: `run` serves the workload at a rate on hardware.
 
-    A right prediction takes two runs. A wrong one is followed in steps of `step`, 2 `step`, 4 `step`, ... and what lies
-    between the last two rates is halved until it is within `step`.
+    A right prediction takes two runs. A wrong one is followed in steps of `step`, 2 `step`, 4 `step`, ... as far as FAR
+    times the prediction or its FAR-th part, and what lies between the last two rates is halved until it is within
+    `step`.
     """
     trials = [run(predicted)]
     up = trials[0].met
     low, high = (predicted, None) if up else (None, predicted)
     rate, width = predicted, step
-    while (high is None if up else low is None) and len(trials) < MOST_STEPS:
+    while (high is None if up else low is None) and len(trials) < MOST_STEPS and 1 / FAR < rate / predicted < FAR:
         rate = rate * (1 + width) if up else rate / (1 + width)
         width *= 2
         trials.append(run(rate))

@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from typing import Any
 from engine.errors import InputError
 from engine.multiprocess import end_with_parent
 
+ENDING_S = 10.0  # for a process to end by itself
 Work = Callable[[dict[str, Any]], dict[str, Any]]  # a point's settings -> its result; importable by name
 
 
@@ -100,6 +102,9 @@ def work_off(
                     yield number, result
     finally:
         for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.join(ENDING_S)
             process.kill()
             process.join()
 
@@ -167,7 +172,8 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def _work(work: Work, settings: dict[str, Any], variables: dict[str, str], answer: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it,
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and it leaves nothing half-written
     threading.Thread(target=end_with_parent, daemon=True).start()  # killed: or it would race with who goes on
     multiprocessing.current_process().daemon = False  # a daemon may not start an engine's ranks
     os.environ.update(variables)

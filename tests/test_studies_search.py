@@ -203,11 +203,12 @@ def test_hardware_that_meets_nothing_has_no_capacity() -> None:
     found = confirm(lambda rate: trial(rate, False), 1.0)
     assert found.qps == 0.0 and found.error is None
     assert found.to_json()["confirmed_qps"] == 0.0 and not found.settled
+    assert min(each.rate for each in found.trials) > 0.1  # a run at a lower rate takes that much longer
 
 
 def test_a_capacity_that_was_not_reached_is_not_settled() -> None:
     found = confirm(lambda rate: trial(rate, True), 1.0)
-    assert not found.settled and found.missed_at is None and found.qps > 50
+    assert not found.settled and found.missed_at is None and found.qps > 4
 
 
 def test_gpu_hours_count_every_gpu() -> None:

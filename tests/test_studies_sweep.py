@@ -258,12 +258,37 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(searched: Path) -> None
     first = Path(confirmed["trials"][0]["folder"])
     assert json.loads((first / "summary.json").read_text())["engine"]["hardware"] == confirmed["hardware"]
     assert "confirmed" in done.stderr and "CPU-hours" in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("search: the engine at ")]
+    assert len(said) == len(confirmed["trials"])
+
+
+def test_an_interrupted_confirmation_leaves_nothing_half_written(searched: Path) -> None:
+    command = [
+        sys.executable, "-m", "cli", "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu",
+        "--workload", "fixed", "--input-len", "20", "--output-len", "10", "--num-prompts", "3000", "--slo",
+        "p50_scheduling_delay<=0.01", "--confirm", "--output-dir", "broken-off",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=searched, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "the engine at" in line:
+            break
+    confirm = searched / "broken-off" / "confirm"
+    end = time.monotonic() + 60
+    while not list(confirm.glob(".*partial*")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "the same command goes on from here" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert not list((searched / "broken-off").rglob("*partial*"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ([*MODEL], "no SLO to search by"),
+        ([*MODEL, *SLOS, "--confirm"], "no weights here"),
         ([*MODEL, *SLOS, "--tolerance", "2"], "tolerance 2"),
         ([*MODEL, *SLOS, "--gpu-price", "0"], "--gpu-price '0'"),
         ([*MODEL, *SLOS, "--gpu-price", "a100=two"], "a100=two"),
