@@ -75,6 +75,12 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
         )
         raise InputError(f"no device given: add --device NAME{hint}")
     device = profiled_device(profiles[0]) if device_name is None else catalog.device(device_name)
+    folder = output_dir or (profiles[0] / "calibration" if profiles else store.FOLDER / device.name)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if foreign := sorted(
+        there - {f"{kind}.json" for kind in store.KINDS} - {store.HOST_FILE, catalog.DEVICE_FILE, SETTINGS}
+    ):
+        raise InputError(f"{folder} holds {foreign[0]}, which is no part of a calibration: give another --output-dir")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     frames = [read(source, device) for source in sources]
     if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
@@ -84,7 +90,8 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
         for note in frame.attrs.get("notes", []):
             console.print(f"note: {note}", style="dim")
     calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
-    folder = output_dir or (profiles[0] / "calibration" if profiles else store.FOLDER / device.name)
+    if there:
+        console.print(f"replacing the calibration in {folder}")
     store.save(calibration, folder, device if profiles else None)
     if profiles:
         shutil.copyfile(profiles[0] / SETTINGS, folder / SETTINGS)  # where and with what it was measured

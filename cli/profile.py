@@ -87,6 +87,10 @@ def run(
         f"{len(session.samples):,} measurements in {session.spent_s:,.0f} s on {made['hardware']} "
         f"({made['software']}, {made['dtype']}, {made['attention_backend']} attention)"
     )
+    if session.left and not session.failures:
+        console.print(f"the budget was spent with {session.left:,} points left: a larger --budget goes on from here")
+    elif not session.failures:
+        console.print("that is every point there is, within --max-num-seqs, --max-num-batched-tokens, --max-model-len")
     if failed := [sample for sample in session.samples if "failed" in sample]:
         console.print(f"{len(failed):,} points could not be measured, the first because: {failed[0]['failed']}")
     for failure in session.failures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,8 @@ from engine.run_folder import keep_incomplete, run_folder, write_config, write_s
 from engine.workload import make_workload
 from studies.validation import METRICS, STATISTICS
 from studies.validation_run import Validation
+
+MOSTLY = 0.9  # of the batches within the calibrated range; with fewer it is said what to do
 
 
 def run(
@@ -48,12 +51,15 @@ def run(
     validation = Validation(
         engine=spec, deployment=deployment, workload=workload, loads=shares, seed=config.seed, slos=config.slos()
     )
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    width = None if (sys.stderr if as_json else sys.stdout).isatty() else 130
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
     with run_folder(output_dir) as folder:
 
         def so_far(results: Mapping[str, Any]) -> None:
             write_summary(folder, results, "validation.json")
-            _print(results["loads"][-1], console)
+            if len(results["loads"]) == 1:
+                console.print(f"times: {results['predictor']}", style="dim")
+            _print(results["loads"][-1], console, results["predictor"].startswith("calibrated"))
 
         with progress_bar("requests") as progress:
             task = progress.add_task("starting", total=num_prompts)
@@ -100,16 +106,22 @@ def _loads(text: str | None) -> tuple[float, ...]:
     return loads
 
 
-def _print(result: Mapping[str, Any], console: Console) -> None:
+def _print(result: Mapping[str, Any], console: Console, calibrated: bool) -> None:
     """How far apart one pair of runs is."""
     where = "" if result["load"] is None else f" at {result['load']:.0%} load"
     rate = "" if result["request_rate"] is None else f" ({result['request_rate']:.3g} requests/s)"
     iterations = result["iterations"]
     console.print(f"{result['requests']:,} requests{where}{rate}, {result['engine_s']:.1f} s", style="bold")
     console.print(
-        f"iterations: {iterations['count']:,}, mean error {iterations['mape']:.1%}, bias {iterations['bias']:+.1%}, "
-        f"{iterations['in_range']:.0%} within the calibrated range"
+        f"iterations: {iterations['count']:,}, mean error {iterations['mape']:.1%}, bias {iterations['bias']:+.1%}"
+        + (f", {iterations['in_range']:.0%} within the calibrated range" if calibrated else "")
     )
+    if calibrated and iterations["in_range"] < MOSTLY:
+        console.print(
+            "note: the other batches are larger than what was profiled, and extrapolated: profile with larger "
+            "--max-num-seqs, --max-num-batched-tokens or --max-model-len",
+            style="yellow",
+        )
     batches, replay = result["batches"], result["replay"]
     first = (
         "the same sequence" if batches["same"] else f"the first that differs is number {batches['first_difference']}"

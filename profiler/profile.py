@@ -225,7 +225,7 @@ def _provenance(spec: ProfileSpec, backend: str, reference: Reference | None) ->
     state = _nvidia_smi("driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw") if spec.on == "cuda" else {}
     return {
         "device": spec.device.name,
-        "device_spec": asdict(spec.device),
+        "device_spec": asdict(_as_here(spec.device)),
         "hardware": hardware,
         "source": f"windtunnel profile on {hardware}",
         "date": datetime.now(UTC).date().isoformat(),
@@ -240,6 +240,13 @@ def _provenance(spec: ProfileSpec, backend: str, reference: Reference | None) ->
         "reference_s": reference.reference_s if reference is not None else None,
         **state,
     }
+
+
+def _as_here(device: DeviceSpec) -> DeviceSpec:
+    """The catalog's CPU stands for any: this one has its own memory."""
+    if device.name != "cpu":
+        return device
+    return replace(device, memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _nvidia_smi(query: str) -> dict[str, str]:

@@ -80,6 +80,7 @@ class Session:
         self.samples = list(self._read_samples())
         self.failures: list[str] = []  # parts that could not be measured at all, and why
         self.spent_s = sum(sample["cost_s"] for sample in self.samples)
+        self.left = 0  # points that `run` had no time for
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -126,6 +127,7 @@ class Session:
                     self.samples.append(entry)
                     self.spent_s += entry["cost_s"]
                     on_progress(part.name, len(self.samples), budget_s - (time.perf_counter() - began))
+        self.left = len({_key(entry) for part in parts for entry in _entries(part)} - done)
 
     def finish(self) -> None:
         """Write the tables of what was measured."""

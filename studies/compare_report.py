@@ -22,6 +22,7 @@ from studies.report import render
 from studies.report_record import read_record
 from studies.validation_report import write_validation
 
+COMPARISON = Path("comparison.html")  # of several folders
 _TOGETHER: tuple[frozenset[Kind], ...] = (
     frozenset({"run", "search"}),
     frozenset({"search", "sweep"}),
@@ -47,7 +48,7 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
     if len(folders) > 1:
         _check_together(kinds)
     own = _own_page(folders[0], kinds[folders[0]]) if len(folders) == 1 else None
-    path = _checked(output or own or Path("comparison.html"), own)
+    path = _checked(output or own or COMPARISON, own or (COMPARISON if output is None else None))
     try:
         if len(folders) == 1:
             return _write_one(folders[0], kinds[folders[0]], path)
@@ -79,12 +80,17 @@ def _own_page(folder: Path, kind: Kind) -> Path:
     return page
 
 
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page of ours, which may be made again."""
+    return path.is_file() and b"\xc2\xb7 Windtunnel</title>" in path.read_bytes()
+
+
 def _checked(path: Path, own: Path | None) -> Path:
     if not path.absolute().parent.is_dir():
         raise InputError(f"there is no folder {path.parent} to write {path.name} to: make it, or give another --output")
     if path.is_dir():
         raise InputError(f"{path} is a folder: give an --output file such as {path / 'report.html'}")
-    is_own = own is not None and path.resolve() == own.resolve()
+    is_own = own is not None and path.resolve() == own.resolve() and (own.name != COMPARISON.name or _is_page(own))
     if path.exists() and not is_own:
         raise InputError(f"{path} exists: give another --output")
     return path

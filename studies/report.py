@@ -25,6 +25,7 @@ _FILES = {
     "summary.json": "every number of this report",
     "requests.parquet": "one row a request",
     "iterations.parquet": "one row a batch and stage",
+    "ranks.parquet": "one row a batch and rank: when it computed",
     "trace.json": "Chrome trace",
 }
 
@@ -188,9 +189,16 @@ def _about(record: Record) -> str:
         took = f" · {simulator['batches']:,} batches simulated in {seconds(simulator['loop_seconds'])}"
     version = record.summary.get("version")
     files = [(name, f"{_size(size)} · {_FILES[name]}") for name, size in record.files.items() if name in _FILES]
-    again = """
+    if simulator:
+        again = """
 <p style='margin-top:12px'>In the run's folder, the same configuration gives the same run:</p>
-<pre>windtunnel simulate --config config.yaml</pre>"""
+<pre>windtunnel simulate --config config.yaml --output-dir ../again</pre>"""
+    else:
+        again = """
+<p style='margin-top:12px'>In the run's folder, the same configuration runs on this machine's engine again, or in the
+simulator:</p>
+<pre>windtunnel bench --config config.yaml --output-dir ../again
+windtunnel simulate --config config.yaml --output-dir ../simulated</pre>"""
     return "\n".join(
         [
             "<h2>The run</h2>",

@@ -444,6 +444,8 @@ def test_nothing_is_overwritten(place: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     both = [place / "sarathi", place / "piped"]
     assert write_page(both) == Path("comparison.html")
+    assert write_page(both) == Path("comparison.html")  # our own, made again
+    (tmp_path / "comparison.html").write_text("somebody's")
     with pytest.raises(InputError, match=r"comparison\.html exists"):
         write_page(both)
     assert taken.read_text() == "mine"
