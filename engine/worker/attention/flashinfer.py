@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.engine_spec import DECODE_GRAPHS
 from engine.worker.attention.base import AttentionBackend, AttentionBatch, AttentionShape
 from engine.worker.attention.paged import device_ints, host_ints
 from engine.worker.attention.requirements import cuda_reasons, package_reason
 
-WORKSPACE_BYTES = 384 << 20  # for partial results of split sequences; one for all wrappers, which run one by one
+MOST_SMS = 160  # of a GPU
+RECOMMENDED_BYTES = 128 << 20
 HEAD_DIMS = (64, 128, 256)
 
 
@@ -41,6 +43,21 @@ def pages(
         device_ints(np.append(ids, np.zeros(padding, np.int32)), device),
         host_ints((lens - 1) % block_size + 1, pinned),
     )
+
+
+def workspace_bytes(shape: AttentionShape) -> int:
+    """Room for partial results of split sequences; one for all wrappers, which run one by one.
+
+    As much as its attention/scheduler.cuh pads a plan to, or what it recommends: float32 outputs and their sums for
+    tiles of the queries that share a KV head, of the graphs' largest batch or, for prompts, of as many as there are
+    processors for.
+    """
+    group = shape.num_heads // shape.num_kv_heads
+    tile: int = next((size for size in (16, 64) if group <= size), 128)
+    decodes = (-(-max(DECODE_GRAPHS) * group // tile) + max(DECODE_GRAPHS)) * tile
+    prompts = (2 * MOST_SMS // shape.num_kv_heads + 1) * 128
+    tiles = max(decodes, prompts) * shape.num_heads * (shape.head_dim + 1) * 4
+    return max(tiles, RECOMMENDED_BYTES) + (16 << 20)
 
 
 def heads(shape: AttentionShape) -> tuple[int, int, int, int]:
@@ -72,7 +89,7 @@ class FlashInfer(AttentionBackend):
         super().__init__(shape)
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
+        self._workspace = torch.zeros(workspace_bytes(shape), dtype=torch.uint8, device=shape.device)
         self._decoder = decode_wrapper(shape, self._workspace)
         self._prefiller = BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
         self._planned = torch.cuda.Event()
