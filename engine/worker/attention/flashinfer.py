@@ -53,7 +53,7 @@ def workspace_bytes(shape: AttentionShape) -> int:
     processors for.
     """
     group = shape.num_heads // shape.num_kv_heads
-    tile: int = next((size for size in (16, 64) if group <= size), 128)
+    tile = 16 if group <= 16 else 64 if group <= 64 else 128
     decodes = (-(-max(DECODE_GRAPHS) * group // tile) + max(DECODE_GRAPHS)) * tile
     prompts = (2 * MOST_SMS // shape.num_kv_heads + 1) * 128
     tiles = max(decodes, prompts) * shape.num_heads * (shape.head_dim + 1) * 4
