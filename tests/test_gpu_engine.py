@@ -45,11 +45,15 @@ ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.fixture(params=["cpu", "stand-in", ON_GPU])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def device(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[str], Path]
+) -> Iterator[str]:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     threads = torch.get_num_threads()
     if request.param == "stand-in":
+        for name in (*FAMILIES, "wide"):
+            checkpoint(name)  # transformers looks for flash-attn when a model is first used
         with stand_in(monkeypatch):
             yield "cuda"
     else:

@@ -56,8 +56,8 @@ def workspace_bytes(shape: AttentionShape) -> int:
     tile = 16 if group <= 16 else 64 if group <= 64 else 128
     decodes = (-(-max(DECODE_GRAPHS) * group // tile) + max(DECODE_GRAPHS)) * tile
     prompts = (2 * MOST_SMS // shape.num_kv_heads + 1) * 128
-    tiles = max(decodes, prompts) * shape.num_heads * (shape.head_dim + 1) * 4
-    return max(tiles, RECOMMENDED_BYTES) + (16 << 20)
+    partial: int = max(decodes, prompts) * shape.num_heads * (shape.head_dim + 1) * 4
+    return max(partial, RECOMMENDED_BYTES) + (16 << 20)
 
 
 def heads(shape: AttentionShape) -> tuple[int, int, int, int]:
