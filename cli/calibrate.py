@@ -92,6 +92,8 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
     if there:
         console.print(f"replacing the calibration in {folder}")
+        for name in there:
+            (folder / name).unlink()
     store.save(calibration, folder, device if profiles else None)
     if profiles:
         shutil.copyfile(profiles[0] / SETTINGS, folder / SETTINGS)  # where and with what it was measured

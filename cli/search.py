@@ -20,8 +20,7 @@ from cli.bench import only_group
 from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
 from cli.engine import engine_device, engine_spec
 from cli.output import load_plugin, progress_bar
-from cli.search_point import RESULT, checked, confirm_point, search_point
-from cli.simulate import deployment_of
+from cli.search_point import RESULT, checked, confirm_point, search_point, simulated
 from engine import catalog
 from engine.errors import InputError, unknown
 from simulator.predictor import calibration as store
@@ -62,7 +61,7 @@ def run(
             engine_spec(group, settings, engine_device(group.device), settings.seed)
         shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
         for group in settings.groups():
-            deployment_of(group)  # says what is wrong with it, before anything is written
+            simulated(group, settings.dtype)  # says what is wrong with it, before anything is written
         changes: list[dict[str, Any]] = [{}]
     else:
         if config is not None:

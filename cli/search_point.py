@@ -43,17 +43,17 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
     for plugin in settings.plugin:
         load_plugin(plugin)
     workload, slos = checked(settings)
-    kinds = [(_simulated(group, settings.dtype), group.count) for group in settings.groups()]
+    kinds = [(simulated(group, settings.dtype), group.count) for group in settings.groups()]
     deployments = [kind for kind, count in kinds for _ in range(count)]
 
-    def simulated(rate: float, partial: Path) -> dict[str, Any]:
+    def simulate(rate: float, partial: Path) -> dict[str, Any]:
         requests = at_rate(workload, rate)
         made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
         write_config(partial, _config(settings, deployments, len(requests), rate))
         return made.summary
 
     def trial(rate: float) -> Trial:
-        return _kept(folder / "trials", rate, simulated)
+        return _kept(folder / "trials", rate, simulate)
 
     begin = settings.request_rate or guess(workload, deployments, settings.router)
     capacity = find_capacity(trial, begin, point["tolerance"])
@@ -101,8 +101,8 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
         return made.summary
 
     def trial(rate: float) -> Trial:
-        at_least = workload.num_prompts / rate if workload.num_prompts else 0.0
-        _say(f"{point['name']}: the engine at {rate:.3g} requests/s, {at_least:,.0f} s at least")
+        requests = len(at_rate(workload, rate))
+        _say(f"{point['name']}: the engine at {rate:.3g} requests/s, {requests / rate:,.0f} s at least")
         made = _kept(Path(point["folder"]) / "confirm", rate, served)
         _say(f"{point['name']}: {rate:.3g} requests/s {'meets the SLOs' if made.met else f'misses {made.binding}'}")
         return made
@@ -125,7 +125,8 @@ def checked(settings: BenchConfig) -> tuple[Any, list[SLO]]:
         raise InputError(f"--arrival {settings.arrival} has no rate to search: leave it out")
     longest = min(kind.max_model_len or 0 for kind in settings.groups()) or None
     if longest is None:
-        longest = min((deployment_of(group).scheduler.max_model_len or 0) for group in settings.groups())
+        kinds = (simulated(group, settings.dtype) for group in settings.groups())
+        longest = min((kind.scheduler.max_model_len or 0) for kind in kinds)
     prompts = settings.num_prompts or (None if settings.trace is not None else NUM_PROMPTS)
     workload = settings.model_copy(update={"num_prompts": prompts, "request_rate": settings.request_rate or 1.0})
     return workload.workload_spec(longest), slos
@@ -136,7 +137,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _simulated(group: ReplicaGroup, dtype: str) -> Deployment:
+def simulated(group: ReplicaGroup, dtype: str) -> Deployment:
     """The group's replica, in a `dtype` that the engine was told."""
     if dtype == "auto":
         return deployment_of(group)

@@ -71,9 +71,11 @@ def run(
                     lambda what, done, of: progress.update(task, description=what, completed=done, total=of),
                     so_far,
                 )
-            except WorkerError as error:
+            except (WorkerError, InputError) as error:
+                if isinstance(error, InputError) and not (folder / "validation.json").is_file():
+                    raise
                 kept = keep_incomplete(folder, output_dir)
-                raise WorkerError(f"{error}. What was finished before is in {kept}") from None
+                raise type(error)(f"{error}. What was finished before is in {kept}") from None
             finally:
                 executor.close()
         results["version"] = version("windtunnel")
@@ -118,8 +120,8 @@ def _print(result: Mapping[str, Any], console: Console, calibrated: bool) -> Non
     )
     if calibrated and iterations["in_range"] < MOSTLY:
         console.print(
-            "note: the other batches are larger than what was profiled, and extrapolated: profile with larger "
-            "--max-num-seqs, --max-num-batched-tokens or --max-model-len",
+            "note: the other batches are extrapolated: something in them was not profiled, or they are larger than "
+            "what was (--max-num-seqs, --max-num-batched-tokens and --max-model-len of 'windtunnel profile')",
             style="yellow",
         )
     batches, replay = result["batches"], result["replay"]

@@ -70,8 +70,10 @@ class RayExecutor:
             ranks, together = spec.parallel.world_size, spec.parallel.tensor_parallel_size
             if max(node["Resources"].get(what, 0) for node in ray.nodes() if node["Alive"]) < together:
                 together = 1  # a stage's ranks speak most with each other, but no machine holds them all
-            self._group = placement_group([{what: together}] * (ranks // together), strategy="PACK")
-            if not self._group.wait(PLACEMENT_S):
+            while not self._placed(ranks // together, {what: together}):
+                if together > 1:  # the machines have room, but not side by side
+                    together = 1
+                    continue
                 raise InputError(
                     f"the Ray cluster has no room for {ranks} ranks of 1 {what} each (it has "
                     f"{ray.cluster_resources()}): add nodes, or lower --tensor-parallel-size"
@@ -89,6 +91,15 @@ class RayExecutor:
         except BaseException:
             self.close()
             raise
+
+    def _placed(self, count: int, bundle: dict[str, int]) -> bool:
+        """Whether there is room for so many bundles, each on one machine."""
+        self._group = placement_group([bundle] * count, strategy="PACK")
+        if self._group.wait(PLACEMENT_S):
+            return True
+        remove_placement_group(self._group)
+        self._group = None
+        return False
 
     def _actor(self, spec: EngineSpec, rank: int, bundle: int, what: str) -> Any:
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)

@@ -1,4 +1,4 @@
-"""Collectives over the ranks of this machine: a process each, and the time that the slowest takes."""
+"""Collectives over the ranks of this machine: a process each, and the time that it takes them together."""
 
 from __future__ import annotations
 

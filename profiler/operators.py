@@ -50,7 +50,7 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     kv = kv_heads * model.head_dim
     mlp = model.intermediate_size // tp
     vocab = -(-model.vocab_size // tp)
-    branches = 2 if model.parallel_block else 1  # that are added to the residual at once
+    branches = 2 if model.parallel_block and tp == 1 else 1  # that are added to the residual at once
 
     def attention(kind: Literal["attention_prefill", "attention_decode"]) -> Operator:
         return Operator(
@@ -107,6 +107,8 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     operators.append(elementwise("mlp_activation", layers, mlp * model.mlp_matrices))
     operators.append(gemm("mlp_down_proj", layers, mlp, hidden))
     if tp > 1:
+        if model.parallel_block:  # one all-reduce for both branches
+            operators.append(elementwise("branch_add", layers, 3 * hidden))
         operators.append(all_reduce("mlp_all_reduce", layers))
     operators.append(elementwise("mlp_residual_add", 1, (1 + branches + 1) * hidden))
     if stage == last_stage:

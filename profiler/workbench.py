@@ -142,7 +142,8 @@ class Workbench:
     def _attention(self, chunks: list[int], kv_lens: list[int], decodes: int) -> list[Call]:
         attention, batch = self.attention, self._batch(chunks, kv_lens, decodes)
         if 0 < decodes <= max(DECODE_GRAPHS) and attention.supports_cuda_graph:  # as a graph runs it
-            attention = attention.for_cuda_graph(decodes, batch.table.shape[1])
+            longest = max(batch.table.shape[1], -(-self.limits.max_length // self.block_size))
+            attention = attention.for_cuda_graph(decodes, longest)
         attention.plan(batch)
         run = attention.decode if decodes else attention.prefill
         queries = [self._random(sum(chunks), attention.shape.num_heads, attention.shape.head_dim)

@@ -70,8 +70,9 @@ def confirm(run: Callable[[float], Trial], predicted: float, step: float = STEP)
     up = trials[0].met
     low, high = (predicted, None) if up else (None, predicted)
     rate, width = predicted, step
-    while (high is None if up else low is None) and len(trials) < MOST_STEPS and 1 / FAR < rate / predicted < FAR:
-        rate = rate * (1 + width) if up else rate / (1 + width)
+    last = predicted * FAR if up else predicted / FAR
+    while (high is None if up else low is None) and len(trials) < MOST_STEPS and rate != last:
+        rate = min(rate * (1 + width), last) if up else max(rate / (1 + width), last)
         width *= 2
         trials.append(run(rate))
         if trials[-1].met:

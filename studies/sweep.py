@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
@@ -33,7 +34,7 @@ from typing import Any
 from engine.errors import InputError
 from engine.multiprocess import end_with_parent
 
-ENDING_S = 10.0  # for a process to end by itself
+ENDING_S = 10.0  # for processes to end by themselves
 Work = Callable[[dict[str, Any]], dict[str, Any]]  # a point's settings -> its result; importable by name
 
 
@@ -103,8 +104,9 @@ def work_off(
     finally:
         for _, process, _ in running.values():
             process.terminate()
+        end = time.monotonic() + ENDING_S
         for _, process, _ in running.values():
-            process.join(ENDING_S)
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
 

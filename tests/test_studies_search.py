@@ -190,7 +190,7 @@ def test_a_right_prediction_takes_two_runs() -> None:
     assert below.error == pytest.approx(0.05)
 
 
-@given(st.floats(0.2, 5.0))
+@given(st.floats(0.26, 3.9))
 def test_a_wrong_prediction_is_followed_to_the_capacity(capacity: float) -> None:
     found = confirm(lambda rate: trial(rate, rate <= capacity), 1.0)
     assert found.qps <= capacity
@@ -203,12 +203,12 @@ def test_hardware_that_meets_nothing_has_no_capacity() -> None:
     found = confirm(lambda rate: trial(rate, False), 1.0)
     assert found.qps == 0.0 and found.error is None
     assert found.to_json()["confirmed_qps"] == 0.0 and not found.settled
-    assert min(each.rate for each in found.trials) > 0.1  # a run at a lower rate takes that much longer
+    assert min(each.rate for each in found.trials) == 0.25  # a run at a lower rate takes that much longer
 
 
 def test_a_capacity_that_was_not_reached_is_not_settled() -> None:
     found = confirm(lambda rate: trial(rate, True), 1.0)
-    assert not found.settled and found.missed_at is None and found.qps > 4
+    assert not found.settled and found.missed_at is None and found.qps == 4
 
 
 def test_gpu_hours_count_every_gpu() -> None:

@@ -354,7 +354,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
     monkeypatch.setitem(sys.modules, "flashinfer", flashinfer)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr("engine.worker.attention.flashinfer.workspace_bytes", lambda shape: 1)
+    monkeypatch.setattr("engine.worker.attention.flashinfer.workspace_bytes", lambda *sizes: 1)
 
 
 @pytest.mark.usefixtures("stand_ins")

@@ -54,7 +54,7 @@ def _compiler(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callabl
 def _chain(by_token: int) -> Callable[[Chain], Chain]:
     """Makes a function a chain. Its first `by_token` arguments have a row a token, or are None.
 
-    It is compiled twice for a model: for one token, and for any other number of them.
+    It is compiled twice for a model (and for a size of its KV cache): for one token, and for any other number.
     """
 
     def decorate(function: Chain) -> Chain:

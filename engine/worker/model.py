@@ -90,7 +90,7 @@ class Layer(nn.Module):
         if self.parallel_block:
             mlp = self.mlp(x if self.post_attention_norm is None else self.post_attention_norm(hidden))
             if self.tp_size > 1:  # one all-reduce for both
-                return hidden, (self.links.all_reduce(attended.add_(mlp)),)
+                return hidden, (self.links.all_reduce(self.branch_add(attended, mlp)),)
             return hidden, (attended, mlp)
         hidden, x = self.attention_residual_norm(hidden, self.links.all_reduce(attended))
         return hidden, (self.links.all_reduce(self.mlp(x)),)
@@ -123,6 +123,10 @@ class Layer(nn.Module):
         """The residual plus the attention's output, and its norm for the MLP."""
         assert self.post_attention_norm is not None
         return self.post_attention_norm.of_sum(residual, attended)
+
+    def branch_add(self, attended: Tensor, mlp: Tensor) -> Tensor:
+        """The sum of a parallel block's outputs, in the place of the first."""
+        return attended.add_(mlp)
 
     def mlp_activation(self, up: Tensor) -> Tensor:
         """Output of the up (or gate and up) projection -> input of the down projection."""

@@ -113,10 +113,12 @@ class ModelRunner:
         """
         spec = self.spec
         length = min(spec.max_model_len, spec.max_batch_tokens)
-        prompts = [(length, 0)] * max(1, min(spec.max_num_seqs, spec.max_batch_tokens // length))
+        count = max(1, min(spec.max_num_seqs, spec.max_batch_tokens // length))
+        prompts = lone_step([(length, 0)] * count, 0, spec.block_size)
         sizes = self._graph_sizes()
-        self._make_caches(max(len(prompts) * -(-length // spec.block_size), spec.max_num_seqs))
-        activations = max(self._activation_bytes(prompts, 0), self._decode_bytes(spec.max_num_seqs))
+        with self._memory("making room for the largest batch"):
+            self._make_caches(len(prompts.new_blocks.ids))
+        activations = max(self._activation_bytes(prompts), self._decode_bytes(spec.max_num_seqs))
         of_graphs = self._decode_bytes(max(sizes)) + len(sizes) * GRAPH_BYTES if sizes else 0
         self.kv_caches = []
         torch.cuda.empty_cache()
@@ -124,14 +126,16 @@ class ModelRunner:
         return total - free + activations + of_graphs
 
     def _decode_bytes(self, batch: int) -> int:
-        return self._activation_bytes([(1, 0)] * batch, batch)
+        step = lone_step([(1, 0)] * batch, batch, self.spec.block_size)
+        shared = step.new_blocks._replace(ids=step.new_blocks.ids * 0)  # one block for all: what they write is no use
+        return self._activation_bytes(step._replace(new_blocks=shared))
 
-    def _activation_bytes(self, sequences: list[tuple[int, int]], num_decodes: int) -> int:
-        """What a step of `lone_step` takes beside what is held anyway, at its peak."""
+    def _activation_bytes(self, step: Step) -> int:
+        """What a step takes beside what is held anyway, at its peak."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        self.execute(lone_step(sequences, num_decodes, self.spec.block_size)).wait()
+        self.execute(step).wait()
         return torch.cuda.max_memory_allocated() - before
 
     def _graph_sizes(self) -> list[int]:

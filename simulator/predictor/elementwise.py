@@ -28,6 +28,10 @@ SAME_AS = {  # operators of the same kernel, where one of them was not measured
     "final_norm": "input_norm",
     "post_attention_norm": "input_norm",
     "input_norm": "post_attention_norm",
+    "attention_residual_norm": "mlp_residual_norm",
+    "mlp_residual_norm": "attention_residual_norm",
+    "kv_write": "rotary_kv_write",
+    "branch_add": "mlp_residual_add",
 }
 
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.engine_spec import DECODE_GRAPHS
 from engine.worker.attention.base import AttentionBackend, AttentionBatch, AttentionShape
 from engine.worker.attention.paged import device_ints, host_ints
 from engine.worker.attention.requirements import cuda_reasons, package_reason
@@ -45,16 +44,16 @@ def pages(
     )
 
 
-def workspace_bytes(shape: AttentionShape) -> int:
-    """Room for partial results of split sequences; one for all wrappers, which run one by one.
+def workspace_bytes(shape: AttentionShape, graph_decodes: int = 0) -> int:
+    """Room for partial results of split sequences; one for wrappers that run one by one.
 
     As much as its attention/scheduler.cuh pads a plan to, or what it recommends: float32 outputs and their sums for
-    tiles of the queries that share a KV head, of the graphs' largest batch or, for prompts, of as many as there are
+    tiles of the queries that share a KV head, of `graph_decodes` in a graph or, for prompts, of as many as there are
     processors for.
     """
     group = shape.num_heads // shape.num_kv_heads
     tile = 16 if group <= 16 else 64 if group <= 64 else 128
-    decodes = (-(-max(DECODE_GRAPHS) * group // tile) + max(DECODE_GRAPHS)) * tile
+    decodes = (-(-graph_decodes * group // tile) + graph_decodes) * tile
     prompts = (2 * MOST_SMS // shape.num_kv_heads + 1) * 128
     partial: int = max(decodes, prompts) * shape.num_heads * (shape.head_dim + 1) * 4
     return max(partial, RECOMMENDED_BYTES) + (16 << 20)
@@ -122,6 +121,9 @@ class FlashInfer(AttentionBackend):
         return out
 
     def for_cuda_graph(self, batch_size: int, max_blocks: int) -> FlashInferGraph:
+        size = workspace_bytes(self.shape, batch_size)
+        if size > len(self._workspace):  # graphs come the largest first
+            self._workspace = torch.zeros(size, dtype=torch.uint8, device=self.shape.device)
         return FlashInferGraph(self.shape, self._workspace, batch_size, max_blocks)
 
 
