@@ -56,7 +56,7 @@ def test_the_node_really_lacks_them(tmp_path: Path) -> None:
 def test_profile_fit_and_validation_fit_into_a_budget_and_a_few_files(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from studies.selfcheck import selfcheck; "
-        "raise SystemExit(0 if selfcheck('cpu', 40, Path('out'), ('profile', 'validate')) else 1)"
+        "raise SystemExit(0 if selfcheck('cpu', 32, Path('out'), ('profile', 'validate')) else 1)"
     )
     done = node(["-c", code], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,7 +68,7 @@ def test_profile_fit_and_validation_fit_into_a_budget_and_a_few_files(tmp_path: 
     assert all(path.stat().st_size < 16 << 20 for path in files)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert all(step["ok"] for step in summary["steps"].values())
-    assert sum(step["seconds"] for step in summary["steps"].values()) < 55
+    assert sum(step["seconds"] for step in summary["steps"].values()) < 47
     results = json.loads((tmp_path / "out" / "validation.json").read_text())
     assert [load["load"] for load in results["loads"]] == [0.5, 0.85, 0.95]
     assert all(load["replay"]["same"] for load in results["loads"])

@@ -236,18 +236,24 @@ def test_points_that_cannot_be_are_refused_and_crashes_are_crashes(searched: Pat
     assert "max_qps_under_slo" not in rows[1]
 
 
-def test_a_capacity_is_confirmed_on_this_machines_engine(searched: Path) -> None:
-    (searched / "tiny").mkdir()
+@pytest.fixture
+def tiny(searched: Path) -> Path:
+    """A folder with a model that this machine's engine can run."""
+    (searched / "tiny").mkdir(exist_ok=True)
     (searched / "tiny" / "config.json").write_text(json.dumps({
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
         "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 256, "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5,
     }))  # fmt: skip
+    return searched
+
+
+def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
     done = windtunnel(
         "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu", "--max-model-len", "128",
         "--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--workload", "fixed", "--input-len", "20",
         "--output-len", "10", "--num-prompts", "60", "--slo", "p50_scheduling_delay<=0.01", "--confirm", "--output-dir",
-        "confirmed", "--json", cwd=searched,
+        "confirmed", "--json", cwd=tiny,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -262,18 +268,18 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(searched: Path) -> None
     assert len(said) == len(confirmed["trials"])
 
 
-def test_an_interrupted_confirmation_leaves_nothing_half_written(searched: Path) -> None:
+def test_an_interrupted_confirmation_leaves_nothing_half_written(tiny: Path) -> None:
     command = [
         sys.executable, "-m", "cli", "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu",
-        "--workload", "fixed", "--input-len", "20", "--output-len", "10", "--num-prompts", "3000", "--slo",
+        "--workload", "fixed", "--input-len", "20", "--output-len", "10", "--num-prompts", "1200", "--slo",
         "p50_scheduling_delay<=0.01", "--confirm", "--output-dir", "broken-off",
     ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=searched, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=tiny, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     for line in process.stderr:
         if "the engine at" in line:
             break
-    confirm = searched / "broken-off" / "confirm"
+    confirm = tiny / "broken-off" / "confirm"
     end = time.monotonic() + 60
     while not list(confirm.glob(".*partial*")):
         assert time.monotonic() < end and process.poll() is None
@@ -281,7 +287,7 @@ def test_an_interrupted_confirmation_leaves_nothing_half_written(searched: Path)
     os.killpg(process.pid, signal.SIGINT)
     assert "the same command goes on from here" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert not list((searched / "broken-off").rglob("*partial*"))
+    assert not list((tiny / "broken-off").rglob("*partial*"))
 
 
 @pytest.mark.parametrize(
