@@ -271,7 +271,7 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
 def test_an_interrupted_confirmation_leaves_nothing_half_written(tiny: Path) -> None:
     command = [
         sys.executable, "-m", "cli", "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu",
-        "--workload", "fixed", "--input-len", "20", "--output-len", "10", "--num-prompts", "300", "--slo",
+        "--workload", "fixed", "--input-len", "20", "--output-len", "10", "--num-prompts", "1200", "--slo",
         "p50_scheduling_delay<=0.01", "--confirm", "--output-dir", "broken-off",
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tiny, stderr=subprocess.PIPE, text=True, start_new_session=True)
