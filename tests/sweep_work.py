@@ -3,9 +3,12 @@
 import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.run_folder import run_folder
 
 
 def work(point: dict[str, Any]) -> dict[str, Any]:
@@ -21,6 +24,10 @@ def work(point: dict[str, Any]) -> dict[str, Any]:
             child = multiprocessing.get_context("fork").Process(target=int, daemon=True)  # as an engine's ranks are
             child.start()
             child.join()
+        case "run":
+            with run_folder(Path(point["folder"])) as partial:
+                (partial / "begun").touch()
+                time.sleep(120)
         case "slot":
             return {"status": "done", "value": os.environ["SLOT"]}
         case number:

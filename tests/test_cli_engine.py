@@ -106,8 +106,7 @@ def test_several_prompts_go_on_as_in_transformers(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
-@pytest.mark.parametrize("temperature", ["0", "1"])
+@pytest.mark.parametrize(("ranks", "temperature"), [("1", "1"), ("2", "0")])
 def test_weights_that_are_no_numbers_are_told(folder: Path, ranks: str, temperature: str, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "damaged")
     tensors = load_file(tmp_path / "damaged" / "model.safetensors")

@@ -79,7 +79,7 @@ workloads = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     requests=workloads,
     policy=st.sampled_from([*sorted(POLICIES), "dynamic"]),

@@ -56,7 +56,7 @@ def test_the_node_really_lacks_them(tmp_path: Path) -> None:
 def test_profile_fit_and_validation_fit_into_a_budget_and_a_few_files(tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from studies.selfcheck import selfcheck; "
-        "raise SystemExit(0 if selfcheck('cpu', 32, Path('out'), ('profile', 'validate')) else 1)"
+        "raise SystemExit(0 if selfcheck('cpu', 30, Path('out'), ('profile', 'validate')) else 1)"
     )
     done = node(["-c", code], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
