@@ -77,9 +77,8 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     device = profiled_device(profiles[0]) if device_name is None else catalog.device(device_name)
     folder = output_dir or (profiles[0] / "calibration" if profiles else store.FOLDER / device.name)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if foreign := sorted(
-        there - {f"{kind}.json" for kind in store.KINDS} - {store.HOST_FILE, catalog.DEVICE_FILE, SETTINGS}
-    ):
+    ours = {*(f"{kind}.json" for kind in store.KINDS), store.HOST_FILE, catalog.DEVICE_FILE, SETTINGS}
+    if foreign := sorted(there - ours):
         raise InputError(f"{folder} holds {foreign[0]}, which is no part of a calibration: give another --output-dir")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     frames = [read(source, device) for source in sources]
@@ -92,11 +91,12 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
     if there:
         console.print(f"replacing the calibration in {folder}")
-        for name in there:
-            (folder / name).unlink()
-    store.save(calibration, folder, device if profiles else None)
+    written = store.save(calibration, folder, device if profiles else None)
     if profiles:
         shutil.copyfile(profiles[0] / SETTINGS, folder / SETTINGS)  # where and with what it was measured
+        written.add(SETTINGS)
+    for name in there - written:  # of the fit before
+        (folder / name).unlink()
     show_calibration(calibration)
     for place in profiles:
         for name, errors in check_iterations(replace(device, calibration=str(folder)), place).items():

@@ -48,7 +48,9 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
     if len(folders) > 1:
         _check_together(kinds)
     own = _own_page(folders[0], kinds[folders[0]]) if len(folders) == 1 else None
-    path = _checked(output or own or COMPARISON, own or (COMPARISON if output is None else None))
+    if output is None and own is None and _is_page(COMPARISON):
+        own = COMPARISON  # made again
+    path = _checked(output or own or COMPARISON, own)
     try:
         if len(folders) == 1:
             return _write_one(folders[0], kinds[folders[0]], path)
@@ -81,7 +83,7 @@ def _own_page(folder: Path, kind: Kind) -> Path:
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file is a page of ours, which may be made again."""
+    """Whether a file is a page of ours."""
     return path.is_file() and b"\xc2\xb7 Windtunnel</title>" in path.read_bytes()
 
 
@@ -90,7 +92,7 @@ def _checked(path: Path, own: Path | None) -> Path:
         raise InputError(f"there is no folder {path.parent} to write {path.name} to: make it, or give another --output")
     if path.is_dir():
         raise InputError(f"{path} is a folder: give an --output file such as {path / 'report.html'}")
-    is_own = own is not None and path.resolve() == own.resolve() and (own.name != COMPARISON.name or _is_page(own))
+    is_own = own is not None and path.resolve() == own.resolve()
     if path.exists() and not is_own:
         raise InputError(f"{path} exists: give another --output")
     return path

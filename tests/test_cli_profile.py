@@ -52,10 +52,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_with_something_else_is_no_place_for_a_calibration(folder: Path) -> None:
+    (folder / "mine" / "send.json").write_text("{}")  # of a fit before, which had it
     for target, code, said in (("tiny", 2, "tiny holds config.json"), ("mine", 0, "replacing the calibration in mine")):
         done = windtunnel("calibrate", "fit", "--source", "profile:profile", "--output-dir", target, cwd=folder)
         assert done.returncode == code and said in done.stderr
     assert {path.name for path in (folder / "tiny").iterdir()} == {"config.json"}
+    assert not (folder / "mine" / "send.json").exists()
     memory = json.loads((folder / "mine" / "device.json").read_text())["memory_bytes"]
     assert memory == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # this machine's
 

@@ -219,20 +219,23 @@ def evaluate(calibration: Calibration, frames: Sequence[pd.DataFrame]) -> dict[s
     return result
 
 
-def save(calibration: Calibration, folder: Path, device: DeviceSpec | None = None) -> None:
+def save(calibration: Calibration, folder: Path, device: DeviceSpec | None = None) -> set[str]:
     """Write a file for each kind, and for the host; a folder that is there is replaced file by file.
 
-    With `device` its data sheet too, so that the folder can be given as the device.
+    With `device` its data sheet too, so that the folder can be given as the device. Returns the files' names.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, dict[str, Any]] = {}
     for kind, model in calibration.models.items():
         data = {"device": calibration.device, "kind": kind, **calibration.records[kind], "model": model.to_json()}
-        _write(folder / f"{kind}.json", data)
+        files[f"{kind}.json"] = data
     if calibration.host is not None:
-        fitted = asdict(calibration.host)
-        _write(folder / HOST_FILE, {"device": calibration.device, **fitted})
+        files[HOST_FILE] = {"device": calibration.device, **asdict(calibration.host)}
     if device is not None:
-        _write(folder / catalog.DEVICE_FILE, {k: v for k, v in asdict(device).items() if k != "calibration"})
+        files[catalog.DEVICE_FILE] = {k: v for k, v in asdict(device).items() if k != "calibration"}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        _write(folder / name, data)
+    return set(files)
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
