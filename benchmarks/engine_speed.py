@@ -22,7 +22,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -32,7 +32,7 @@ import torch
 
 from engine import catalog
 from engine.driver import Driver
-from engine.engine_spec import DTYPE_BYTES, EngineSpec, start
+from engine.engine_spec import EngineSpec, start
 from engine.executor import LAST_SAMPLED, Executor, NewBlocks, RankTime, Result, Step
 from engine.memory import GIB, weight_bytes
 from engine.policies import resolve
@@ -40,7 +40,7 @@ from engine.recorder import Recorder
 from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence
-from engine.specs import ModelSpec, SchedulerSpec
+from engine.specs import DTYPES, ModelSpec, SchedulerSpec
 
 WARM_UP, MEASURED = 10, 50  # iterations of each kind
 PROMPT_WARM_UP, PROMPT_MEASURED = 3, 7
@@ -85,7 +85,6 @@ class Case:
             model=self.model,
             folder=None,
             device="cuda" if self.device == "cuda" else "cpu",
-            dtype=self.dtype,
             max_num_seqs=self.max_num_seqs,
             max_model_len=self.max_model_len,
             max_batch_tokens=self.max_batch_tokens,
@@ -109,7 +108,7 @@ class Case:
 
 def decode_bytes(model: ModelSpec, batch: int, context: int) -> int:
     """Bytes that an iteration of `batch` decodes must read: every matrix, and the keys and values of its tokens."""
-    return model.matmul_parameters * model.dtype_bytes + batch * context * model.kv_bytes_per_token
+    return model.matmul_parameters * model.weight_itemsize + batch * context * model.kv_bytes_per_token
 
 
 def prompt_flops(model: ModelSpec, tokens: int) -> int:
@@ -490,7 +489,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Case, argparse.Namespace]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", help="a known name or a config.json; default: Llama-3-8B, on a CPU a small one")
-    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
     parser.add_argument("--batches", type=numbers, help="batch sizes of the decodes, such as 1,8,64")
     parser.add_argument("--context", type=int, help="tokens that each decode has in the cache")
     parser.add_argument("--prompts", type=numbers, help="lengths of the prompts (tokens)")
@@ -511,7 +510,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Case, argparse.Namespace]
     dtype = given.dtype or ("bfloat16" if gpu else "float32")
     model = catalog.model(given.model) if given.model else catalog.model("Meta-Llama-3-8B") if gpu else SMALL
     case = Case(
-        model=replace(model, dtype_bytes=DTYPE_BYTES[dtype]),
+        model=model.in_dtype(dtype),
         device=given.device,
         dtype=dtype,
         batches=given.batches or (1, 2, 4, 8, 16, 32, 64, 128, 256),

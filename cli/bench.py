@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from cli.config import BenchConfig, ReplicaGroup
-from cli.engine import asynchronous, engine_device, engine_spec
+from cli.engine import engine_spec
 from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
-from cli.simulate import deployment_of
 from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError, unknown
 from engine.executor import Executor, WorkerError
@@ -29,38 +28,24 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
         load_plugin(plugin)
     group = only_group(config)
     slos = config.slos()
-    spec, scheduler = engine_spec(group, config, engine_device(group.device), config.seed)
-    async_scheduling = asynchronous(group, spec)
+    replica = group.replica_spec()
+    spec = engine_spec(replica, group.model, config, config.seed)
     workload = make_workload(config.workload_spec(spec.max_model_len))
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     _check_names(config, group)
-    as_simulated = {"model": spec.model, "predictor": "roofline", "async_scheduling": async_scheduling}
-    kind = deployment_of(group, **as_simulated, num_gpu_blocks_override=spec.num_blocks or 1)
-    target = output_dir or default_folder(kind, workload.name, "bench-")
+    target = output_dir or default_folder(replica, workload.name, "bench-")
     with run_folder(target) as folder:
         with progress_bar("requests") as progress:
             task = progress.add_task("starting", total=len(workload))
             executor = start(spec, config.executor)
             try:
                 progress.update(task, description="serving")
-                kind = deployment_of(group, **as_simulated, num_gpu_blocks_override=executor.num_blocks)
-                settings = resolved(config, [kind], len(workload))
-                write_config(
-                    folder,
-                    {
-                        **settings,
-                        "num_gpu_blocks_override": executor.num_blocks,
-                        "async_scheduling": async_scheduling,
-                    },
-                )
+                replica = replica.with_blocks(executor.num_blocks)
+                write_config(folder, resolved(config, [replica], len(workload)))
                 result = serve(
                     workload,
-                    scheduler,
+                    replica,
                     executor,
-                    vocab_size=spec.model.vocab_size,
-                    parallel=spec.parallel,
-                    sliding_window=spec.model.sliding_window,
-                    async_scheduling=async_scheduling,
                     seed=config.seed,
                     slos=slos,
                     folder=folder,
@@ -76,8 +61,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
         summary = result.summary
         summary["version"] = version("windtunnel")
         summary["engine"] |= {"dtype": spec.dtype, "load_format": "dummy" if spec.folder is None else "safetensors"}
-        description = {**kind.describe(), "predictor": _source(executor, spec)}
-        summary["replicas"] = [{**description, **summary["replicas"][0]}]
+        summary["replicas"] = [{**replica.describe(_source(executor, spec)), **summary["replicas"][0]}]
         write_summary(folder, summary)
         if chrome_trace:
             write_chrome_trace(folder)

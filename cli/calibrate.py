@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import catalog
+from engine.device_folder import CALIBRATIONS, HOST_FILE, PROFILE_FILE
 from engine.errors import InputError
 from engine.specs import DeviceSpec
 from profiler.importers import SOURCES, read_source
 from profiler.importers.common import OtherDeviceError
-from profiler.session import SETTINGS
 from simulator.predictor import calibration as store
 from simulator.predictor.check import check_iterations, profiled_device
 from studies.calibration_record import range_words
@@ -40,7 +40,7 @@ def read(text: str, device: DeviceSpec) -> pd.DataFrame:
 
 def _kind_of(place: Path) -> str:
     """What kind of source a folder or file looks like."""
-    if (place / SETTINGS).is_file():
+    if (place / PROFILE_FILE).is_file():
         return "profile"
     return "aiconfigurator" if any(_files(place, ".parquet")) else "vidur"
 
@@ -75,9 +75,9 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
         )
         raise InputError(f"no device given: add --device NAME{hint}")
     device = profiled_device(profiles[0]) if device_name is None else catalog.device(device_name)
-    folder = output_dir or (profiles[0] / "calibration" if profiles else store.FOLDER / device.name)
+    folder = output_dir or (profiles[0] / "calibration" if profiles else CALIBRATIONS / device.name)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {*(f"{kind}.json" for kind in store.KINDS), store.HOST_FILE, catalog.DEVICE_FILE, SETTINGS}
+    ours = {*(f"{kind}.json" for kind in store.KINDS), HOST_FILE, catalog.DEVICE_FILE, PROFILE_FILE}
     if foreign := sorted(there - ours):
         raise InputError(f"{folder} holds {foreign[0]}, which is no part of a calibration: give another --output-dir")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -93,8 +93,8 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
         console.print(f"replacing the calibration in {folder}")
     written = store.save(calibration, folder, device if profiles else None)
     if profiles:
-        shutil.copyfile(profiles[0] / SETTINGS, folder / SETTINGS)  # where and with what it was measured
-        written.add(SETTINGS)
+        shutil.copyfile(profiles[0] / PROFILE_FILE, folder / PROFILE_FILE)  # where and with what it was measured
+        written.add(PROFILE_FILE)
     for name in there - written:  # of the fit before
         (folder / name).unlink()
     show_calibration(calibration)

@@ -6,14 +6,20 @@ Names follow vLLM where vLLM has one. In a file the same names are keys, with un
 from __future__ import annotations
 
 from collections.abc import Collection
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.errors import InputError, unknown
-from engine.specs import SLO, ParallelSpec, SchedulerSpec
+from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
+from engine.specs import SLO, DeviceSpec, ParallelSpec, SchedulerSpec
 from engine.workload import WorkloadSpec
+
+# what is not given is what the specs say; here no default of a replica is decided
+_PARALLEL, _SCHEDULER = ParallelSpec(), SchedulerSpec()
+_REPLICA = {name: parameter.default for name, parameter in signature(resolve).parameters.items()}
 
 
 def _field(default: Any, panel: str, help: str) -> Any:
@@ -33,29 +39,38 @@ class ServingSettings(_Settings):
     model: str = _field(
         "", "Deployment", "A known model's Hugging Face name, or a folder or file with its config.json."
     )
-    tensor_parallel_size: int = _field(1, "Deployment", "GPUs that share each layer.")
-    pipeline_parallel_size: int = _field(1, "Deployment", "Pipeline stages.")
-    gpu_memory_utilization: float = _field(0.9, "Deployment", "Share of the GPU's memory to use.")
-    num_gpu_blocks_override: int | None = _field(None, "Deployment", "KV blocks, instead of what the memory holds.")
-    scheduler: str = _field(
-        "sarathi", "Scheduler", "sarathi, vllm, orca, faster_transformer, chunked_only or hybrid_only."
+    tensor_parallel_size: int = _field(_PARALLEL.tensor_parallel_size, "Deployment", "GPUs that share each layer.")
+    pipeline_parallel_size: int = _field(_PARALLEL.pipeline_parallel_size, "Deployment", "Pipeline stages.")
+    dtype: str = _field(
+        _REPLICA["dtype"],
+        "Deployment",
+        "bfloat16, float16, float32; auto: as the device was profiled, else float32 on a CPU, else bfloat16.",
     )
-    max_num_batched_tokens: int | None = _field(None, "Scheduler", "Token budget of a batch; default by policy.")
-    max_num_seqs: int = _field(128, "Scheduler", "Most requests running at once.")
+    gpu_memory_utilization: float = _field(
+        _REPLICA["gpu_memory_utilization"], "Deployment", "Share of the GPU's memory to use."
+    )
+    num_gpu_blocks_override: int | None = _field(
+        _REPLICA["num_gpu_blocks_override"], "Deployment", "KV blocks, instead of what the memory holds."
+    )
+    scheduler: str = _field(
+        _SCHEDULER.policy, "Scheduler", "sarathi, vllm, orca, faster_transformer, chunked_only or hybrid_only."
+    )
+    max_num_batched_tokens: int | None = _field(
+        _SCHEDULER.max_num_batched_tokens, "Scheduler", "Token budget of a batch; default by policy."
+    )
+    max_num_seqs: int = _field(_SCHEDULER.max_num_seqs, "Scheduler", "Most requests running at once.")
     max_model_len: int | None = _field(
-        None,
+        _SCHEDULER.max_model_len,
         "Scheduler",
         "Longest request (tokens); longer ones are dropped, counted.",
     )
-    block_size: int = _field(16, "Scheduler", "Tokens in a KV block.")
-    watermark: float = _field(0.01, "Scheduler", "Share of the KV blocks that admission leaves free.")
-    async_scheduling: bool | None = _field(
-        None,
-        "Scheduler",
-        "Form the next batch while one runs; default: on the engine true on a GPU without pipeline stages, else false.",
+    block_size: int = _field(_SCHEDULER.block_size, "Scheduler", "Tokens in a KV block.")
+    watermark: float = _field(_SCHEDULER.watermark, "Scheduler", "Share of the KV blocks that admission leaves free.")
+    async_scheduling: bool = _field(
+        _REPLICA["async_scheduling"], "Scheduler", "true: form the next batch while one runs (one pipeline stage only)."
     )
     chunk_schedule: Literal["fixed", "dynamic"] = _field(
-        "fixed",
+        _SCHEDULER.chunk_schedule,
         "Scheduler",
         "Chunk size of prompts: fixed, dynamic.",
     )
@@ -84,6 +99,16 @@ class ServingSettings(_Settings):
             chunk_schedule_max_tokens=self.chunk_schedule_max_tokens,
         )
 
+    def _replica_settings(self) -> ReplicaSettings:
+        return {
+            "parallel": self.parallel_spec(),
+            "scheduler": self.scheduler_spec(),
+            "dtype": self.dtype,
+            "async_scheduling": self.async_scheduling,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "num_gpu_blocks_override": self.num_gpu_blocks_override,
+        }
+
 
 class ReplicaConfig(ServingSettings):
     """What may differ between the replicas of a cluster."""
@@ -94,25 +119,39 @@ class ReplicaConfig(ServingSettings):
         "a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, a YAML file, or a calibration's folder.",
     )
     network: str | None = _field(
-        None,
+        _REPLICA["network"],
         "Deployment",
         "Inside a node: nvswitch_a100, pairwise_nvlink, pcie, ... or a YAML file; default: the device's usual.",
     )
     internode_network: str | None = _field(
-        None, "Deployment", "Between nodes: ethernet_100g or infiniband_200g; by default the network's usual."
+        _REPLICA["internode_network"],
+        "Deployment",
+        "Between nodes: ethernet_100g or infiniband_200g; by default the network's usual.",
     )
     host_overhead: str = _field(
-        "auto",
+        _REPLICA["host_overhead"],
         "Deployment",
-        "Host overhead: cuda_graphs, eager, sarathi_osdi24; auto: what the calibration measured, or the first.",
+        "Host overhead: cuda_graphs, eager, eager_cpu, sarathi_osdi24; measured: the calibration's; auto: the measured "
+        "one if there is one, else cuda_graphs, on a CPU eager_cpu.",
     )
     predictor: str = _field("auto", "Deployment", "Times of batches: learned, roofline, or auto (learned if it can).")
+
+    def replica_spec(self) -> ReplicaSpec:
+        """Resolve the settings into the replica they describe. Raises InputError for what can't be."""
+        return resolve(self.model, self.device, **self._replica_settings())
+
+    def _replica_settings(self) -> ReplicaSettings:
+        return {
+            **super()._replica_settings(),
+            "network": self.network,
+            "internode_network": self.internode_network,
+            "host_overhead": self.host_overhead,
+        }
 
 
 class EngineSettings(_Settings):
     """How the engine runs, where that is no part of what it is asked to do."""
 
-    dtype: str = _field("auto", "Engine", "auto (bfloat16 on a GPU, float32 on a CPU), bfloat16, float16 or float32.")
     attention_backend: str | None = _field(
         None, "Engine", "flash_attn, flashinfer, torch_varlen or sdpa; default: the best that is installed."
     )
@@ -229,6 +268,10 @@ class GenerateConfig(EngineSettings, ServingSettings):
     top_k: int = _field(0, "Sampling", "Draw from this many likeliest tokens; 0: from all.")
     top_p: float = _field(1.0, "Sampling", "Draw from the likeliest tokens that hold this share of the probability.")
     seed: int = _field(0, "Sampling", "Seed of every random choice.")
+
+    def replica_spec(self, device: DeviceSpec) -> ReplicaSpec:
+        """Resolve the settings into the replica that generates on `device`. Raises InputError for what can't be."""
+        return resolve(self.model, device, **self._replica_settings())
 
 
 File = TypeVar("File", bound=FileConfig)

@@ -1,75 +1,48 @@
-"""What `bench` and `generate` share: the engine's settings as its workers and its scheduler are told them."""
+"""What the commands that run the engine share: this machine's device, and what a replica's workers need to know."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from cli.config import EngineSettings, ServingSettings
+from cli.config import EngineSettings
 from engine import catalog
-from engine.engine_spec import DECODE_GRAPHS, DTYPE_BYTES, LOAD_FORMATS, EngineSpec
+from engine.engine_spec import DECODE_GRAPHS, LOAD_FORMATS, EngineSpec
 from engine.errors import InputError, unknown
-from engine.memory import MOST_BLOCKS
-from engine.policies import largest_batch, resolve
-from engine.specs import SchedulerSpec
+from engine.replica_spec import ReplicaSpec
+from engine.specs import DeviceSpec
 
 MOST_PORTS = (1 << 16) - 1
+_SOME_GPU = replace(  # to generate takes any GPU: nothing is computed from this data sheet
+    catalog.device("h100"), name="gpu", description="a GPU that was not named", source="a placeholder"
+)
 
 
-def engine_device(name: str) -> Literal["cpu", "cuda"]:
-    """Where the engine runs for a device's name; "auto" takes a GPU where the machine has one."""
+def engine_device(name: str) -> DeviceSpec:
+    """Return the device of that name; "auto" takes a GPU, whichever it is, where the machine has one."""
     if name == "auto":
-        return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-    return "cpu" if catalog.device(name).name == "cpu" else "cuda"
+        return _SOME_GPU if Path("/dev/nvidiactl").exists() else catalog.device("cpu")
+    return catalog.device(name)
 
 
-def engine_spec(
-    serving: ServingSettings, engine: EngineSettings, device: Literal["cpu", "cuda"], seed: int
-) -> tuple[EngineSpec, SchedulerSpec]:
-    """What the workers and the scheduler of a replica are told. Raises InputError for what can't be."""
+def engine_spec(replica: ReplicaSpec, model: str, engine: EngineSettings, seed: int) -> EngineSpec:
+    """Return what the replica's workers need to know, with `model` the setting that says where its weights are.
+
+    Raises InputError for what can't be.
+    """
     if seed < 0:
         raise InputError(f"seed {seed}: give a whole number, 0 or more")
-    if not 0 < serving.gpu_memory_utilization <= 1:
-        raise InputError(f"gpu_memory_utilization={serving.gpu_memory_utilization}: give a share above 0 and up to 1")
-    blocks, port = serving.num_gpu_blocks_override, engine.distributed_port
-    if blocks is not None and not 1 <= blocks <= MOST_BLOCKS:
-        raise InputError(f"num_gpu_blocks_override {blocks}: give 1 to {MOST_BLOCKS:,} blocks")
+    port = engine.distributed_port
     if port is not None and not 1 <= port <= MOST_PORTS:
         raise InputError(f"distributed_port {port}: give 1 to {MOST_PORTS}")
-    dtype = engine.dtype
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if dtype not in DTYPE_BYTES:
-        raise unknown("dtype", dtype, ("auto", *DTYPE_BYTES))
-    model = replace(catalog.model(serving.model), dtype_bytes=DTYPE_BYTES[dtype])
-    scheduler = resolve(serving.scheduler_spec(), model.max_position_embeddings)
-    spec = EngineSpec(
-        model=model,
-        folder=_weights(serving.model, engine.load_format),
-        device=device,
-        dtype=dtype,
-        max_num_seqs=scheduler.max_num_seqs,
-        max_model_len=scheduler.max_model_len or 0,
-        max_batch_tokens=largest_batch(scheduler),
-        block_size=scheduler.block_size,
-        parallel=serving.parallel_spec(),
-        num_blocks=blocks,
-        gpu_memory_utilization=serving.gpu_memory_utilization,
+    return EngineSpec.of(
+        replica,
+        folder=_weights(model, engine.load_format),
         attention_backend=engine.attention_backend,
         cuda_graphs=_graph_sizes(engine),
         seed=seed,
         port=port,
     )
-    return spec, scheduler
-
-
-def asynchronous(serving: ServingSettings, spec: EngineSpec) -> bool:
-    """Whether the next batch is formed while one runs."""
-    staged = spec.parallel.pipeline_parallel_size > 1
-    if serving.async_scheduling and staged:
-        raise InputError("--async-scheduling true is for one pipeline stage: several batches are in flight already")
-    return serving.async_scheduling if serving.async_scheduling is not None else spec.device == "cuda" and not staged
 
 
 def _weights(model: str, load_format: str) -> Path | None:

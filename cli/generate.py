@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.config import GenerateConfig
-from cli.engine import asynchronous, engine_device, engine_spec
+from cli.engine import engine_device, engine_spec
 from engine.driver import Driver
 from engine.engine_spec import EngineSpec, need, start
 from engine.errors import InputError
@@ -30,8 +30,8 @@ def run(
     if config.max_tokens < 1:
         raise InputError(f"max_tokens {config.max_tokens}: give at least 1")
     sampling = SamplingParams(config.temperature, config.top_k, config.top_p)
-    spec, scheduler_spec = engine_spec(config, config, engine_device(config.device), config.seed)
-    async_scheduling = asynchronous(config, spec)
+    replica = config.replica_spec(engine_device(config.device))
+    spec = engine_spec(replica, config.model, config, config.seed)
     ids = [_parse(text) for text in prompt_token_ids]
     stop = frozenset() if ignore_eos else _end_tokens(spec.folder)
     tokenizer = _tokenizer(spec.folder)
@@ -42,19 +42,18 @@ def run(
         Sequence(Request(i, 0.0, len(prompt), _output_tokens(config, spec, i, prompt)), prompt, sampling, stop)
         for i, prompt in enumerate(ids, start=1)
     ]
-    stages = spec.parallel.pipeline_parallel_size
     if spec.num_blocks is not None:  # else the executor knows how many there are, and is asked first
-        _check(Scheduler(scheduler_spec, spec.num_blocks, stages), sequences)
+        _check(replica.new_scheduler(spec.num_blocks), sequences)
     executor = start(spec, config.executor)
     try:
-        scheduler = Scheduler(scheduler_spec, executor.num_blocks, stages, spec.model.sliding_window)
+        scheduler = replica.new_scheduler(executor.num_blocks)
         _check(scheduler, sequences)
         shown = _Stream(tokenizer) if len(sequences) == 1 and tokenizer is not None and not as_json else None
         driver = Driver(
             scheduler,
             executor,
             Recorder(predicted=False),
-            async_scheduling=async_scheduling,
+            async_scheduling=replica.async_scheduling,
             seed=config.seed,
             on_token=shown,
         )

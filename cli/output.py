@@ -24,8 +24,8 @@ from cli.config import FileConfig
 from engine import catalog
 from engine.errors import InputError
 from engine.metrics import METRIC_NAMES, describe, summary_key
+from engine.replica_spec import ReplicaSpec
 from engine.workload import DEFAULT_LENGTHS
-from simulator.cluster import Deployment
 
 LINE_S = 30.0
 
@@ -40,7 +40,7 @@ def load_plugin(path: Path) -> None:
         raise InputError(f"plugin {path} fails: {type(error).__name__}: {error}".replace("\n", " ")) from error
 
 
-def resolved(config: FileConfig, kinds: list[Deployment], num_prompts: int) -> dict[str, Any]:
+def resolved(config: FileConfig, kinds: list[ReplicaSpec], num_prompts: int) -> dict[str, Any]:
     """The settings with what was left open filled in, and files by their full path, so that it runs again anywhere."""
     values = config.model_dump(mode="json")
     values["num_prompts"] = num_prompts
@@ -48,11 +48,13 @@ def resolved(config: FileConfig, kinds: list[Deployment], num_prompts: int) -> d
         values["workload"] = config.workload or DEFAULT_LENGTHS
     if config.replicas:
         del values["num_replicas"]
+        values["replicas"] = [
+            full_paths(group) | {key: kind.settings()[key] for key in ("dtype", "host_overhead")}
+            for group, kind in zip(config.replicas, kinds, strict=True)
+        ]
     else:
         (kind,) = kinds
-        values["max_num_batched_tokens"] = kind.scheduler.max_num_batched_tokens
-        values["max_model_len"] = kind.scheduler.max_model_len
-    values["replicas"] = [full_paths(group) for group in config.replicas]
+        values |= kind.settings()
     values["plugin"] = [str(path.resolve()) for path in config.plugin]
     return {key: value for key, value in full_paths(values).items() if value not in (None, "", [])}
 
@@ -69,7 +71,7 @@ def full_paths(settings: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def default_folder(kind: Deployment, workload: str, prefix: str = "") -> Path:
+def default_folder(kind: ReplicaSpec, workload: str, prefix: str = "") -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     model = kind.model.name.split("/")[-1]
     return Path("runs") / f"{stamp}-{prefix}{model}-{kind.device.name}-{kind.scheduler.policy}-{Path(workload).stem}"

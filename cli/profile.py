@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +10,8 @@ from rich.progress import BarColumn, TextColumn
 from cli.engine import engine_device
 from cli.output import ProgressBar
 from engine import catalog
-from engine.engine_spec import DTYPE_BYTES
-from engine.errors import InputError, unknown
+from engine.errors import InputError
+from engine.replica_spec import dtype_on
 from profiler.points import Limits
 from profiler.session import duration
 
@@ -37,15 +36,13 @@ def run(
     max_model_len: int | None,
 ) -> None:
     """Measure into `output_dir`, or go on with what is there, and say what to do with it."""
-    on = engine_device(device)
-    dtype = dtype if dtype != "auto" else "float32" if on == "cpu" else "bfloat16"
-    if dtype not in DTYPE_BYTES:
-        raise unknown("dtype", dtype, ("auto", *DTYPE_BYTES))
+    known = engine_device(device)
+    dtype = dtype_on(known, dtype)
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names:
         raise InputError("no model given: add --models NAME,NAME")
-    specs = tuple(replace(catalog.model(name), dtype_bytes=DTYPE_BYTES[dtype]) for name in names)
-    usual = DEFAULTS[on]
+    specs = tuple(catalog.model(name).in_dtype(dtype) for name in names)
+    usual = DEFAULTS[known.runs_on]
     length = max_model_len or min(usual.max_length, *(spec.max_position_embeddings for spec in specs))
     for flag, value in (("max-num-batched-tokens", max_num_batched_tokens), ("max-num-seqs", max_num_seqs),
                         ("max-model-len", length), ("block-size", block_size)):  # fmt: skip
@@ -62,8 +59,7 @@ def run(
     from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
 
     spec = ProfileSpec(
-        device=device_here(on) if device == "auto" else catalog.device(device),
-        on=on,
+        device=device_here(known.runs_on) if device == "auto" else known,
         models=specs,
         tensor_parallel_sizes=sizes,
         dtype=dtype,

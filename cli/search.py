@@ -18,10 +18,11 @@ from rich.table import Table
 
 from cli.bench import only_group
 from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
-from cli.engine import engine_device, engine_spec
+from cli.engine import engine_spec
 from cli.output import load_plugin, progress_bar
 from cli.search_point import RESULT, checked, confirm_point, search_point, simulated
 from engine import catalog
+from engine.device_folder import folder_of
 from engine.errors import InputError, unknown
 from simulator.predictor import calibration as store
 from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray, write_json
@@ -58,10 +59,10 @@ def run(
         checked(settings)
         if confirm_top:  # what keeps the engine from it is told before the search is made
             group = only_group(settings)
-            engine_spec(group, settings, engine_device(group.device), settings.seed)
+            engine_spec(group.replica_spec(), group.model, settings, settings.seed)
         shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
         for group in settings.groups():
-            simulated(group, settings.dtype)  # says what is wrong with it, before anything is written
+            simulated(group)  # says what is wrong with it, before anything is written
         changes: list[dict[str, Any]] = [{}]
     else:
         if config is not None:
@@ -71,7 +72,7 @@ def run(
         shared["file"] = str(sweep.resolve())
     every = []
     given = {key: value for key, value in flags.items() if value is not None}
-    idle = sorted(set(given) & ENGINE_KEYS - {"dtype"}) if not confirm_top else []
+    idle = sorted(set(given) & ENGINE_KEYS) if not confirm_top else []
     if idle:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         console.print(f"note: without effect: {names} (no engine runs without --confirm)", style="yellow")
@@ -130,7 +131,7 @@ def _contents(every: list[dict[str, Any]]) -> dict[str, str]:
                 found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
         device = flags.get("device")
         if device and catalog.is_name("device", str(device)):
-            folder = store.folder_of(catalog.device(str(device)))
+            folder = folder_of(catalog.device(str(device)))
             found[str(device)] = store.fingerprint(folder) if folder is not None else ""
     return found
 

@@ -9,18 +9,16 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cli.bench import only_group
 from cli.config import ENGINE_KEYS, BenchConfig, ReplicaGroup, load
-from cli.engine import engine_device, engine_spec
+from cli.engine import engine_spec
 from cli.output import load_plugin, resolved
-from cli.simulate import deployment_of
-from engine import catalog
-from engine.engine_spec import dtype_bytes, start
+from engine.engine_spec import start
 from engine.errors import InputError
+from engine.replica_spec import ReplicaSpec
 from engine.run_folder import run_folder, write_config, write_summary
 from engine.serve import serve
 from engine.specs import SLO
@@ -43,13 +41,13 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
     for plugin in settings.plugin:
         load_plugin(plugin)
     workload, slos = checked(settings)
-    kinds = [(simulated(group, settings.dtype), group.count) for group in settings.groups()]
+    kinds = [(simulated(group), group.count) for group in settings.groups()]
     deployments = [kind for kind, count in kinds for _ in range(count)]
 
     def simulate(rate: float, partial: Path) -> dict[str, Any]:
         requests = at_rate(workload, rate)
         made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
-        write_config(partial, _config(settings, deployments, len(requests), rate))
+        write_config(partial, _config(settings, [kind.replica for kind, _ in kinds], len(requests), rate))
         return made.summary
 
     def trial(rate: float) -> Trial:
@@ -82,18 +80,14 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
         load_plugin(plugin)
     group = only_group(settings)
     workload, slos = checked(settings)
-    spec, scheduler = engine_spec(group, settings, engine_device(group.device), settings.seed)
-    executor = start(spec, settings.executor)
+    replica = group.replica_spec()
+    executor = start(engine_spec(replica, group.model, settings, settings.seed), settings.executor)
 
     def served(rate: float, partial: Path) -> dict[str, Any]:
         made = serve(
             at_rate(workload, rate),
-            scheduler,
+            replica,
             executor,
-            vocab_size=spec.model.vocab_size,
-            parallel=spec.parallel,
-            sliding_window=spec.model.sliding_window,
-            async_scheduling=bool(group.async_scheduling),  # as it was predicted
             seed=settings.seed,
             slos=slos,
             folder=partial,
@@ -108,12 +102,13 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
         return made
 
     try:
-        check_machine(catalog.device(group.device), spec, executor)
+        check_machine(replica, executor)
         found = confirm(trial, point["predicted"])
     finally:
         executor.close()
-    used = gpu_hours(found.trials, spec.parallel.world_size)
-    return {"status": "done", **found.to_json(), "gpu_hours": used, "hardware": executor.hardware, "on": spec.device}
+    used = gpu_hours(found.trials, replica.parallel.world_size)
+    on = replica.device.runs_on
+    return {"status": "done", **found.to_json(), "gpu_hours": used, "hardware": executor.hardware, "on": on}
 
 
 def checked(settings: BenchConfig) -> tuple[Any, list[SLO]]:
@@ -123,10 +118,7 @@ def checked(settings: BenchConfig) -> tuple[Any, list[SLO]]:
         raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
     if settings.arrival in ("trace", "burst"):
         raise InputError(f"--arrival {settings.arrival} has no rate to search: leave it out")
-    longest = min(kind.max_model_len or 0 for kind in settings.groups()) or None
-    if longest is None:
-        kinds = (simulated(group, settings.dtype) for group in settings.groups())
-        longest = min((kind.scheduler.max_model_len or 0) for kind in kinds)
+    longest = min(group.replica_spec().scheduler.max_model_len or 0 for group in settings.groups())
     prompts = settings.num_prompts or (None if settings.trace is not None else NUM_PROMPTS)
     workload = settings.model_copy(update={"num_prompts": prompts, "request_rate": settings.request_rate or 1.0})
     return workload.workload_spec(longest), slos
@@ -137,11 +129,9 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def simulated(group: ReplicaGroup, dtype: str) -> Deployment:
-    """The group's replica, in a `dtype` that the engine was told."""
-    if dtype == "auto":
-        return deployment_of(group)
-    return deployment_of(group, model=replace(catalog.model(group.model), dtype_bytes=dtype_bytes(dtype)))
+def simulated(group: ReplicaGroup) -> Deployment:
+    """Return the group's replica with its predictor."""
+    return Deployment.of(group.replica_spec(), group.predictor)
 
 
 def _kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any]]) -> Trial:
@@ -155,9 +145,9 @@ def _kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any
     return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)
 
 
-def _config(settings: BenchConfig, deployments: list[Deployment], num_prompts: int, rate: float) -> dict[str, Any]:
+def _config(settings: BenchConfig, kinds: list[ReplicaSpec], num_prompts: int, rate: float) -> dict[str, Any]:
     """The settings of a trial, by which `simulate` runs it again: to its end, if it was given up."""
-    found = resolved(settings, deployments[:1], num_prompts)
+    found = resolved(settings, kinds, num_prompts)
     return {key: value for key, value in found.items() if key not in ENGINE_KEYS} | {"request_rate": rate}
 
 

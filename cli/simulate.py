@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.config import FileConfig, ReplicaGroup
+from cli.config import FileConfig
 from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
 from engine.run_folder import run_folder, write_chrome_trace, write_config, write_summary
 from engine.workload import make_workload
-from simulator.cluster import Deployment, deploy
+from simulator.cluster import Deployment
 from simulator.cluster import simulate as simulate_cluster
 
 
@@ -27,11 +27,11 @@ def run(
         load_plugin(plugin)
     groups = config.groups()
     slos = config.slos()
-    kinds = [deployment_of(group) for group in groups]
+    kinds = [Deployment.of(group.replica_spec(), group.predictor) for group in groups]
     deployments = [kind for kind, group in zip(kinds, groups, strict=True) for _ in range(group.count)]
     shortest = min(kind.scheduler.max_model_len or 0 for kind in kinds)
     workload = make_workload(config.workload_spec(shortest))
-    target = output_dir or default_folder(kinds[0], workload.name)
+    target = output_dir or default_folder(kinds[0].replica, workload.name)
     with run_folder(target) as folder:
         startup_seconds = time.perf_counter() - started
         with progress_bar("requests") as progress:
@@ -52,7 +52,7 @@ def run(
             "startup_seconds": startup_seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        write_config(folder, resolved(config, kinds, len(workload)))
+        write_config(folder, resolved(config, [kind.replica for kind in kinds], len(workload)))
         write_summary(folder, summary)
         if chrome_trace:
             write_chrome_trace(folder)
@@ -64,21 +64,3 @@ def run(
     if as_json:
         print(json.dumps({**summary, "output_dir": str(target)}, allow_nan=False))
     return summary
-
-
-def deployment_of(group: ReplicaGroup, **changes: Any) -> Deployment:
-    """The group's replica; `changes` are arguments of `deploy` that take the place of its settings."""
-    settings: dict[str, Any] = {
-        "model": group.model,
-        "device": group.device,
-        "network": group.network,
-        "internode_network": group.internode_network,
-        "parallel": group.parallel_spec(),
-        "scheduler": group.scheduler_spec(),
-        "host_overhead": group.host_overhead,
-        "predictor": group.predictor,
-        "gpu_memory_utilization": group.gpu_memory_utilization,
-        "num_gpu_blocks_override": group.num_gpu_blocks_override,
-        "async_scheduling": bool(group.async_scheduling),
-    }
-    return deploy(**{**settings, **changes})

@@ -14,14 +14,14 @@ from rich.table import Table
 
 from cli.bench import only_group
 from cli.config import BenchConfig
-from cli.engine import asynchronous, engine_device, engine_spec
+from cli.engine import engine_spec
 from cli.output import load_plugin, progress_bar, resolved
-from cli.simulate import deployment_of
 from engine.engine_spec import start
 from engine.errors import InputError
 from engine.executor import WorkerError
 from engine.run_folder import keep_incomplete, run_folder, write_config, write_summary
 from engine.workload import make_workload
+from simulator.cluster import Deployment
 from studies.validation import METRICS, STATISTICS
 from studies.validation_run import Validation
 
@@ -37,10 +37,10 @@ def run(
     for plugin in config.plugin:
         load_plugin(plugin)
     group = only_group(config)
-    spec, _ = engine_spec(group, config, engine_device(group.device), config.seed)
-    ahead = asynchronous(group, spec)
-    blocks = spec.num_blocks or 1  # until the engine knows
-    deployment = deployment_of(group, model=spec.model, num_gpu_blocks_override=blocks, async_scheduling=ahead)
+    replica = group.replica_spec()
+    spec = engine_spec(replica, group.model, config, config.seed)
+    # until the engine knows its KV blocks, one stands for them
+    deployment = Deployment.of(replica.with_blocks(spec.num_blocks or 1), group.predictor)
     shares = _loads(loads)
     for flag, value in (("request-rate", config.request_rate), ("arrival", config.arrival)):
         if shares and value is not None:
@@ -49,7 +49,7 @@ def run(
     workload = config.workload_spec(spec.max_model_len, burst=bool(shares))
     num_prompts = len(make_workload(workload))  # says what is wrong with it, before the wait
     validation = Validation(
-        engine=spec, deployment=deployment, workload=workload, loads=shares, seed=config.seed, slos=config.slos()
+        deployment=deployment, workload=workload, loads=shares, seed=config.seed, slos=config.slos()
     )
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 130
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
@@ -79,8 +79,7 @@ def run(
             finally:
                 executor.close()
         results["version"] = version("windtunnel")
-        settings = resolved(config, [deployment], num_prompts)
-        write_config(folder, {**settings, "num_gpu_blocks_override": executor.num_blocks, "async_scheduling": ahead})
+        write_config(folder, resolved(config, [replica.with_blocks(executor.num_blocks)], num_prompts))
         write_summary(folder, results, "validation.json")
         from studies.validation_report import write_validation
 

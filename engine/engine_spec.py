@@ -1,6 +1,6 @@
 """What the workers of a replica need to know to start, and who starts them.
 
-spec = EngineSpec(model=ModelSpec.from_hf(folder), folder=Path(folder), device="cpu", dtype="float32", ...)
+spec = EngineSpec.of(resolve(folder, "cpu"), folder=Path(folder))
 executor = start(spec, "in_process")
 """
 
@@ -9,28 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engine.errors import InputError, unknown
 from engine.executor import Executor
-from engine.specs import ModelSpec, ParallelSpec
+from engine.memory import GPU_MEMORY_UTILIZATION
+from engine.policies import largest_batch
+from engine.replica_spec import ReplicaSpec
+from engine.specs import DTYPES, ModelSpec, ParallelSpec
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 EXECUTORS = ("in_process", "multiprocess", "ray")
 LOAD_FORMATS = ("safetensors", "dummy")
 DECODE_GRAPHS = (1, 2, 4, *range(8, 257, 8))  # batch sizes that CUDA graphs are captured for
 
 
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of an element. Raises InputError for a type that the engine does not compute in."""
-    if dtype not in DTYPE_BYTES:
-        raise unknown("dtype", dtype, DTYPE_BYTES)
-    return DTYPE_BYTES[dtype]
-
-
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """One replica of the engine.
+    """One replica of the engine; `of` makes it from a ReplicaSpec.
 
     `folder` has the weights; without one they are dummies. `num_blocks` None measures how many KV blocks the memory
     holds. `max_batch_tokens` is the largest batch there can be.
@@ -39,14 +34,13 @@ class EngineSpec:
     model: ModelSpec
     folder: Path | None
     device: Literal["cpu", "cuda"]
-    dtype: str
     max_num_seqs: int
     max_model_len: int
     max_batch_tokens: int
     block_size: int
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
     num_blocks: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
     attention_backend: str | None = None
     cuda_graphs: tuple[int, ...] = DECODE_GRAPHS  # none: everything runs eagerly
     seed: int = 0
@@ -54,11 +48,40 @@ class EngineSpec:
     port: int | None = None  # where the ranks meet; None: a free one
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BYTES:
-            raise unknown("dtype", self.dtype, DTYPE_BYTES)
-        if self.model.dtype_bytes != DTYPE_BYTES[self.dtype]:
-            raise ValueError(f"the model counts {self.model.dtype_bytes} bytes an element, {self.dtype} has others")
+        if self.model.dtype not in DTYPES:
+            model = self.model
+            raise InputError(
+                f"{model.name} has weights in {model.weight_dtype}, activations in {model.activation_dtype} and a KV "
+                f"cache in {model.kv_cache_dtype}: the engine keeps all three in one of {', '.join(DTYPES)}"
+            )
         self.parallel.validate(self.model)
+
+    @property
+    def dtype(self) -> str:
+        """What everything is kept and computed in."""
+        return self.model.activation_dtype
+
+    @classmethod
+    def of(cls, replica: ReplicaSpec, folder: Path | None, **run: Any) -> EngineSpec:
+        """Return what the workers of a replica need to know.
+
+        `run` are the fields that are no part of what the replica is: attention_backend, cuda_graphs, seed, keep_logits
+        and port.
+        """
+        scheduler = replica.scheduler
+        return cls(
+            model=replica.model,
+            folder=folder,
+            device=replica.device.runs_on,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=scheduler.max_model_len or 0,
+            max_batch_tokens=largest_batch(scheduler),
+            block_size=scheduler.block_size,
+            parallel=replica.parallel,
+            num_blocks=replica.num_gpu_blocks_override,
+            gpu_memory_utilization=replica.gpu_memory_utilization,
+            **run,
+        )
 
 
 def start(spec: EngineSpec, executor: str | None = None) -> Executor:

@@ -2,8 +2,8 @@
 
 A config writes down only what differs from the defaults of its model class, so the defaults of each known
 `model_type` are given here (from the configuration classes of transformers 4.x, and for qwen and internlm from the
-`configuration_*.py` beside the weights). Any other type is read as Llama-like if it has Llama's keys. Served in 16
-bits whatever the checkpoint's dtype, as vLLM's `--dtype auto` does.
+`configuration_*.py` beside the weights). Any other type is read as Llama-like if it has Llama's keys. Served in
+bfloat16 whatever the checkpoint's dtype, unless another is asked for.
 
     python -c "from engine.specs import ModelSpec; print(ModelSpec.from_hf('path/to/model'))"
 """

@@ -15,6 +15,7 @@ from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
 GIB = 1 << 30
 RESERVED_BYTES = GIB  # CUDA context, cuBLAS and attention workspaces, NCCL buffers, fragmentation
 DEFAULT_BATCHED_TOKENS = 2048
+GPU_MEMORY_UTILIZATION = 0.9  # share of a GPU's memory that a replica uses, where none is given
 MOST_WAYS = 64  # parallelism that an error message suggests at most
 MOST_BLOCKS = 10_000_000  # KV blocks of a replica
 
@@ -40,13 +41,13 @@ def weight_bytes(model: ModelSpec, parallel: ParallelSpec, stage: int) -> int:
     total += tables * vocab * model.hidden_size
     if stage == last:
         total += model.norm_size + vocab * model.lm_head_bias
-    return total * model.dtype_bytes
+    return total * model.weight_itemsize
 
 
 def kv_bytes_per_block(model: ModelSpec, parallel: ParallelSpec, stage: int, block_size: int) -> int:
     """Bytes that a KV block of `block_size` tokens takes on each rank of a stage, over the stage's layers."""
     layers = parallel.stage_layers(model.num_layers)[stage]
-    return 2 * layers * parallel.kv_heads_per_rank(model) * model.head_dim * block_size * model.dtype_bytes
+    return 2 * layers * parallel.kv_heads_per_rank(model) * model.head_dim * block_size * model.kv_cache_itemsize
 
 
 def activation_bytes(model: ModelSpec, parallel: ParallelSpec, max_num_batched_tokens: int, max_num_seqs: int) -> int:
@@ -60,7 +61,7 @@ def activation_bytes(model: ModelSpec, parallel: ParallelSpec, max_num_batched_t
     tp = parallel.tensor_parallel_size
     attention = 2 * model.q_size // tp + 2 * parallel.kv_heads_per_rank(model) * model.head_dim
     mlp = model.mlp_matrices * model.intermediate_size // tp
-    token = (2 * model.hidden_size + max(attention, mlp)) * model.dtype_bytes
+    token = (2 * model.hidden_size + max(attention, mlp)) * model.activation_itemsize
     logits = 2 * max_num_seqs * _vocab_shard(model, parallel) * 4
     return max_num_batched_tokens * token + logits + RESERVED_BYTES
 
@@ -70,7 +71,7 @@ def num_kv_blocks(
     device: DeviceSpec,
     parallel: ParallelSpec,
     scheduler: SchedulerSpec,
-    gpu_memory_utilization: float = 0.9,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     max_num_batched_tokens: int | None = None,
 ) -> int:
     """KV blocks of a replica: what the fullest stage has room for.
@@ -78,8 +79,7 @@ def num_kv_blocks(
     `max_num_batched_tokens` is the largest batch, where the policy's limit is not in the scheduler spec; without
     either it is taken to be 2048. Raises InputError when the weights leave no room, saying what would.
     """
-    if not 0 < gpu_memory_utilization <= 1:
-        raise InputError(f"gpu_memory_utilization={gpu_memory_utilization}: give a share above 0 and up to 1")
+    check_utilization(gpu_memory_utilization)
     parallel.validate(model)
     tokens = max_num_batched_tokens or scheduler.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS
     usable = int(device.memory_bytes * gpu_memory_utilization)
@@ -87,6 +87,12 @@ def num_kv_blocks(
     if blocks < 1:
         raise _too_big(model, device, parallel, scheduler, usable, tokens)
     return blocks
+
+
+def check_utilization(gpu_memory_utilization: float) -> None:
+    """Raise InputError unless it is a share of the memory."""
+    if not 0 < gpu_memory_utilization <= 1:
+        raise InputError(f"gpu_memory_utilization={gpu_memory_utilization}: give a share above 0 and up to 1")
 
 
 def _vocab_shard(model: ModelSpec, parallel: ParallelSpec) -> int:

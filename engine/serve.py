@@ -1,7 +1,7 @@
 """A workload served by the engine in real time, written down as the simulator writes its runs.
 
     executor = start(spec)
-    run = serve(workload, scheduler_spec, executor, vocab_size=spec.model.vocab_size, folder=folder)
+    run = serve(workload, replica, executor, folder=folder)
 
 Prompts are random tokens and every request runs to the output length that the workload gives it.
 """
@@ -18,10 +18,11 @@ from engine.driver import Clock, Driver
 from engine.executor import Executor, RankTime, Result
 from engine.metrics import replica_use, summarize, tbt_percentiles
 from engine.recorder import Recorder, Run
+from engine.replica_spec import ReplicaSpec
 from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence as TokenSequence
-from engine.specs import SLO, ParallelSpec, SchedulerSpec
+from engine.specs import SLO
 from engine.tables import Columns, to_arrow
 from engine.workload import Workload
 
@@ -30,13 +31,9 @@ WARM_UP = (4, 16)  # requests, and output tokens of each
 
 def serve(
     workload: Workload,
-    scheduler_spec: SchedulerSpec,
+    replica: ReplicaSpec,
     executor: Executor,
     *,
-    vocab_size: int,
-    parallel: ParallelSpec | None = None,
-    sliding_window: int | None = None,
-    async_scheduling: bool = False,
     seed: int = 0,
     slos: Sequence[SLO] = (),
     folder: Path | None = None,
@@ -46,19 +43,16 @@ def serve(
 ) -> Run:
     """Serve `workload` as its requests arrive, after a warm-up that is not recorded.
 
+    The executor says how many KV blocks there are; everything else is the replica's.
+
     With a folder the tables go there, even if the run fails: beside the simulator's `requests.parquet` and
     `iterations.parquet` also `ranks.parquet`, when each rank computed each batch, which `on_batch` is told as well.
     Raises InputError for a request that could never run, before anything is served, and WorkerError when a worker
     fails.
     """
-    stages = (parallel or ParallelSpec()).pipeline_parallel_size
-
-    def new_scheduler() -> Scheduler:
-        return Scheduler(scheduler_spec, executor.num_blocks, max_in_flight=stages, sliding_window=sliding_window)
-
-    scheduler = new_scheduler()
+    scheduler, vocab_size = replica.new_scheduler(executor.num_blocks), replica.model.vocab_size
     workload.check_fits(scheduler)
-    _warm_up(new_scheduler(), executor, vocab_size, async_scheduling, clock)
+    _warm_up(replica.new_scheduler(executor.num_blocks), executor, vocab_size, replica.async_scheduling, clock)
     recorder = Recorder(folder, tbt_percentiles(slos), predicted=False)
     ranks = _RankTimes()
     finished = 0
@@ -79,7 +73,7 @@ def serve(
         executor,
         recorder,
         clock=clock,
-        async_scheduling=async_scheduling,
+        async_scheduling=replica.async_scheduling,
         seed=seed,
         on_finished=on_finished,
         on_result=on_result,
@@ -105,7 +99,7 @@ def serve(
         "hardware": executor.hardware,
         "attention_backend": executor.attention_backend,
         "num_gpu_blocks": executor.num_blocks,
-        "async_scheduling": async_scheduling,
+        "async_scheduling": replica.async_scheduling,
     }
     return Run(summary, requests, None if folder else recorder.iterations_kept())
 

@@ -10,11 +10,14 @@ instances are in `engine.catalog`, the memory a model takes on a GPU is in `engi
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import InputError, unknown
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}  # of an element
+DTYPES = ("bfloat16", "float16", "float32")  # that a whole model is served in; the others are of some tensors
 
 
 def _check(spec: object, names: str, *, zero: bool = False) -> None:
@@ -75,11 +78,13 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     activation: str = "silu"  # of the MLP: silu, gelu, gelu_tanh
-    dtype_bytes: int = 2  # of a weight and of a KV element, as served
+    weight_dtype: str = "bfloat16"  # the three as served: names in DTYPE_BYTES
+    activation_dtype: str = "bfloat16"
+    kv_cache_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         _check(self, "num_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim")
-        _check(self, "vocab_size max_position_embeddings rope_theta dtype_bytes norm_eps")
+        _check(self, "vocab_size max_position_embeddings rope_theta norm_eps")
         _check(self, "rotary_fraction", zero=True)
         if self.sliding_window is not None:
             _check(self, "sliding_window")
@@ -88,6 +93,9 @@ class ModelSpec:
                 f"{self.name}: num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_attention_heads}: query heads share KV heads in equal groups"
             )
+        for name in ("weight_dtype", "activation_dtype", "kv_cache_dtype"):
+            if getattr(self, name) not in DTYPE_BYTES:
+                raise unknown(name, str(getattr(self, name)), DTYPE_BYTES)
         if self.norm not in ("rms", "layer"):
             raise unknown("norm", str(self.norm), ("rms", "layer"))
         if self.norms_per_layer not in ((1, 2) if self.parallel_block else (2,)):
@@ -97,6 +105,33 @@ class ModelSpec:
             )
         if self.rotary_fraction > 1:
             raise InputError(f"{self.name}: rotary_fraction={self.rotary_fraction}: give a share between 0 and 1")
+
+    def in_dtype(self, dtype: str) -> "ModelSpec":
+        """Return the model with weights, activations and KV cache in `dtype`. Raises InputError unless in DTYPES."""
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        return replace(self, weight_dtype=dtype, activation_dtype=dtype, kv_cache_dtype=dtype)
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype of weights, activations and KV cache; None where they differ."""
+        same = self.weight_dtype == self.activation_dtype == self.kv_cache_dtype
+        return self.activation_dtype if same else None
+
+    @property
+    def weight_itemsize(self) -> int:
+        """Bytes of a weight."""
+        return DTYPE_BYTES[self.weight_dtype]
+
+    @property
+    def activation_itemsize(self) -> int:
+        """Bytes of an element of the activations, which is what collectives send too."""
+        return DTYPE_BYTES[self.activation_dtype]
+
+    @property
+    def kv_cache_itemsize(self) -> int:
+        """Bytes of an element of a cached key or value."""
+        return DTYPE_BYTES[self.kv_cache_dtype]
 
     @property
     def q_size(self) -> int:
@@ -142,7 +177,7 @@ class ModelSpec:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token leaves in the cache, over all layers and KV heads."""
-        return 2 * self.num_layers * self.kv_size * self.dtype_bytes
+        return 2 * self.num_layers * self.kv_size * self.kv_cache_itemsize
 
     def flops_per_token(self, context: int) -> int:
         """FLOPs of one token that attends to `context` tokens, itself included (a sliding window caps it).
@@ -248,6 +283,11 @@ class DeviceSpec:
             _check(self, name)
             if getattr(self, name) > 1:
                 raise InputError(f"device {self.name}: {name}={getattr(self, name)}: give a share between 0 and 1")
+
+    @property
+    def runs_on(self) -> Literal["cpu", "cuda"]:
+        """Where the engine runs for this device."""
+        return "cpu" if self.name == "cpu" else "cuda"
 
 
 @dataclass(frozen=True)

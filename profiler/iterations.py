@@ -17,10 +17,9 @@ import numpy as np
 from engine.driver import Clock, Driver
 from engine.executor import Executor, Result, Step
 from engine.recorder import Recorder
+from engine.replica_spec import ReplicaSpec
 from engine.request import Batch, BatchShape, Request
-from engine.scheduler import Scheduler
 from engine.sequences import Sequence
-from engine.specs import SchedulerSpec
 from profiler.points import Limits, farthest_first
 from profiler.timing import Timing
 
@@ -49,15 +48,12 @@ def bursts(limits: Limits) -> list[tuple[int, int]]:
 def run_burst(
     count: int,
     prompt: int,
-    scheduler_spec: SchedulerSpec,
+    replica: ReplicaSpec,
     executor: Executor,
-    vocab_size: int,
-    sliding_window: int | None = None,
-    async_scheduling: bool = False,
     clock: Clock | None = None,
 ) -> list[dict[str, Any]]:
     """The iterations (rows of COLUMNS) of `count` requests of `prompt` tokens that arrive at once."""
-    scheduler = Scheduler(scheduler_spec, executor.num_blocks, sliding_window=sliding_window)
+    scheduler = replica.new_scheduler(executor.num_blocks)
     recorder = Recorder(predicted=False)
     done: list[tuple[Batch, Result]] = []
     seconds: dict[str, list[float]] = {"schedule": [], "build_step": [], "launch": []}  # of each batch
@@ -66,12 +62,12 @@ def run_burst(
         _Watched(executor, seconds["launch"]),
         recorder,
         clock=clock,
-        async_scheduling=async_scheduling,
+        async_scheduling=replica.async_scheduling,
         on_result=lambda batch, result: done.append((batch, result)),
     )
     scheduler.schedule = _timed(scheduler.schedule, seconds["schedule"])  # type: ignore[method-assign]
     driver.steps.build = _timed(driver.steps.build, seconds["build_step"])  # type: ignore[method-assign]
-    driver.run(_sequences(count, prompt, vocab_size))
+    driver.run(_sequences(count, prompt, replica.model.vocab_size))
     recorder.close()
     durations = recorder.iterations_kept()["duration_s"].tolist()
     parts = zip(done, durations, *seconds.values(), strict=True)

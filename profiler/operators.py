@@ -44,7 +44,7 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     """The operators of one rank of `stage`, in the order they run. Shapes are per rank."""
     tp, last_stage = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
     layers = parallel.stage_layers(model.num_layers)[stage]
-    hidden, width = model.hidden_size, model.dtype_bytes
+    hidden, width = model.hidden_size, model.activation_itemsize
     q = model.q_size // tp
     kv_heads = parallel.kv_heads_per_rank(model)
     kv = kv_heads * model.head_dim
@@ -85,10 +85,11 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     if layers > 1:
         operators.append(residual_norm("mlp_residual_norm", layers - 1, "mlp_residual_add", "input_norm"))
     operators.append(gemm("qkv_proj", layers, hidden, q + 2 * kv))
-    kv_write = elementwise("kv_write", layers, 4 * kv)
+    stored = 2 * kv * model.kv_cache_itemsize / width  # a key and a value, as elements of the activations
+    kv_write = elementwise("kv_write", layers, 2 * kv + stored)
     if model.rotary_fraction > 0:
         rotary = elementwise("rotary", layers, 2 * (q + kv) * model.rotary_fraction)
-        whole = elementwise("rotary_kv_write", layers, 2 * (q + 2 * kv))
+        whole = elementwise("rotary_kv_write", layers, 2 * (q + kv) + stored)
         operators.append(replace(whole, parts=(rotary, kv_write)))
     else:
         operators.append(kv_write)

@@ -43,7 +43,7 @@ def points(model: ModelSpec, tensor_parallel_size: int, limits: Limits) -> Itera
 
 def message_points(model: ModelSpec, num_ranks: int, limits: Limits) -> Iterator[Point]:
     """The sizes of a model's collectives over so many ranks."""
-    width = model.hidden_size * model.dtype_bytes
+    width = model.hidden_size * model.activation_itemsize
     for tokens in farthest_first([(size,) for size in _sizes(1, limits.max_tokens)]):
         for kind in COLLECTIVES:
             yield {"operator": kind, "kind": kind, "num_bytes": tokens[0] * width}

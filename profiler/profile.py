@@ -5,7 +5,6 @@ run_profile(ProfileSpec(device=catalog.device("cpu"), models=(catalog.model("Lla
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -20,7 +19,7 @@ import torch
 from engine import catalog
 from engine.engine_spec import DECODE_GRAPHS, EngineSpec, start
 from engine.errors import InputError
-from engine.policies import resolve
+from engine.replica_spec import ReplicaSpec, resolve
 from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
 from engine.worker.attention import BACKENDS, select
 from engine.worker.attention.base import AttentionShape
@@ -29,7 +28,7 @@ from profiler import collectives
 from profiler.in_situ import InSitu, Reference
 from profiler.iterations import bursts, run_burst
 from profiler.points import Limits, Point, message_points, points
-from profiler.session import Bursts, Measure, Part, Session
+from profiler.session import Bursts, Measure, Part, Session, model_record
 from profiler.timer import CudaTimer
 from profiler.workbench import Workbench
 
@@ -38,10 +37,9 @@ ITERATIONS_SHARE = 0.3  # of what operators get: whole iterations of a model
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSpec:
-    """What to profile. `models` carry the bytes of `dtype`; ranks beyond those of this machine are not spoken to."""
+    """What to profile. `models` are in `dtype`; ranks beyond those of this machine are not spoken to."""
 
     device: DeviceSpec
-    on: Literal["cpu", "cuda"]
     models: tuple[ModelSpec, ...]
     tensor_parallel_sizes: tuple[int, ...]
     dtype: str
@@ -50,6 +48,11 @@ class ProfileSpec:
     block_size: int = 16
     attention_backend: str | None = None
     seed: int = 0
+
+    @property
+    def on(self) -> Literal["cpu", "cuda"]:
+        """Where it is measured."""
+        return self.device.runs_on
 
 
 def run_profile(spec: ProfileSpec, folder: Path, on_progress: Callable[[str, int, float], None]) -> Session:
@@ -78,7 +81,7 @@ def run_profile(spec: ProfileSpec, folder: Path, on_progress: Callable[[str, int
 def _operators(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str, reference: Reference | None) -> Part:
     def open_bench() -> Measure:
         if reference is not None:
-            return InSitu(_engine(spec, model, tp, backend), reference).measure
+            return InSitu(_engine(spec, _replica(spec, model, tp), backend), reference).measure
         timer = CudaTimer()
         bench = Workbench(
             model,
@@ -112,25 +115,14 @@ def _messages(spec: ProfileSpec, model: ModelSpec, tp: int) -> Part:
 
 
 def _iterations(spec: ProfileSpec, model: ModelSpec, backend: str, reference: Reference | None) -> Bursts:
-    engine = _engine(spec, model, 1, backend)
-    scheduler = resolve(
-        SchedulerSpec(
-            max_num_batched_tokens=engine.max_batch_tokens,
-            max_num_seqs=engine.max_num_seqs,
-            max_model_len=engine.max_model_len,
-            block_size=engine.block_size,
-        ),
-        engine.max_model_len,
-    )
+    replica = _replica(spec, model, 1)
 
     def open_engine() -> Callable[[int, int], list[dict[str, Any]]]:
-        executor = start(engine, "in_process")
+        executor = start(_engine(spec, replica, backend), "in_process")
 
         def burst(count: int, prompt: int) -> list[dict[str, Any]]:
             before = reference.drift() if reference is not None else 1.0
-            rows = run_burst(
-                count, prompt, scheduler, executor, model.vocab_size, model.sliding_window, reference is None
-            )
+            rows = run_burst(count, prompt, replica, executor)
             drift = (before + reference.drift()) / 2 if reference is not None else 1.0
             return [
                 {"model": model.name}
@@ -144,23 +136,29 @@ def _iterations(spec: ProfileSpec, model: ModelSpec, backend: str, reference: Re
     return Bursts(f"{model.name} iterations", bursts(spec.limits), open_engine, share=ITERATIONS_SHARE)
 
 
-def _engine(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str) -> EngineSpec:
+def _replica(spec: ProfileSpec, model: ModelSpec, tp: int) -> ReplicaSpec:
+    """The replica whose operators and iterations are measured; asynchronous on a GPU, where that hides the host."""
     limits = spec.limits
-    return EngineSpec(
-        model=model,
-        folder=None,
-        device=spec.on,
-        dtype=spec.dtype,
-        max_num_seqs=limits.max_requests,
-        max_model_len=limits.max_length,
-        max_batch_tokens=max(limits.max_tokens, limits.max_requests),
-        block_size=spec.block_size,
+    return resolve(
+        model,
+        spec.device,
         parallel=_cut(tp),
+        scheduler=SchedulerSpec(
+            max_num_batched_tokens=max(limits.max_tokens, limits.max_requests),
+            max_num_seqs=limits.max_requests,
+            max_model_len=limits.max_length,
+            block_size=spec.block_size,
+        ),
+        async_scheduling=spec.on == "cuda",
         # on a GPU the cache may be larger than what fits beside a whole model
-        num_blocks=-(-limits.kv_tokens // spec.block_size) + limits.max_requests if spec.on == "cpu" else None,
-        attention_backend=backend,
-        seed=spec.seed,
+        num_gpu_blocks_override=-(-limits.kv_tokens // spec.block_size) + limits.max_requests
+        if spec.on == "cpu"
+        else None,
     )
+
+
+def _engine(spec: ProfileSpec, replica: ReplicaSpec, backend: str) -> EngineSpec:
+    return EngineSpec.of(replica, folder=None, attention_backend=backend, seed=spec.seed)
 
 
 def device_here(on: Literal["cpu", "cuda"]) -> DeviceSpec:
@@ -209,7 +207,7 @@ def _identity(spec: ProfileSpec, backend: str) -> dict[str, Any]:
         "device": spec.device.name,
         "hardware": hardware_name(torch.device(spec.on)),
         "models": [model.name for model in spec.models],
-        "shapes": [json.loads(json.dumps(asdict(replace(model, name="")))) for model in spec.models],
+        "shapes": [model_record(model) for model in spec.models],
         "tensor_parallel_sizes": list(spec.tensor_parallel_sizes),
         "dtype": spec.dtype,
         "attention_backend": backend,

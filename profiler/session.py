@@ -12,18 +12,20 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.device_folder import PROFILE_FILE, profile_settings
 from engine.errors import InputError
 from engine.executor import WorkerError
+from engine.specs import ModelSpec
 from profiler.iterations import COLUMNS as ITERATION_COLUMNS
 from profiler.iterations import host_points
 from profiler.points import Point
 from profiler.timing import Timing
 
-SETTINGS, SAMPLES, OPERATORS, ITERATIONS = "profile.json", "samples.jsonl", "operators.csv", "iterations.csv"
+SAMPLES, OPERATORS, ITERATIONS = "samples.jsonl", "operators.csv", "iterations.csv"
 Measure = Callable[[Point], Timing]
 
 
@@ -61,9 +63,9 @@ class Session:
     def __init__(self, folder: Path, identity: dict[str, Any], provenance: dict[str, Any]) -> None:
         self.folder = folder
         self._settings = {"identity": identity, "provenance": provenance}
-        settings = folder / SETTINGS
+        settings = folder / PROFILE_FILE
         if settings.is_file():
-            known = json.loads(settings.read_text("utf-8"))
+            known = profile_settings(folder)
             if known["identity"] != identity:
                 before = known["identity"]
                 other = next(key for key in {**identity, **before} if before.get(key) != identity.get(key))
@@ -180,13 +182,12 @@ class Session:
                 raise InputError(f"{path} line {number} is damaged ({error}): delete that line") from None
 
 
-def settings(folder: Path) -> dict[str, Any]:
-    """What a session was told and where it ran (`profile.json`): its `identity` and `provenance`."""
-    try:
-        found: dict[str, Any] = json.loads((folder / SETTINGS).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no profile ({error}): make one with 'windtunnel profile'") from None
-    return found
+def model_record(model: ModelSpec) -> dict[str, Any]:
+    """Return a model's shape as a session's identity holds it: without its name, and with the bytes of its dtype."""
+    record: dict[str, Any] = json.loads(json.dumps(asdict(replace(model, name=""))))
+    for name in ("weight_dtype", "activation_dtype", "kv_cache_dtype"):
+        del record[name]  # the session's dtype is in its identity
+    return {**record, "dtype_bytes": model.activation_itemsize}
 
 
 def duration(text: str) -> float:

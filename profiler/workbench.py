@@ -68,7 +68,7 @@ class Workbench:
         layers.compile_elementwise(device.type == "cuda")
         torch.manual_seed(seed)
         rank = Rank(0, parallel)
-        layer_bytes = model.matmul_parameters // model.num_layers // tensor_parallel_size * model.dtype_bytes
+        layer_bytes = model.matmul_parameters // model.num_layers // tensor_parallel_size * model.weight_itemsize
         few = replace(model, num_layers=min(model.num_layers, CACHE_BYTES // max(1, layer_bytes) + 2))
         with torch.inference_mode():
             self.decoder = Decoder(few, rank, NoLinks(rank), dtype, device)
@@ -84,7 +84,7 @@ class Workbench:
                 device=device,
             )
             self.attention = select(attention_backend, shape)
-            token_bytes = 2 * kv_heads * model.head_dim * model.dtype_bytes * few.num_layers
+            token_bytes = 2 * kv_heads * model.head_dim * model.kv_cache_itemsize * few.num_layers
             tokens = min(limits.kv_tokens, KV_BYTES // token_bytes)
             blocks = max(-(-max(limits.max_length, limits.max_tokens) // block_size), tokens // block_size)
             cache = (blocks, block_size, kv_heads, model.head_dim)

@@ -13,27 +13,24 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import simpy
 from simpy.events import URGENT
 
-from engine import catalog
-from engine.engine_spec import dtype_bytes
+from engine.device_folder import folder_of
 from engine.errors import InputError, unknown
-from engine.memory import MOST_BLOCKS, num_kv_blocks
 from engine.metrics import replica_use, summarize, tbt_percentiles
-from engine.policies import POLICIES, largest_batch, resolve
 from engine.recorder import Recorder, Run
+from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
 from engine.workload import Workload
 from simulator.predictor.base import RuntimePredictor
-from simulator.predictor.calibration import folder_of, measured_host, profiled_dtype
 from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline
 from simulator.replica import Clock, Replica
@@ -61,109 +58,75 @@ PREDICTORS: dict[str, PredictorMaker] = {
 
 @dataclass(frozen=True)
 class Deployment:
-    """One kind of replica: a model on devices, cut and scheduled in one way, with a predictor of its times."""
+    """One kind of replica with a predictor of its times. Raises InputError if the memory has no room for KV blocks."""
 
-    model: ModelSpec
-    device: DeviceSpec
-    network: NetworkSpec
-    parallel: ParallelSpec
-    scheduler: SchedulerSpec
-    num_kv_blocks: int
+    replica: ReplicaSpec
     predictor: RuntimePredictor
-    async_scheduling: bool = False
     host: HostOverhead | None = None  # that the predictor was made with, if it was made by name
 
-    def new_scheduler(self) -> Scheduler:
-        """The engine's scheduler for one replica of this kind."""
-        return Scheduler(
-            self.scheduler,
-            self.num_kv_blocks,
-            max_in_flight=self.parallel.pipeline_parallel_size,
-            sliding_window=self.model.sliding_window,
-        )
+    def __post_init__(self) -> None:
+        self.replica.num_kv_blocks()
 
-    def notes(self) -> list[str]:
-        """What a user should know who reads the results."""
-        length, positions = self.scheduler.max_model_len or 0, self.model.max_position_embeddings
-        notes = []
-        if length > positions:
-            notes.append(
-                f"--max-model-len {length} is past the {positions} positions that {self.model.name} was made for"
-            )
-        policy, longest = POLICIES[self.scheduler.policy], f"activation memory is counted for {length} tokens"
-        if not policy.has_budget:
-            notes.append(f"{self.scheduler.policy} has no token budget: a batch may hold many whole prompts; {longest}")
-        elif not policy.strict_budget:
-            notes.append(f"{self.scheduler.policy} runs a prompt over its token budget whole; {longest}")
-        tp, node = self.parallel.tensor_parallel_size, self.network.gpus_per_node
-        if tp > node:
-            rate = self.network.internode.bandwidth_bytes_per_s / 1e9
-            notes.append(f"TP{tp} spans {-(-tp // node)} nodes of {node} GPUs: its all-reduces go at {rate:g} GB/s")
-        return notes
+    @classmethod
+    def of(cls, replica: ReplicaSpec, predictor: str | RuntimePredictor = "auto") -> Deployment:
+        """Return the deployment of a replica; `predictor` is a name in PREDICTORS, or one made for this replica."""
+        if not isinstance(predictor, str):
+            return cls(replica, predictor)
+        if predictor not in PREDICTORS:
+            raise unknown("predictor", predictor, PREDICTORS)
+        host = replica.engine.host
+        made = PREDICTORS[predictor](replica.model, replica.device, replica.network, replica.parallel, host)
+        return cls(replica, made, host)
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.replica.model
+
+    @property
+    def device(self) -> DeviceSpec:
+        return self.replica.device
+
+    @property
+    def network(self) -> NetworkSpec:
+        return self.replica.network
+
+    @property
+    def parallel(self) -> ParallelSpec:
+        return self.replica.parallel
+
+    @property
+    def scheduler(self) -> SchedulerSpec:
+        return self.replica.scheduler
+
+    @property
+    def async_scheduling(self) -> bool:
+        return self.replica.async_scheduling
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return self.replica.num_kv_blocks()
+
+    def new_scheduler(self) -> Scheduler:
+        """Make the engine's scheduler for one replica of this kind."""
+        return self.replica.new_scheduler()
 
     def describe(self) -> dict[str, Any]:
-        """What there is to say about it in a summary."""
-        return {
-            "model": self.model.name,
-            "device": self.device.name,
-            "network": self.network.name,
-            "num_nodes": -(-self.parallel.world_size // self.network.gpus_per_node),
-            "parallel": str(self.parallel),
-            "num_gpus": self.parallel.world_size,
-            "scheduler": self.scheduler.policy,
-            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
-            "max_model_len": self.scheduler.max_model_len,
-            "num_gpu_blocks": self.num_kv_blocks,
-            "kv_cache_tokens": self.num_kv_blocks * self.scheduler.block_size,
-            "predictor": self.predictor.description,
-            "notes": self.notes(),
-        }
+        """Return a summary's entry for it."""
+        return self.replica.describe(self.predictor.description)
 
 
 def deploy(
     model: str | ModelSpec,
     device: str | DeviceSpec,
     *,
-    network: str | None = None,
-    internode_network: str | None = None,
-    parallel: ParallelSpec | None = None,
-    scheduler: SchedulerSpec | None = None,
-    host_overhead: str = "auto",
-    gpu_memory_utilization: float = 0.9,
-    num_gpu_blocks_override: int | None = None,
     predictor: str | RuntimePredictor = "auto",
-    async_scheduling: bool = False,
+    **settings: Unpack[ReplicaSettings],
 ) -> Deployment:
-    """A deployment by names, with what is left open filled in. Raises InputError for what can't be.
+    """Resolve a replica (`settings` as for `engine.replica_spec.resolve`) and give it a predictor.
 
-    A model that is given by name has the type of numbers that the device was profiled in, if it was. `predictor` is a
-    name in PREDICTORS or a predictor made for this very deployment.
+    `predictor` is a name in PREDICTORS or a predictor made for this very replica. Raises InputError for what can't be.
     """
-    device = catalog.device(device) if isinstance(device, str) else device
-    if isinstance(model, str):
-        model, dtype = catalog.model(model), profiled_dtype(device)
-        model = model if dtype is None else replace(model, dtype_bytes=dtype_bytes(dtype))
-    net = catalog.network(network or device.network, internode_network)
-    parallel = parallel or ParallelSpec()
-    parallel.validate(model)
-    spec = resolve(scheduler or SchedulerSpec(), model.max_position_embeddings)
-    if num_gpu_blocks_override is None:
-        blocks = num_kv_blocks(model, device, parallel, spec, gpu_memory_utilization, largest_batch(spec))
-    elif not 1 <= num_gpu_blocks_override <= MOST_BLOCKS:
-        raise InputError(f"num_gpu_blocks_override {num_gpu_blocks_override}: give 1 to {MOST_BLOCKS:,} blocks")
-    else:
-        blocks = num_gpu_blocks_override
-    host = None
-    if isinstance(predictor, str):
-        if predictor not in PREDICTORS:
-            raise unknown("predictor", predictor, PREDICTORS)
-        host = measured_host(device) if host_overhead == "auto" and predictor != "roofline" else None
-        if host is None:
-            host = catalog.host_overhead("cuda_graphs" if host_overhead == "auto" else host_overhead)
-        predictor = PREDICTORS[predictor](model, device, net, parallel, host)
-    if async_scheduling and parallel.pipeline_parallel_size > 1:
-        raise InputError("async_scheduling true is for one pipeline stage: several batches are in flight already")
-    return Deployment(model, device, net, parallel, spec, blocks, predictor, async_scheduling, host)
+    return Deployment.of(resolve(model, device, **settings), predictor)
 
 
 def simulate(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import catalog
+from engine.device_folder import CALIBRATIONS, known_devices
 from engine.errors import InputError
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
@@ -60,9 +61,9 @@ Expect errors like these, not like those above, on a card or a software version 
 
 def write_accuracy(path: Path | None) -> None:
     """Write the text about the calibrations that ship, or print it."""
-    folders = store.known_devices()
+    folders = known_devices()
     if not folders:
-        raise InputError(f"{store.FOLDER} holds no calibration: fit one with 'windtunnel calibrate fit'")
+        raise InputError(f"{CALIBRATIONS} holds no calibration: fit one with 'windtunnel calibrate fit'")
     text = accuracy_markdown([store.load(folder, catalog.device(name)) for name, folder in folders.items()])
     if path is None:
         print(text, end="")

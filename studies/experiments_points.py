@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from engine import catalog
+from engine.device_folder import folder_of
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload import WorkloadSpec
 from simulator.cluster import Deployment, deploy
-from simulator.predictor.calibration import fingerprint, folder_of
+from simulator.predictor.calibration import fingerprint
 from studies.experiment import PAPER_HOST, Block, Experiment, Requests, Scheduling, Setup, Task
 
 CODE = ("engine", "profiler/operators.py", "simulator")  # and this folder's own that a record comes from

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from engine.device_folder import folder_of
 from engine.errors import InputError
 from engine.request import BatchShape
 from engine.specs import DeviceSpec
 from engine.tables import Array
 from profiler.operators import Operator, inventory
 from simulator.cluster import Deployment
-from simulator.predictor.calibration import Calibration, folder_of, load
+from simulator.predictor.calibration import Calibration, load
 from simulator.predictor.learned import learned
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from engine import catalog
 from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
-from engine.policies import largest_batch, resolve
+from engine.replica_spec import resolve
 from engine.run_folder import write_summary
 from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec
 from engine.workload import WorkloadSpec, make_workload
@@ -62,7 +62,7 @@ CASES = {
         WorkloadSpec(lengths="openchat_sharegpt4", max_model_len=8192, arrival="burst"),
     ),
     "cpu": Case(
-        replace(SMALL, dtype_bytes=4),
+        SMALL.in_dtype("float32"),
         "float32",
         Limits(max_tokens=128, max_requests=8, max_length=512, kv_tokens=4096),
         SchedulerSpec(max_num_batched_tokens=128, max_num_seqs=8, max_model_len=512),
@@ -136,7 +136,7 @@ def profile_step(device: str, seconds: float, output_dir: Path) -> str:
 
     case = CASES[device]
     spec = ProfileSpec(
-        device=this_device(device), on="cuda" if device == "cuda" else "cpu", models=(case.model,),
+        device=this_device(device), models=(case.model,),
         tensor_parallel_sizes=(1,), dtype=case.dtype, limits=case.limits,
         budget_s=max(5.0, seconds - SETTLE_S), block_size=case.scheduler.block_size,
     )  # fmt: skip
@@ -147,7 +147,7 @@ def profile_step(device: str, seconds: float, output_dir: Path) -> str:
 def validate_step(device: str, seconds: float, output_dir: Path) -> str:
     """Fit the profile and validate it at LOADS; the sentence says how far off the simulator is."""
     from profiler.importers import read_source
-    from simulator.cluster import deploy, simulate
+    from simulator.cluster import Deployment, simulate
     from simulator.predictor import calibration as store
     from studies.validation_run import Validation
 
@@ -158,25 +158,15 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
         fitted = store.fit(found, [read_source("profile", profile)], on_progress=lambda line: None)
         store.save(fitted, Path(scratch), found)
         (Path(scratch) / "profile.json").write_bytes((profile / "profile.json").read_bytes())
-        scheduler = resolve(case.scheduler, case.scheduler.max_model_len or 0)
-        engine = EngineSpec(
-            model=case.model, folder=None, device="cuda" if device == "cuda" else "cpu", dtype=case.dtype,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=scheduler.max_model_len or 0, max_batch_tokens=largest_batch(scheduler),
-            block_size=scheduler.block_size,
-        )  # fmt: skip
-        executor = start(engine, "in_process")
-        deployment = deploy(
-            case.model, scratch, scheduler=scheduler, num_gpu_blocks_override=executor.num_blocks,
-            async_scheduling=device == "cuda",
-        )  # fmt: skip
+        replica = resolve(case.model, scratch, scheduler=case.scheduler, async_scheduling=device == "cuda")
+        executor = start(EngineSpec.of(replica, folder=None), "in_process")
+        deployment = Deployment.of(replica.with_blocks(executor.num_blocks))
         burst = simulate(make_workload(replace(case.workload, num_prompts=64)), [deployment])
         rate = burst.summary["request_throughput"]
         left = seconds - SETTLE_S - (time.perf_counter() - began)
         prompts = max(16, int(left * rate / (1 + sum(1 / load for load in LOADS))))
-        validation = Validation(
-            engine=engine, deployment=deployment, workload=replace(case.workload, num_prompts=prompts), loads=LOADS
-        )
+        workload = replace(case.workload, num_prompts=prompts)
+        validation = Validation(deployment=deployment, workload=workload, loads=LOADS)
         results = validation.run(
             executor, on_result=lambda so_far: write_summary(output_dir, so_far, "validation.json")
         )

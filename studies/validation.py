@@ -52,7 +52,6 @@ def run_pair(
     executor: Executor,
     folder: Path | None = None,
     *,
-    vocab_size: int,
     seed: int = 0,
     slos: Sequence[SLO] = (),
     on_progress: Callable[[int], None] | None = None,
@@ -72,12 +71,8 @@ def run_pair(
             each.mkdir(parents=True)
     engine = serve(
         workload,
-        deployment.scheduler,
+        deployment.replica,
         executor,
-        vocab_size=vocab_size,
-        parallel=deployment.parallel,
-        sliding_window=deployment.model.sliding_window,
-        async_scheduling=deployment.async_scheduling,
         seed=seed,
         slos=slos,
         folder=folders[0],

@@ -6,7 +6,6 @@ is measured beside it. What comes out is what `validation.json` holds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from engine import catalog
+from engine.device_folder import PROFILE_FILE, folder_of, profile_settings
 from engine.driver import Clock
-from engine.engine_spec import EngineSpec
 from engine.errors import InputError
 from engine.executor import Executor
-from engine.specs import SLO, DeviceSpec
+from engine.replica_spec import ReplicaSpec
+from engine.specs import SLO
 from engine.workload import Workload, WorkloadSpec, make_workload
-from profiler.session import SETTINGS
 from simulator.cluster import Deployment
 from simulator.predictor import calibration as store
 from studies.validation import compare, run_pair
@@ -31,7 +30,6 @@ from studies.validation_record import curves
 class Validation:
     """What is validated. `loads` are shares of the capacity; with none the workload comes at its own rate."""
 
-    engine: EngineSpec
     deployment: Deployment
     workload: WorkloadSpec
     loads: tuple[float, ...] = ()
@@ -51,8 +49,8 @@ class Validation:
         `on_progress` is told what is served, how many requests are finished, and of how many; `on_result` all there is
         after each load. Raises InputError if the calibration is of another machine than the executor's.
         """
-        check_machine(self.deployment.device, self.engine, executor)
-        deployment = replace(self.deployment, num_kv_blocks=executor.num_blocks)
+        check_machine(self.deployment.replica, executor)
+        deployment = replace(self.deployment, replica=self.deployment.replica.with_blocks(executor.num_blocks))
         results = self._describe(deployment, executor)
         rates: list[tuple[float | None, float | None]] = [(None, self.workload.request_rate)]
         if self.loads:
@@ -85,7 +83,6 @@ class Validation:
             deployment,
             executor,
             folder / name if folder is not None else None,
-            vocab_size=self.engine.model.vocab_size,
             seed=self.seed,
             slos=self.slos,
             on_progress=lambda finished: on_progress(name, finished, len(workload)),
@@ -94,15 +91,15 @@ class Validation:
 
     def _describe(self, deployment: Deployment, executor: Executor) -> dict[str, Any]:
         """What was validated on what, and how well the calibration predicts operators."""
-        folder = store.folder_of(deployment.device)
+        folder = folder_of(deployment.device)
         learned = store.load(folder, deployment.device).records if folder is not None else {}
-        host = deployment.host
-        spec, torch = self.engine, version("torch")
+        host, torch = deployment.host, version("torch")
         return {
-            "model": spec.model.name,
+            "model": deployment.model.name,
             "device": deployment.device.name,
             "hardware": executor.hardware,
-            "engine": f"{spec.dtype}, {executor.attention_backend} attention, torch {torch}, {spec.parallel}",
+            "engine": f"{deployment.model.dtype}, {executor.attention_backend} attention, torch {torch}, "
+            f"{deployment.parallel}",
             "predictor": deployment.predictor.description,
             "scheduler": deployment.scheduler.policy,
             "max_num_batched_tokens": deployment.scheduler.max_num_batched_tokens,
@@ -119,17 +116,20 @@ class Validation:
         }
 
 
-def check_machine(device: DeviceSpec, spec: EngineSpec, executor: Executor) -> None:
+def check_machine(replica: ReplicaSpec, executor: Executor) -> None:
     """Raise InputError if the calibration was measured on other hardware, in another dtype or with other attention."""
-    folder = store.folder_of(device)
-    path = folder / SETTINGS if folder is not None else None
-    if path is None or not path.is_file():  # fitted to public tables, or a data sheet
-        name, card = device.name, catalog.card(executor.hardware)
+    folder = folder_of(replica.device)
+    if folder is None or not (folder / PROFILE_FILE).is_file():  # fitted to public tables, or a data sheet
+        name, card = replica.device.name, catalog.card(executor.hardware)
         if name in catalog.DEVICES and card is not None and card != name:
             raise InputError(f"the device is {name}, and this machine has {executor.hardware}: give --device {card}")
         return
-    measured = json.loads(path.read_text("utf-8"))["identity"]
-    here = {"hardware": executor.hardware, "dtype": spec.dtype, "attention_backend": executor.attention_backend}
+    measured = profile_settings(folder)["identity"]
+    here = {
+        "hardware": executor.hardware,
+        "dtype": replica.model.dtype,
+        "attention_backend": executor.attention_backend,
+    }
     for name, value in here.items():
         if measured[name] != value:
             raise InputError(

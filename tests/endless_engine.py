@@ -4,7 +4,6 @@ Prints the word "serving" when the first requests are finished. Its process has 
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from engine.driver import Driver
@@ -19,10 +18,9 @@ from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec
 
 def main(folder: str, tp: int, pp: int) -> None:
     spec = EngineSpec(
-        model=replace(ModelSpec.from_hf(Path(folder)), dtype_bytes=4),
+        model=ModelSpec.from_hf(Path(folder)).in_dtype("float32"),
         folder=Path(folder),
         device="cpu",
-        dtype="float32",
         max_num_seqs=4,
         max_model_len=64,
         max_batch_tokens=64,

@@ -1,7 +1,7 @@
 """What the engine's end-to-end tests share: a checkpoint with transformers' own continuations, and a served run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Oracle:
     def __init__(self, folder: Path, name: str) -> None:
         self.model = checkpoints.write(folder, name)
         self.folder = folder
-        self.spec = replace(ModelSpec.from_hf(folder), dtype_bytes=4)
+        self.spec = ModelSpec.from_hf(folder).in_dtype("float32")
         generator = torch.Generator().manual_seed(11)
         self.prompts = [
             torch.randint(checkpoints.VOCABULARY, (prompt,), generator=generator).tolist() for prompt, _ in LENGTHS
@@ -67,7 +67,6 @@ class Oracle:
             model=self.spec,
             folder=self.folder,
             device="cpu",
-            dtype="float32",
             parallel=ParallelSpec(tensor_parallel_size=tp, pipeline_parallel_size=pp),
             **(settings | changes),
         )

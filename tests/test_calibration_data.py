@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engine import catalog
+from engine.device_folder import CALIBRATIONS, known_devices
 from engine.specs import ParallelSpec
 from simulator.cluster import deploy
 from simulator.predictor import calibration as store
@@ -17,14 +18,14 @@ DEVICES = ("a100_pcie", "a100_sxm", "a40")
 
 
 def test_these_devices_ship() -> None:
-    assert tuple(store.known_devices()) == DEVICES
+    assert tuple(known_devices()) == DEVICES
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_calibration_is_complete_and_small(name: str) -> None:
-    calibration = store.load(store.FOLDER / name, catalog.device(name))
+    calibration = store.load(CALIBRATIONS / name, catalog.device(name))
     assert set(calibration.models) == set(store.KINDS)
-    assert sum(path.stat().st_size for path in (store.FOLDER / name).iterdir()) < 2_000_000
+    assert sum(path.stat().st_size for path in (CALIBRATIONS / name).iterdir()) < 2_000_000
     for kind, record in calibration.records.items():
         assert record["provenance"]["sources"], kind
         assert record["held_out"]["count"] > 100
@@ -32,7 +33,7 @@ def test_a_calibration_is_complete_and_small(name: str) -> None:
 
 
 def test_the_accuracy_page_is_what_the_records_say() -> None:
-    calibrations = [store.load(folder, catalog.device(name)) for name, folder in store.known_devices().items()]
+    calibrations = [store.load(folder, catalog.device(name)) for name, folder in known_devices().items()]
     assert (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8") == accuracy_markdown(calibrations)
 
 
@@ -62,7 +63,7 @@ def test_published_deployments_run_on_calibrated_times(model: str, device: str, 
 
 def test_a_chunk_after_a_prefix_costs_the_newer_kernel_no_more_than_it_cost_the_older() -> None:
     """The newer kernel was measured on whole prompts alone; what a prefix adds is known of the older one."""
-    model = store.load(store.FOLDER / "a100_pcie", catalog.device("a100_pcie")).models["attention_prefill"]
+    model = store.load(CALIBRATIONS / "a100_pcie", catalog.device("a100_pcie")).models["attention_prefill"]
     chunk, prefix = np.array([128.0, 512.0, 128.0, 512.0]), np.array([3584.0, 3584.0, 1024.0, 1024.0])
     columns = {"batch_size": np.ones(4), "chunk": chunk, "num_heads": np.full(4, 8), "num_kv_heads": np.ones(4)}
     columns["head_dim"] = np.full(4, 128)
@@ -104,7 +105,7 @@ def test_tables_of_another_network_are_left_out_of_an_evaluation() -> None:
 
     device = catalog.device("a100_pcie")
     frame = read(str(DATA / "aiconfigurator"), device)
-    errors = store.evaluate(store.load(store.FOLDER / "a100_pcie", device), [frame])
+    errors = store.evaluate(store.load(CALIBRATIONS / "a100_pcie", device), [frame])
     assert set(errors) == {"gemm", "attention_prefill", "attention_decode"}
     assert errors["gemm"]["measured_on"] == "a100_sxm"
 
@@ -116,7 +117,7 @@ def test_a_calibration_is_made_again_to_the_last_byte(tmp_path: Path) -> None:
     sources = [f"vidur:{DATA / 'vidur' / 'profiling'}", f"aiconfigurator:{DATA / 'aiconfigurator'}"]
     arguments = ["calibrate", "fit", "--device", "a40", "--source", *sources, "--output-dir", str(tmp_path)]
     assert run(arguments) == (0, "")
-    for path in sorted((store.FOLDER / "a40").iterdir()):
+    for path in sorted((CALIBRATIONS / "a40").iterdir()):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -126,6 +127,6 @@ def test_what_was_measured_is_predicted() -> None:
 
     device = catalog.device("a40")
     frame = read(f"vidur:{DATA / 'vidur' / 'profiling' / 'compute'}", device)
-    errors = store.evaluate(store.load(store.FOLDER / "a40", device), [frame])
+    errors = store.evaluate(store.load(CALIBRATIONS / "a40", device), [frame])
     assert errors["gemm"]["mape"] < 0.02  # of what it was fitted to
     assert np.isclose(errors["gemm"]["in_range"], 1.0)

@@ -75,7 +75,7 @@ def test_the_calibration_of_a_profile_is_a_device(folder: Path) -> None:
     assert provenance["source"].startswith("windtunnel profile on ")
     assert provenance["software"].startswith("torch ")
     assert provenance["date"] and provenance["threads"] == 1
-    assert deploy(str(folder / "tiny"), str(folder / "mine")).model.dtype_bytes == 4  # as it was profiled
+    assert deploy(str(folder / "tiny"), str(folder / "mine")).model.dtype == "float32"  # as it was profiled
 
 
 def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder: Path) -> None:

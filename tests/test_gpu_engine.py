@@ -90,12 +90,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 def spec_of(folder: Path | None, device: str, model: ModelSpec | None = None, **changes: Any) -> EngineSpec:
     """Of a checkpoint, or of a model's shapes with dummy weights, in bfloat16."""
-    model = model or replace(ModelSpec.from_hf(folder or Path()), dtype_bytes=2)
+    model = model or ModelSpec.from_hf(folder or Path())
     settings: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_model_len": MAX_LEN,
         "max_batch_tokens": BUDGET,
-        "dtype": "bfloat16",
         "block_size": 16,
         "num_blocks": 100,
         "cuda_graphs": (),
@@ -267,8 +266,8 @@ def test_memory_does_not_grow(device: str) -> None:
     """From the 1,000th to the 10,000th iteration of requests that come and go."""
     warm_up, last = (1_000, 10_000) if device == "cuda" else (50, 110)
     dtype = "bfloat16" if device == "cuda" else "float32"  # a CPU keeps code for each shape in 16 bits that it has met
-    model = replace(SMALL, dtype_bytes=2 if device == "cuda" else 4)
-    spec = spec_of(None, device, model, dtype=dtype, max_num_seqs=16, cuda_graphs=(1, 8, 16))
+    model = SMALL.in_dtype(dtype)
+    spec = spec_of(None, device, model, max_num_seqs=16, cuda_graphs=(1, 8, 16))
     executor = start(spec, "in_process")
     rng = np.random.default_rng(0)
     iterations = 0

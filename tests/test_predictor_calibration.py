@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
+from engine import catalog, device_folder
 from engine.errors import InputError
 from engine.request import BatchShape
 from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec
@@ -138,7 +138,7 @@ def calibration() -> store.Calibration:
 def shipped(calibration: store.Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The calibration where a shipped one would be, and a cache of its own."""
     store.save(calibration, tmp_path / "calibration_data" / DEVICE.name)
-    monkeypatch.setattr(store, "FOLDER", tmp_path / "calibration_data")
+    monkeypatch.setattr(device_folder, "CALIBRATIONS", tmp_path / "calibration_data")
     monkeypatch.setenv("WINDTUNNEL_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "calibration_data" / DEVICE.name
 
@@ -281,7 +281,7 @@ def test_attention_is_carried_over_and_said_so(tmp_path: Path, monkeypatch: pyte
     calibration = store.fit(catalog.device("a40"), [other, attention], on_progress=lambda line: None)
     assert calibration.records["attention_decode"]["learned_on"] == "a100_pcie"
     store.save(calibration, tmp_path / "a40")
-    monkeypatch.setattr(store, "FOLDER", tmp_path)
+    monkeypatch.setattr(device_folder, "CALIBRATIONS", tmp_path)
     monkeypatch.setenv("WINDTUNNEL_CACHE_DIR", str(tmp_path / "cache"))
     a40 = learned(MODEL, catalog.device("a40"), NETWORK, ParallelSpec(), NO_HOST)
     assert "attention carried over from a100_pcie" in a40.description
@@ -354,7 +354,7 @@ def test_operators_run_as_one_are_their_parts_where_only_these_were_measured(
     whole = frame[frame["operator"] == "input_norm"]
     fused = [whole.assign(operator=name) for name in ("mlp_residual_norm", "rotary_kv_write")]
     of_one = store.fit(DEVICE, [pd.concat([frame, *fused], ignore_index=True)], on_progress=lambda line: None)
-    monkeypatch.setattr(store, "FOLDER", tmp_path)
+    monkeypatch.setattr(device_folder, "CALIBRATIONS", tmp_path)
     monkeypatch.setenv("WINDTUNNEL_CACHE_DIR", str(tmp_path / "cache"))
     times = []
     for each in (calibration, of_one):

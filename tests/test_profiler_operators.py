@@ -1,7 +1,6 @@
 """The engine's operators on the bench and where they stand: every one of every family, at the sizes asked for."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def _one_thread() -> Iterable[None]:
 
 def model_of(name: str, folder: Path) -> ModelSpec:
     checkpoints.write(folder, name)
-    return replace(ModelSpec.from_hf(folder), dtype_bytes=4)
+    return ModelSpec.from_hf(folder).in_dtype("float32")
 
 
 def rows_of(point: dict[str, Any]) -> int:
@@ -82,7 +81,7 @@ def test_every_operator_is_timed_where_it_stands(name: str, tp: int, tmp_path: P
     monkeypatch.setattr("profiler.in_situ.BUDGET_S", 0.0)
     model = model_of(name, tmp_path)
     spec = EngineSpec(
-        model=model, folder=None, device="cpu", dtype="float32", max_num_seqs=6, max_model_len=24, max_batch_tokens=40,
+        model=model, folder=None, device="cpu", max_num_seqs=6, max_model_len=24, max_batch_tokens=40,
         block_size=4, parallel=ParallelSpec(tensor_parallel_size=tp), num_blocks=30,
     )  # fmt: skip
     standing = InSitu(spec, Reference())
@@ -97,7 +96,7 @@ def test_a_pass_is_the_sum_of_its_operators(tmp_path: Path, monkeypatch: pytest.
     """On a clock that ticks at each look: what any operator takes is in exactly one time."""
     model = model_of("llama", tmp_path)
     spec = EngineSpec(
-        model=model, folder=None, device="cpu", dtype="float32", max_num_seqs=6, max_model_len=24, max_batch_tokens=40,
+        model=model, folder=None, device="cpu", max_num_seqs=6, max_model_len=24, max_batch_tokens=40,
         block_size=4, num_blocks=30,
     )  # fmt: skip
     standing = InSitu(spec, Reference())

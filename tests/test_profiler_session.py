@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from engine import catalog
+from engine.device_folder import measured_host
 from engine.errors import InputError
 from engine.executor import RankTime, Result, Step
-from engine.policies import resolve
+from engine.replica_spec import resolve
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload import WorkloadSpec, make_workload
 from profiler import table
@@ -21,7 +22,7 @@ from profiler.importers import read_source
 from profiler.iterations import bursts, run_burst, shape_of
 from profiler.operators import inventory
 from profiler.points import Limits, Point, farthest_first, message_points, points
-from profiler.session import Bursts, Measure, Part, Session
+from profiler.session import Bursts, Measure, Part, Session, model_record
 from profiler.timing import Timing
 from simulator.cluster import deploy
 from simulator.predictor import calibration as store
@@ -121,16 +122,16 @@ class SyntheticWorkers:
 
 
 def scheduler_spec() -> SchedulerSpec:
-    spec = SchedulerSpec(max_num_batched_tokens=512, max_num_seqs=32, max_model_len=2048)
-    return resolve(spec, LIMITS.max_length)
+    return SchedulerSpec(max_num_batched_tokens=512, max_num_seqs=32, max_model_len=2048)
 
 
 def parts(measure: Measure = measure) -> list[Part | Bursts]:
     clock = VirtualTime()
     workers = SyntheticWorkers(clock)
+    replica = resolve(MODEL, DEVICE, scheduler=scheduler_spec())
 
     def burst(count: int, prompt: int) -> list[dict[str, Any]]:
-        rows = run_burst(count, prompt, scheduler_spec(), workers, 100, clock=clock)
+        rows = run_burst(count, prompt, replica, workers, clock=clock)
         return [{"model": MODEL.name} | row for row in rows]
 
     every = list(points(MODEL, 1, LIMITS))
@@ -138,12 +139,12 @@ def parts(measure: Measure = measure) -> list[Part | Bursts]:
 
 
 def session(folder: Path, **identity: Any) -> Session:
-    shape = json.loads(json.dumps(asdict(replace(MODEL, name=""))))
     provenance = {
         "device": DEVICE.name, "device_spec": asdict(DEVICE), "dtype": "bfloat16", "attention_backend": "none",
         "collectives": "none", "software": "none", "date": "2026-01-01", "source": "a law",
     }  # fmt: skip
-    return Session(folder, {"models": [MODEL.name], "shapes": [shape], **identity}, provenance)
+    models = {"models": [MODEL.name], "shapes": [model_record(MODEL)], "dtype": MODEL.dtype}
+    return Session(folder, {**models, **identity}, provenance)
 
 
 def run(folder: Path, parts: list[Part | Bursts], budget_s: float = 1e6) -> Session:
@@ -181,7 +182,7 @@ def test_every_operator_of_the_inventory_has_points_early_and_within_the_limits(
         assert int(point.get("kv_tokens", 0)) <= LIMITS.kv_tokens
     assert len({json.dumps(point, sort_keys=True) for point in every}) == len(every)
     sizes = {int(point["num_bytes"]) for point in message_points(MODEL, 2, LIMITS)}
-    assert max(sizes) == LIMITS.max_tokens * MODEL.hidden_size * MODEL.dtype_bytes
+    assert max(sizes) == LIMITS.max_tokens * MODEL.hidden_size * MODEL.activation_itemsize
 
 
 def test_a_session_leaves_valid_tables(whole: Path) -> None:
@@ -309,7 +310,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_loop_recovers_the_law(whole: Path, calibrated: Path) -> None:
     device = catalog.device(str(calibrated))
     assert replace(device, calibration=None) == DEVICE
-    host = store.measured_host(device)
+    host = measured_host(device)
     assert host is not None
     assert host.iteration_s == pytest.approx(HOST_S, rel=0.02)
     assert host.sequence_s == pytest.approx(SEQUENCE_S, rel=0.05)
@@ -334,7 +335,7 @@ def test_the_simulator_agrees_with_the_engine_on_the_synthetic_device(
     spec = WorkloadSpec(lengths="uniform", input_len="100:1000", output_len="20:200", request_rate=60, num_prompts=150)
     workload = make_workload(spec)
     folder = None if ahead else tmp_path / "pair"  # in memory or on disk
-    pair = run_pair(workload, deployment, workers, folder, vocab_size=100, clock=clock)
+    pair = run_pair(workload, deployment, workers, folder, clock=clock)
     found = compare(pair, deployment, workload)
     assert found["replay"]["same"]
     assert found["iterations"]["mape"] < 0.03

@@ -187,9 +187,10 @@ def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
 def test_the_help_names_what_there_is_to_choose_from() -> None:
     from cli.config import BenchConfig, EngineSettings
     from engine.catalog import DEVICES, HOST_OVERHEADS, INTERNODES
-    from engine.engine_spec import DTYPE_BYTES, EXECUTORS, LOAD_FORMATS
+    from engine.engine_spec import EXECUTORS, LOAD_FORMATS
     from engine.lengths import builtin_names
     from engine.policies import POLICIES
+    from engine.specs import DTYPES
     from engine.worker.attention import BACKENDS
     from simulator.cluster import PREDICTORS
     from simulator.router import ROUTERS
@@ -202,7 +203,7 @@ def test_the_help_names_what_there_is_to_choose_from() -> None:
         "host_overhead": HOST_OVERHEADS,
         "predictor": PREDICTORS,
         "workload": builtin_names(),
-        "dtype": DTYPE_BYTES,
+        "dtype": DTYPES,
         "executor": EXECUTORS,
         "load_format": LOAD_FORMATS,
         "attention_backend": BACKENDS,

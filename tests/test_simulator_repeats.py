@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import catalog
 from engine.policies import POLICIES, resolve
 from engine.request import BatchShape
 from engine.specs import ParallelSpec, SchedulerSpec
@@ -45,11 +46,11 @@ def deployment(
         ),
         80,
     )
-    base = deploy("microsoft/phi-2", "a100", parallel=ParallelSpec(), num_gpu_blocks_override=blocks)
-    model = replace(base.model, sliding_window=window)
-    return Deployment(
-        model, base.device, base.network, ParallelSpec(pipeline_parallel_size=stages), spec, blocks, Affine()
-    )
+    return deploy(
+        replace(catalog.model("microsoft/phi-2"), sliding_window=window), "a100",
+        parallel=ParallelSpec(pipeline_parallel_size=stages), scheduler=spec, num_gpu_blocks_override=blocks,
+        predictor=Affine(),
+    )  # fmt: skip
 
 
 def rows(run: Run) -> list[tuple]:  # type: ignore[type-arg]
@@ -97,7 +98,7 @@ def test_stretches_equal_single_steps(  # type: ignore[no-untyped-def]
     gaps, prompts, outputs = map(np.array, zip(*requests, strict=True))
     workload = Workload("random", np.cumsum(gaps).astype(float), prompts, outputs, 0)
     kind = deployment(policy, stages, blocks, window, budget=budget)
-    kinds = [replace(kind, async_scheduling=ahead and stages == 1)] * replicas
+    kinds = [replace(kind, replica=replace(kind.replica, async_scheduling=ahead and stages == 1))] * replicas
     fast = simulate(workload, kinds, router=router)
     slow = simulate(workload, kinds, router=router, repeats=False)
     assert_same(fast, slow)
@@ -115,7 +116,7 @@ def test_stretches_save_most_of_the_events(stages: int) -> None:
             return super().stage_times(shape, stage, repeats)
 
     base = deployment("sarathi", stages, 60)
-    kind = Deployment(base.model, base.device, base.network, base.parallel, base.scheduler, 60, Counting())
+    kind = replace(base, predictor=Counting())
     workload = Workload("one", np.zeros(1), np.array([8]), np.array([65]), 0)
     run = simulate(workload, [kind])
     assert run.summary["simulator"]["batches"] == 65

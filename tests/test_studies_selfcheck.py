@@ -107,7 +107,7 @@ def test_a_step_that_runs_out_of_time_or_fails_is_said_and_the_others_go_on(tmp_
 def test_a_gpu_is_profiled_and_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a stand-in for one: its times mean nothing, but everything that a GPU's profile has is there."""
     model = replace(selfcheck.SMALL, num_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=4,
-                    num_key_value_heads=2, head_dim=32, vocab_size=500, dtype_bytes=2)  # fmt: skip
+                    num_key_value_heads=2, head_dim=32, vocab_size=500)  # fmt: skip
     limits = Limits(max_tokens=32, max_requests=4, max_length=64, kv_tokens=1024)
     scheduler = SchedulerSpec(max_num_batched_tokens=32, max_num_seqs=4, max_model_len=64, block_size=256)
     case = replace(selfcheck.CASES["cuda"], model=model, limits=limits, scheduler=scheduler)

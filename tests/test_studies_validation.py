@@ -400,16 +400,16 @@ def test_a_pair_of_a_real_engine_and_the_simulator(tmp_path: Path) -> None:
               "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 96,
               "max_position_embeddings": 256}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = replace(catalog.model(str(tmp_path / "config.json")), dtype_bytes=4)
+    model = catalog.model(str(tmp_path / "config.json")).in_dtype("float32")
     deployment = deploy(model, "cpu", scheduler=SCHEDULER, num_gpu_blocks_override=32)
     spec = EngineSpec(
-        model=model, folder=None, device="cpu", dtype="float32", max_num_seqs=8, max_model_len=64,
+        model=model, folder=None, device="cpu", max_num_seqs=8, max_model_len=64,
         max_batch_tokens=32, block_size=16, parallel=deployment.parallel, num_blocks=32,
     )  # fmt: skip
     workload = make_workload_of(10, 100.0)
     executor = start(spec, "in_process")
     try:
-        pair = run_pair(workload, deployment, executor, tmp_path / "runs", vocab_size=101)
+        pair = run_pair(workload, deployment, executor, tmp_path / "runs")
     finally:
         executor.close()
     table = pq.read_table(tmp_path / "runs" / "engine" / "iterations.parquet")

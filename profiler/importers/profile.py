@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from engine.device_folder import profile_settings
 from engine.errors import InputError
 from profiler import table
-from profiler.session import OPERATORS, SAMPLES, settings
+from profiler.session import OPERATORS, SAMPLES
 
 
 def read(place: Path, device: str | None, network: str | None) -> pd.DataFrame:
@@ -20,7 +21,7 @@ def read(place: Path, device: str | None, network: str | None) -> pd.DataFrame:
     if device is not None and device != found:
         raise InputError(f"{place} was measured on {found}, not on {device}: give --device {found}, or another source")
     if place.is_dir():
-        frame.attrs["graph_decodes"] = settings(place)["provenance"].get("graph_decodes", 0)
+        frame.attrs["graph_decodes"] = profile_settings(place)["provenance"].get("graph_decodes", 0)
     if network is not None:
         frame["network"] = frame["network"].where(frame["network"].isna(), network)
     return frame

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine import catalog
+from engine.device_folder import HOST_FILE, broken_host, folder_of, host_record, known_devices
 from engine.errors import InputError
-from engine.specs import DeviceSpec, HostOverhead
+from engine.specs import DeviceSpec
 from engine.tables import Array
 from simulator.predictor.attention import AttentionDecode, AttentionPrefill, kernel_names
 from simulator.predictor.collectives import HOST_BOUND, AllReduce, Send
@@ -39,8 +40,6 @@ POOLED = ("attention_prefill", "attention_decode")  # learned from every table g
 FOLDS = 6
 LONG_S = 20e-6  # shorter times are mostly launch and rounding; errors are also given without them
 INTERVAL = 0.9  # share of the held-out measurements that a prediction interval is made to cover
-HOST_FILE = "host.json"
-FOLDER = Path(__file__).parents[2] / "calibration_data"
 
 
 def groups(kind: str, rows: pd.DataFrame) -> pd.Series:
@@ -264,7 +263,7 @@ def load(folder: Path, device: DeviceSpec) -> Calibration:
         raise InputError(
             f"{folder} holds no calibration: fit one with 'windtunnel calibrate fit --device {device.name}'"
         )
-    return Calibration(device.name, models, records, _load_host(folder / HOST_FILE))
+    return Calibration(device.name, models, records, _load_host(folder))
 
 
 def load_of(device: DeviceSpec) -> Calibration:
@@ -279,38 +278,12 @@ def load_of(device: DeviceSpec) -> Calibration:
     return load(folder, device)
 
 
-def folder_of(device: DeviceSpec) -> Path | None:
-    """Where the calibration of a device is: its own, or what ships under its name; None if there is none."""
-    return Path(device.calibration) if device.calibration is not None else known_devices().get(device.name)
-
-
-def measured_host(device: DeviceSpec) -> HostOverhead | None:
-    """The host overhead that was measured with a device's calibration, if it was."""
-    folder = folder_of(device)
-    fitted = _load_host(folder / HOST_FILE) if folder is not None else None
-    return fitted.overhead if fitted is not None else None
-
-
-def profiled_dtype(device: DeviceSpec) -> str | None:
-    """The type of numbers that a device was profiled in; None where it was not profiled by `windtunnel profile`."""
-    from profiler.session import SETTINGS, settings
-
-    folder = folder_of(device)
-    if folder is None or not (folder / SETTINGS).is_file():
-        return None
-    found: str = settings(folder)["identity"]["dtype"]
-    return found
-
-
-def _load_host(path: Path) -> HostFit | None:
-    if not path.exists():
-        return None
+def _load_host(folder: Path) -> HostFit | None:
+    record = host_record(folder)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        del data["device"]
-        return HostFit(**{**data, "overhead": HostOverhead(**data["overhead"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no host overhead ({type(error).__name__}: {error}): fit it again") from None
+        return None if record is None else HostFit(**record)
+    except TypeError as error:
+        raise broken_host(folder, error) from None
 
 
 def fingerprint(folder: Path) -> str:
@@ -404,8 +377,3 @@ def _provenance(rows: pd.DataFrame) -> dict[str, Any]:
 def _short(number: Any) -> float:
     """Four significant digits: what is kept must not depend on the last bit."""
     return float(f"{float(number):.4g}")
-
-
-def known_devices() -> Mapping[str, Path]:
-    """The devices whose calibration ships, and its folder."""
-    return {path.name: path for path in sorted(FOLDER.glob("*")) if any(path.glob("*.json"))}

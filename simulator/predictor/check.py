@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from engine import catalog
+from engine.device_folder import measured_host, profile_settings
 from engine.errors import InputError
 from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, RopeScaling
 from profiler.iterations import shape_of
 from profiler.session import ITERATIONS
-from profiler.session import settings as profile_settings
-from simulator.predictor.calibration import errors, measured_host
+from simulator.predictor.calibration import errors
 from simulator.predictor.learned import learned
 
 
@@ -31,10 +31,10 @@ def profiled_models(folder: Path) -> dict[str, ModelSpec]:
     identity = profile_settings(folder)["identity"]
     models = {}
     for name, shape in zip(identity["models"], identity["shapes"], strict=True):
-        scaling = shape["rope_scaling"]
-        models[name] = ModelSpec(
-            **{**shape, "name": name, "rope_scaling": None if scaling is None else RopeScaling(**scaling)}
-        )
+        scaling = shape.pop("rope_scaling")
+        del shape["dtype_bytes"]  # of identity["dtype"]
+        scaling = None if scaling is None else RopeScaling(**scaling)
+        models[name] = ModelSpec(**{**shape, "name": name, "rope_scaling": scaling}).in_dtype(identity["dtype"])
     return models
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from engine import specs
+from engine.device_folder import folder_of, known_devices
 from engine.errors import InputError
 from engine.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
@@ -211,9 +212,9 @@ def learned(
     $WINDTUNNEL_CACHE_DIR or ~/.cache/windtunnel; a cache that can't be read or written costs time, nothing else. Raises
     InputError for a device without a calibration.
     """
-    folder = store.folder_of(device)
+    folder = folder_of(device)
     if folder is None:
-        known = ", ".join(store.known_devices()) or "none"
+        known = ", ".join(known_devices()) or "none"
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
     stages = range(parallel.pipeline_parallel_size)
     calibration = store.load(folder, device)

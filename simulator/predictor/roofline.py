@@ -58,7 +58,8 @@ class _Stage:
         self.attention_flops = device.peak_flops * device.attention_efficiency
         self.bandwidth = device.memory_bandwidth * device.bandwidth_efficiency
         self.network = roofline.network
-        self.width = model.dtype_bytes
+        self.weight_width, self.width = model.weight_itemsize, model.activation_itemsize
+        self.kv_width = model.kv_cache_itemsize
         self.tp = parallel.tensor_parallel_size
         self.first_rank = stage * self.tp
         operators = inventory(model, parallel, stage)
@@ -67,7 +68,7 @@ class _Stage:
         (decode,) = [op for op in operators if op.kind == "attention_decode"]
         self.send = next((op for op in operators if op.kind == "send"), None)
         # decode attention reads each cached token once, and a request's query and output once
-        kv_bytes = 2 * decode.num_kv_heads * decode.head_dim * self.width
+        kv_bytes = 2 * decode.num_kv_heads * decode.head_dim * self.kv_width
         kv_flops = 4 * decode.num_heads * decode.head_dim
         self.decode_per_kv_token = decode.count * max(kv_bytes / self.bandwidth, kv_flops / self.attention_flops)
         self.decode_per_request = decode.count * 2 * decode.num_heads * decode.head_dim * self.width / self.bandwidth
@@ -112,7 +113,7 @@ class _Stage:
         """Seconds of all `op.count` runs of an operator, for each number of rows."""
         if op.kind == "gemm":
             flops = 2.0 * rows * op.k * op.n
-            traffic = (rows * (op.k + op.n) + op.k * op.n) * self.width
+            traffic = rows * (op.k + op.n) * self.width + op.k * op.n * self.weight_width
             return op.count * np.maximum(flops / self.flops, traffic / self.bandwidth)
         if op.kind == "elementwise":
             return op.count * rows * op.bytes_per_row / self.bandwidth
@@ -125,7 +126,8 @@ class _Stage:
         op = self.prefill
         flops: float = 4.0 * attended(chunk, prefix, op.sliding_window) * op.num_heads * op.head_dim
         kv_tokens = prefix + chunk if op.sliding_window is None else min(prefix + chunk, op.sliding_window + chunk)
-        traffic = 2.0 * (chunk * op.num_heads + kv_tokens * op.num_kv_heads) * op.head_dim * self.width
+        elements = chunk * op.num_heads * self.width + kv_tokens * op.num_kv_heads * self.kv_width
+        traffic = 2.0 * elements * op.head_dim
         return op.count * max(flops / self.attention_flops, traffic / self.bandwidth)
 
     def send_time(self, tokens: int) -> float:

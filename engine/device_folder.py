@@ -1,0 +1,80 @@
+"""What a device's folder says of it: its calibration's place, the dtype it was profiled in, its measured host overhead.
+
+A calibration's folder may hold `profile.json` (what was profiled, where and with what) and `host.json` (the host
+overhead fitted to measured iterations); `profiler.session` and `simulator.predictor.calibration` write them. The
+calibrations that ship are folders of `calibration_data`, by device.
+
+    python -c "from engine import catalog, device_folder; print(device_folder.folder_of(catalog.device('a100')))"
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError
+from engine.specs import DeviceSpec, HostOverhead
+
+CALIBRATIONS = Path(__file__).parents[1] / "calibration_data"
+PROFILE_FILE, HOST_FILE = "profile.json", "host.json"
+
+
+def known_devices() -> Mapping[str, Path]:
+    """Return the devices whose calibration ships, and the folder of each."""
+    return {path.name: path for path in sorted(CALIBRATIONS.glob("*")) if any(path.glob("*.json"))}
+
+
+def folder_of(device: DeviceSpec) -> Path | None:
+    """Return the folder of a device's calibration: its own, or what ships under its name; None if there is none."""
+    return Path(device.calibration) if device.calibration is not None else known_devices().get(device.name)
+
+
+def profile_settings(folder: Path) -> dict[str, Any]:
+    """Read what a profile's session was told and where it ran: its `identity` and `provenance`.
+
+    Raises InputError for a folder without a profile.
+    """
+    try:
+        found: dict[str, Any] = json.loads((folder / PROFILE_FILE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no profile ({error}): make one with 'windtunnel profile'") from None
+    return found
+
+
+def profiled_dtype(device: DeviceSpec) -> str | None:
+    """Return the dtype that a device was profiled in; None where `windtunnel profile` did not profile it."""
+    folder = folder_of(device)
+    if folder is None or not (folder / PROFILE_FILE).is_file():
+        return None
+    found: str = profile_settings(folder)["identity"]["dtype"]
+    return found
+
+
+def host_record(folder: Path) -> dict[str, Any] | None:
+    """Read `host.json`: the fitted `overhead` (a HostOverhead) and how well it fits; None where there is none.
+
+    Raises InputError for a broken file.
+    """
+    path = folder / HOST_FILE
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        del data["device"]
+        return {**data, "overhead": HostOverhead(**data["overhead"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise broken_host(folder, error) from None
+
+
+def broken_host(folder: Path, error: Exception) -> InputError:
+    """Return the error for a `host.json` that does not hold a host overhead."""
+    return InputError(f"{folder / HOST_FILE} is no host overhead ({type(error).__name__}: {error}): fit it again")
+
+
+def measured_host(device: DeviceSpec) -> HostOverhead | None:
+    """Return the host overhead that was measured with a device's calibration; None where none was."""
+    folder = folder_of(device)
+    record = host_record(folder) if folder is not None else None
+    return record["overhead"] if record is not None else None

@@ -1,0 +1,204 @@
+"""Everything that decides how a replica behaves, resolved once: what `simulate`, `search`, `bench` and the rest take.
+
+A ReplicaSpec holds no setting that is left open, so two commands that resolve the same settings run the same replica.
+The one thing that may wait is the number of KV blocks: None is what the memory holds, which the simulator computes
+from the data sheet and the engine measures.
+
+    from engine.replica_spec import resolve
+    replica = resolve("mistralai/Mistral-7B-v0.1", "a100", scheduler=SchedulerSpec(max_model_len=8192))
+    print(replica.num_kv_blocks(), replica.engine.host.name, replica.model.kv_cache_dtype)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict
+
+from engine import catalog, memory, policies
+from engine.device_folder import profiled_dtype
+from engine.engine_preset import EnginePreset, preset
+from engine.errors import InputError, unknown
+from engine.memory import GPU_MEMORY_UTILIZATION, MOST_BLOCKS
+from engine.scheduler import Scheduler
+from engine.specs import DTYPES, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSpec:
+    """One kind of replica, with nothing left open. `resolve` makes it from names.
+
+    `scheduler` is resolved (`engine.policies.resolve`). `num_gpu_blocks_override` None leaves the KV blocks to the
+    memory. Raises InputError for parts that contradict each other.
+    """
+
+    model: ModelSpec
+    device: DeviceSpec
+    network: NetworkSpec
+    parallel: ParallelSpec
+    scheduler: SchedulerSpec
+    engine: EnginePreset
+    async_scheduling: bool
+    gpu_memory_utilization: float
+    num_gpu_blocks_override: int | None
+
+    def __post_init__(self) -> None:
+        self.parallel.validate(self.model)
+        memory.check_utilization(self.gpu_memory_utilization)
+        blocks = self.num_gpu_blocks_override
+        if blocks is not None and not 1 <= blocks <= MOST_BLOCKS:
+            raise InputError(f"num_gpu_blocks_override {blocks}: give 1 to {MOST_BLOCKS:,} blocks")
+        if self.async_scheduling and self.parallel.pipeline_parallel_size > 1:
+            raise InputError("async_scheduling true is for one pipeline stage: several batches are in flight already")
+
+    def num_kv_blocks(self) -> int:
+        """Return the KV blocks: the override, or what the device's memory holds by its data sheet.
+
+        Raises InputError where the model leaves no room for any.
+        """
+        if self.num_gpu_blocks_override is not None:
+            return self.num_gpu_blocks_override
+        return memory.num_kv_blocks(
+            self.model,
+            self.device,
+            self.parallel,
+            self.scheduler,
+            self.gpu_memory_utilization,
+            policies.largest_batch(self.scheduler),
+        )
+
+    def with_blocks(self, num_blocks: int) -> ReplicaSpec:
+        """Return the replica with so many KV blocks, such as an executor has measured."""
+        return replace(self, num_gpu_blocks_override=num_blocks)
+
+    def new_scheduler(self, num_blocks: int | None = None) -> Scheduler:
+        """Make the scheduler of one such replica; `num_blocks` None takes `num_kv_blocks()`."""
+        return Scheduler(
+            self.scheduler,
+            self.num_kv_blocks() if num_blocks is None else num_blocks,
+            max_in_flight=self.parallel.pipeline_parallel_size,
+            sliding_window=self.model.sliding_window,
+        )
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the results should know."""
+        length, positions = self.scheduler.max_model_len or 0, self.model.max_position_embeddings
+        notes = []
+        if length > positions:
+            notes.append(
+                f"--max-model-len {length} is past the {positions} positions that {self.model.name} was made for"
+            )
+        policy, longest = (
+            policies.POLICIES[self.scheduler.policy],
+            f"activation memory is counted for {length} tokens",
+        )
+        if not policy.has_budget:
+            notes.append(f"{self.scheduler.policy} has no token budget: a batch may hold many whole prompts; {longest}")
+        elif not policy.strict_budget:
+            notes.append(f"{self.scheduler.policy} runs a prompt over its token budget whole; {longest}")
+        tp, node = self.parallel.tensor_parallel_size, self.network.gpus_per_node
+        if tp > node:
+            rate = self.network.internode.bandwidth_bytes_per_s / 1e9
+            notes.append(f"TP{tp} spans {-(-tp // node)} nodes of {node} GPUs: its all-reduces go at {rate:g} GB/s")
+        return notes
+
+    def describe(self, predictor: str) -> dict[str, Any]:
+        """Return a summary's entry for it; `predictor` is the line that says where the times come from."""
+        blocks = self.num_kv_blocks()
+        return {
+            "model": self.model.name,
+            "device": self.device.name,
+            "network": self.network.name,
+            "num_nodes": -(-self.parallel.world_size // self.network.gpus_per_node),
+            "parallel": str(self.parallel),
+            "num_gpus": self.parallel.world_size,
+            "scheduler": self.scheduler.policy,
+            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+            "max_model_len": self.scheduler.max_model_len,
+            "num_gpu_blocks": blocks,
+            "kv_cache_tokens": blocks * self.scheduler.block_size,
+            "predictor": predictor,
+            "notes": self.notes(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that `resolve` filled in, by their names in a config file.
+
+        Settings of the same file with these on top resolve to an equal replica.
+        """
+        return {
+            "dtype": self.model.dtype,
+            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+            "max_model_len": self.scheduler.max_model_len,
+            "async_scheduling": self.async_scheduling,
+            "host_overhead": self.engine.host_overhead,
+            "num_gpu_blocks_override": self.num_gpu_blocks_override,
+        }
+
+
+class ReplicaSettings(TypedDict, total=False):
+    """The settings of `resolve`, for those who hand them on."""
+
+    network: str | None
+    internode_network: str | None
+    parallel: ParallelSpec | None
+    scheduler: SchedulerSpec | None
+    dtype: str
+    host_overhead: str
+    async_scheduling: bool
+    gpu_memory_utilization: float
+    num_gpu_blocks_override: int | None
+
+
+def resolve(
+    model: str | ModelSpec,
+    device: str | DeviceSpec,
+    *,
+    network: str | None = None,
+    internode_network: str | None = None,
+    parallel: ParallelSpec | None = None,
+    scheduler: SchedulerSpec | None = None,
+    dtype: str = "auto",
+    host_overhead: str = "auto",
+    async_scheduling: bool = False,
+    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    num_gpu_blocks_override: int | None = None,
+) -> ReplicaSpec:
+    """Make a replica from names, files or specs, with what is left open filled in. Raises InputError for what can't be.
+
+    Args:
+        network: inside a node; None takes the device's usual one.
+        internode_network: between nodes; None takes the network's own.
+        scheduler: limits left open are filled in from the policy and the model.
+        dtype: of weights, activations and KV cache. "auto" leaves a ModelSpec as it is; for a name see `dtype_on`.
+        host_overhead: see `engine.engine_preset.preset`.
+        num_gpu_blocks_override: KV blocks; None: what the memory holds.
+    """
+    device = catalog.device(device) if isinstance(device, str) else device
+    if isinstance(model, str):
+        model = catalog.model(model).in_dtype(dtype_on(device, dtype))
+    elif dtype != "auto":
+        model = model.in_dtype(dtype_on(device, dtype))
+    return ReplicaSpec(
+        model=model,
+        device=device,
+        network=catalog.network(network or device.network, internode_network),
+        parallel=parallel or ParallelSpec(),
+        scheduler=policies.resolve(scheduler or SchedulerSpec(), model.max_position_embeddings),
+        engine=preset(host_overhead, device),
+        async_scheduling=async_scheduling,
+        gpu_memory_utilization=gpu_memory_utilization,
+        num_gpu_blocks_override=num_gpu_blocks_override,
+    )
+
+
+def dtype_on(device: DeviceSpec, dtype: str) -> str:
+    """Return the dtype that a setting means on a device.
+
+    "auto" is what the device was profiled in, else float32 on a CPU, else bfloat16. Raises InputError for one that no
+    model is served in.
+    """
+    if dtype == "auto":
+        return profiled_dtype(device) or ("float32" if device.runs_on == "cpu" else "bfloat16")
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, ("auto", *DTYPES))
+    return dtype
