@@ -47,14 +47,13 @@ def run(
         _check(Scheduler(scheduler_spec, spec.num_blocks, stages), sequences)
     executor = start(spec, config.executor)
     try:
-        scheduler = Scheduler(scheduler_spec, executor.num_blocks, stages, spec.model.sliding_window)
+        scheduler = Scheduler(scheduler_spec, executor.num_blocks, stages, spec.model.sliding_window, async_scheduling)
         _check(scheduler, sequences)
         shown = _Stream(tokenizer) if len(sequences) == 1 and tokenizer is not None and not as_json else None
         driver = Driver(
             scheduler,
             executor,
             Recorder(predicted=False),
-            async_scheduling=async_scheduling,
             seed=config.seed,
             on_token=shown,
         )

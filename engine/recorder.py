@@ -108,7 +108,7 @@ class Recorder:
 
     def scheduled(self, batch: Batch, now: float) -> None:
         """`batch` was formed at `now`."""
-        for request, _ in batch.prefills:
+        for request, _ in batch.chunks:
             if request.scheduled_at is None:
                 request.scheduled_at = now
 
@@ -117,12 +117,12 @@ class Recorder:
         first = times[0]
         oldest = first
         new = array("d", times)
-        for request in batch.decodes:
+        for request, _ in batch.decodes:
             token_times = request.token_times
             if token_times and token_times[-1] < oldest:
                 oldest = token_times[-1]
             token_times += new
-        for request in batch.ending:
+        for request in batch.completing:
             if request.token_times:  # recomputed after a preemption
                 oldest = min(oldest, request.token_times[-1])
             request.token_times.append(first)
@@ -154,8 +154,8 @@ class Recorder:
                 replica,
                 stage,
                 batch.shape.num_tokens,
-                len(batch.decodes),
-                len(batch.prefills),
+                batch.shape.num_decodes,
+                len(batch.shape.prefills),
                 num_running,
                 num_waiting,
                 in_range,

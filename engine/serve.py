@@ -54,11 +54,17 @@ def serve(
     stages = (parallel or ParallelSpec()).pipeline_parallel_size
 
     def new_scheduler() -> Scheduler:
-        return Scheduler(scheduler_spec, executor.num_blocks, max_in_flight=stages, sliding_window=sliding_window)
+        return Scheduler(
+            scheduler_spec,
+            executor.num_blocks,
+            max_in_flight=stages,
+            sliding_window=sliding_window,
+            async_scheduling=async_scheduling,
+        )
 
     scheduler = new_scheduler()
     workload.check_fits(scheduler)
-    _warm_up(new_scheduler(), executor, vocab_size, async_scheduling, clock)
+    _warm_up(new_scheduler(), executor, vocab_size, clock)
     recorder = Recorder(folder, tbt_percentiles(slos), predicted=False)
     ranks = _RankTimes()
     finished = 0
@@ -79,7 +85,6 @@ def serve(
         executor,
         recorder,
         clock=clock,
-        async_scheduling=async_scheduling,
         seed=seed,
         on_finished=on_finished,
         on_result=on_result,
@@ -117,20 +122,18 @@ def _sequences(requests: Iterator[Request], vocab_size: int, seed: int) -> Itera
         yield TokenSequence(request, rng.integers(0, vocab_size, request.prompt_tokens).tolist())
 
 
-def _warm_up(
-    scheduler: Scheduler, executor: Executor, vocab_size: int, async_scheduling: bool, clock: Clock | None
-) -> None:
+def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock | None) -> None:
     """Run a few requests of the largest prompts, for what is slow only once: compiling, allocating, page faults."""
     spec = scheduler.spec
     count, output = WARM_UP
     length = spec.max_model_len or 0
-    room = scheduler.blocks.num_blocks - scheduler.blocks.watermark_blocks
+    room = scheduler.kv_cache.num_blocks - scheduler.kv_cache.watermark_blocks
     length = min(length, room * spec.block_size // count, spec.max_num_batched_tokens or length)
     output = min(output, length - 1)
     if output < 1:
         return
     requests = [Request(i, 0.0, length - output, output) for i in range(count)]
-    driver = Driver(scheduler, executor, Recorder(predicted=False), clock=clock, async_scheduling=async_scheduling)
+    driver = Driver(scheduler, executor, Recorder(predicted=False), clock=clock)
     driver.run(_sequences(iter(requests), vocab_size, 0))
 
 

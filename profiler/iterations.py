@@ -57,7 +57,9 @@ def run_burst(
     clock: Clock | None = None,
 ) -> list[dict[str, Any]]:
     """The iterations (rows of COLUMNS) of `count` requests of `prompt` tokens that arrive at once."""
-    scheduler = Scheduler(scheduler_spec, executor.num_blocks, sliding_window=sliding_window)
+    scheduler = Scheduler(
+        scheduler_spec, executor.num_blocks, sliding_window=sliding_window, async_scheduling=async_scheduling
+    )
     recorder = Recorder(predicted=False)
     done: list[tuple[Batch, Result]] = []
     seconds: dict[str, list[float]] = {"schedule": [], "build_step": [], "launch": []}  # of each batch
@@ -66,7 +68,6 @@ def run_burst(
         _Watched(executor, seconds["launch"]),
         recorder,
         clock=clock,
-        async_scheduling=async_scheduling,
         on_result=lambda batch, result: done.append((batch, result)),
     )
     scheduler.schedule = _timed(scheduler.schedule, seconds["schedule"])  # type: ignore[method-assign]

@@ -80,6 +80,7 @@ class Deployment:
             self.num_kv_blocks,
             max_in_flight=self.parallel.pipeline_parallel_size,
             sliding_window=self.model.sliding_window,
+            async_scheduling=self.async_scheduling,
         )
 
     def notes(self) -> list[str]:
@@ -224,7 +225,6 @@ def simulate(
             recorder,
             on_finished,
             repeats,
-            deployment.async_scheduling,
         )
         for i, deployment in enumerate(deployments)
     ]

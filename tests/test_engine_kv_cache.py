@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.blocks import BlockManager
+from engine.kv_cache import KVCache
 from engine.request import Request
 
 
@@ -22,7 +22,7 @@ operations = st.lists(
 def test_blocks_are_conserved_and_nothing_is_taken_on_failure(
     num_blocks: int, block_size: int, steps: list[tuple[int, int | str]]
 ) -> None:
-    manager = BlockManager(num_blocks, block_size)
+    manager = KVCache(num_blocks, block_size)
     holders = requests(5)
     held = [0] * 5  # blocks that each should hold, counted naively
     for who, what in steps:
@@ -40,7 +40,7 @@ def test_blocks_are_conserved_and_nothing_is_taken_on_failure(
             held[who] += extra if fits else 0
             assert request.blocks[: len(before)] == before  # what is in the cache stays where it is
         assert [len(r.blocks) for r in holders] == held
-        assert [r.capacity for r in holders] == [blocks * block_size for blocks in held]
+        assert [r.allocated_tokens for r in holders] == [blocks * block_size for blocks in held]
         assert manager.num_used == sum(held)
         manager.check_integrity(holders)
 
@@ -56,7 +56,7 @@ def test_blocks_are_conserved_and_nothing_is_taken_on_failure(
 def test_admission_leaves_the_watermark_free(
     num_blocks: int, block_size: int, quarters: int, used_tokens: int, new_tokens: int
 ) -> None:
-    manager = BlockManager(num_blocks, block_size, quarters / 4)
+    manager = KVCache(num_blocks, block_size, quarters / 4)
     old, new = requests(2)
     manager.allocate(old, used_tokens)
     could = manager.can_admit(new_tokens)
@@ -68,7 +68,7 @@ def test_admission_leaves_the_watermark_free(
 
 
 def test_watermark_by_hand() -> None:
-    manager = BlockManager(num_blocks=10, block_size=4, watermark=0.25)  # 2 whole blocks stay free
+    manager = KVCache(num_blocks=10, block_size=4, watermark=0.25)  # 2 whole blocks stay free
     assert manager.can_admit(32)  # 8 blocks
     assert not manager.can_admit(33)  # 9 blocks
     old, new = requests(2)
@@ -82,7 +82,7 @@ def test_watermark_by_hand() -> None:
 
 def test_blocks_go_round_in_a_fixed_order() -> None:
     """The same run must hand out the same ids: they are part of a measured run's memory layout."""
-    manager = BlockManager(num_blocks=6, block_size=2)
+    manager = KVCache(num_blocks=6, block_size=2)
     first, second = requests(2)
     manager.allocate(first, 5)
     manager.allocate(second, 2)
@@ -93,7 +93,7 @@ def test_blocks_go_round_in_a_fixed_order() -> None:
 
 
 def test_integrity_check_sees_a_lost_block_and_one_held_twice() -> None:
-    manager = BlockManager(num_blocks=4, block_size=2)
+    manager = KVCache(num_blocks=4, block_size=2)
     first, second = requests(2)
     manager.allocate(first, 4)
     manager.allocate(second, 2)
