@@ -430,7 +430,9 @@ def state(scheduler: Scheduler) -> list[object]:
     requests = [
         (r.id, r.num_computed_tokens, r.num_tokens, r.allocated_tokens, len(r.blocks)) for r in scheduler.running
     ]
-    queues = [[r.id for r in queue] for queue in (scheduler.prefilling, [r for r, _ in scheduler.decoding], scheduler.waiting)]
+    queues = [
+        [r.id for r in queue] for queue in (scheduler.prefilling, [r for r, _ in scheduler.decoding], scheduler.waiting)
+    ]
     return [requests, queues, scheduler.kv_cache.num_used, scheduler.in_flight, scheduler._kv_tokens]
 
 
