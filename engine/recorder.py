@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.metric_table import REQUEST_COLUMNS
 from engine.metrics import Gaps, grouped_percentile
 from engine.request import Batch, Request
 from engine.tables import Columns, to_arrow
@@ -39,6 +40,17 @@ ITERATION_COLUMNS: dict[str, type[np.generic]] = {
     "predicted": np.bool_,  # or measured
     "in_range": np.bool_,  # of what the predictor was calibrated on
 }
+
+
+def request_row(request: Request) -> dict[str, float]:
+    """What a finished request has in each of `REQUEST_COLUMNS`: the numbers that a Recorder's table has of it."""
+    assert request.scheduled_at is not None, f"{request} has finished and was never scheduled"
+    times = request.token_times
+    numbers = (
+        request.arrived_at, request.scheduled_at, times[0], times[-1], request.prompt_tokens, len(times),
+        request.preemptions,
+    )  # fmt: skip
+    return dict(zip(REQUEST_COLUMNS, numbers, strict=True))
 
 
 class _Table:
