@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.policies import POLICIES, resolve
+from engine.policies import POLICIES, BatchPlan, Sarathi, resolve
 from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from engine.specs import SchedulerSpec
@@ -434,6 +434,77 @@ def state(scheduler: Scheduler) -> list[object]:
         [r.id for r in queue] for queue in (scheduler.prefilling, [r for r, _ in scheduler.decoding], scheduler.waiting)
     ]
     return [requests, queues, scheduler.kv_cache.num_used, scheduler.in_flight, scheduler._kv_tokens]
+
+
+# -- several new tokens at once ----------------------------------------------------------------------------------------
+
+
+class Speculating(Sarathi):
+    """Sarathi whose decodes compute up to three drafted tokens beside the known one, with KV slots for all."""
+
+    num_draft_tokens = 3
+
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
+        entries = []
+        for request, _ in scheduler.take_decodes():
+            tokens = min(1 + self.num_draft_tokens, request.max_total_tokens - request.start)
+            if request.blocks and scheduler.make_room(request, request.start + tokens):
+                entries.append((request, tokens))
+        entries = [(request, tokens) for request, tokens in entries if request.blocks]  # the others were preempted
+        return BatchPlan(chunks=[*entries, *self.take_chunks(scheduler, sum(tokens for _, tokens in entries))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    jobs=workloads(),
+    depth=st.integers(1, 2),
+    block_size=st.sampled_from([1, 2, 4]),
+    spare=st.integers(4, 20),
+    data=st.data(),
+)
+def test_speculative_tokens_are_accepted_one_by_one(  # type: ignore[no-untyped-def]
+    jobs, depth, block_size, spare, data
+) -> None:
+    scheduler = make(
+        "sarathi", blocks_for(MAX_MODEL_LEN, block_size) + spare, depth, max_num_seqs=6,
+        max_num_batched_tokens=40, block_size=block_size,
+    )  # fmt: skip
+    scheduler.policy = Speculating(scheduler.spec)
+    requests = [Request(i, 0.0, prompt, output) for i, (_, prompt, output) in enumerate(jobs)]
+    for request in requests:
+        scheduler.add(request)
+    flying: list[Batch] = []
+    several = 0
+    while scheduler.running or scheduler.waiting:
+        while (batch := scheduler.schedule()) is not None:
+            flying.append(batch)
+        batch = flying.pop(0)
+        known = {request: request.num_tokens for request, _ in batch.entries}
+        cached = {request: request.num_computed_tokens for request, _ in batch.entries}
+        accepted = []
+        for request, tokens in batch.entries:
+            drafted = cached[request] + tokens - known[request]
+            most = min(drafted + 1, request.max_total_tokens - known[request])
+            accepted.append(data.draw(st.integers(1, most)) if drafted >= 0 else 0)
+        finished = scheduler.commit(batch, accepted).finished
+        for (request, tokens), new in zip(batch.entries, accepted, strict=True):
+            several += new > 1
+            assert request.num_tokens == known[request] + new
+            assert request.num_computed_tokens == min(cached[request] + tokens, request.num_tokens - 1)
+            assert (request in finished) == (request.num_tokens == request.max_total_tokens) == request.finished
+        scheduler.kv_cache.check_integrity(requests)
+    assert all(request.num_output_tokens == request.output_tokens for request in requests)
+    assert scheduler.kv_cache.num_used == 0 and scheduler._kv_tokens == 0
+    event("several tokens at once" if several else "one token each")
+
+
+def test_tokens_that_can_not_be_are_refused() -> None:
+    scheduler = make("sarathi", 20, max_num_seqs=2, max_num_batched_tokens=4)
+    scheduler.add(Request(0, 0.0, 6, 3))
+    batch = scheduler.schedule()
+    assert batch is not None
+    with pytest.raises(ValueError, match="1 new tokens for 4 computed of Request"):
+        scheduler.commit(batch, [1])  # its prompt is not finished
 
 
 # -- what can never run ------------------------------------------------------------------------------------------------
