@@ -300,9 +300,14 @@ def serve(
 ) -> float:
     """Serve `count` requests that are all there at once; seconds it took."""
     rng = np.random.default_rng(0)
-    scheduler = Scheduler(case.scheduler_spec(), executor.num_blocks, sliding_window=case.model.sliding_window)
+    scheduler = Scheduler(
+        case.scheduler_spec(),
+        executor.num_blocks,
+        sliding_window=case.model.sliding_window,
+        async_scheduling=case.device == "cuda",
+    )
     recorder = Recorder(predicted=False)
-    driver = Driver(scheduler, executor, recorder, async_scheduling=case.device == "cuda", on_result=on_result)
+    driver = Driver(scheduler, executor, recorder, on_result=on_result)
     sequences = [
         Sequence(Request(i, 0.0, prompt, output), rng.integers(0, case.model.vocab_size, prompt).tolist())
         for i in range(count)

@@ -53,7 +53,6 @@ def run(
             scheduler,
             executor,
             Recorder(predicted=False),
-            async_scheduling=replica.async_scheduling,
             seed=config.seed,
             on_token=shown,
         )

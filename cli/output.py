@@ -23,7 +23,8 @@ from rich.table import Table
 from cli.config import FileConfig
 from engine import catalog
 from engine.errors import InputError
-from engine.metrics import METRIC_NAMES, describe, summary_key
+from engine.metric_table import METRICS
+from engine.metrics import describe, summary_key
 from engine.replica_spec import ReplicaSpec
 from engine.workload import DEFAULT_LENGTHS
 
@@ -125,9 +126,9 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("latency (s)", "mean", "P50", "P90", "P99", "max"):
         table.add_column(column, justify="left" if column.startswith("latency") else "right")
-    for metric, name in METRIC_NAMES.items():
-        values = [summary.get(summary_key(s, metric)) for s in ("mean", "p50", "p90", "p99", "max")]
-        table.add_row(name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
+    for key, metric in METRICS.items():
+        values = [summary.get(summary_key(s, key)) for s in ("mean", "p50", "p90", "p99", "max")]
+        table.add_row(metric.name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
     console.print(table)
     how = "simulated" if "simulator" in summary else "measured"
     console.print(

@@ -18,6 +18,7 @@ from cli.engine import engine_spec
 from cli.output import load_plugin, resolved
 from engine.engine_spec import start
 from engine.errors import InputError
+from engine.metrics import summary_key
 from engine.replica_spec import ReplicaSpec
 from engine.run_folder import run_folder, write_config, write_summary
 from engine.serve import serve
@@ -30,8 +31,8 @@ from studies.validation_run import check_machine
 
 NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
 RESULT = "search.json"
-_AT_CAPACITY = {"p99_tbt_ms": "p99_itl_ms", "p50_ttft_ms": "median_ttft_ms", "output_throughput": "output_throughput",
-                "mean_tpot_ms": "mean_tpot_ms"}  # fmt: skip
+_AT_CAPACITY = {"p99_tbt_ms": summary_key("p99", "tbt"), "p50_ttft_ms": summary_key("p50", "ttft"),
+                "output_throughput": "output_throughput", "mean_tpot_ms": summary_key("mean", "tpot")}  # fmt: skip
 
 
 def search_point(point: dict[str, Any]) -> dict[str, Any]:

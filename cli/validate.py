@@ -19,10 +19,11 @@ from cli.output import load_plugin, progress_bar, resolved
 from engine.engine_spec import start
 from engine.errors import InputError
 from engine.executor import WorkerError
+from engine.metric_table import drawn_metrics
 from engine.run_folder import keep_incomplete, run_folder, write_config, write_summary
 from engine.workload import make_workload
 from simulator.cluster import Deployment
-from studies.validation import METRICS, STATISTICS
+from studies.validation import STATISTICS
 from studies.validation_run import Validation
 
 MOSTLY = 0.9  # of the batches within the calibrated range; with fewer it is said what to do
@@ -136,12 +137,12 @@ def _print(result: Mapping[str, Any], console: Console, calibrated: bool) -> Non
     table.add_column("")
     for statistic in STATISTICS:
         table.add_column(statistic if statistic == "mean" else statistic.upper(), justify="right")
-    for metric in METRICS:
+    for metric in drawn_metrics():
         cells = []
         for statistic in STATISTICS:
-            value = result["latencies"][metric].get(statistic)
+            value = result["latencies"][metric.key].get(statistic)
             cells.append("-" if value is None else _cell(value))
-        table.add_row(metric.upper(), *cells)
+        table.add_row(metric.name, *cells)
     console.print(table)
     throughput = result["throughput"]["output_throughput"]
     console.print(

@@ -1,27 +1,32 @@
-"""The engine's loop in real time: schedule, execute, commit.
+"""The engine's loop: schedule, execute, commit.
+
+    driver.submit(sequence)                    # a server: when a request comes in
+    while driver.unfinished: driver.step()     # launch what can be, wait for one batch, give its tokens out
+    driver.run(sequences)                      # a workload: the same, each sequence at its time of arrival
 
 The driver lives in *events*, an arrival or a batch's end, and takes them in the order of their times; whatever the
 scheduler decides, it decides at such a time. When an arrival wakes an idle engine a little late, the batch has begun at
 the arrival and takes that much longer. So the simulator, given the durations that were measured here, makes the same
 decisions: an engine's run and its replay are batch for batch the same.
 
-With `async_scheduling` the next batch is formed and launched while the last one is still computed, so that a GPU need
-not wait for the host. A request that ends by a stop token is found out one batch late, and its extra token is dropped.
+With asynchronous scheduling the next batch is formed and launched while the last one is still computed, so that a GPU
+need not wait for the host. A request that ends by a stop token is found out one batch late, and its extra token is
+dropped.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
 from math import inf, nan
+from time import perf_counter, sleep
 from typing import Protocol
 
 from engine.executor import Executor, Result, WorkerError
 from engine.recorder import Recorder
-from engine.request import Batch, Request
+from engine.request import Batch
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence, StepBuilder
 
@@ -34,22 +39,35 @@ class Clock(Protocol):
     def now(self) -> float:
         """Seconds, from any origin; what workers stamp their times with."""
 
-    def sleep(self, seconds: float) -> None:
-        """Let `seconds` pass."""
+    def sleep_until(self, time: float) -> None:
+        """Let the time pass until `now` would give `time`, if that is still to come."""
 
 
 class RealClock:
     """The machine's monotonic clock, the same in every process."""
 
     def now(self) -> float:
-        return time.perf_counter()
+        return perf_counter()
 
-    def sleep(self, seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        if seconds > SPIN_S:
-            time.sleep(seconds - SPIN_S)
-        while time.perf_counter() < end:
+    def sleep_until(self, time: float) -> None:
+        left = time - perf_counter()
+        if left > SPIN_S:
+            sleep(left - SPIN_S)
+        while perf_counter() < time:
             pass
+
+
+class VirtualClock:
+    """Time that passes only when somebody sleeps, from 0 on."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def now(self) -> float:
+        return self._now
+
+    def sleep_until(self, time: float) -> None:
+        self._now = max(self._now, time)
 
 
 @dataclass(slots=True)
@@ -61,16 +79,14 @@ class _Flight:
     launched_at: float
     num_running: int
     num_waiting: int
-    at_limit: list[Request] | None = None  # who gets its last token, if the batch is committed ahead of its end
 
 
 class Driver:
-    """Runs sequences through one replica.
+    """Runs sequences through one replica. Times are seconds since `start`.
 
     Args:
-        recorder: gets the same reports as from the simulator; its times are seconds since `run` began.
-        max_in_flight is the scheduler's: as many batches are launched before the first has to be done.
-        async_scheduling: form the next batch while one is computed (one pipeline stage only).
+        scheduler: decides also how many batches are launched before the first has to be done.
+        recorder: gets the same reports as from the simulator.
         on_token, on_finished: called with a sequence when its next token, and its last, is known.
         on_result: called with each finished step.
     """
@@ -82,31 +98,85 @@ class Driver:
         recorder: Recorder,
         *,
         clock: Clock | None = None,
-        async_scheduling: bool = False,
         seed: int = 0,
         on_token: Callable[[Sequence, int], None] | None = None,
         on_finished: Callable[[Sequence], None] | None = None,
         on_result: Callable[[Batch, Result], None] | None = None,
     ) -> None:
-        if async_scheduling and scheduler.max_in_flight > 1:
-            raise ValueError("async scheduling is for one pipeline stage: several batches are in flight already")
         self.scheduler = scheduler
         self.executor = executor
         self.recorder = recorder
         self.clock = clock or RealClock()
-        self.async_scheduling = async_scheduling
         self.on_token = on_token
         self.on_finished = on_finished
         self.on_result = on_result
-        self.num_stages = scheduler.max_in_flight
+        self.num_stages = scheduler.num_stages
         self.busy_s = [0.0] * self.num_stages  # time that each stage has worked
         self.occupied_s = 0.0  # time with at least one request here
         self.now = 0.0  # of the event that is dealt with
-        self.steps = StepBuilder(scheduler.spec.max_num_seqs, seed)  # and the sequences that are here
+        self.steps = StepBuilder(seed)  # and the sequences that are here
         self._flights: deque[_Flight] = deque()
+        self._done: tuple[Result, float] | None = None  # of the oldest flight, and when it came
         self._stage_free = [0.0] * self.num_stages  # end of the newest batch on each stage
-        self.origin = 0.0  # the clock when `run` began
+        self.origin = 0.0  # the clock at `start`
         self._occupied_since = 0.0
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that are here."""
+        return len(self.steps.sequences)
+
+    def start(self) -> None:
+        """Begin to count the time: now is 0."""
+        self.origin = self.clock.now()
+
+    def time(self) -> float:
+        """Seconds since `start`."""
+        return self.clock.now() - self.origin
+
+    def submit(self, sequence: Sequence, at: float | None = None) -> None:
+        """Take in a sequence that arrived `at` a time, by default now. Raises InputError if it could never run.
+
+        It may enter the first batch that is formed from now on, by `step`.
+        """
+        self.now = max(self.now, self.time() if at is None else at)
+        self.scheduler.add(sequence.request)
+        if not self.steps.sequences:
+            self._occupied_since = self.now
+        self.steps.add(sequence)
+
+    def abort(self, id: int) -> None:
+        """Let go of the sequence with a request's id, wherever it is; an id that is not here is passed over.
+
+        What batches in flight make of it counts for nothing. It is not among the recorder's requests.
+        """
+        sequence = self.steps.sequences.get(id)
+        if sequence is None:
+            return
+        self.now = max(self.now, self.time())
+        sequence.finish_reason = "abort"
+        self.scheduler.abort(sequence.request)
+        self._remove(sequence)
+
+    def step(self, until: float = inf) -> bool:
+        """Launch what can be, wait for the oldest batch in flight, and give its tokens out.
+
+        Returns False if nothing is in flight, and if a batch could join those in flight and `until` comes before the
+        oldest one's end: what arrives then may start one. Raises WorkerError when a worker fails.
+        """
+        self._launch()
+        if not self._flights:
+            return False
+        room = not self.scheduler.async_scheduling and len(self._flights) < self.num_stages
+        if self._done is None:
+            result = self._wait(until if room else inf)
+            self._done = None if result is None else (result, self._end_of(result))
+        if self._done is None or (room and until <= self._done[1]):
+            return False
+        result, ended_at = self._done
+        self._done = None
+        self._complete(result, ended_at)
+        return True
 
     def run(self, sequences: Iterable[Sequence]) -> None:
         """Serve `sequences`, which come in order of arrival, each when its time has come, to their ends.
@@ -115,92 +185,53 @@ class Driver:
         policy leaves requests waiting for ever.
         """
         arrivals = _Arrivals(sequences)
-        self.origin = self.clock.now()
+        self.start()
         while True:
-            self._launch()
-            if not self._flights:
+            if not self.step(until=arrivals.next_at):
                 if arrivals.next_at == inf:
-                    self._check_finished()
-                    return
-                self._sleep_until(arrivals.next_at)
-                self.now = arrivals.next_at
-                self._admit(arrivals)
-                continue
-            room = not self.async_scheduling and len(self._flights) < self.num_stages
-            result = self._wait(arrivals.next_at if room else inf)
-            ended_at = arrivals.next_at if result is None else self._time()
-            while room and arrivals.next_at <= ended_at:  # each arrival may start a batch
-                self.now = arrivals.next_at
-                self._admit(arrivals)
-                self._launch()
-                room = len(self._flights) < self.num_stages
-            if result is not None:
-                self._complete(result, ended_at)
-                self._admit(arrivals)
+                    break
+                self.clock.sleep_until(self.origin + arrivals.next_at)
+                self.now = max(self.now, arrivals.next_at)
+            while arrivals.next_at <= self.now:
+                self.submit(arrivals.pop(), self.now)
+        if self.unfinished:
+            raise RuntimeError(
+                f"the policy {self.scheduler.spec.policy} schedules nothing although {self.unfinished} requests are "
+                "not finished"
+            )
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _check_finished(self) -> None:
-        if left := len(self.steps.sequences):
-            raise RuntimeError(f"the policy {self.scheduler.spec.policy} schedules nothing although {left} requests "
-                               "are not finished")  # fmt: skip
-
-    def _time(self) -> float:
-        return self.clock.now() - self.origin
-
-    def _sleep_until(self, time: float) -> None:
-        wait = time - self._time()
-        if wait > 0:
-            self.clock.sleep(wait)
-
     def _wait(self, until: float) -> Result | None:
         """The next result, or None if there is none at `until`."""
-        result = self.executor.wait(None if until == inf else max(0.0, until - self._time()))
+        result = self.executor.wait(None if until == inf else max(0.0, until - self.time()))
         if result is not None and result.number != self._flights[0].number:
             raise WorkerError(f"the result of step {result.number} came when {self._flights[0].number} was due")
         return result
 
-    def _admit(self, arrivals: _Arrivals) -> None:
-        """Add what has arrived by now."""
-        while arrivals.next_at <= self.now:
-            sequence = arrivals.pop()
-            self.scheduler.add(sequence.request)
-            if not self.steps.sequences:
-                self._occupied_since = self.now
-            self.steps.add(sequence)
+    def _end_of(self, result: Result) -> float:
+        """When a result came: now, or when it was predicted to."""
+        return self.time() if result.stages is None else sum(result.stages[-1]) - self.origin
 
     def _launch(self) -> None:
-        """Form and launch batches until the pipeline is full or nothing more can run."""
-        depth = self.num_stages + self.async_scheduling
-        while len(self._flights) < depth:
-            if self.async_scheduling and self._flights:
-                self._commit_ahead(self._flights[-1])
-            batch = self.scheduler.schedule()
-            if batch is None:
-                return
-            step = self.steps.build(batch)
+        """Form and launch batches until as many are in flight as there may be, or nothing more can run."""
+        if self.scheduler.async_scheduling and self._done is not None:
+            return
+        while (batch := self.scheduler.schedule()) is not None:
+            counted = self.scheduler.max_in_flight > 1
+            step = self.steps.build(batch, self.origin + self.now, counted=counted)
             running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
             self._flights.append(_Flight(batch, step.number, self.now, running, waiting))
             self.executor.launch(step)
 
-    def _commit_ahead(self, flight: _Flight) -> None:
-        """Commit a batch that is still computed: who reaches a limit is known, who meets a stop token is not."""
-        if flight.at_limit is None:
-            batch, unfinished = flight.batch, self.steps.sequences
-            flight.at_limit = [r for r in batch.reaching_limit() if r.id in unfinished]
-            self.scheduler.commit(batch, flight.at_limit)
-            for request in _requests(batch):
-                if request.id not in unfinished:  # it met a stop token when this batch was launched already
-                    self.scheduler.drop(request)
-
     def _complete(self, result: Result, time: float) -> None:
-        """A batch is done, at `time`: commit it, and record what it took."""
+        """A batch is done, at `time`: commit it, record what it took, and give its tokens out."""
         flight = self._flights.popleft()
         starts, durations = self._stage_times(flight, result, time)
         self.now = starts[-1] + durations[-1]  # `time`, but for rounding, as the simulator will have it
         # a batch that was formed ahead begins when the one before ends
-        self.recorder.scheduled(flight.batch, starts[0] if self.async_scheduling else flight.launched_at)
-        batch, tokens = self._still_wanted(flight.batch, result.tokens)
+        self.recorder.scheduled(flight.batch, starts[0] if self.scheduler.async_scheduling else flight.launched_at)
+        batch, tokens = _still_wanted(flight.batch, result.tokens)
         max_tbt = self.recorder.completed(batch, [self.now])
         for stage in range(self.num_stages):
             self.busy_s[stage] += durations[stage]
@@ -214,59 +245,44 @@ class Driver:
                 flight.num_running,
                 flight.num_waiting,
                 max_tbt if stage == self.num_stages - 1 else [nan],
-                True,
+                result.in_range,
             )
         if self.on_result is not None:
             self.on_result(flight.batch, result)
-        at_limit = flight.batch.reaching_limit() if flight.at_limit is None else flight.at_limit
-        ended = self._take_tokens([*batch.decodes, *batch.ending], tokens, {r.id for r in at_limit})
-        if flight.at_limit is None:
-            self.scheduler.commit(flight.batch, ended)
-        else:
-            launched = {r.id for other in self._flights for r in _requests(other.batch)}
-            for request in ended:
-                if request not in at_limit and request.id not in launched:
-                    self.scheduler.drop(request)
-        if ended and not self.steps.sequences:
-            self.occupied_s += self.now - self._occupied_since
-
-    def _still_wanted(self, batch: Batch, tokens: list[int]) -> tuple[Batch, list[int]]:
-        """`batch` and its tokens without the requests that met a stop token in the batch before."""
-        sampled = [*batch.decodes, *batch.ending]
-        wanted = [r.id in self.steps.sequences for r in sampled]
-        if all(wanted):
-            return batch, tokens
-        decodes = [r for r in batch.decodes if r.id in self.steps.sequences]
-        ending = [r for r in batch.ending if r.id in self.steps.sequences]
-        return replace(batch, decodes=decodes, ending=ending), list(compress(tokens, wanted))
-
-    def _take_tokens(self, sampled: list[Request], tokens: list[int], at_limit: set[int]) -> list[Request]:
-        """Give each sampled sequence its token. Returns the requests that are finished by it."""
-        ended = []
-        for request, token in zip(sampled, tokens, strict=True):
-            sequence = self.steps.sequences[request.id]
+        sampled = [self.steps.sequences[request.id] for request in batch.sampled]
+        stopped = []
+        for sequence, token in zip(sampled, tokens, strict=True):
             sequence.tokens.append(token)
             if token in sequence.stop_tokens:
-                sequence.finish_reason = "stop"
-            elif request.id in at_limit:
-                sequence.finish_reason = "length"
+                stopped.append(sequence.request)
+        self.scheduler.commit(flight.batch, stopped=stopped)
+        for sequence in sampled:
+            token = sequence.tokens[-1]
+            if sequence.request.finished:
+                sequence.finish_reason = "stop" if token in sequence.stop_tokens else "length"
             if self.on_token is not None:
                 self.on_token(sequence, token)
-            if sequence.finish_reason is not None:
-                ended.append(request)
-                self.steps.remove(sequence)
-                self.recorder.finished(request, 0)
+            if sequence.request.finished:
+                self._remove(sequence)
+                self.recorder.finished(sequence.request, 0)
                 if self.on_finished is not None:
                     self.on_finished(sequence)
-        return ended
+
+    def _remove(self, sequence: Sequence) -> None:
+        """A sequence is not here any more."""
+        self.steps.remove(sequence)
+        if not self.steps.sequences:
+            self.occupied_s += self.now - self._occupied_since
 
     def _stage_times(self, flight: _Flight, result: Result, time: float) -> tuple[list[float], list[float]]:
         """Start and duration on each stage, in the simulator's terms.
 
         A stage is taken from its first rank's start to its last rank's end, by one batch at a time. The first stage's
         time begins when the batch was launched, the last one's ends when the driver has the result: they include the
-        way to the workers and back.
+        way to the workers and back. A predictor's stages have their own times.
         """
+        if result.stages is not None:
+            return [stage.start - self.origin for stage in result.stages], [each.duration for each in result.stages]
         tp = len(result.times) // self.num_stages
         starts, durations = [], []
         for stage in range(self.num_stages):
@@ -284,8 +300,14 @@ class Driver:
         return starts, durations
 
 
-def _requests(batch: Batch) -> list[Request]:
-    return [*batch.decodes, *(request for request, _ in batch.prefills)]
+def _still_wanted(batch: Batch, tokens: list[int]) -> tuple[Batch, list[int]]:
+    """`batch` and its tokens without the requests that met a stop token in the batch before, or were aborted."""
+    wanted = [not request.finished for request in batch.sampled]
+    if all(wanted):
+        return batch, tokens
+    decodes = [entry for entry in batch.decodes if not entry[0].finished]
+    completing = [request for request in batch.completing if not request.finished]
+    return replace(batch, decodes=decodes, completing=completing), list(compress(tokens, wanted))
 
 
 class _Arrivals:

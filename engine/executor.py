@@ -1,7 +1,8 @@
 """What the driver hands to the workers and gets back: plain data, and the protocol of who carries it there.
 
 The driver owns requests and token ids; a worker owns tensors. Each running sequence has a *row* on every worker, where
-its block table and its newest token are kept, so that a step carries only what is new.
+its block table and its newest token are kept, so that a step carries only what is new. Rows are seats of the scheduler:
+there are `max_num_seqs`, taken at admission and given back at preemption or the end.
 """
 
 from __future__ import annotations
@@ -17,16 +18,6 @@ from engine.errors import InputError
 
 Ints = NDArray[np.int32]
 LAST_SAMPLED = -1  # in Step.tokens: the token that the worker sampled last for this row
-
-
-def num_rows(max_num_seqs: int) -> int:
-    """Rows that the workers keep.
-
-    A sequence keeps its row to its end, preempted or not: that is never more than `max_num_seqs`, for whoever was
-    preempted runs again before anybody new is admitted. As many again may be in the batch that is formed ahead while
-    the one in which those end is still computed.
-    """
-    return 2 * max_num_seqs
 
 
 class WorkerError(RuntimeError):
@@ -73,6 +64,7 @@ class Step(NamedTuple):
     """
 
     number: int
+    launched_at: float  # s of the driver's clock: of the event at which it was formed
     num_decodes: int
     rows: Ints  # (n,) each sequence's row
     starts: Ints  # (n,) tokens it has in the cache
@@ -91,7 +83,7 @@ def lone_step(sequences: Sequence[tuple[int, int]], num_decodes: int, block_size
     blocks = -(-(starts + chunks) // block_size)
     offsets = np.concatenate([np.arange(count, dtype=np.int32) for count in blocks])
     new = NewBlocks(np.repeat(rows, blocks), offsets, np.arange(len(offsets), dtype=np.int32))
-    return Step(0, num_decodes, rows, starts, chunks, np.zeros(int(chunks.sum()), np.int32), new, rows, None)
+    return Step(0, 0.0, num_decodes, rows, starts, chunks, np.zeros(int(chunks.sum()), np.int32), new, rows, None)
 
 
 class RankTime(NamedTuple):
@@ -111,6 +103,13 @@ class RankReport(NamedTuple):
     logits: NDArray[np.float32] | None
 
 
+class StageTime(NamedTuple):
+    """When a step was on a pipeline stage, in seconds of the driver's clock, and for how long."""
+
+    start: float
+    duration: float
+
+
 class Result(NamedTuple):
     """A finished step: the sampled token ids (m,) and when each rank computed it."""
 
@@ -118,6 +117,8 @@ class Result(NamedTuple):
     tokens: list[int]
     times: list[RankTime]  # of every rank, by rank
     logits: NDArray[np.float32] | None = None  # (m, vocabulary), if the executor was asked to keep them
+    stages: list[StageTime] | None = None  # if they were predicted
+    in_range: bool = True  # of what the predictor was calibrated on
 
 
 def combine(reports: Sequence[RankReport]) -> Result:

@@ -1,8 +1,7 @@
-"""From the timestamps of requests to latencies, percentiles, goodput and verdicts: each metric is defined here, once.
+"""From the timestamps of requests to latencies, percentiles, goodput and verdicts.
 
-TTFT: first output token - arrival. TBT (alias ITL): each gap between output tokens. TPOT: (E2E - TTFT) / (output - 1).
-E2E: last token - arrival. Scheduling delay: first scheduled - arrival. Normalised latency: E2E / output tokens.
-Goodput: requests/s that meet every SLO. The keys of a summary are those of vLLM's serving benchmark where it has one.
+The metrics themselves are defined in `engine.metric_table`. Goodput: requests/s that meet every SLO. The keys of a
+summary are those of vLLM's serving benchmark where it has one.
 """
 
 from __future__ import annotations
@@ -12,28 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from engine.metric_table import METRICS, Metric, drawn_metrics, find_metric
 from engine.specs import SLO
 from engine.tables import Array, Columns
 
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %
 
-
 QUANTILES = np.array([*np.arange(199) / 200, 0.995, 0.999, 1.0])  # at which a distribution is drawn
-METRIC_NAMES = {
-    "ttft": "TTFT",
-    "tbt": "TBT",
-    "tpot": "TPOT",
-    "e2e": "E2E",
-    "scheduling_delay": "scheduling delay",
-    "normalized_latency": "normalised latency",
-}
-_VLLM_NAMES = {"tbt": "itl", "e2e": "e2el"}
 
 
 def summary_key(statistic: str, metric: str) -> str:
-    """The key in a summary, in ms, of a statistic (mean, p50, p99, ...) of a metric: vLLM's names where it has one."""
-    return f"{'median' if statistic == 'p50' else statistic}_{_VLLM_NAMES.get(metric, metric)}_ms"
+    """The key in a summary, in ms, of a statistic (mean, p50, p99, ...) of a metric: vLLM's names where it has one.
+
+    Raises InputError for an unknown metric.
+    """
+    return f"{'median' if statistic == 'p50' else statistic}_{find_metric(metric).summary_name}_ms"
 
 
 class Gaps:
@@ -141,42 +134,60 @@ def interpolate(ordered: Array, start: Array | int, counts: Array, percentile: f
 
 def latencies(requests: Columns) -> Columns:
     """Each per-request metric (s) from the columns of a Recorder; NaN where it is undefined (TPOT of one token)."""
-    e2e = requests["last_token_s"] - requests["arrived_s"]
-    ttft = requests["first_token_s"] - requests["arrived_s"]
-    output = requests["output_tokens"]
+    return {metric.key: _values(metric, requests) for metric in METRICS.values() if not metric.per_gap}
+
+
+def _values(metric: Metric, requests: Columns) -> Array:
+    """One value of a per-request metric (s) for each request; NaN where it is undefined."""
+    assert metric.value is not None, f"{metric.key} has a value for each gap"
     with np.errstate(divide="ignore", invalid="ignore"):
-        tpot = np.where(output > 1, (e2e - ttft) / (output - 1), np.nan)
-    return {
-        "ttft": ttft,
-        "tpot": tpot,
-        "e2e": e2e,
-        "scheduling_delay": requests["scheduled_s"] - requests["arrived_s"],
-        "normalized_latency": e2e / output,
-    }
+        return np.where(requests["output_tokens"] >= metric.least_tokens, metric.value(requests), np.nan)
+
+
+def distributions(requests: Columns, summary: Mapping[str, Any]) -> dict[str, tuple[Array, Array]]:
+    """Quantiles, and the values (s) there, of each metric whose distribution is drawn; none of one without a value.
+
+    `requests` have the columns of a Recorder, `summary` is of the same run.
+    """
+    found: dict[str, tuple[Array, Array]] = {}
+    for metric in drawn_metrics():
+        if metric.per_gap:
+            if pairs := summary["tbt_quantiles_s"]:
+                quantiles, gaps = np.array(pairs, dtype=float).T
+                found[metric.key] = quantiles, gaps
+            continue
+        values = _values(metric, requests)
+        values = values[~np.isnan(values)]
+        if len(values):
+            found[metric.key] = QUANTILES, np.quantile(values, QUANTILES)
+    return found
 
 
 def tbt_percentiles(slos: Sequence[SLO]) -> tuple[float, ...]:
     """The percentiles of a request's own gaps that goodput under `slos` needs."""
-    return tuple(sorted({s.percentile for s in slos if s.metric == "tbt" and s.percentile is not None}))
+    return tuple(sorted({s.percentile for s in slos if find_metric(s.metric).per_gap and s.percentile is not None}))
 
 
 def meets(requests: Columns, slos: Sequence[SLO]) -> Array:
     """Which requests meet every SLO on their own.
 
-    A request has one TTFT, E2E, TPOT, scheduling delay and normalised latency, which is held against the threshold
-    whatever the statistic; of its gaps (TBT) the SLO's own statistic is taken. A metric that it lacks is met.
+    Of a metric that each request has one value of, that is held against the threshold whatever the statistic; of its
+    gaps (TBT) the SLO's own statistic is taken. A metric that it lacks is met.
     """
-    values = latencies(requests)
     good = np.ones(len(requests["arrived_s"]), dtype=bool)
     for slo in slos:
-        if slo.metric != "tbt":
-            value = values[slo.metric]
-        elif slo.statistic == "mean":
-            value = values["tpot"]
-        else:
-            value = requests["max_tbt_s" if slo.percentile is None else f"p{slo.percentile:g}_tbt_s"]
-        good &= ~(value > slo.threshold_s)
+        good &= ~(_own_value(requests, slo) > slo.threshold_s)
     return good
+
+
+def _own_value(requests: Columns, slo: SLO) -> Array:
+    """What each request on its own has of an SLO's metric (s)."""
+    metric = find_metric(slo.metric)
+    if not metric.per_gap:
+        return _values(metric, requests)
+    if slo.statistic == "mean":
+        return _values(find_metric("tpot"), requests)  # the mean of a request's gaps
+    return requests["max_tbt_s" if slo.percentile is None else f"p{slo.percentile:g}_tbt_s"]
 
 
 def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: int, num_dropped: int) -> dict[str, Any]:
@@ -188,13 +199,12 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
     if not count:
         raise ValueError("no request finished, so there is nothing to summarise")
     percentiles = tuple(sorted({50.0, *PERCENTILES, *(s.percentile for s in slos if s.percentile is not None)}))
-    values = latencies(requests)
+    table = {name: statistics(column[~np.isnan(column)], percentiles) for name, column in latencies(requests).items()}
+    table |= {metric.key: gaps.statistics(percentiles) for metric in METRICS.values() if metric.per_gap}
     start, end = float(requests["arrived_s"].min()), float(requests["last_token_s"].max())
     duration = end - start
     input_tokens, output_tokens = int(requests["prompt_tokens"].sum()), int(requests["output_tokens"].sum())
     good = int(meets(requests, slos).sum())
-    table = {name: statistics(column[~np.isnan(column)], percentiles) for name, column in values.items()}
-    table["tbt"] = gaps.statistics(percentiles)
     summary: dict[str, Any] = {
         "duration": duration,
         "completed": count,
@@ -207,7 +217,7 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
         "output_throughput": output_tokens / duration,
         "total_token_throughput": (input_tokens + output_tokens) / duration,
     }
-    for metric in METRIC_NAMES:
+    for metric in METRICS:
         for statistic, value in table[metric].items():
             summary[summary_key(statistic, metric)] = 1e3 * value
     summary["slos"] = [

@@ -1,7 +1,7 @@
 """How a batch is formed: one small class a policy, and one line in POLICIES.
 
-A policy looks at the scheduler and drafts a batch with its verbs: `take_decodes` (running requests that lack one
-token), `unfinished_prefills`, `admit` (take the head of the queue), `waiting`. The published policies here:
+A policy looks at the scheduler and plans a batch with its verbs: `take_decodes` (running requests that lack one
+token), `unfinished_prefills`, `waiting` (the queue) and `admit` (any request of it). The published policies here:
 
 | name | from | what it does |
 |---|---|---|
@@ -15,27 +15,35 @@ token), `unfinished_prefills`, `admit` (take the head of the queue), `waiting`. 
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from bisect import bisect
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from engine.errors import InputError, unknown
-from engine.request import Request
+from engine.request import Entry, Request
 from engine.specs import SchedulerSpec
 
 if TYPE_CHECKING:
     from engine.scheduler import Scheduler
 
+_by_order = attrgetter("order")
 
-class Draft(NamedTuple):
-    """What a policy wants in the next batch.
 
-    `stable` promises that the policy, asked again after this batch, would draft the same requests with as many tokens
-    each, if no request arrives or ends and no prompt reaches its end. It makes the simulator fast, and is never needed.
+@dataclass(slots=True)
+class BatchPlan:
+    """What a policy wants in the next batch: entries of a request and how many of its tokens are computed.
+
+    `decodes` are of `take_decodes`, `chunks` are anything else, in any order. `stable` promises that the policy, asked
+    again after this batch, would plan the same requests with as many tokens each, if no request arrives or ends and no
+    prompt reaches its end. It makes the simulator fast, and is never needed.
     """
 
-    decodes: list[Request]
-    prefills: list[tuple[Request, int]]
-    stable: bool = False
+    decodes: Sequence[Entry] = ()
+    chunks: Sequence[Entry] = ()
+    stable: bool = field(default=False, kw_only=True)
 
 
 class Policy:
@@ -43,7 +51,8 @@ class Policy:
 
     has_budget = True
     strict_budget = True  # no batch has more tokens than the budget
-    chunks = False  # whether prompts may be split
+    splits_prompts = False  # whether a prompt may be computed in chunks
+    num_draft_tokens = 0  # tokens of an entry beyond the known ones, at most (speculative decoding)
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
@@ -61,8 +70,17 @@ class Policy:
     def check(self, request: Request) -> None:
         """Raise InputError if the policy could never run `request`."""
 
-    def form(self, scheduler: Scheduler) -> Draft:
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
+        """Plan the next batch."""
         raise NotImplementedError
+
+    def requeue(self, waiting: deque[Request], victim: Request) -> None:
+        """Put a preempted request back in line: by its arrival, before those that came later."""
+        waiting.insert(bisect(waiting, victim.order, key=_by_order), victim)
+
+    def victim(self, running: Sequence[Request]) -> Request:
+        """Choose whom to preempt of `running`, which are in line, earliest first."""
+        return running[-1]
 
 
 class Sarathi(Policy):
@@ -74,7 +92,7 @@ class Sarathi(Policy):
     prompt).
     """
 
-    chunks = True
+    splits_prompts = True
 
     def __init__(self, spec: SchedulerSpec) -> None:
         super().__init__(spec)
@@ -90,31 +108,32 @@ class Sarathi(Policy):
         """Tokens of `request` that may join a batch that has `used` tokens."""
         limit = self.budget
         if self.chunk_sizes:
-            stage = min(request.computed // self.tokens_per_chunk_size, len(self.chunk_sizes) - 1)
+            stage = min(request.start // self.tokens_per_chunk_size, len(self.chunk_sizes) - 1)
             limit = min(limit, self.chunk_sizes[stage])
-        return min(request.total - request.computed, limit - used)
+        return min(request.remaining, limit - used)
 
-    def take_chunks(self, scheduler: Scheduler, used: int) -> list[tuple[Request, int]]:
+    def take_chunks(self, scheduler: Scheduler, used: int) -> list[Entry]:
         """Chunks of unfinished prompts, then of new ones, that fit beside `used` tokens."""
-        prefills = []
+        chunks: list[Entry] = []
         for request in scheduler.unfinished_prefills():
             chunk = self.room(request, used)
             if chunk > 0:
-                prefills.append((request, chunk))
+                chunks.append((request, chunk))
                 used += chunk
         while scheduler.waiting and self.room(scheduler.waiting[0], used) > 0:
-            admitted = scheduler.admit()
-            if admitted is None:
+            request = scheduler.waiting[0]
+            if not scheduler.admit(request):
                 break
-            chunk = self.room(admitted, used)
-            prefills.append((admitted, chunk))
-            used += chunk
-        return prefills
+            chunk = self.room(request, used)
+            if chunk > 0:  # a cached prefix may bring it to a stage of smaller chunks
+                chunks.append((request, chunk))
+                used += chunk
+        return chunks
 
-    def form(self, scheduler: Scheduler) -> Draft:
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
         decodes = scheduler.take_decodes()
-        prefills = self.take_chunks(scheduler, len(decodes)) if scheduler.waiting or scheduler.prefilling else []
-        return Draft(decodes, prefills, stable=not (prefills and self.chunk_sizes))
+        chunks = self.take_chunks(scheduler, len(decodes)) if scheduler.waiting or scheduler.prefilling else []
+        return BatchPlan(decodes, chunks, stable=not (chunks and self.chunk_sizes))
 
 
 class ChunkedOnly(Sarathi):
@@ -124,18 +143,18 @@ class ChunkedOnly(Sarathi):
         super().__init__(spec)
         self.prefill_turn = True
 
-    def form(self, scheduler: Scheduler) -> Draft:
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
         tried_prefills = self.prefill_turn
         if self.prefill_turn:
-            prefills = self.take_chunks(scheduler, 0)
-            if prefills:
+            chunks = self.take_chunks(scheduler, 0)
+            if chunks:
                 self.prefill_turn = False
-                return Draft([], prefills)
+                return BatchPlan([], chunks)
         self.prefill_turn = True
         decodes = scheduler.take_decodes()
         if not decodes and not tried_prefills:
-            return self.form(scheduler)
-        return Draft(decodes, [], stable=tried_prefills)
+            return self.plan(scheduler)
+        return BatchPlan(decodes, stable=tried_prefills)
 
 
 class VLLM(Policy):
@@ -146,23 +165,16 @@ class VLLM(Policy):
         check_budget(spec)
 
     def check(self, request: Request) -> None:
-        if request.limit - 1 > self.budget:  # a recompute may have to compute all but the last token at once
+        if request.max_total_tokens - 1 > self.budget:  # a recompute may have to compute all but the last at once
             raise InputError(
                 f"request {request.id} ({request.prompt_tokens} prompt + {request.output_tokens} output tokens) can "
                 f"never be scheduled whole within --max-num-batched-tokens {self.budget}: raise it to "
-                f"{request.limit - 1} or more, or use a scheduler that splits prompts (sarathi)"
+                f"{request.max_total_tokens - 1} or more, or use a scheduler that splits prompts (sarathi)"
             )
 
-    def form(self, scheduler: Scheduler) -> Draft:
-        prefills: list[tuple[Request, int]] = []
-        used = 0
-        while scheduler.waiting and used + scheduler.waiting[0].total <= self.budget:
-            admitted = scheduler.admit()
-            if admitted is None:
-                break
-            prefills.append((admitted, admitted.total))
-            used += admitted.total
-        return Draft([], prefills) if prefills else Draft(scheduler.take_decodes(), [], stable=True)
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
+        prompts = take_prompts(scheduler, self.budget)
+        return BatchPlan([], prompts) if prompts else BatchPlan(scheduler.take_decodes(), stable=True)
 
 
 class Orca(Policy):
@@ -172,17 +184,11 @@ class Orca(Policy):
     strict_budget = False
 
     def reserved_tokens(self, request: Request) -> int:
-        return self.spec.max_model_len or request.limit
+        return self.spec.max_model_len or request.max_total_tokens
 
-    def form(self, scheduler: Scheduler) -> Draft:
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
         decodes = scheduler.take_decodes()
-        return Draft(decodes, self.take_prompts(scheduler), stable=True)
-
-    def take_prompts(self, scheduler: Scheduler) -> list[tuple[Request, int]]:
-        prefills = []
-        while (admitted := scheduler.admit()) is not None:
-            prefills.append((admitted, admitted.total))
-        return prefills
+        return BatchPlan(decodes, take_prompts(scheduler), stable=True)
 
 
 class FasterTransformer(Orca):
@@ -195,16 +201,16 @@ class FasterTransformer(Orca):
         super().__init__(spec)
         self.next_group = 0
 
-    def form(self, scheduler: Scheduler) -> Draft:
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
         decodes = scheduler.take_decodes()
         if decodes:
-            group = decodes[0].group
-            return Draft([r for r in decodes if r.group == group], [], stable=True)
-        prefills = self.take_prompts(scheduler)
+            group = decodes[0][0].group
+            return BatchPlan([entry for entry in decodes if entry[0].group == group], stable=True)
+        prompts = take_prompts(scheduler)
         self.next_group += 1
-        for request, _ in prefills:
+        for request, _ in prompts:
             request.group = self.next_group
-        return Draft([], prefills)
+        return BatchPlan([], prompts)
 
 
 class HybridOnly(Policy):
@@ -215,17 +221,25 @@ class HybridOnly(Policy):
 
     strict_budget = False
 
-    def form(self, scheduler: Scheduler) -> Draft:
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
         decodes = scheduler.take_decodes()
-        used = len(decodes)
-        prefills: list[tuple[Request, int]] = []
-        while scheduler.waiting and (not prefills or used + scheduler.waiting[0].total <= self.budget):
-            admitted = scheduler.admit()
-            if admitted is None:
-                break
-            prefills.append((admitted, admitted.total))
-            used += admitted.total
-        return Draft(decodes, prefills, stable=True)
+        return BatchPlan(decodes, take_prompts(scheduler, self.budget - len(decodes), first=True), stable=True)
+
+
+def take_prompts(scheduler: Scheduler, budget: int | None = None, *, first: bool = False) -> list[Entry]:
+    """Admit whole prompts from the head of the queue, within `budget` tokens if there is one; the `first` in any case.
+
+    A prompt counts with all its tokens, and those that are cached are not computed.
+    """
+    prompts: list[Entry] = []
+    while scheduler.waiting:
+        request = scheduler.waiting[0]
+        over = budget is not None and request.num_tokens > budget
+        if (over and not (first and not prompts)) or not scheduler.admit(request):
+            break
+        prompts.append((request, request.remaining))
+        budget = None if budget is None else budget - request.num_tokens
+    return prompts
 
 
 CHUNK_SCHEDULE = ("chunk_schedule_low", "chunk_schedule_high", "chunk_schedule_stages", "chunk_schedule_max_tokens")
@@ -278,7 +292,7 @@ def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
     default_budget = max(policy.default_budget(max_model_len), spec.max_num_seqs)
     budget = spec.max_num_batched_tokens or default_budget
     given = [name for name in CHUNK_SCHEDULE if getattr(spec, name) is not None]
-    if spec.chunk_schedule == "dynamic" and not policy.chunks:
+    if spec.chunk_schedule == "dynamic" and not policy.splits_prompts:
         raise InputError(f"chunk_schedule 'dynamic' needs a scheduler that splits prompts; {spec.policy} does not")
     if spec.chunk_schedule == "fixed" and given:
         raise InputError(f"{given[0]} {getattr(spec, given[0])} needs chunk_schedule 'dynamic'")

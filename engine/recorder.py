@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.metric_table import REQUEST_COLUMNS
 from engine.metrics import Gaps, grouped_percentile
 from engine.request import Batch, Request
 from engine.tables import Columns, to_arrow
@@ -39,6 +40,17 @@ ITERATION_COLUMNS: dict[str, type[np.generic]] = {
     "predicted": np.bool_,  # or measured
     "in_range": np.bool_,  # of what the predictor was calibrated on
 }
+
+
+def request_row(request: Request) -> dict[str, float]:
+    """What a finished request has in each of `REQUEST_COLUMNS`: the numbers that a Recorder's table has of it."""
+    assert request.scheduled_at is not None, f"{request} has finished and was never scheduled"
+    times = request.token_times
+    numbers = (
+        request.arrived_at, request.scheduled_at, times[0], times[-1], request.prompt_tokens, len(times),
+        request.preemptions,
+    )  # fmt: skip
+    return dict(zip(REQUEST_COLUMNS, numbers, strict=True))
 
 
 class _Table:
@@ -108,7 +120,7 @@ class Recorder:
 
     def scheduled(self, batch: Batch, now: float) -> None:
         """`batch` was formed at `now`."""
-        for request, _ in batch.prefills:
+        for request, _ in batch.chunks:
             if request.scheduled_at is None:
                 request.scheduled_at = now
 
@@ -117,12 +129,12 @@ class Recorder:
         first = times[0]
         oldest = first
         new = array("d", times)
-        for request in batch.decodes:
+        for request, _ in batch.decodes:
             token_times = request.token_times
             if token_times and token_times[-1] < oldest:
                 oldest = token_times[-1]
             token_times += new
-        for request in batch.ending:
+        for request in batch.completing:
             if request.token_times:  # recomputed after a preemption
                 oldest = min(oldest, request.token_times[-1])
             request.token_times.append(first)
@@ -154,8 +166,8 @@ class Recorder:
                 replica,
                 stage,
                 batch.shape.num_tokens,
-                len(batch.decodes),
-                len(batch.prefills),
+                batch.shape.num_decodes,
+                len(batch.shape.prefills),
                 num_running,
                 num_waiting,
                 in_range,

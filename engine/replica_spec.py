@@ -77,6 +77,7 @@ class ReplicaSpec:
             self.num_kv_blocks() if num_blocks is None else num_blocks,
             max_in_flight=self.parallel.pipeline_parallel_size,
             sliding_window=self.model.sliding_window,
+            async_scheduling=self.async_scheduling,
         )
 
     def notes(self) -> list[str]:

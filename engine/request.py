@@ -1,15 +1,16 @@
 """A request as the scheduler sees it (counts, never text), and a batch of them.
 
-Progress is a count, not a phase: a request has `computed` tokens whose keys and values are in the cache and `total`
-tokens that are known (prompt plus what was generated). Whatever lies between the two can be computed next, so a chunk
-of a prompt, a decode and the recompute after a preemption are the same thing. Computing the last known token yields
-the next one.
+Progress is a count, not a phase: a request has `num_computed_tokens` tokens whose keys and values are in the cache and
+`num_tokens` tokens that are known (prompt plus generated). Whatever lies between the two can be computed next, so a
+chunk of a prompt, a decode, the recompute after a preemption and what a cached prefix leaves are the same thing.
+Computing the last known token yields the next one.
 """
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -17,51 +18,85 @@ class Request:
     """One request on its way through a replica.
 
     Times are seconds on the driver's clock. `output_tokens` is the most it may generate; the simulator generates
-    exactly that many.
+    exactly that many. `block_hashes` has an id for each full KV block of its tokens, the same for two requests exactly
+    when all tokens up to that block's end are; None where it shares nothing. It may grow with the known tokens.
     """
 
     __slots__ = (
+        "allocated_tokens",
         "arrived_at",
+        "block_hashes",
         "blocks",
-        "capacity",
-        "computed",
+        "finished",
         "group",
         "id",
-        "in_flight",
-        "limit",
+        "max_total_tokens",
+        "num_cached_blocks",
+        "num_computed_tokens",
+        "num_in_flight_tokens",
+        "num_pending_tokens",
+        "num_tokens",
         "order",
         "output_tokens",
         "preemptions",
         "prompt_tokens",
+        "row",
         "scheduled_at",
         "token_times",
-        "total",
     )
 
-    def __init__(self, id: int, arrived_at: float, prompt_tokens: int, output_tokens: int) -> None:
+    def __init__(
+        self,
+        id: int,
+        arrived_at: float,
+        prompt_tokens: int,
+        output_tokens: int,
+        block_hashes: Sequence[int] | None = None,
+    ) -> None:
         self.id = id
         self.arrived_at = arrived_at
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
-        self.limit = prompt_tokens + output_tokens  # `total` when the last allowed token has been generated
-        self.computed = 0
-        self.total = prompt_tokens
+        self.max_total_tokens = prompt_tokens + output_tokens  # `num_tokens` once the last one has been generated
+        self.num_tokens = prompt_tokens
+        self.num_computed_tokens = 0
+        # of batches that have not been committed, where several are in flight:
+        self.num_in_flight_tokens = 0  # tokens that they compute
+        self.num_pending_tokens = 0  # tokens that they will yield, as far as the next batch is formed without them
         self.blocks: list[int] = []  # ids of the KV blocks it holds, in token order
-        self.capacity = 0  # tokens that those blocks hold
+        self.allocated_tokens = 0  # tokens that those blocks hold
+        self.block_hashes = block_hashes
+        self.num_cached_blocks = 0  # of `blocks`, the first ones, that others can find by their hashes
         self.order = 0  # its place in line at the scheduler, earliest first
-        self.in_flight = False  # in a batch that has not committed yet
+        self.row: int | None = None  # of the workers' buffers, while it is running
         self.group = 0  # for policies that keep batches together
         self.preemptions = 0
+        self.finished = False
         self.scheduled_at: float | None = None  # when it first entered a batch
         self.token_times = array("d")  # when each output token came out
 
     @property
-    def generated(self) -> int:
+    def num_output_tokens(self) -> int:
         """Output tokens generated so far."""
-        return self.total - self.prompt_tokens
+        return self.num_tokens - self.prompt_tokens
+
+    @property
+    def start(self) -> int:
+        """Tokens before the next one to compute: those in the cache and those that batches in flight put there."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that can be computed next; the last one it may have is never computed."""
+        known = self.num_tokens + self.num_pending_tokens
+        return min(known, self.max_total_tokens - 1) - self.num_computed_tokens - self.num_in_flight_tokens
 
     def __repr__(self) -> str:
-        return f"Request({self.id}, {self.computed}/{self.total} of {self.prompt_tokens}+{self.output_tokens})"
+        progress = f"{self.num_computed_tokens}/{self.num_tokens}"
+        return f"Request({self.id}, {progress} of {self.prompt_tokens}+{self.output_tokens})"
+
+
+Entry = tuple[Request, int]  # a request in a batch, and how many of its tokens are computed
 
 
 class BatchShape(NamedTuple):
@@ -87,27 +122,42 @@ class BatchShape(NamedTuple):
         )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Batch:
-    """What one iteration computes, as plain data.
+    """What one iteration computes, as plain data: `entries`, each a request and how many of its tokens.
 
-    A request in `decodes` computes its one uncomputed token. A pair in `prefills` is a request and how many of its
-    tokens are computed, after the `request.computed` that are in the cache already; those whose last known token is
-    among them are `ending`, and have their next token sampled like the decodes. The batch may run `repeats` times
-    before anything can change from inside (a request reaching its limit, a prompt its end, the KV blocks running out),
-    so a driver that sees no arrival may commit that many at once. None of `decodes` is at its limit in fewer runs than
-    `left`.
+    The entries stand in two lists, in the scheduler's order: `decodes`, of one token each, which is the last that is
+    known, and `chunks`, of anything else. Requests whose last known token is computed have their next token sampled:
+    those of the decodes and, of the chunks, those that are `completing` their prompts (or recomputes). The batch may
+    run `repeats` times before anything can change from inside (a request reaching its last token, a prompt its end,
+    the KV blocks running out), so a driver that sees no arrival may commit that many at once. None of `decodes` has
+    its last token in fewer runs than `left`.
     """
 
-    decodes: list[Request]
-    prefills: list[tuple[Request, int]]
+    decodes: Sequence[Entry]
+    chunks: Sequence[Entry]
+    completing: list[Request]
     shape: BatchShape
     kv_blocks: int  # in use by the replica once this batch has its own
-    ending: list[Request]
     left: int
     repeats: int = 1
+    dropped: set[Request] = field(default_factory=set)  # preempted or ended while it was in flight
 
-    def reaching_limit(self, repeats: int = 1) -> list[Request]:
-        """Those that have all their tokens when the batch has run `repeats` times; ask before it is committed."""
-        ends = [] if repeats < self.left else [r for r in self.decodes if r.limit - r.total == repeats]
-        return ends + [r for r in self.ending if r.total == r.limit - 1] if self.ending else ends
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Each request of the batch, and how many of its tokens are computed."""
+        return (*self.decodes, *self.chunks)
+
+    @property
+    def sampled(self) -> list[Request]:
+        """The requests whose next token is sampled, in the order of the entries."""
+        return [*[request for request, _ in self.decodes], *self.completing]
+
+    def finishing(self, repeats: int = 1) -> list[Request]:
+        """The requests that have all their tokens once it has run `repeats` times; ask before it is committed."""
+        ends: list[Request] = []
+        if repeats >= self.left:
+            ends = [r for r, _ in self.decodes if r.max_total_tokens - r.num_tokens == repeats]
+        if self.completing:
+            ends += [r for r in self.completing if r.num_tokens == r.max_total_tokens - 1]
+        return ends

@@ -1,32 +1,45 @@
 """The scheduler: which requests run in the next batch, and how many tokens of each.
 
-It owns the queue, the running requests and the KV blocks; it owns no clock. The engine's driver and the simulator's
-replica make the same two calls:
+It owns the queue, the running requests and the KV cache's blocks; it owns no clock. The engine's driver and the
+simulator's replica make the same two calls:
 
     while (batch := scheduler.schedule()) is not None: launch(batch)
     ...
-    scheduler.commit(batch, stopped)          # when the batch is done
+    finished = scheduler.commit(batch).finished          # when the batch is done
 
-`schedule` gives None while nothing can run or as many batches are in flight as there are pipeline stages. How a batch
-is formed is the policy's business (engine/policies.py); the verbs a policy uses are here.
+`schedule` gives None while nothing can run or as many batches are in flight as there may be: one a pipeline stage, or
+two with asynchronous scheduling. How a batch is formed is the policy's business (engine/policies.py); the verbs a
+policy uses are here.
 """
 
 from __future__ import annotations
 
-from bisect import bisect, insort
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
-from engine.blocks import BlockManager
 from engine.errors import InputError
-from engine.policies import POLICIES, Draft
-from engine.request import Batch, BatchShape, Request
+from engine.kv_cache import KVCache
+from engine.policies import POLICIES, BatchPlan
+from engine.request import Batch, BatchShape, Entry, Request
 from engine.specs import SchedulerSpec
 
-MANY = 1 << 30  # repeats of a batch that nothing bounds
+UNBOUNDED = 1 << 30  # repeats of a batch that nothing bounds
 
 _by_order = attrgetter("order")
+
+
+def _order_of(entry: Entry) -> int:
+    return entry[0].order
+
+
+class Commit(NamedTuple):
+    """What came of a batch: the requests that are finished by it, and the rounds (1, 2, ...) that took a KV block."""
+
+    finished: list[Request]
+    block_rounds: list[int]
 
 
 class Scheduler:
@@ -35,8 +48,10 @@ class Scheduler:
     Args:
         spec: what the policy may do; `max_model_len` and `max_num_batched_tokens` are filled in (`policies.resolve`).
         num_blocks: KV blocks of the replica.
-        max_in_flight: batches that may be under way at once: the number of pipeline stages.
+        max_in_flight: batches that may be under way at once, each of other requests: the number of pipeline stages.
         sliding_window: tokens that the model's attention looks back, if it is bounded.
+        async_scheduling: form each batch while the one before is computed. Then two are in flight, a request may be in
+            both, and a request that has its last token gives up its seat and blocks when that token is there (vLLM V1).
     """
 
     def __init__(
@@ -45,23 +60,35 @@ class Scheduler:
         num_blocks: int,
         max_in_flight: int = 1,
         sliding_window: int | None = None,
+        async_scheduling: bool = False,
     ) -> None:
+        if async_scheduling and max_in_flight > 1:
+            raise ValueError("async scheduling is for one pipeline stage: several batches are in flight already")
         self.spec = spec
-        self.max_in_flight = max_in_flight
+        self.async_scheduling = async_scheduling
+        self.max_in_flight = 2 if async_scheduling else max_in_flight
+        self.num_stages = max_in_flight
         self.sliding_window = sliding_window
         self.policy = POLICIES[spec.policy](spec)
-        self.blocks = BlockManager(num_blocks, spec.block_size, spec.watermark)
+        self.kv_cache = KVCache(num_blocks, spec.block_size, spec.watermark)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
-        self.prefilling: list[Request] = []  # those of `running` whose prompt is not computed yet
-        self.decoding: list[Request] = []  # the others of `running`: each lacks one token
-        # of `decoding`, kept up to date: to look at each request for each batch would take much longer
+        self.prefilling: list[Request] = []  # those of `running` with more than their last known token to compute
+        # of `running`, those that lack one token and may run for it; what follows is kept up to date about them, for
+        # to look at each request for each batch would take much longer
+        self.decoding: list[Entry] = []
         self._full: list[Request] = []  # those that need a block before they run again
-        self._computed = 0  # their computed tokens, in all
-        self._left = 0  # none is at its limit in fewer runs than this; 0 where that is not known
-        self.in_flight = 0
+        self._kv_tokens = 0  # their tokens in the cache (or on the way there), in all
+        self._left = 0  # none has its last token in fewer runs than this; 0 where that is not known
+        self._in_flight: list[Batch] = []
+        self._free_rows = list(range(spec.max_num_seqs - 1, -1, -1))
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
         self._next_order = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Batches that have been scheduled and not committed."""
+        return len(self._in_flight)
 
     # -- what a driver calls ---------------------------------------------------------------------------------------
 
@@ -72,17 +99,18 @@ class Scheduler:
                 f"request {request.id} has {request.prompt_tokens} prompt + {request.output_tokens} output tokens: "
                 f"give at least one of each, or drop the request"
             )
-        if self.spec.max_model_len is not None and request.limit > self.spec.max_model_len:
+        if self.spec.max_model_len is not None and request.max_total_tokens > self.spec.max_model_len:
             raise InputError(
                 f"request {request.id} has {request.prompt_tokens} prompt + {request.output_tokens} output tokens, "
                 f"over --max-model-len {self.spec.max_model_len}: raise it or drop the request"
             )
-        tokens = max(self.policy.reserved_tokens(request), request.limit - 1)  # the last token is never computed
-        room = self.blocks.num_blocks - self.blocks.watermark_blocks
-        if self.blocks.blocks_for(tokens) > room:
+        tokens = max(self.policy.reserved_tokens(request), request.max_total_tokens - 1)  # the last is never computed
+        kv_cache = self.kv_cache
+        room = kv_cache.num_blocks - kv_cache.watermark_blocks
+        if kv_cache.blocks_for(tokens) > room:
             raise InputError(
                 f"request {request.id} needs KV cache for {tokens} tokens but there is room for "
-                f"{room * self.blocks.block_size} ({room} blocks of {self.blocks.block_size}): lower --max-model-len "
+                f"{room * kv_cache.block_size} ({room} blocks of {kv_cache.block_size}): lower --max-model-len "
                 f"or --watermark, raise --gpu-memory-utilization, --num-gpu-blocks-override or --tensor-parallel-size"
             )
         self.policy.check(request)
@@ -95,85 +123,117 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> Batch | None:
-        """The next batch, with KV blocks allocated for it, or None."""
-        if self.in_flight >= self.max_in_flight or not (self.running or self.waiting):
+        """Form the next batch, with KV blocks allocated for it; None if there is none."""
+        if len(self._in_flight) >= self.max_in_flight or not (self.running or self.waiting):
             return None
-        draft = self.policy.form(self)
-        decodes, prefills = draft.decodes, draft.prefills
-        if not decodes and not prefills:
+        plan = self.policy.plan(self)
+        decodes, chunks = plan.decodes, plan.chunks
+        if not decodes and not chunks:
             return None
-        self.in_flight += 1
-        if self.max_in_flight > 1:
-            for request in decodes:
-                request.in_flight = True
-            for request, _ in prefills:
-                request.in_flight = True
         window = self.sliding_window
-        num_tokens = growth = len(decodes)
         everyone = len(decodes) == len(self.decoding)
+        num_decodes = num_tokens = growth = len(decodes)
         if window is None:
-            kv_tokens = (self._computed if everyone else sum([r.computed for r in decodes])) + num_tokens
+            kv_tokens = (self._kv_tokens if everyone else sum([r.start for r, _ in decodes])) + num_tokens
         else:
-            kv_tokens = sum([min(r.computed + 1, window) for r in decodes])
-            growth = sum([r.computed + 1 < window for r in decodes])
-        chunks: tuple[tuple[int, int], ...] = ()
-        ending: list[Request] = []
-        if prefills:
-            chunks = tuple([(chunk, request.computed) for request, chunk in prefills])
-            for request, chunk in prefills:
-                if not 0 < chunk <= request.total - request.computed:
-                    raise ValueError(f"the policy {self.spec.policy} drafted {chunk} tokens of {request}")
-                num_tokens += chunk
-                if request.computed + chunk == request.total:
-                    ending.append(request)
-        left = (everyone and self._left) or min([r.limit - r.total for r in decodes], default=MANY)
+            kv_tokens = sum([min(r.start + 1, window) for r, _ in decodes])
+            growth = sum([r.start + 1 < window for r, _ in decodes])
+        left = (everyone and self._left) or min([_output_left(r) for r, _ in decodes], default=UNBOUNDED)
         if everyone:
             self._left = left
-        shape = BatchShape(num_tokens, len(decodes), kv_tokens, chunks, len(decodes) + len(ending), growth)
-        repeats = self._repeats(draft, left) if draft.stable else 1
-        return Batch(decodes, prefills, shape, self.blocks.num_used, ending, left, repeats)
-
-    def commit(self, batch: Batch, stopped: Sequence[Request], repeats: int = 1) -> list[int]:
-        """The batch is done, having run `repeats` (at most `batch.repeats`) times; `stopped` leave the replica.
-
-        Committing more than once stands for `repeats` rounds of commit and schedule that gave this batch each time.
-        Returns, for each KV block taken meanwhile, the round (1, 2, ...) that took it.
-        """
-        taken = self._progress(batch, repeats, 0)
-        self.in_flight -= 1
+        prefills: list[tuple[int, int]] = []
+        completing: list[Request] = []
+        for request, tokens in chunks:
+            start, remaining = request.start, request.remaining
+            if not 0 < tokens <= remaining + self.policy.num_draft_tokens:
+                raise ValueError(f"the policy {self.spec.policy} planned {tokens} tokens of {request}")
+            num_tokens += tokens
+            if tokens >= remaining:
+                completing.append(request)
+            if tokens == remaining == 1 and start > 0:  # a decode, whoever planned it
+                num_decodes += 1
+                kv_tokens += start + 1 if window is None else min(start + 1, window)
+            else:
+                prefills.append((tokens, start))
+        num_sampled = len(decodes) + len(completing)
+        shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled, growth)
+        repeats = self._repeats(plan, left) if plan.stable and num_decodes == len(decodes) else 1
+        batch = Batch(decodes, chunks, completing, shape, self.kv_cache.num_used, left, repeats)
+        self._in_flight.append(batch)
+        if self.kv_cache.prefix_caching:
+            for request, tokens in batch.entries:
+                self.kv_cache.register(request, min(request.start + tokens, request.num_tokens))
         if self.max_in_flight > 1:
-            for request in batch.decodes:
-                request.in_flight = False
-            for request, _ in batch.prefills:
-                request.in_flight = False
-        for request, _ in batch.prefills:
-            left = request.total - request.computed
-            if left <= 1:  # a last token left over is computed like a decode
-                request.total += 1 - left
-                self.prefilling.remove(request)
-                insort(self.decoding, request, key=_by_order)
-                self._computed += request.computed
-                self._left = min(self._left, request.limit - request.total)
-                if request.computed == request.capacity:
-                    self._full.append(request)
-        for request in stopped:
-            self._leave(request)
-        return taken
+            for request, tokens in batch.entries:
+                request.num_in_flight_tokens += tokens
+            if self.async_scheduling:
+                self._count_ahead(batch)
+        return batch
 
-    def drop(self, request: Request) -> None:
-        """Let go of a request that is in no batch, wherever it is."""
+    def commit(
+        self,
+        batch: Batch,
+        accepted: Sequence[int] | None = None,
+        stopped: Collection[Request] = (),
+        repeats: int = 1,
+    ) -> Commit:
+        """Count a batch in flight, the oldest, as computed; requests that are finished by it leave the replica.
+
+        Args:
+            accepted: how many new tokens each of `batch.entries` got: 0 where its last known token was not computed,
+                else 1, or more with accepted speculative ones. None: 1 for each of `batch.sampled`.
+            stopped: of `batch.sampled`, those that a stop token ended before they had all their tokens.
+            repeats: stands for so many rounds of commit and schedule that gave this batch each time; at most
+                `batch.repeats`, and 1 with asynchronous scheduling (see `advance`).
+        """
+        self._in_flight.remove(batch)
+        taken: list[int] = []
+        if self.async_scheduling:
+            if accepted is not None:
+                raise ValueError("with async scheduling the next batch is formed for one new token each")
+            finished = self._commit_ahead(batch)
+        elif accepted is not None:
+            finished = self._commit_accepted(batch, accepted)
+        else:
+            finished = batch.finishing(repeats)
+            decodes, chunks = batch.decodes, batch.chunks
+            if batch.dropped:
+                finished = [request for request in finished if not request.finished]
+                decodes, chunks = ([e for e in part if e[0] not in batch.dropped] for part in (decodes, chunks))
+            if self.max_in_flight > 1:
+                for request, tokens in (*decodes, *chunks):
+                    request.num_in_flight_tokens -= tokens
+            taken = self._progress(decodes, chunks, repeats, 0)
+            for request, _ in chunks:
+                self._computed_chunk(request)
+        if stopped:
+            finished += [request for request in stopped if not request.finished and request not in finished]
+        for request in finished:
+            self._finish(request)
+        return Commit(finished, taken)
+
+    def abort(self, request: Request) -> None:
+        """Let go of a request wherever it is; what batches in flight make of it counts for nothing."""
         if request in self.running:
-            self._leave(request)
-        elif request in self.waiting:
+            self._finish(request)
+        else:
             self.waiting.remove(request)
+            request.finished = True
 
     def advance(self, batch: Batch, repeats: int) -> list[int]:
-        """As `repeats` rounds of committing this batch and scheduling it again; it stays in flight."""
-        taken = self._progress(batch, repeats, 1)
+        """Do as `repeats` rounds of committing this batch and scheduling it again; it stays in flight.
+
+        With asynchronous scheduling `batch` is the newest, the one before it in flight is of the same requests with as
+        many tokens each, and a round commits the older and schedules a newer. Returns, for each KV block taken
+        meanwhile, the round (1, 2, ...) that took it.
+        """
+        taken = self._progress(batch.decodes, batch.chunks, repeats, 1)
         batch.repeats = max(1, batch.repeats - repeats)
         batch.left -= repeats
         batch.shape = batch.shape.after(repeats)
-        batch.kv_blocks = self.blocks.num_used
+        batch.kv_blocks = self.kv_cache.num_used
+        if self.async_scheduling:
+            self._stop_last(batch)
         return taken
 
     def rounds(self) -> int:
@@ -182,100 +242,247 @@ class Scheduler:
         `Batch.repeats` has regard to it; a driver with several batches in flight asks again when it plans ahead, for
         the batches formed later may have taken blocks.
         """
-        free, growing = len(self.blocks.free), len(self.running)
+        free, growing = self.kv_cache.num_free, len(self.running)
         if free >= growing:
-            return free // growing * self.blocks.block_size
-        left = sorted([r.capacity - r.computed for r in self.running])  # runs until each takes a block
-        return max(1, min(left[free], left[0] + self.blocks.block_size))
+            return free // growing * self.kv_cache.block_size
+        # runs until each takes a block
+        if self.async_scheduling:
+            left = sorted([r.allocated_tokens - r.start for r in self.running])
+        else:
+            left = sorted([r.allocated_tokens - r.num_computed_tokens for r in self.running])
+        return max(1, min(left[free], left[0] + self.kv_cache.block_size))
 
     # -- the verbs of a policy -------------------------------------------------------------------------------------
 
-    def take_decodes(self) -> list[Request]:
-        """Every running request that is free to run and lacks one token, each with a KV slot for it.
+    def take_decodes(self) -> list[Entry]:
+        """Give an entry of every running request that is free to run and lacks one token, with a KV slot for it.
 
-        When the blocks run out the latest in line is preempted: it gives up its blocks and goes back to the head of
-        the queue, to be recomputed.
+        When the blocks run out a request is preempted, by default the latest in line: it gives up its blocks and goes
+        back to the queue, to be recomputed.
         """
-        for request in sorted(self._full, key=_by_order):
-            if request.blocks and request.computed == request.capacity:  # else it has stopped or been preempted since
-                self._make_room(request)
-        self._full.clear()
-        return [r for r in self.decoding if not r.in_flight] if self.in_flight else self.decoding.copy()
+        if self._full:
+            for request in sorted(self._full, key=_by_order):
+                if request.blocks and request.start == request.allocated_tokens:  # else it has stopped or was preempted
+                    self.make_room(request, request.start + 1)
+            self._full.clear()
+        if self._in_flight and not self.async_scheduling:
+            return [entry for entry in self.decoding if not entry[0].num_in_flight_tokens]
+        return self.decoding.copy()
 
     def unfinished_prefills(self) -> list[Request]:
         """Admitted requests, free to run, whose prompt (or recompute) is not finished; earliest in line first."""
-        return [r for r in self.prefilling if not r.in_flight]
+        if self.async_scheduling or not self._in_flight:
+            return self.prefilling.copy()
+        return [request for request in self.prefilling if not request.num_in_flight_tokens]
 
-    def admit(self) -> Request | None:
-        """Move the head of the queue to the running requests, with blocks for all its tokens; None if it can't be."""
-        if not self.waiting or len(self.running) >= self.spec.max_num_seqs:
-            return None
-        request = self.waiting[0]
-        tokens = max(self.policy.reserved_tokens(request), request.total)
-        if not self.blocks.can_admit(tokens):
-            return None
-        self.blocks.allocate(request, tokens)
-        self.waiting.popleft()
+    def admit(self, request: Request, tokens: int | None = None) -> bool:
+        """Move `request` from the queue to the running requests; False, and nothing done, if that can't be.
+
+        It gets KV blocks for `tokens` tokens (None: for all that are known, and for what the policy reserves); those
+        of a cached prefix it shares. There must be a seat, and the watermark's blocks remain free.
+        """
+        if not self._free_rows or request.num_pending_tokens:  # its newest token is not known yet
+            return False
+        if tokens is None:
+            tokens = max(self.policy.reserved_tokens(request), request.num_tokens)
+        kv_cache = self.kv_cache
+        prefix = kv_cache.match(request) if kv_cache.prefix_caching else ()
+        if not kv_cache.allocate(request, tokens, prefix, kv_cache.watermark_blocks):
+            return False
+        if self.waiting[0] is request:
+            self.waiting.popleft()
+        else:
+            self.waiting.remove(request)
+        request.num_computed_tokens = len(prefix) * kv_cache.block_size
+        request.row = self._free_rows.pop()
         insort(self.running, request, key=_by_order)
         insort(self.prefilling, request, key=_by_order)
-        return request
+        return True
+
+    def make_room(self, request: Request, tokens: int) -> bool:
+        """Give a running request KV blocks for `tokens` tokens, preempting as need be; False if it was preempted."""
+        while not self.kv_cache.allocate(request, tokens):
+            if self.async_scheduling:  # what is in flight is computed before its blocks are written again
+                victim = self.policy.victim(self.running)
+            else:
+                victim = self.policy.victim([r for r in self.running if not r.num_in_flight_tokens])
+            self.preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def preempt(self, victim: Request) -> None:
+        """Take a running request's blocks away and put it back in line, to be recomputed."""
+        lost = victim.start
+        self._leave(victim)
+        self.recomputed_tokens += lost
+        victim.num_computed_tokens = 0
+        victim.preemptions += 1
+        self.policy.requeue(self.waiting, victim)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _make_room(self, request: Request) -> None:
-        """Grow `request` by a block, preempting the latest in line as need be, which may be `request` itself."""
-        while not self.blocks.grow(request):
-            victim = next(r for r in reversed(self.running) if not r.in_flight)
-            self._preempt(victim)
-            if victim is request:
-                return
+    def _decode(self, request: Request) -> None:
+        """A running request now lacks one token."""
+        insort(self.decoding, (request, 1), key=_order_of)
+        start = request.start
+        self._kv_tokens += start
+        self._left = min(self._left, _output_left(request))
+        if start == request.allocated_tokens:
+            self._full.append(request)
+
+    def _stop_decoding(self, request: Request) -> None:
+        """A running request lacks no token any more, or does not run any more."""
+        place = bisect_left(self.decoding, request.order, key=_order_of)
+        if place < len(self.decoding) and self.decoding[place][0] is request:
+            del self.decoding[place]
+            self._kv_tokens -= request.start if self.async_scheduling else request.num_computed_tokens
+            self._left = 0
 
     def _leave(self, request: Request) -> None:
-        """A request runs no more: its blocks are free."""
+        """A request runs no more: its seat and its blocks are free."""
         self.running.remove(request)
         if request in self.prefilling:
             self.prefilling.remove(request)
         else:
-            self.decoding.remove(request)
-            self._computed -= request.computed
-            self._left = 0
-        self.blocks.release(request)
+            self._stop_decoding(request)
+        assert request.row is not None
+        self._free_rows.append(request.row)
+        request.row = None
+        self.kv_cache.release(request)
+        if request.num_in_flight_tokens or self.max_in_flight == 1:
+            request.num_in_flight_tokens = 0
+            for batch in self._in_flight:
+                batch.dropped.add(request)
 
-    def _preempt(self, victim: Request) -> None:
-        self._leave(victim)
-        self.recomputed_tokens += victim.computed
-        victim.computed = 0
-        victim.preemptions += 1
-        self.waiting.insert(bisect(self.waiting, victim.order, key=_by_order), victim)  # others may be before it
+    def _finish(self, request: Request) -> None:
+        """A request is done with, wherever it is."""
+        request.finished = True
+        if request.row is not None:
+            self._leave(request)
+        else:
+            self.waiting.remove(request)
 
-    def _progress(self, batch: Batch, repeats: int, ahead: int) -> list[int]:
-        """Count `repeats` runs as computed, with KV blocks for `ahead` more; says which rounds took a block."""
+    def _progress(self, decodes: Sequence[Entry], chunks: Sequence[Entry], repeats: int, ahead: int) -> list[int]:
+        """Count `repeats` runs as computed, with KV blocks for `ahead` more; gives the rounds that took a block."""
         taken: list[int] = []
-        if batch.decodes:
-            self._computed += repeats * len(batch.decodes)
+        kv_cache = self.kv_cache
+        if decodes:
+            self._kv_tokens += repeats * len(decodes)
             self._left = max(0, self._left - repeats)
-        for request in batch.decodes:
-            request.total += repeats
-            request.computed = after = request.computed + repeats
-            if after + ahead >= request.capacity:
+        offset = 1 if self.async_scheduling else 0  # of the two runs in flight, the older is computed next
+        for request, _ in decodes:
+            request.num_tokens += repeats
+            request.num_computed_tokens = after = request.num_computed_tokens + repeats
+            after += offset
+            if after + ahead >= request.allocated_tokens:
                 before = after - repeats
-                while after + ahead > request.capacity:
-                    taken.append(request.capacity - before)
-                    assert self.blocks.grow(request), "repeats went past the free KV blocks"
-                if after == request.capacity:
+                while after + ahead > request.allocated_tokens:
+                    taken.append(request.allocated_tokens - before)
+                    assert kv_cache.grow(request), "repeats went past the free KV blocks"
+                if after + offset == request.allocated_tokens:
                     self._full.append(request)
-        for request, chunk in batch.prefills:
-            request.computed += repeats * chunk
+        for request, tokens in chunks:
+            request.num_computed_tokens += repeats * tokens
         return taken
 
-    def _repeats(self, draft: Draft, left: int) -> int:
+    def _computed_chunk(self, request: Request) -> None:
+        """A chunk of `request` has been computed, and is counted; a last token left over is computed like a decode."""
+        remaining = request.num_tokens - request.num_computed_tokens
+        if remaining > 1:
+            return
+        request.num_tokens += 1 - remaining
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        else:  # a decode that was planned among the chunks
+            self._stop_decoding(request)
+            self._kv_tokens += 1  # which is computed by now
+        self._decode(request)
+
+    def _count_ahead(self, batch: Batch) -> None:
+        """The next batch will be formed before this one's tokens are known: count them."""
+        self._kv_tokens += len(batch.decodes)
+        self._left = max(0, self._left - 1)
+        for request, _ in batch.decodes:
+            request.num_pending_tokens += 1
+            if request.num_computed_tokens + request.num_in_flight_tokens == request.allocated_tokens:
+                self._full.append(request)
+        self._stop_last(batch)
+        for request in batch.completing:
+            request.num_pending_tokens += 1
+        for request, tokens in batch.chunks:
+            if request.remaining <= 1:
+                if request in self.prefilling:
+                    self.prefilling.remove(request)
+                else:  # a decode that was planned among the chunks
+                    self._kv_tokens += tokens
+                    self._stop_decoding(request)
+                if request.remaining:
+                    self._decode(request)
+
+    def _stop_last(self, batch: Batch) -> None:
+        """Decodes whose last token is on the way lack none."""
+        if batch.left == 1:
+            for request, _ in batch.decodes:
+                if not request.remaining:
+                    self._stop_decoding(request)
+
+    def _commit_ahead(self, batch: Batch) -> list[Request]:
+        """Count a batch as computed whose tokens were counted when it was formed; gives the finished requests."""
+        for request, tokens in batch.entries:
+            if request not in batch.dropped:
+                request.num_in_flight_tokens -= tokens
+                request.num_computed_tokens += tokens
+        finished = []
+        for request in batch.sampled:
+            if request.finished:
+                continue
+            request.num_pending_tokens -= 1
+            request.num_tokens += 1
+            if request.num_tokens == request.max_total_tokens:
+                finished.append(request)
+            if self.kv_cache.prefix_caching and request.row is not None:
+                self.kv_cache.register(request, request.start - request.num_pending_tokens)
+        return finished
+
+    def _commit_accepted(self, batch: Batch, accepted: Sequence[int]) -> list[Request]:
+        """Count a batch as computed with so many new tokens for each entry; gives the finished requests."""
+        finished = []
+        sampled = set(batch.sampled)
+        for (request, tokens), new in zip(batch.entries, accepted, strict=True):
+            if (new > 0) != (request in sampled):
+                raise ValueError(f"{new} new tokens for {tokens} computed of {request}")
+            if request in batch.dropped:
+                continue
+            if self.max_in_flight > 1:
+                request.num_in_flight_tokens -= tokens
+            if request not in self.prefilling:
+                self._stop_decoding(request)
+            elif new:
+                self.prefilling.remove(request)
+            request.num_tokens += min(new, request.max_total_tokens - request.num_tokens)
+            request.num_computed_tokens = min(request.num_computed_tokens + tokens, request.num_tokens - 1)
+            if new:
+                self._decode(request)
+            elif request.num_tokens - request.num_computed_tokens == 1:
+                self._computed_chunk(request)
+            if request.num_tokens == request.max_total_tokens:
+                finished.append(request)
+        return finished
+
+    def _repeats(self, plan: BatchPlan, left: int) -> int:
         """How often the batch may run before a request or a prompt ends or the blocks may run out."""
         repeats = left
-        for request, chunk in draft.prefills:
-            repeats = min(repeats, (request.total - request.computed - 1) // chunk)
+        for request, tokens in plan.chunks:
+            repeats = min(repeats, (request.num_tokens - request.start - 1) // tokens)
         if repeats <= 1:
             return 1
         window = self.sliding_window
         if window is not None:  # `decode_kv_growth` holds until the next request fills the window
-            repeats = min([repeats, *(window - r.computed for r in draft.decodes if r.computed + 1 < window)])
+            repeats = min([repeats, *(window - r.start for r, _ in plan.decodes if r.start + 1 < window)])
         return min(repeats, self.rounds()) if repeats > 1 else 1
+
+
+def _output_left(request: Request) -> int:
+    """Tokens that a request may still get beyond those that batches in flight will yield."""
+    return request.max_total_tokens - request.num_tokens - request.num_pending_tokens

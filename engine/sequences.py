@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from engine.executor import GREEDY, LAST_SAMPLED, NewBlocks, SamplingParams, Step, num_rows
-from engine.request import Batch, Request
+from engine.executor import GREEDY, LAST_SAMPLED, NewBlocks, SamplingParams, Step
+from engine.request import Batch, Entry, Request
 
 
 class Sequence:
@@ -20,7 +20,7 @@ class Sequence:
     `stop_tokens` end it early; with none it runs to the request's `output_tokens`.
     """
 
-    __slots__ = ("finish_reason", "request", "row", "sampling", "sent_blocks", "stop_tokens", "tokens")
+    __slots__ = ("finish_reason", "request", "sampling", "sent_blocks", "sent_preemptions", "stop_tokens", "tokens")
 
     def __init__(
         self,
@@ -33,9 +33,9 @@ class Sequence:
         self.tokens = list(prompt)
         self.sampling = sampling
         self.stop_tokens = stop_tokens
-        self.finish_reason: str | None = None  # "stop" or "length", once it is finished
-        self.row: int | None = None  # on the workers
+        self.finish_reason: str | None = None  # "stop", "length" or "abort", once it is finished
         self.sent_blocks = 0  # of request.blocks, that the workers know of
+        self.sent_preemptions = 0  # of the request, when they were sent: after another it has other blocks
 
     @property
     def output(self) -> list[int]:
@@ -46,10 +46,9 @@ class Sequence:
 class StepBuilder:
     """Turns batches into steps. `seed` stands in for those of sequences that have none."""
 
-    def __init__(self, max_num_seqs: int, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self.sequences: dict[int, Sequence] = {}  # by request id, unfinished
-        self._free_rows = list(reversed(range(num_rows(max_num_seqs))))
         self._number = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -60,58 +59,62 @@ class StepBuilder:
         self.sequences[sequence.request.id] = sequence
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence is finished: its row is free for another, once the steps launched so far are done."""
+        """A sequence is finished."""
         del self.sequences[sequence.request.id]
-        if sequence.row is not None:
-            self._free_rows.append(sequence.row)
-            sequence.row = None
 
-    def build(self, batch: Batch) -> Step:
-        """The step that computes `batch`; call once for each batch, when it is formed."""
-        entries = [(self.sequences[r.id], 1) for r in batch.decodes]
-        entries += [(self.sequences[r.id], chunk) for r, chunk in batch.prefills]
-        tokens: list[int] = []
-        for sequence, chunk in entries:
-            start = sequence.request.computed
-            known = sequence.tokens[start : start + chunk]
-            tokens += known
-            if len(known) < chunk:  # its newest token is still on the worker
-                tokens.append(LAST_SAMPLED)
-        blocks = self._new_blocks(sequence for sequence, _ in entries)
-        first = len(batch.decodes)
-        ending = {r.id for r in batch.ending}
-        sampled = [*range(first), *(i for i, (r, _) in enumerate(batch.prefills, first) if r.id in ending)]
+    def build(self, batch: Batch, launched_at: float = 0.0, *, counted: bool = False) -> Step:
+        """Build the step that computes `batch`; call once for each batch, when it is formed.
+
+        `counted` says whether its requests count the batch among their tokens in flight already.
+        """
+        starts = {request: request.start - tokens * counted for request, tokens in batch.entries}
+        completing = set(batch.completing)
+        decodes: list[Entry] = list(batch.decodes)
+        others: list[Entry] = []
+        for request, tokens in batch.chunks:
+            decode = tokens == 1 and starts[request] > 0 and request in completing
+            (decodes if decode else others).append((request, tokens))
+        entries = [(self.sequences[request.id], tokens) for request, tokens in (*decodes, *others)]
+        tokens_of: list[int] = []
+        for sequence, count in entries:
+            start = starts[sequence.request]
+            known = sequence.tokens[start : start + count]
+            tokens_of += known
+            if len(known) < count:  # its newest token is still on the worker
+                tokens_of.append(LAST_SAMPLED)
+        place = {sequence.request: i for i, (sequence, _) in enumerate(entries)}
+        sampled = [place[request] for request in batch.sampled]
         sampling = [entries[i][0].sampling for i in sampled]
         self._number += 1
         return Step(
             self._number,
-            first,
-            _ints([sequence.row for sequence, _ in entries]),
-            _ints([sequence.request.computed for sequence, _ in entries]),
-            _ints([chunk for _, chunk in entries]),
-            _ints(tokens),
-            blocks,
+            launched_at,
+            len(decodes),
+            _ints([sequence.request.row for sequence, _ in entries]),
+            _ints([starts[sequence.request] for sequence, _ in entries]),
+            _ints([count for _, count in entries]),
+            _ints(tokens_of),
+            self._new_blocks(sequence for sequence, _ in entries),
             _ints(sampled),
             None if all(each.temperature == 0 for each in sampling) else tuple(sampling),
         )
 
     def _new_blocks(self, sequences: Iterable[Sequence]) -> NewBlocks:
-        """What the workers don't know yet of these sequences' blocks, and a row for whoever has none."""
+        """What the workers don't know yet of these sequences' blocks."""
         rows: list[int] = []
         offsets: list[int] = []
         ids: list[int] = []
         for sequence in sequences:
-            blocks = sequence.request.blocks
-            if sequence.request.computed == 0:  # new here, or back after a preemption with other blocks
-                sequence.sent_blocks = 0
-                if sequence.row is None:
-                    sequence.row = self._free_rows.pop()
+            request = sequence.request
+            assert request.row is not None
+            if sequence.sent_preemptions != request.preemptions:
+                sequence.sent_blocks, sequence.sent_preemptions = 0, request.preemptions
             sent = sequence.sent_blocks
-            if sent < len(blocks):
-                rows += [sequence.row or 0] * (len(blocks) - sent)
-                offsets += range(sent, len(blocks))
-                ids += blocks[sent:]
-                sequence.sent_blocks = len(blocks)
+            if sent < len(request.blocks):
+                rows += [request.row] * (len(request.blocks) - sent)
+                offsets += range(sent, len(request.blocks))
+                ids += request.blocks[sent:]
+                sequence.sent_blocks = len(request.blocks)
         return NewBlocks(_ints(rows), _ints(offsets), _ints(ids))
 
 

@@ -52,7 +52,7 @@ def serve(
     """
     scheduler, vocab_size = replica.new_scheduler(executor.num_blocks), replica.model.vocab_size
     workload.check_fits(scheduler)
-    _warm_up(replica.new_scheduler(executor.num_blocks), executor, vocab_size, replica.async_scheduling, clock)
+    _warm_up(replica.new_scheduler(executor.num_blocks), executor, vocab_size, clock)
     recorder = Recorder(folder, tbt_percentiles(slos), predicted=False)
     ranks = _RankTimes()
     finished = 0
@@ -73,7 +73,6 @@ def serve(
         executor,
         recorder,
         clock=clock,
-        async_scheduling=replica.async_scheduling,
         seed=seed,
         on_finished=on_finished,
         on_result=on_result,
@@ -111,20 +110,18 @@ def _sequences(requests: Iterator[Request], vocab_size: int, seed: int) -> Itera
         yield TokenSequence(request, rng.integers(0, vocab_size, request.prompt_tokens).tolist())
 
 
-def _warm_up(
-    scheduler: Scheduler, executor: Executor, vocab_size: int, async_scheduling: bool, clock: Clock | None
-) -> None:
+def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock | None) -> None:
     """Run a few requests of the largest prompts, for what is slow only once: compiling, allocating, page faults."""
     spec = scheduler.spec
     count, output = WARM_UP
     length = spec.max_model_len or 0
-    room = scheduler.blocks.num_blocks - scheduler.blocks.watermark_blocks
+    room = scheduler.kv_cache.num_blocks - scheduler.kv_cache.watermark_blocks
     length = min(length, room * spec.block_size // count, spec.max_num_batched_tokens or length)
     output = min(output, length - 1)
     if output < 1:
         return
     requests = [Request(i, 0.0, length - output, output) for i in range(count)]
-    driver = Driver(scheduler, executor, Recorder(predicted=False), clock=clock, async_scheduling=async_scheduling)
+    driver = Driver(scheduler, executor, Recorder(predicted=False), clock=clock)
     driver.run(_sequences(iter(requests), vocab_size, 0))
 
 

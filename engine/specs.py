@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import InputError, unknown
+from engine.metric_table import find_metric
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}  # of an element
 DTYPES = ("bfloat16", "float16", "float32")  # that a whole model is served in; the others are of some tensors
@@ -426,8 +427,6 @@ class SchedulerSpec:
             raise InputError(f"chunk_schedule_low={low} is above chunk_schedule_high={high}: exchange them")
 
 
-METRICS = ("ttft", "tbt", "tpot", "e2e", "scheduling_delay", "normalized_latency")
-_METRIC_ALIASES = {"itl": "tbt", "e2el": "e2e"}
 _SLO_TEXT = re.compile(
     r"(?P<statistic>[^\W_]+(?:\.\d+)?)_(?P<metric>\w+)\s*<=?\s*(?P<value>[^\s<>]+?)\s*(?P<unit>ms|s|)"
 )
@@ -436,15 +435,17 @@ _SLO_EXAMPLE = "write it as p99_tbt<=0.1 or median_scheduling_delay<=2s or mean_
 
 @dataclass(frozen=True)
 class SLO:
-    """A bound on a statistic of a latency metric: percentile (pNN), mean or max of `metric` <= threshold_s seconds."""
+    """A bound on a statistic of a latency metric: percentile (pNN), mean or max of `metric` <= threshold_s seconds.
+
+    `metric` is a key of `engine.metric_table.METRICS`; it may be given by any of its names.
+    """
 
     metric: str
     statistic: str
     threshold_s: float
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise unknown("SLO metric", self.metric, (*METRICS, *_METRIC_ALIASES))
+        object.__setattr__(self, "metric", find_metric(self.metric).key)  # tbt for itl
         if self.statistic not in ("mean", "max"):
             percentile = re.fullmatch(r"p(\d+(?:\.\d+)?)", self.statistic)
             if percentile is None:
@@ -468,7 +469,7 @@ class SLO:
         metric, statistic = match["metric"], match["statistic"]
         try:
             threshold = float(match["value"]) / (1000 if match["unit"] == "ms" else 1)
-            return cls(_METRIC_ALIASES.get(metric, metric), "p50" if statistic == "median" else statistic, threshold)
+            return cls(metric, "p50" if statistic == "median" else statistic, threshold)
         except InputError as error:
             raise InputError(f"can't read the SLO {text!r}: {error}; {_SLO_EXAMPLE}") from None
         except ValueError:

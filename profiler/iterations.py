@@ -62,7 +62,6 @@ def run_burst(
         _Watched(executor, seconds["launch"]),
         recorder,
         clock=clock,
-        async_scheduling=replica.async_scheduling,
         on_result=lambda batch, result: done.append((batch, result)),
     )
     scheduler.schedule = _timed(scheduler.schedule, seconds["schedule"])  # type: ignore[method-assign]

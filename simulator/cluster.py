@@ -187,7 +187,6 @@ def simulate(
             recorder,
             on_finished,
             repeats,
-            deployment.async_scheduling,
         )
         for i, deployment in enumerate(deployments)
     ]

@@ -4,10 +4,12 @@ A batch passes the stages in order. A stage takes one batch at a time, in the or
 next stage when the stage before is done and its activations are sent (the sending stage goes on meanwhile). So a batch
 starts on a stage at max(its arrival there, the end of the batch before it).
 
-Repeats: while nothing comes in, the batches in flight mostly repeat themselves, each with one more token per request.
-`Batch.repeats` says how often that is certain. The replica works out all those completions at once (a *stretch*),
-sleeps until the last of them, and commits them together; an arrival cuts the stretch where its batch could first be
-formed.
+With asynchronous scheduling a batch is formed when the one before begins (as vLLM V1 does): two are in flight, one of
+them computed, and what arrives during a batch misses the next one too.
+
+Fast-forward: while nothing comes in, the batches in flight mostly repeat themselves, each with one more token per
+request. `Batch.repeats` says how often that is certain. The replica works out all those completions at once, sleeps
+until the last of them, and commits them together; an arrival cuts this short where its batch could first be formed.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from engine.request import Batch, BatchShape, Request
 from engine.scheduler import Scheduler
 from simulator.predictor.base import RuntimePredictor
 
-LONGEST_STRETCH = 256  # repeats worked out at once
+MOST_REPEATS = 256  # repeats worked out at once
 
 
 class Clock(simpy.Environment):
@@ -72,9 +74,7 @@ class Replica:
 
     Args:
         on_finished: called with each request that got its last token.
-        repeats: False single-steps every batch (the reference that the stretches are tested against).
-        async_scheduling: each batch is formed when the one before begins, so what arrives during a batch misses the
-            next one too.
+        repeats: False single-steps every batch (the reference that fast-forwarding is tested against).
     """
 
     def __init__(
@@ -86,10 +86,7 @@ class Replica:
         recorder: Recorder,
         on_finished: Callable[[Request], None],
         repeats: bool = True,
-        async_scheduling: bool = False,
     ) -> None:
-        if async_scheduling and scheduler.max_in_flight > 1:
-            raise ValueError("async scheduling is for one pipeline stage: several batches are in flight already")
         self.env = env
         self.index = index
         self.scheduler = scheduler
@@ -97,10 +94,9 @@ class Replica:
         self.recorder = recorder
         self.on_finished = on_finished
         self.repeats = repeats
-        self.async_scheduling = async_scheduling
-        self._held: list[Request] = []  # arrived during a batch, after the next one was formed
-        self._reach = LONGEST_STRETCH  # repeats to work out: about twice as many as it came to last time
-        self.num_stages = scheduler.max_in_flight
+        self.async_scheduling = scheduler.async_scheduling
+        self._reach = MOST_REPEATS  # repeats to work out: about twice as many as it came to last time
+        self.num_stages = scheduler.num_stages
         self.outstanding_requests = 0
         self.busy_s = [0.0] * self.num_stages  # time that each stage has worked
         self.occupied_s = 0.0  # time with at least one request here
@@ -109,29 +105,24 @@ class Replica:
         self._tokens_done = 0
         self._stage_free = [0.0] * self.num_stages
         self._flights: list[_Flight] = []  # the next to complete first
-        self._completions: list[float] = []  # of the stretch; number j is of flight j % len(flights)
-        self._last = 0  # number of the completion that ends the stretch
-        self._num_running = self._num_waiting = self._kv_blocks = 0  # when the stretch began
+        self._completions: list[float] = []  # that are planned; number j is of flight j % len(flights)
+        self._last = 0  # number of the last completion that is planned
+        self._num_running = self._num_waiting = self._kv_blocks = 0  # when these were planned
         self._next: simpy.Event | None = None  # what it sleeps until
-        self._launching = False  # it sleeps until all have arrived that arrive now, not until the stretch's end
+        self._launching = False  # it sleeps until all have arrived that arrive now, not until the last completion
 
     # -- from outside ----------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """A request arrives, now."""
-        held = self.async_scheduling and bool(self._flights)
-        if held:
-            self._held.append(request)
-        else:
-            self.scheduler.add(request)
+        self.scheduler.add(request)
         if not self.outstanding_requests:
             self._occupied_since = self.env.now
         self.outstanding_requests += 1
-        self._tokens_in += request.limit
+        self._tokens_in += request.max_total_tokens
         if self._launching:  # it will be taken up with the others
             return
-        if not held:
-            self._distrust_repeats()
+        self._distrust_repeats()
         if len(self._flights) < self.num_stages:  # there is room for it, and whatever else arrives now, at once
             if self._flights:
                 self._settle(bisect_left(self._completions, self.env.now, hi=self._last))
@@ -148,8 +139,8 @@ class Replica:
     def outstanding_tokens(self) -> int:
         """Tokens still to compute or to generate for the requests here."""
         done = bisect_left(self._completions, self.env.now, hi=min(self._last, len(self._completions)))
-        in_stretch = sum(self._flights[j % len(self._flights)].batch.shape.num_tokens for j in range(done))
-        return self._tokens_in + self.scheduler.recomputed_tokens - self._tokens_done - in_stretch
+        planned = sum(self._flights[j % len(self._flights)].batch.shape.num_tokens for j in range(done))
+        return self._tokens_in + self.scheduler.recomputed_tokens - self._tokens_done - planned
 
     # -- its life --------------------------------------------------------------------------------------------------
 
@@ -159,8 +150,8 @@ class Replica:
         self._next.callbacks.append(self._wake)
 
     def _wake(self, event: simpy.Event) -> None:
-        """Complete the stretch, or take up what has arrived; form the next batches and sleep on."""
-        if event is not self._next:  # the stretch has been cut
+        """Complete what was planned, or take up what has arrived; form the next batches and sleep on."""
+        if event is not self._next:  # it has been cut short
             return
         completed = None
         if not self._launching:
@@ -169,40 +160,29 @@ class Replica:
             completed = self._complete()
         self._launching = False
         self._launch(completed)
-        if self._held:
-            self._take_up_held()
         if self._flights:
-            self._plan_stretch()
+            self._plan()
             self._sleep(self._completions[self._last])
 
     def _launch(self, completed: Batch | None = None) -> None:
         """Form batches until the pipeline is full or nothing more can run; `completed` has just left it."""
         scheduler = self.scheduler
         now = self.env.now
-        while len(self._flights) < self.num_stages:
+        while len(self._flights) < scheduler.max_in_flight:
             batch = scheduler.schedule()
             if self._flights and not _same(batch, completed):
                 self._distrust_repeats()
             if batch is None:
                 return
             completed = None
-            if batch.prefills:
+            if batch.chunks and not (self.async_scheduling and self._flights):
                 self.recorder.scheduled(batch, now)
-            flight = _Flight(
-                batch, self.predictor.in_range(batch.shape), len(scheduler.running), len(scheduler.waiting)
-            )
+            in_range = self.predictor.in_range(batch.shape)
+            flight = _Flight(batch, in_range, len(scheduler.running), len(scheduler.waiting))
             if self.num_stages > 1:
                 durations = [self.predictor.stage_times(batch.shape, stage, 1)[0] for stage in range(self.num_stages)]
                 self._pass(flight, now, durations)
             self._flights.append(flight)
-
-    def _take_up_held(self) -> None:
-        """What came during the last batch joins the queue, now that the next one is formed."""
-        for request in self._held:
-            self.scheduler.add(request)
-        self._held.clear()
-        self._distrust_repeats()
-        self._launch()  # at once if there was nothing to form
 
     def _distrust_repeats(self) -> None:
         """Something came or changed that the batches in flight were formed without: each is formed anew next time."""
@@ -224,14 +204,19 @@ class Replica:
             time = end + self.predictor.send_time(flight.batch.shape, stage)
         flight.ends.append(end)
 
-    def _plan_stretch(self) -> None:
+    def _plan(self) -> None:
         """Work out the completions until one that changes something."""
         flights = self._flights
         most = self._reach if self.repeats else 1
         if self.num_stages == 1:
-            (flight,) = flights
+            flight = flights[0]
             batch = flight.batch
-            repeats = min(batch.repeats, most)
+            if not self.async_scheduling:
+                repeats = min(batch.repeats, most)
+            elif len(flights) == 2 and _follows(flights[1].batch, batch):
+                repeats = min(flights[1].batch.repeats, most)
+            else:
+                repeats = 1
             durations = self.predictor.stage_times(batch.shape, 0, repeats)
             ends = list(accumulate(durations, initial=self.env.now))
             self._check_times(batch.shape, 0, durations, ends[-1])
@@ -242,7 +227,7 @@ class Replica:
             return
         self._num_running = len(self.scheduler.running)
         self._num_waiting = len(self.scheduler.waiting)
-        self._kv_blocks = self.scheduler.blocks.num_used
+        self._kv_blocks = self.scheduler.kv_cache.num_used
         runs = min(self.scheduler.rounds(), most, *(flight.batch.repeats for flight in flights))
         count = len(flights)
         self._completions = completions = [flight.ends[0] for flight in flights]
@@ -264,10 +249,10 @@ class Replica:
             raise ValueError(f"{self.predictor.description}: {list(durations)[:8]} s for {shape} on stage {stage}")
 
     def _settle(self, completions: int) -> None:
-        """The first `completions` of the stretch are past, each of their batches is in flight again, no more is."""
+        """The first `completions` of those planned are past, each of their batches is in flight again, no more is."""
         flights = self._flights
         count = len(flights)
-        newest = count + completions - 1  # launches are numbered on from the flights that the stretch began with
+        newest = count + completions - 1  # launches are numbered on from the flights that this began with
         for stage in range(self.num_stages):
             flight, run = flights[newest % count], newest // count
             self._stage_free[stage] = flight.starts[stage][run] + flight.durations[stage][run]
@@ -284,7 +269,7 @@ class Replica:
                 relaunched = range(b, b + done[b] * count, count)
                 kv_blocks = [flight.kv_blocks, *(self._kv_blocks + bisect_right(taken, j) for j in relaunched)]
                 flight.kv_blocks = kv_blocks.pop()
-                self._write(flight, 0, 1, kv_blocks[:1])  # launched before this stretch, the others in it
+                self._write(flight, 0, 1, kv_blocks[:1])  # launched before, the others meanwhile
                 flight.num_running, flight.num_waiting = self._num_running, self._num_waiting
                 self._write(flight, 1, done[b], kv_blocks[1:])
             for times in (flight.ends, *flight.starts, *flight.durations):
@@ -292,30 +277,53 @@ class Replica:
         self._flights = flights[completions % count :] + flights[: completions % count]
 
     def _complete(self) -> Batch:
-        """The stretch's last completion: commit its batch, and let go of the requests that have all their tokens."""
+        """The last completion that was planned: commit its batch, and let go of the requests that are finished."""
         flight = self._flights.pop(0)
         batch = flight.batch
         runs = self._last + 1 if self.num_stages == 1 else 1
         flight.max_tbt = self.recorder.completed(batch, flight.ends[:runs])
-        stopped = batch.reaching_limit(runs)
-        taken = self.scheduler.commit(batch, stopped, runs)
         more = [0] * runs  # KV blocks than the run before had
         more[0] = flight.kv_blocks
-        for run in taken:
-            more[run] += 1
-        self._write(flight, 0, runs, list(accumulate(more)))
-        self._tokens_done += runs * batch.shape.num_tokens + len(stopped)
-        if len(self._completions) > len(self._flights) + 1:  # it was a stretch, not one batch
-            self._reach = min(max(8, 2 * self._last + 2), LONGEST_STRETCH)
+        if self.async_scheduling:
+            finished = self._complete_ahead(flight, runs, more)
+        else:
+            finished, taken = self.scheduler.commit(batch, repeats=runs)
+            for run in taken:
+                more[run] += 1
+            self._write(flight, 0, runs, list(accumulate(more)))
+        self._tokens_done += runs * batch.shape.num_tokens + len(finished)
+        if len(self._completions) > (1 if self.num_stages == 1 else len(self._flights) + 1):  # it had looked ahead
+            self._reach = min(max(8, 2 * self._last + 2), MOST_REPEATS)
         self._completions, self._last = [], 0
-        if stopped:
-            self.outstanding_requests -= len(stopped)
+        if finished:
+            self.outstanding_requests -= len(finished)
             if not self.outstanding_requests:
                 self.occupied_s += self.env.now - self._occupied_since
-            for request in stopped:
+            for request in finished:
                 self.recorder.finished(request, self.index)
                 self.on_finished(request)
         return batch
+
+    def _complete_ahead(self, flight: _Flight, runs: int, more: list[int]) -> list[Request]:
+        """Commit `runs` runs of a batch while the next one, formed ahead, begins; gives the finished requests."""
+        if not self._flights:
+            self._write(flight, 0, 1, more)
+            return self.scheduler.commit(flight.batch).finished
+        (following,) = self._flights
+        if runs > 1:
+            more[1] = following.kv_blocks - flight.kv_blocks
+            for run in self.scheduler.advance(following.batch, runs - 1):
+                if run + 1 < runs:
+                    more[run + 1] += 1
+        kv_blocks = list(accumulate(more))
+        self._write(flight, 0, 1, kv_blocks[:1])
+        if runs > 1:
+            flight.num_running, flight.num_waiting = following.num_running, following.num_waiting
+            self._write(flight, 1, runs, kv_blocks[1:])
+            following.kv_blocks = following.batch.kv_blocks
+        if following.batch.chunks:
+            self.recorder.scheduled(following.batch, self.env.now)
+        return self.scheduler.commit(flight.batch).finished
 
     def _write(self, flight: _Flight, first: int, last: int, kv_blocks: list[int]) -> None:
         """Record the runs first..last-1 of a flight; `kv_blocks` has one entry for each."""
@@ -340,4 +348,9 @@ def _same(batch: Batch | None, before: Batch | None) -> bool:
     """Whether `batch` runs the same requests as `before` did, with as many tokens each."""
     if batch is None or before is None:
         return batch is before
-    return batch.decodes == before.decodes and batch.prefills == before.prefills
+    return batch.decodes == before.decodes and batch.chunks == before.chunks
+
+
+def _follows(batch: Batch, before: Batch) -> bool:
+    """Whether `batch` is what a repeat of `before` would be."""
+    return _same(batch, before) and batch.shape == before.shape.after(1)

@@ -8,6 +8,7 @@ from math import isfinite
 import numpy as np
 import plotly.graph_objects as go
 
+from engine.errors import unknown
 from studies.compare_capacity import Point, Search, Tried, threshold
 from studies.compare_record import not_dominated
 from studies.figures import GOOD, GREY, Panel, faded, new_figure, series_style, value_axis
@@ -107,7 +108,10 @@ def speed_front(points: Sequence[Point], title: str, unit: str, metric: str, sta
     """Output tokens/s of a GPU against those that a user sees: 1 over a statistic of the time of a token."""
     known: list[tuple[Point, float, float]] = []
     for point in points:
-        time_s = point.tbt_s if metric == "tbt" else point.tpot_s
+        times = {"tbt": point.tbt_s, "tpot": point.tpot_s}
+        if metric not in times:
+            raise unknown("metric of a token's time", metric, times)
+        time_s = times[metric]
         if time_s and point.tokens_per_gpu:
             known.append((point, 1 / time_s, point.tokens_per_gpu))
     if not known:

@@ -6,27 +6,26 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engine.metrics import METRIC_NAMES
+from engine.metric_table import Metric, drawn_metrics
 from studies.compare_capacity import Search, responses
 from studies.compare_record import Side, bubbles, not_dominated
-from studies.figures import GREY, LATENCIES, Panel, faded, new_figure, series_style, share_axis, value_axis
+from studies.figures import GREY, Panel, faded, new_figure, series_style, share_axis, value_axis
 
 
 def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tuple[str, list[Panel]]]:
     """The sections about runs: a heading and its panels. Each of `searches` is of the side of its name."""
     return [
-        ("Latency", [latency_cdf(sides, metric) for metric in LATENCIES]),
+        ("Latency", [latency_cdf(sides, metric) for metric in drawn_metrics()]),
         ("First token against the next", [frontier(sides, searches)]),
         ("Over time, and by stage", [output_over_time(sides), stage_bubbles(sides)]),
     ]
 
 
-def latency_cdf(sides: Sequence[Side], metric: str) -> Panel:
+def latency_cdf(sides: Sequence[Side], metric: Metric) -> Panel:
     """The share of requests (or token gaps) within each latency, a line for each run."""
-    name, things = LATENCIES[metric]
-    curves = [
-        (i, side, side.record.latencies[metric]) for i, side in enumerate(sides) if metric in side.record.latencies
-    ]
+    name = metric.title or metric.name
+    every_side = enumerate(sides)
+    curves = [(i, side, curve) for i, side in every_side if (curve := side.record.latencies.get(metric.key))]
     if not curves:
         return Panel(
             name, "No request has more than one output token, so there is no gap between tokens.", width="third"
@@ -41,16 +40,16 @@ def latency_cdf(sides: Sequence[Side], metric: str) -> Panel:
             line={"color": colour, "width": 2.3, "dash": dash},
             hovertemplate=f"{side.name}: %{{y:.4~r}} % within %{{x:.3~r}} {unit}<extra></extra>",
         )  # fmt: skip
-    slos = {slo for side in sides for slo, _, _ in side.record.slos if slo.metric == metric}
+    slos = {slo for side in sides for slo, _, _ in side.record.slos if slo.metric == metric.key}
     for slo in sorted(slos, key=lambda slo: slo.threshold_s):
         figure.add_scatter(
             x=[scale * slo.threshold_s] * 2, y=[0, 100], name=f"SLO {slo}", mode="lines", showlegend=False,
             line={"color": GREY, "width": 1.3, "dash": "dash"}, hovertemplate=f"SLO {slo}<extra></extra>",
         )  # fmt: skip
     shown = np.concatenate([every, [slo.threshold_s for slo in slos]])
-    figure.update_xaxes(title_text=f"{METRIC_NAMES[metric]} ({unit})", **value_axis(scale * shown[shown > 0]))
+    figure.update_xaxes(title_text=f"{metric.name} ({unit})", **value_axis(scale * shown[shown > 0]))
     share_axis(figure)
-    caption = f"Height: share of {things} within this time." + " Grey: SLOs." * bool(slos)
+    caption = f"Height: share of {metric.things} within this time." + " Grey: SLOs." * bool(slos)
     return Panel(name, caption, figure, "third", _height(270, sides))
 
 

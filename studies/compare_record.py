@@ -20,9 +20,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from engine.errors import InputError
+from engine.metric_table import find_metric
 from engine.metrics import summary_key
 from engine.tables import Array, to_numpy
 from studies.report_record import CHUNK_ROWS, Record, read_record
+from studies.words import statistic_name
 
 Kind = Literal["run", "search", "sweep", "study", "validation"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
@@ -36,20 +38,22 @@ _MARKS: dict[str, Kind] = {
     "study.json": "study",
 }
 _UNFINISHED = {".partial-": "half-written: what wrote it was killed", ".incomplete": "what a failed run left behind"}
+_LATENCIES = (("ttft", "p50"), ("ttft", "p99"), ("tbt", "p50"), ("tbt", "p99"), ("tbt", "max"), ("e2e", "p50"),
+              ("e2e", "p99"), ("scheduling_delay", "p50"))  # fmt: skip
+
+
+def _latency(statistic: str, metric: str) -> tuple[str, str, str]:
+    name = find_metric(metric).name
+    return f"{name[0].upper()}{name[1:]}, {statistic_name(statistic)}", "s", summary_key(statistic, metric)
+
+
 # each headline number: its name, its unit (s, %, or a word), and its key in a summary (ms for the unit s)
 _HEADLINES = (
     ("Requests finished", "", "completed"),
     ("Throughput", "requests/s", "request_throughput"),
     ("Goodput", "requests/s", "request_goodput"),
     ("Output", "tokens/s", "output_throughput"),
-    ("TTFT, median", "s", summary_key("p50", "ttft")),
-    ("TTFT, P99", "s", summary_key("p99", "ttft")),
-    ("TBT, median", "s", summary_key("p50", "tbt")),
-    ("TBT, P99", "s", summary_key("p99", "tbt")),
-    ("TBT, max", "s", summary_key("max", "tbt")),
-    ("E2E, median", "s", summary_key("p50", "e2e")),
-    ("E2E, P99", "s", summary_key("p99", "e2e")),
-    ("Scheduling delay, median", "s", summary_key("p50", "scheduling_delay")),
+    *(_latency(statistic, metric) for metric, statistic in _LATENCIES),
     ("Preemptions", "", "preemptions"),
 )
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from engine.metrics import summary_key
 from engine.request import BatchShape
 from engine.specs import SLO
 from engine.tables import Columns
 from engine.workload import make_workload
 from profiler.operators import inventory
 from simulator.cluster import Deployment, simulate
-from studies.experiment import Task
+from studies.experiment import METRICS, Task
 from studies.experiments_points import Point
 from studies.operation_split import split
 from studies.search import FAR, TOLERANCE, at_rate, find_capacity, guess, judged, simulated_trial
@@ -105,12 +106,10 @@ def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
 def _latencies(summary: dict[str, Any]) -> dict[str, float]:
     """The values of a run (s; throughput in requests/s)."""
     return {
-        "p50_tbt": summary["median_itl_ms"] / 1e3,
-        "p99_tbt": summary["p99_itl_ms"] / 1e3,
-        "p50_ttft": summary["median_ttft_ms"] / 1e3,
-        "p99_ttft": summary["p99_ttft_ms"] / 1e3,
-        "throughput": summary["request_throughput"],
-        "max_tbt": summary["max_itl_ms"] / 1e3,
+        name: summary["request_throughput"]
+        if name == "throughput"
+        else summary[summary_key(*name.split("_", maxsplit=1))] / 1e3
+        for name in METRICS["run"]
     }
 
 
@@ -142,9 +141,10 @@ def batches(iterations: Columns | None, deployment: Deployment) -> dict[str, flo
 
 def in_words(summary: dict[str, Any], shown: dict[str, float]) -> str:
     """The facts of a run that bear on why it is as fast as it is."""
+    gap_s, delay_s = (summary[summary_key(*each)] / 1e3 for each in (("p99", "tbt"), ("p50", "scheduling_delay")))
     return (
-        f"P99 TBT {summary['p99_itl_ms'] / 1e3:.3g} s, median scheduling delay "
-        f"{summary['median_scheduling_delay_ms'] / 1e3:.2g} s; a batch takes {1e3 * shown['p50_s']:.3g} ms (median; "
+        f"P99 TBT {gap_s:.3g} s, median scheduling delay {delay_s:.2g} s; a batch takes "
+        f"{1e3 * shown['p50_s']:.3g} ms (median; "
         f"P99 {1e3 * shown['p99_s']:.3g} ms; {shown['with_prompts']:.0%} have prompts in them, median "
         f"{1e3 * shown['p50_with_prompts_s']:.3g} ms) and has {shown['mean_decodes']:.0f} decodes on average; KV "
         f"cache at most {shown['peak_kv']:.0%} full, {shown['peak_running']:.0f} of "

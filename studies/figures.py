@@ -20,12 +20,6 @@ GOOD, BAD = "#1f9e77", "#d6453d"
 # of several runs, one after the other; when they are used up, the next dash
 SERIES = (BLUE, ORANGE, GOOD, "#b0559b", "#b8960c", "#7a6ad8")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-# each latency's name, and what has one
-LATENCIES = {
-    "ttft": ("Time to first token (TTFT)", "requests"),
-    "tbt": ("Time between tokens (TBT)", "gaps between tokens"),
-    "e2e": ("End-to-end latency (E2E)", "requests"),
-}
 
 
 @dataclass(frozen=True, eq=False)

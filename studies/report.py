@@ -13,7 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engine.metrics import METRIC_NAMES, describe_slo, summary_key
+from engine.metric_table import METRICS
+from engine.metrics import describe_slo, summary_key
 from studies.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.report_figures import panels
 from studies.report_record import Record, read_record
@@ -144,12 +145,12 @@ def _cards(record: Record) -> str:
         ("Throughput", f"{number(summary['request_throughput'])} requests/s", finished),
         ("Output", f"{number(summary['output_throughput'])} tokens/s", f"{summary['total_output_tokens']:,} tokens"),
         ("Goodput", f"{number(summary['request_goodput'])} requests/s", met),
-        ("TTFT, median", _latency(summary, "median_ttft_ms"), "arrival to first token"),
-        ("TTFT, P99", _latency(summary, "p99_ttft_ms"), "arrival to first token"),
-        ("TBT, median", _latency(summary, "median_itl_ms"), "between output tokens"),
-        ("TBT, P99", _latency(summary, "p99_itl_ms"), "between output tokens"),
-        ("E2E, P99", _latency(summary, "p99_e2el_ms"), "arrival to last token"),
-        ("Sched. delay, median", _latency(summary, "median_scheduling_delay_ms"), "arrival to first batch"),
+        ("TTFT, median", _latency(summary, "p50", "ttft"), "arrival to first token"),
+        ("TTFT, P99", _latency(summary, "p99", "ttft"), "arrival to first token"),
+        ("TBT, median", _latency(summary, "p50", "tbt"), "between output tokens"),
+        ("TBT, P99", _latency(summary, "p99", "tbt"), "between output tokens"),
+        ("E2E, P99", _latency(summary, "p99", "e2e"), "arrival to last token"),
+        ("Sched. delay, median", _latency(summary, "p50", "scheduling_delay"), "arrival to first batch"),
         (
             "KV cache, peak use",
             f"{number(record.timeline.peak_kv_percent)} %",
@@ -163,16 +164,16 @@ def _cards(record: Record) -> str:
     return cards(entries)
 
 
-def _latency(summary: Mapping[str, Any], key: str) -> str:
-    value = summary.get(key)
+def _latency(summary: Mapping[str, Any], statistic: str, metric: str) -> str:
+    value = summary.get(summary_key(statistic, metric))
     return "none" if value is None else seconds(value / 1e3)
 
 
 def _latency_table(summary: Mapping[str, Any]) -> str:
     heads = ("", *(name.capitalize() for name in _STATISTICS))
     rows = [
-        (name, [_latency(summary, summary_key(statistic, metric)) for statistic in _STATISTICS])
-        for metric, name in METRIC_NAMES.items()
+        (metric.name, [_latency(summary, statistic, key) for statistic in _STATISTICS])
+        for key, metric in METRICS.items()
     ]
     how = summary.get("token_percentiles", "exact")
     note = "" if how == "exact" else f"<p>Percentiles of TBT: {escape(how)}.</p>"

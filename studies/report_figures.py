@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from engine.metrics import METRIC_NAMES
+from engine.metric_table import Metric, drawn_metrics
 from engine.tables import Array
 from studies.figures import (
     BAD,
     BLUE,
     GOOD,
     GREY,
-    LATENCIES,
     ORANGE,
     Panel,
     faded,
@@ -25,7 +24,7 @@ from studies.figures import (
 )
 from studies.report_record import STALL_FACTOR, Record, Timeline
 from studies.report_stages import stage_use
-from studies.words import number, seconds
+from studies.words import number, seconds, statistic_name
 
 _NO_GAPS = "No request has more than one output token, so there is no gap between tokens."
 
@@ -33,7 +32,7 @@ _NO_GAPS = "No request has more than one output token, so there is no gap betwee
 def panels(record: Record) -> list[tuple[str, list[Panel]]]:
     """The sections of a report: a heading and its panels."""
     return [
-        ("Latency", [latency_cdf(record, metric) for metric in LATENCIES]),
+        ("Latency", [latency_cdf(record, metric) for metric in drawn_metrics()]),
         ("Over time", [tbt_over_time(record), batch_composition(record), kv_use(record), queue(record)]),
         ("Stages", [stage_use(record)]),
     ]
@@ -42,29 +41,29 @@ def panels(record: Record) -> list[tuple[str, list[Panel]]]:
 # -- latency -------------------------------------------------------------------------------------------------------
 
 
-def latency_cdf(record: Record, metric: str) -> Panel:
+def latency_cdf(record: Record, metric: Metric) -> Panel:
     """The share of requests (or token gaps) within each latency, with the SLOs on that metric."""
-    name, things = LATENCIES[metric]
-    distribution = record.latencies.get(metric)
+    name = metric.title or metric.name
+    distribution = record.latencies.get(metric.key)
     if distribution is None:
         return Panel(name, _NO_GAPS, None, "third")
-    slos = [(slo, value, met) for slo, value, met in record.slos if slo.metric == metric]
+    slos = [(slo, value, met) for slo, value, met in record.slos if slo.metric == metric.key]
     values = distribution.values_s
     figure = new_figure(legend=False)
     figure.add_scatter(
         x=values,
         y=100 * distribution.quantiles,
-        name=METRIC_NAMES[metric],
+        name=metric.name,
         mode="lines",
         line={"color": BLUE, "width": 2.5},
         hovertemplate="%{y:.4~r} % within %{x:.3~r} s<extra></extra>",
     )
     shown = np.concatenate([values, [slo.threshold_s for slo, _, _ in slos]])
-    figure.update_xaxes(title_text=f"{METRIC_NAMES[metric]} (s)", **value_axis(shown[shown > 0]))
+    figure.update_xaxes(title_text=f"{metric.name} (s)", **value_axis(shown[shown > 0]))
     for i, (slo, value, met) in enumerate(slos):
         colour = GOOD if met else BAD
         within = float(np.interp(slo.threshold_s, values, distribution.quantiles))
-        words = f"{_statistic(slo.statistic)} ≤ {slo.threshold_s:g} s"
+        words = f"{statistic_name(slo.statistic)} ≤ {slo.threshold_s:g} s"
         _vertical_line(figure, slo.threshold_s, within, words, colour, i)
         share = {"max": 100.0}.get(slo.statistic, slo.percentile)
         if value is not None and share is not None:
@@ -74,17 +73,13 @@ def latency_cdf(record: Record, metric: str) -> Panel:
                 name=str(slo),
                 mode="markers",
                 marker={"color": colour, "size": 9, "line": {"color": "white", "width": 1.5}},
-                hovertemplate=f"{_statistic(slo.statistic)} is %{{x:.3~r}} s<extra></extra>",
+                hovertemplate=f"{statistic_name(slo.statistic)} is %{{x:.3~r}} s<extra></extra>",
             )
     share_axis(figure)
-    caption = f"Height: share of {things} within this time."
+    caption = f"Height: share of {metric.things} within this time."
     if slos:
         caption += " Dashed: SLO; the dot is what the run had, and must lie left of its line."
     return Panel(name, caption, figure, "third", 270)
-
-
-def _statistic(statistic: str) -> str:
-    return {"mean": "mean", "max": "max", "p50": "median"}.get(statistic, statistic.upper())
 
 
 # -- over time -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from engine.metrics import QUANTILES, latencies
+from engine.metric_table import REQUEST_COLUMNS
+from engine.metrics import distributions, summary_key
 from engine.specs import SLO
 from engine.tables import Array, Columns, to_numpy
 
@@ -71,7 +72,7 @@ class Record:
     config: dict[str, Any]
     summary: dict[str, Any]
     files: dict[str, int]  # bytes of each file in the folder
-    latencies: dict[str, Distribution]  # ttft, tbt, e2e; tbt is absent where no request has two tokens
+    latencies: dict[str, Distribution]  # of each drawn metric; tbt is absent where no request has two tokens
     arrival_rate: float | None  # requests/s as they came; None when all came at once
     timeline: Timeline
 
@@ -85,21 +86,13 @@ def read_record(folder: Path) -> Record:
     """Read a finished run's folder. Raises FileNotFoundError where one of its files is missing."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    columns = ["arrived_s", "scheduled_s", "first_token_s", "last_token_s", "output_tokens"]
-    requests = to_numpy(pq.ParquetFile(folder / "requests.parquet").read(columns))
-    values = latencies(requests)
-    distributions = {
-        metric: Distribution(QUANTILES, np.quantile(values[metric], QUANTILES)) for metric in ("ttft", "e2e")
-    }
-    if pairs := summary["tbt_quantiles_s"]:
-        quantiles, gaps = np.array(pairs, dtype=float).T
-        distributions["tbt"] = Distribution(quantiles, gaps)
+    requests = to_numpy(pq.ParquetFile(folder / "requests.parquet").read(list(REQUEST_COLUMNS)))
     first, last = float(requests["arrived_s"].min()), float(requests["arrived_s"].max())
     return Record(
         config=config,
         summary=summary,
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
-        latencies=distributions,
+        latencies={metric: Distribution(*curve) for metric, curve in distributions(requests, summary).items()},
         arrival_rate=(len(requests["arrived_s"]) - 1) / (last - first) if last > first else None,
         timeline=read_timeline(
             folder / "iterations.parquet", summary, start_s=first, end_s=float(requests["last_token_s"].max())
@@ -111,7 +104,7 @@ def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: fl
     """Fold `iterations.parquet` into time bins between two times on the run's own clock."""
     blocks = np.array([replica["num_gpu_blocks"] for replica in summary["replicas"]], dtype=float)
     stages = np.array([len(replica["stage_utilization"]) for replica in summary["replicas"]])
-    median_ms = summary.get("median_itl_ms")
+    median_ms = summary.get(summary_key("p50", "tbt"))
     threshold = None if median_ms is None else STALL_FACTOR * median_ms / 1e3
     with pq.ParquetFile(path) as file:
         num_bins = int(np.clip(file.metadata.num_rows / stages.sum(), FEWEST_BINS, MOST_BINS))

@@ -19,8 +19,11 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.errors import InputError
+from engine.metric_table import find_metric
+from engine.recorder import request_row
 from engine.request import Request
 from engine.specs import SLO
+from engine.tables import Array
 from engine.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 
@@ -178,9 +181,7 @@ class Hopeless:
     """
 
     def __init__(self, slos: Sequence[SLO], workload: Workload) -> None:
-        gaps = workload.output_tokens - 1
-        counts = {"tbt": int(gaps.sum()), "tpot": int((gaps > 0).sum())}
-        self._watched = [_Watched(slo, counts.get(slo.metric, len(workload))) for slo in slos]
+        self._watched = [_Watched(slo, workload.output_tokens) for slo in slos]
 
     def __call__(self, request: Request) -> str | None:
         """To be called with each finished request; the SLO that has become hopeless, if one has."""
@@ -191,10 +192,12 @@ class Hopeless:
 
 
 class _Watched:
-    """One SLO's misses so far."""
+    """One SLO's misses so far, in a workload of requests of so many `output_tokens` (n,)."""
 
-    def __init__(self, slo: SLO, count: int) -> None:
+    def __init__(self, slo: SLO, output_tokens: Array) -> None:
         self.slo = slo
+        self._metric = find_metric(slo.metric)
+        self._left = count = self._metric.count(output_tokens)  # values to come
         percentile = {"mean": None, "max": 100.0}.get(slo.statistic, slo.percentile)
         self._allowed = 0 if percentile is None else count - floor(percentile / 100 * (count - 1)) - 1
         self._budget = slo.threshold_s * count if percentile is None else None  # seconds in all, of a mean
@@ -202,21 +205,19 @@ class _Watched:
 
     def sees(self, request: Request) -> bool:
         """Take a finished request into account; whether the SLO is hopeless now."""
-        values = _values(request, self.slo.metric)
+        values = self._values(request)
         if self._budget is not None:
+            self._left -= len(values)
             self._total += float(np.sum(values))
-            return self._total > self._budget
-        self._missed += int(np.count_nonzero(np.asarray(values) > self.slo.threshold_s))
+            least = self._metric.lower_bound_s
+            return least is not None and self._total + self._left * least > self._budget
+        self._missed += int(np.count_nonzero(values > self.slo.threshold_s))
         return self._missed > self._allowed
 
-
-def _values(request: Request, metric: str) -> Any:
-    """A finished request's values of a metric (s): its gaps for tbt, else one."""
-    times, arrived = request.token_times, request.arrived_at
-    if metric == "tbt":
-        return np.diff(np.frombuffer(times))
-    e2e, count = times[-1] - arrived, len(times)
-    if metric == "tpot":
-        return [(times[-1] - times[0]) / (count - 1)] if count > 1 else []
-    known = {"ttft": times[0] - arrived, "e2e": e2e, "normalized_latency": e2e / count}
-    return [known[metric] if metric in known else (request.scheduled_at or arrived) - arrived]
+    def _values(self, request: Request) -> Array:
+        """The values (s) that a finished request has of the metric: none, one, or one for each gap."""
+        times = request.token_times
+        if self._metric.value is None:
+            return np.diff(np.frombuffer(times))
+        has_one = len(times) >= self._metric.least_tokens
+        return np.array([self._metric.value(request_row(request))] if has_one else [], dtype=float)

@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.driver import Clock
 from engine.executor import Executor, RankTime
+from engine.metric_table import drawn_metrics
 from engine.metrics import latencies, summary_key
 from engine.recorder import Run
 from engine.request import Batch, BatchShape
@@ -29,7 +30,6 @@ from simulator.replay import Measured
 from studies.words import percent
 
 STATISTICS = ("mean", "p50", "p90", "p99")
-METRICS = ("ttft", "tbt", "e2e")
 BATCH_KINDS = ("decodes alone", "prompts alone", "hybrid")
 _SEQUENCE = ("num_tokens", "num_decodes", "num_prefills")
 
@@ -204,7 +204,7 @@ def _latencies(pair: Pair) -> dict[str, Any]:
     """Each metric's statistics on the engine and simulated (s), and how the requests' own values go together."""
     ours, theirs = (latencies(_by_id(run.requests)) for run in (pair.engine, pair.simulated))
     result: dict[str, Any] = {}
-    for metric in METRICS:
+    for metric in [drawn.key for drawn in drawn_metrics()]:
         statistics = {}
         for statistic in STATISTICS:
             key = summary_key(statistic, metric)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.metrics import METRIC_NAMES, QUANTILES
+from engine.metric_table import Metric, drawn_metrics
+from engine.metrics import QUANTILES
 from studies.figures import (
     BLUE,
     GOOD,
-    LATENCIES,
     ORANGE,
     Panel,
     Points,
@@ -21,7 +21,7 @@ from studies.figures import (
     value_axis,
 )
 from studies.page import Cell, numbers_table
-from studies.validation import BATCH_KINDS, METRICS, STATISTICS
+from studies.validation import BATCH_KINDS, STATISTICS
 from studies.validation_record import judge
 from studies.words import percent, seconds
 
@@ -32,14 +32,14 @@ ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 
 def panels(load: Mapping[str, Any]) -> list[Panel]:
     """All panels of a load."""
-    distributions = [latency_cdf(load, metric) for metric in LATENCIES]
+    distributions = [latency_cdf(load, metric) for metric in drawn_metrics()]
     return [*distributions, iteration_times(load), latency_table(load), iteration_table(load), batch_order(load)]
 
 
-def latency_cdf(load: Mapping[str, Any], metric: str) -> Panel:
+def latency_cdf(load: Mapping[str, Any], metric: Metric) -> Panel:
     """The share of requests (or token gaps) within each latency, on the engine and simulated."""
-    name, things = LATENCIES[metric]
-    drawn = load["curves"].get(metric)
+    name = metric.title or metric.name
+    drawn = load["curves"].get(metric.key)
     if drawn is None:
         return Panel(name, "No request has more than one output token on both sides.", width="third")
     curves = {"engine": (BLUE, "solid"), "simulated": (ORANGE, "dash")}
@@ -52,9 +52,9 @@ def latency_cdf(load: Mapping[str, Any], metric: str) -> Panel:
             line={"color": colour, "width": 2.5, "dash": dash},
             hovertemplate=f"{run}: %{{y:.4~r}} % within %{{x:.3~r}} {unit}<extra></extra>",
         )  # fmt: skip
-    figure.update_xaxes(title_text=f"{METRIC_NAMES[metric]} ({unit})", **value_axis(scale * every[every > 0]))
+    figure.update_xaxes(title_text=f"{metric.name} ({unit})", **value_axis(scale * every[every > 0]))
     share_axis(figure)
-    return Panel(name, f"Height: share of {things} within this time.", figure, "third", 290)
+    return Panel(name, f"Height: share of {metric.things} within this time.", figure, "third", 290)
 
 
 def iteration_times(load: Mapping[str, Any]) -> Panel:
@@ -81,18 +81,18 @@ def latency_table(load: Mapping[str, Any]) -> Panel:
     """Each statistic of each latency on both sides; those that have a target are coloured."""
     met = {(each.what, each.statistic): each.met for each in judge(load)}
     rows: list[tuple[str, list[Cell]]] = []
-    for metric in METRICS:
+    for metric in drawn_metrics():
         for statistic, words in _STATISTICS.items():
-            found = load["latencies"][metric].get(statistic)
+            found = load["latencies"][metric.key].get(statistic)
             if found is None:
                 continue
-            error = coloured(percent(found["error"], sign=True), met.get((METRIC_NAMES[metric], words)))
+            error = coloured(percent(found["error"], sign=True), met.get((metric.name, words)))
             sides = seconds(found["engine_s"]), seconds(found["simulated_s"])
-            rows.append((f"{METRIC_NAMES[metric]}, {words}", [*sides, error]))
+            rows.append((f"{metric.name}, {words}", [*sides, error]))
     together = [
-        f"{METRIC_NAMES[metric]} {load['latencies'][metric]['pearson_r']:.3f}"
-        for metric in METRICS
-        if "pearson_r" in load["latencies"][metric]
+        f"{metric.name} {load['latencies'][metric.key]['pearson_r']:.3f}"
+        for metric in drawn_metrics()
+        if "pearson_r" in load["latencies"][metric.key]
     ]
     caption = "Of all requests, or of all gaps between tokens."
     if together:

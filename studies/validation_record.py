@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.metrics import METRIC_NAMES, QUANTILES, latencies
+from engine.metric_table import drawn_metrics
+from engine.metrics import QUANTILES, distributions
 from engine.recorder import Run
 from engine.tables import Array
 from simulator.cluster import Deployment
-from studies.validation import METRICS, Pair, iteration_times
+from studies.validation import Pair, iteration_times
 
 ITERATION_TARGET = 0.05  # mean absolute error of the batches' times
 LATENCY_TARGET = 0.05  # of P50 and P99
@@ -46,10 +47,10 @@ def judge(load: Mapping[str, Any]) -> list[Judgement]:
     near = load["load"] is not None and load["load"] >= NEAR_CAPACITY
     target = NEAR_CAPACITY_TARGET if near else LATENCY_TARGET
     found = [Judgement("Iterations", "mean error", load["iterations"].get("mape"), ITERATION_TARGET)]
-    for metric in METRICS:
+    for metric in drawn_metrics():
         for statistic in ("p50", "p99"):
-            error = load["latencies"][metric].get(statistic, {}).get("error")
-            found.append(Judgement(METRIC_NAMES[metric], statistic.upper(), error, target))
+            error = load["latencies"][metric.key].get(statistic, {}).get("error")
+            found.append(Judgement(metric.name, statistic.upper(), error, target))
     worst = max((each["error"] for each in load["throughput"].values()), key=abs)
     return [*found, Judgement("Throughput", "", worst, THROUGHPUT_TARGET)]
 
@@ -57,15 +58,15 @@ def judge(load: Mapping[str, Any]) -> list[Judgement]:
 def curves(pair: Pair, deployment: Deployment) -> dict[str, Any]:
     """What there is to draw of a pair of runs, with five digits.
 
-    Each of ttft, tbt and e2e has the `engine` and the `simulated` quantiles (s) at `metrics.QUANTILES`; tbt is
+    Each drawn metric has the `engine` and the `simulated` quantiles (s) at `metrics.QUANTILES`; tbt is
     absent where no request has two tokens. `iterations` has the measured_ms, predicted_ms and kind of the engine's
     batches on each stage, or of a sample of them.
     """
     runs = {"engine": _quantiles(pair.engine), "simulated": _quantiles(pair.simulated)}
     drawn: dict[str, Any] = {
-        metric: {name: _short(each[metric]) for name, each in runs.items()}
-        for metric in METRICS
-        if all(metric in each for each in runs.values())
+        metric.key: {name: _short(each[metric.key]) for name, each in runs.items()}
+        for metric in drawn_metrics()
+        if all(metric.key in each for each in runs.values())
     }
     measured, predicted, kinds = iteration_times(pair, deployment)
     chosen = np.arange(measured.size)
@@ -80,12 +81,8 @@ def curves(pair: Pair, deployment: Deployment) -> dict[str, Any]:
 
 
 def _quantiles(run: Run) -> dict[str, Array]:
-    values = latencies(run.requests)
-    found = {metric: np.quantile(values[metric], QUANTILES) for metric in ("ttft", "e2e")}
-    if pairs := run.summary["tbt_quantiles_s"]:
-        quantiles, gaps = np.array(pairs, dtype=float).T
-        found["tbt"] = np.interp(QUANTILES, quantiles, gaps)
-    return found
+    drawn = distributions(run.requests, run.summary)
+    return {metric: np.interp(QUANTILES, quantiles, values) for metric, (quantiles, values) in drawn.items()}
 
 
 def _short(values: Array) -> list[float]:

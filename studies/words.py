@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def statistic_name(statistic: str) -> str:
+    """The name of a statistic: median for p50, P99 for p99; mean and max stay."""
+    return {"mean": "mean", "max": "max", "p50": "median"}.get(statistic, statistic.upper())
+
+
 def number(value: float) -> str:
     """Three digits, and no exponent unless there is no other way to be brief."""
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"

@@ -14,7 +14,7 @@ from simulator.replica import Clock, Replica
 
 
 def replay(
-    lengths: list[tuple[float, int, int]], recorder: Recorder, scheduler: Scheduler, async_scheduling: bool = False
+    lengths: list[tuple[float, int, int]], recorder: Recorder, scheduler: Scheduler
 ) -> tuple[list[Batch], Recorder]:
     """Simulate requests of (arrival, prompt, output) on a fresh `scheduler`, which `recorder` has a real run of."""
     batches: list[Batch] = []
@@ -28,8 +28,8 @@ def replay(
 
     scheduler.schedule = noting  # type: ignore[method-assign]
     env, simulated = Clock(), Recorder()
-    predictor = Measured(recorder.iterations_kept(), scheduler.max_in_flight)
-    replica = Replica(env, 0, scheduler, predictor, simulated, lambda request: None, False, async_scheduling)
+    predictor = Measured(recorder.iterations_kept(), scheduler.num_stages)
+    replica = Replica(env, 0, scheduler, predictor, simulated, lambda request: None, repeats=False)
     at, prompts, outputs = (np.array(column) for column in zip(*lengths, strict=True))
 
     def arrive() -> Any:
@@ -45,7 +45,7 @@ def replay(
 
 def composition(batches: list[Batch]) -> list[Any]:
     """What is in each batch: requests that decode, chunks of prompts, and the KV blocks in use."""
-    return [([r.id for r in b.decodes], [(r.id, n) for r, n in b.prefills], b.kv_blocks) for b in batches]
+    return [([r.id for r, _ in b.decodes], [(r.id, n) for r, n in b.chunks], b.kv_blocks) for b in batches]
 
 
 def assert_same_times(simulated: Recorder, measured: Recorder) -> None:

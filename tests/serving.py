@@ -89,7 +89,7 @@ class Served:
     def new_scheduler(self) -> Scheduler:
         """One like that of this run, before the run."""
         used = self.driver.scheduler
-        return Scheduler(used.spec, used.blocks.num_blocks, used.max_in_flight)
+        return Scheduler(used.spec, used.kv_cache.num_blocks, used.num_stages, async_scheduling=used.async_scheduling)
 
 
 def serve(
@@ -98,6 +98,7 @@ def serve(
     *,
     policy: str = "sarathi",
     stages: int = 1,
+    async_scheduling: bool = False,
     num_blocks: int = FEW_BLOCKS,
     prompts: list[list[int]] | None = None,
     counts: list[int] | None = None,
@@ -116,7 +117,7 @@ def serve(
                       max_model_len=MAX_LEN, block_size=4, watermark=0.0),
         MAX_LEN,
     )  # fmt: skip
-    scheduler = Scheduler(spec, num_blocks, max_in_flight=stages)
+    scheduler = Scheduler(spec, num_blocks, max_in_flight=stages, async_scheduling=async_scheduling)
     recorder = recorder or Recorder(predicted=False)
     sequences = [
         Sequence(
@@ -133,7 +134,7 @@ def serve(
     def note(batch: Batch, result: Result) -> None:
         served.batches.append(batch)
         served.results.append(result)
-        for request in (*batch.decodes, *batch.ending):
+        for request in batch.sampled:
             served.sampled.append(request.id)
             served.lengths.append(len(sequences[request.id].tokens))
         if on_result is not None:
@@ -142,6 +143,6 @@ def serve(
     driver.on_result = note
     driver.run(sequences)
     recorder.close()
-    scheduler.blocks.check_integrity([])
-    assert scheduler.blocks.num_used == 0
+    scheduler.kv_cache.check_integrity([])
+    assert scheduler.kv_cache.num_used == 0
     return served

@@ -31,9 +31,8 @@ class VirtualTime:
     def now(self) -> float:
         return self.time
 
-    def sleep(self, seconds: float) -> None:
-        assert seconds >= 0
-        self.time += seconds
+    def sleep_until(self, time: float) -> None:
+        self.time = max(self.time, time)
 
 
 class FakeWorkers:
@@ -89,9 +88,9 @@ class FakeWorkers:
             raise WorkerError("rank 0 was killed by SIGKILL")
         at, result = self.results[0]
         if timeout is not None and at > self.clock.now() + timeout:
-            self.clock.sleep(timeout)
+            self.clock.sleep_until(self.clock.now() + timeout)
             return None
-        self.clock.sleep(max(0.0, at - self.clock.now()))
+        self.clock.sleep_until(at)
         self.results.popleft()
         return result
 
@@ -129,6 +128,7 @@ def serve(
     num_blocks: int = 64,
     stop: frozenset[int] = frozenset(),
     run: bool = True,
+    async_scheduling: bool = False,
     spec: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Served:
@@ -137,7 +137,7 @@ def serve(
         SchedulerSpec(policy=policy, **{**defaults, "max_model_len": 64, **(spec or {})}),  # type: ignore[arg-type]
         64,
     )
-    scheduler = Scheduler(scheduler_spec, num_blocks, max_in_flight=stages)
+    scheduler = Scheduler(scheduler_spec, num_blocks, max_in_flight=stages, async_scheduling=async_scheduling)
     clock = VirtualTime()
     workers = FakeWorkers(clock, stages, scheduler_spec.block_size)
     recorder = Recorder(predicted=False)
@@ -174,8 +174,8 @@ def test_every_request_gets_its_own_tokens(case: tuple[Any, str, int, int]) -> N
     for sequence, (_, prompt, output) in zip(served.sequences, lengths, strict=True):
         assert sequence.output == expected(sequence.tokens[:prompt], output)
         assert sequence.finish_reason == "length"
-    served.driver.scheduler.blocks.check_integrity([])
-    assert served.driver.scheduler.blocks.num_used == 0
+    served.driver.scheduler.kv_cache.check_integrity([])
+    assert served.driver.scheduler.kv_cache.num_used == 0
 
 
 @given(LENGTHS, st.sampled_from(sorted(POLICIES)), st.integers(14, 30), st.sets(st.integers(0, 999), max_size=300))
@@ -191,7 +191,7 @@ def test_scheduling_ahead_gives_the_same_tokens_with_stop_tokens_too(
         assert sequence.finish_reason == ("stop" if sequence.output[-1] in stop else "length")
         assert len(sequence.request.token_times) == len(sequence.output)
     scheduler = served.driver.scheduler
-    assert scheduler.blocks.num_used == 0 and not scheduler.running and not scheduler.waiting
+    assert scheduler.kv_cache.num_used == 0 and not scheduler.running and not scheduler.waiting
 
 
 def test_preemption_really_happens_in_these_cases() -> None:
@@ -217,8 +217,8 @@ def test_the_simulator_replays_a_run_batch_for_batch(case: tuple[Any, str, int, 
 def test_the_simulator_replays_a_run_that_was_scheduled_ahead(lengths: Any, policy: str, num_blocks: int) -> None:
     num_blocks = 64 if policy in ("orca", "faster_transformer") else num_blocks
     served = serve(lengths, policy, 1, num_blocks, spec=settings_of(policy), async_scheduling=True)
-    scheduler = Scheduler(served.driver.scheduler.spec, num_blocks)
-    simulated, recorder = replay(lengths, served.recorder, scheduler, async_scheduling=True)
+    scheduler = Scheduler(served.driver.scheduler.spec, num_blocks, async_scheduling=True)
+    simulated, recorder = replay(lengths, served.recorder, scheduler)
     assert composition(simulated) == composition(served.batches)
     assert_same_times(recorder, served.recorder)
 

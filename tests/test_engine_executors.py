@@ -233,7 +233,7 @@ def test_the_simulator_replays_a_run_in_real_time(
     served = serve(executor(tp=tp, pp=pp), oracle(), policy=policy, stages=pp, prompts=prompts, arrivals=arrivals,
                    counts=[count for _, _, count in lengths], async_scheduling=ahead)  # fmt: skip
     assert len(served.batches) > 50
-    simulated, recorder = replay(lengths, served.recorder, served.new_scheduler(), ahead)
+    simulated, recorder = replay(lengths, served.recorder, served.new_scheduler())
     assert composition(simulated) == composition(served.batches)
     assert_same_times(recorder, served.recorder)
 

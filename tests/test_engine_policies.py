@@ -41,14 +41,11 @@ def play(
             scheduler.add(requests[to_come.pop(0)])
         while (batch := scheduler.schedule()) is not None:
             flying.append(batch)
-            names = [letter(r) for r in batch.decodes] + [f"{letter(r)}{chunk}" for r, chunk in batch.prefills]
+            names = [letter(r) for r, _ in batch.decodes] + [f"{letter(r)}{chunk}" for r, chunk in batch.chunks]
             written.append(" ".join(names))
             assert len(flying) <= depth
         batch = flying.pop(0)
-        stopped = [r for r in batch.decodes if r.total + 1 == r.limit]
-        stopped += [r for r, chunk in batch.prefills if r.computed + chunk == r.total == r.limit - 1]
-        scheduler.commit(batch, stopped)
-        left -= len(stopped)
+        left -= len(scheduler.commit(batch).finished)
         completed += 1
     return written, scheduler
 

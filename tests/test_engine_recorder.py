@@ -54,9 +54,7 @@ def drive(recorder: Recorder, seed: int = 0, count: int = 60) -> tuple[list[Requ
             times.append(now)
         before = {r.id: list(r.token_times) for r in requests}
         longest = recorder.completed(batch, times)
-        stopped = [r for r in batch.decodes if r.total + runs == r.limit]
-        stopped += [r for r, chunk in batch.prefills if r.computed + chunk == r.total == r.limit - 1]
-        scheduler.commit(batch, stopped, runs)
+        stopped = scheduler.commit(batch, repeats=runs).finished
         recorder.iterations(
             2, 0, starts, durations, batch, [batch.kv_blocks] * runs, running, waiting, longest, bool(rng.integers(2))
         )
@@ -71,9 +69,9 @@ def drive(recorder: Recorder, seed: int = 0, count: int = 60) -> tuple[list[Requ
                 {
                     "start_s": starts[i],
                     "duration_s": durations[i],
-                    "num_tokens": len(batch.decodes) + sum(chunk for _, chunk in batch.prefills),
+                    "num_tokens": len(batch.decodes) + sum(chunk for _, chunk in batch.chunks),
                     "num_decodes": len(batch.decodes),
-                    "num_prefills": len(batch.prefills),
+                    "num_prefills": len(batch.chunks),
                     "num_running": running,
                     "num_waiting": waiting,
                     "max_tbt_s": max(gaps),

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from copy import deepcopy
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.policies import POLICIES, resolve
+from engine.policies import POLICIES, BatchPlan, Sarathi, resolve
 from engine.request import Batch, Request
 from engine.scheduler import Scheduler
 from engine.specs import SchedulerSpec
@@ -19,9 +19,10 @@ MAX_MODEL_LEN = 24
 
 
 def stopped_by(batch: Batch) -> list[Request]:
-    """The requests that this batch gives their last token: what a driver works out before it commits."""
-    stopped = [r for r in batch.decodes if r.total + 1 == r.limit]
-    return stopped + [r for r, chunk in batch.prefills if r.computed + chunk == r.total == r.limit - 1]
+    """The requests that this batch gives their last token: counted anew before it is committed."""
+    stopped = [r for r, _ in batch.decodes if r.num_tokens + 1 == r.max_total_tokens]
+    chunks = [(r, r.num_computed_tokens + chunk) for r, chunk in batch.chunks]
+    return stopped + [r for r, computed in chunks if computed == r.num_tokens == r.max_total_tokens - 1]
 
 
 def make(policy: str, blocks: int, depth: int = 1, **limits: object) -> Scheduler:
@@ -165,10 +166,10 @@ def real_run(scheduler: Scheduler, jobs: Sequence[Job]) -> list[Step]:
             arrived += 1
         while (batch := scheduler.schedule()) is not None:
             flying.append(batch)
-            steps.append(([r.id for r in batch.decodes], [(r.id, chunk) for r, chunk in batch.prefills]))
+            steps.append(([r.id for r, _ in batch.decodes], [(r.id, chunk) for r, chunk in batch.chunks]))
         batch = flying.pop(0)
         stopped = stopped_by(batch)
-        scheduler.commit(batch, stopped)
+        assert scheduler.commit(batch).finished == stopped
         completed += 1
         finished += len(stopped)
     return steps
@@ -252,7 +253,7 @@ def test_preempted_requests_return_in_order_of_arrival() -> None:
         queue = [r.id for r in scheduler.waiting]
         assert queue == sorted(queue)
         stopped = stopped_by(flying[0])
-        scheduler.commit(flying.pop(0), stopped)
+        assert scheduler.commit(flying.pop(0)).finished == stopped
         finished += len(stopped)
     assert requests[1].preemptions and requests[2].preemptions
 
@@ -304,22 +305,22 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
         return batch
 
     def account(batch: Batch) -> None:
-        members = [r.id for r in batch.decodes] + [r.id for r, _ in batch.prefills]
+        members = [r.id for r, _ in batch.decodes] + [r.id for r, _ in batch.chunks]
         assert len(set(members)) == len(members) > 0
         assert not in_flight & set(members)
         in_flight.update(members)
-        for request in batch.decodes:
-            assert request.total - cached[request.id] == 1
-        attended = [min(cached[r.id] + 1, window or MAX_MODEL_LEN) for r in batch.decodes]
+        for request, _ in batch.decodes:
+            assert request.num_tokens - cached[request.id] == 1
+        attended = [min(cached[r.id] + 1, window or MAX_MODEL_LEN) for r, _ in batch.decodes]
         assert batch.shape.decode_kv_tokens == sum(attended)
         assert batch.shape.num_decodes == len(batch.decodes)
-        assert all(batch.left <= r.limit - r.total for r in batch.decodes)
-        assert batch.shape.prefills == tuple((chunk, cached[r.id]) for r, chunk in batch.prefills)
-        assert all(0 < chunk <= r.total - cached[r.id] for r, chunk in batch.prefills)
-        assert batch.shape.num_tokens == len(batch.decodes) + sum(chunk for _, chunk in batch.prefills)
-        complete = [r for r, chunk in batch.prefills if cached[r.id] + chunk == r.total]
+        assert all(batch.left <= r.max_total_tokens - r.num_tokens for r, _ in batch.decodes)
+        assert batch.shape.prefills == tuple((chunk, cached[r.id]) for r, chunk in batch.chunks)
+        assert all(0 < chunk <= r.num_tokens - cached[r.id] for r, chunk in batch.chunks)
+        assert batch.shape.num_tokens == len(batch.decodes) + sum(chunk for _, chunk in batch.chunks)
+        complete = [r for r, chunk in batch.chunks if cached[r.id] + chunk == r.num_tokens]
         assert batch.shape.num_sampled == len(batch.decodes) + len(complete)
-        for request, new in [(r, 1) for r in batch.decodes] + batch.prefills:
+        for request, new in batch.entries:
             assert len(request.blocks) * block_size >= cached[request.id] + new
             if request.id not in first_seen:
                 first_seen.append(request.id)
@@ -327,12 +328,12 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
         if policy in ("sarathi", "chunked_only"):
             assert batch.shape.num_tokens <= budget
         if policy == "vllm":
-            assert not (batch.decodes and batch.prefills)
+            assert not (batch.decodes and batch.chunks)
             assert batch.shape.num_tokens <= budget
-        if policy == "hybrid_only" and len(batch.prefills) > 1:
+        if policy == "hybrid_only" and len(batch.chunks) > 1:
             assert batch.shape.num_tokens <= budget
         if policy == "chunked_only":
-            assert not (batch.decodes and batch.prefills)
+            assert not (batch.decodes and batch.chunks)
 
     while finished < len(jobs):
         while arrived < len(jobs) and (jobs[arrived][0] <= completed or not (scheduler.running or scheduler.waiting)):
@@ -343,24 +344,24 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
             account(batch)
             assert len(flying) <= depth
         assert len(scheduler.running) <= seqs
-        scheduler.blocks.check_integrity(requests)
+        scheduler.kv_cache.check_integrity(requests)
         assert flying, "nothing runs although requests are left"
         batch = flying.pop(0)
         stopped = stopped_by(batch)
-        for request, tokens in [(r, 1) for r in batch.decodes] + batch.prefills:
+        for request, tokens in batch.entries:
             cached[request.id] += tokens
             computed += tokens
             in_flight.remove(request.id)
-        scheduler.commit(batch, stopped)
-        assert [r.computed for r in requests] == cached
+        assert scheduler.commit(batch).finished == stopped
+        assert [r.num_computed_tokens for r in requests] == cached
         completed += 1
         finished += len(stopped)
         assert completed < 50 * MAX_MODEL_LEN * len(jobs), "a request starves"
     assert first_seen == list(range(len(jobs)))
-    assert all(r.generated == r.output_tokens for r in requests)
+    assert all(r.num_output_tokens == r.output_tokens for r in requests)
     assert lost == scheduler.recomputed_tokens
-    assert computed == sum(r.limit - 1 for r in requests) + lost
-    assert scheduler.blocks.num_used == 0
+    assert computed == sum(r.max_total_tokens - 1 for r in requests) + lost
+    assert scheduler.kv_cache.num_used == 0
     assert scheduler.schedule() is None
     assert not (scheduler.running or scheduler.waiting or scheduler.prefilling or scheduler.decoding)
 
@@ -393,17 +394,17 @@ def test_a_batch_comes_again_as_often_as_it_says(  # type: ignore[no-untyped-def
     while (batch := scheduler.schedule()) is not None:
         last = batch
         if batch.decodes:
-            assert batch.left == min(r.limit - r.total for r in batch.decodes)
+            assert batch.left == min(r.max_total_tokens - r.num_tokens for r, _ in batch.decodes)
         if batch.repeats > 1:
             stepped, again = deepcopy((scheduler, batch))
-            members = [[r.id for r in batch.decodes], [(r.id, chunk) for r, chunk in batch.prefills]]
+            members = [[r.id for r, _ in batch.decodes], [(r.id, chunk) for r, chunk in batch.chunks]]
             for i in range(1, batch.repeats):
                 assert not stopped_by(again)
-                stepped.commit(again, [])
+                assert not stepped.commit(again).finished
                 following = stepped.schedule()
                 assert following is not None
                 again = following
-                assert [[r.id for r in again.decodes], [(r.id, chunk) for r, chunk in again.prefills]] == members
+                assert [[r.id for r, _ in again.decodes], [(r.id, chunk) for r, chunk in again.chunks]] == members
                 assert again.shape[:5] == batch.shape.after(i)[:5]
                 if i < batch.repeats - 1:  # how the last repeat would grow is never asked
                     assert again.shape.decode_kv_growth == batch.shape.decode_kv_growth
@@ -411,10 +412,11 @@ def test_a_batch_comes_again_as_often_as_it_says(  # type: ignore[no-untyped-def
             stopped = [scheduler_request(scheduler, r.id) for r in stopped_by(last)]
         else:
             stopped = stopped_by(last)
-        taken = scheduler.commit(batch, stopped, batch.repeats)
+        finished, taken = scheduler.commit(batch, repeats=batch.repeats)
+        assert finished == stopped
         assert all(1 <= round < batch.repeats for round in taken)
         if batch.repeats > 1:
-            stepped.commit(last, stopped_by(last))
+            stepped.commit(last)
             assert state(scheduler) == state(stepped)
     assert not scheduler.running and not scheduler.waiting
 
@@ -425,9 +427,84 @@ def scheduler_request(scheduler: Scheduler, who: int) -> Request:
 
 def state(scheduler: Scheduler) -> list[object]:
     """All that later batches depend on."""
-    requests = [(r.id, r.computed, r.total, r.capacity, len(r.blocks)) for r in scheduler.running]
-    queues = [[r.id for r in queue] for queue in (scheduler.prefilling, scheduler.decoding, scheduler.waiting)]
-    return [requests, queues, scheduler.blocks.num_used, scheduler.in_flight, scheduler._computed]
+    requests = [
+        (r.id, r.num_computed_tokens, r.num_tokens, r.allocated_tokens, len(r.blocks)) for r in scheduler.running
+    ]
+    queues = [
+        [r.id for r in queue] for queue in (scheduler.prefilling, [r for r, _ in scheduler.decoding], scheduler.waiting)
+    ]
+    return [requests, queues, scheduler.kv_cache.num_used, scheduler.in_flight, scheduler._kv_tokens]
+
+
+# -- several new tokens at once ----------------------------------------------------------------------------------------
+
+
+class Speculating(Sarathi):
+    """Sarathi whose decodes compute up to three drafted tokens beside the known one, with KV slots for all."""
+
+    num_draft_tokens = 3
+
+    def plan(self, scheduler: Scheduler) -> BatchPlan:
+        entries = []
+        for request, _ in scheduler.take_decodes():
+            tokens = min(1 + self.num_draft_tokens, request.max_total_tokens - request.start)
+            if request.blocks and scheduler.make_room(request, request.start + tokens):
+                entries.append((request, tokens))
+        entries = [(request, tokens) for request, tokens in entries if request.blocks]  # the others were preempted
+        return BatchPlan(chunks=[*entries, *self.take_chunks(scheduler, sum(tokens for _, tokens in entries))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    jobs=workloads(),
+    depth=st.integers(1, 2),
+    block_size=st.sampled_from([1, 2, 4]),
+    spare=st.integers(4, 20),
+    data=st.data(),
+)
+def test_speculative_tokens_are_accepted_one_by_one(  # type: ignore[no-untyped-def]
+    jobs, depth, block_size, spare, data
+) -> None:
+    scheduler = make(
+        "sarathi", blocks_for(MAX_MODEL_LEN, block_size) + spare, depth, max_num_seqs=6,
+        max_num_batched_tokens=40, block_size=block_size,
+    )  # fmt: skip
+    scheduler.policy = Speculating(scheduler.spec)
+    requests = [Request(i, 0.0, prompt, output) for i, (_, prompt, output) in enumerate(jobs)]
+    for request in requests:
+        scheduler.add(request)
+    flying: list[Batch] = []
+    several = 0
+    while scheduler.running or scheduler.waiting:
+        while (batch := scheduler.schedule()) is not None:
+            flying.append(batch)
+        batch = flying.pop(0)
+        known = {request: request.num_tokens for request, _ in batch.entries}
+        cached = {request: request.num_computed_tokens for request, _ in batch.entries}
+        accepted = []
+        for request, tokens in batch.entries:
+            drafted = cached[request] + tokens - known[request]
+            most = min(drafted + 1, request.max_total_tokens - known[request])
+            accepted.append(data.draw(st.integers(1, most)) if drafted >= 0 else 0)
+        finished = scheduler.commit(batch, accepted).finished
+        for (request, tokens), new in zip(batch.entries, accepted, strict=True):
+            several += new > 1
+            assert request.num_tokens == known[request] + new
+            assert request.num_computed_tokens == min(cached[request] + tokens, request.num_tokens - 1)
+            assert (request in finished) == (request.num_tokens == request.max_total_tokens) == request.finished
+        scheduler.kv_cache.check_integrity(requests)
+    assert all(request.num_output_tokens == request.output_tokens for request in requests)
+    assert scheduler.kv_cache.num_used == 0 and scheduler._kv_tokens == 0
+    event("several tokens at once" if several else "one token each")
+
+
+def test_tokens_that_can_not_be_are_refused() -> None:
+    scheduler = make("sarathi", 20, max_num_seqs=2, max_num_batched_tokens=4)
+    scheduler.add(Request(0, 0.0, 6, 3))
+    batch = scheduler.schedule()
+    assert batch is not None
+    with pytest.raises(ValueError, match="1 new tokens for 4 computed of Request"):
+        scheduler.commit(batch, [1])  # its prompt is not finished
 
 
 # -- what can never run ------------------------------------------------------------------------------------------------

@@ -128,12 +128,13 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 
 
 def test_the_examples_of_the_extension_page_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from engine.metric_table import METRICS
     from engine.policies import POLICIES
     from simulator.cluster import PREDICTORS
     from simulator.router import ROUTERS
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extend.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     namespace: dict[str, object] = {}
     try:
         for block in blocks:
@@ -143,10 +144,10 @@ def test_the_examples_of_the_extension_page_run(capsys: pytest.CaptureFixture[st
         assert {replica["scheduler"] for replica in run.summary["replicas"]} == {"shortest_first"}  # type: ignore[attr-defined]
         assert "two straight lines" in run.summary["replicas"][0]["predictor"]  # type: ignore[attr-defined]
     finally:
-        for names in (POLICIES, ROUTERS, PREDICTORS):
-            for name in ("shortest_first", "fewest_waiting", "two_lines"):
+        for names in (POLICIES, ROUTERS, PREDICTORS, METRICS):
+            for name in ("shortest_first", "fewest_waiting", "two_lines", "decode_time"):
                 names.pop(name, None)  # type: ignore[attr-defined]
-    assert "p99_ttft<=2" in capsys.readouterr().out
+    assert {"p99_ttft<=2s", "p90_decode_time<=30s"} <= set(re.findall(r"\w+<=\w+", capsys.readouterr().out))
 
 
 def test_the_example_of_the_engine_page_runs(tmp_path: Path) -> None:

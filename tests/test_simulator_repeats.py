@@ -1,62 +1,17 @@
-"""The fast path (stretches of repeats) gives the identical result to single-stepping every batch."""
+"""The fast path (many repeats at once) gives the identical result to single-stepping every batch."""
 
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_runs import Affine, deployment, rows, with_async, workloads
 
-from engine import catalog
-from engine.policies import POLICIES, resolve
+from engine.policies import POLICIES
 from engine.request import BatchShape
-from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload import Workload
-from simulator.cluster import Deployment, Run, deploy, simulate
-from simulator.predictor.base import RuntimePredictor
-
-
-class Affine(RuntimePredictor):
-    """Times that depend on everything a predictor may look at, with an odd last digit."""
-
-    def stage_time(self, shape: BatchShape, stage: int) -> float:
-        chunks = sum(chunk * (3 + prefix) for chunk, prefix in shape.prefills)
-        sampled = 1e-5 * shape.num_sampled
-        return (
-            0.003 + 7e-4 * stage + 1e-4 * shape.num_tokens + 1.1e-6 * shape.decode_kv_tokens + 1e-7 * chunks + sampled
-        )
-
-    def send_time(self, shape: BatchShape, stage: int) -> float:
-        return 1e-4 + 1e-6 * shape.num_tokens
-
-
-def deployment(
-    policy: str, stages: int, blocks: int, window: int | None = None, seqs: int = 6, budget: int = 24
-) -> Deployment:
-    """A small replica; the policy "dynamic" is sarathi with the dynamic chunk schedule."""
-    spec = resolve(
-        SchedulerSpec(
-            policy="sarathi" if policy == "dynamic" else policy,
-            chunk_schedule="dynamic" if policy == "dynamic" else "fixed",
-            max_num_seqs=seqs,
-            max_num_batched_tokens=budget if policy in ("sarathi", "chunked_only", "dynamic") else 160,
-            max_model_len=80,
-            block_size=4,
-        ),
-        80,
-    )
-    return deploy(
-        replace(catalog.model("microsoft/phi-2"), sliding_window=window), "a100",
-        parallel=ParallelSpec(pipeline_parallel_size=stages), scheduler=spec, num_gpu_blocks_override=blocks,
-        predictor=Affine(),
-    )  # fmt: skip
-
-
-def rows(run: Run) -> list[tuple]:  # type: ignore[type-arg]
-    assert run.iterations is not None
-    table = pd.DataFrame(run.iterations).sort_values(["replica", "stage", "start_s"]).fillna(-1.0)
-    return [tuple(row) for row in table.itertuples(index=False)]
+from simulator.cluster import Run, simulate
 
 
 def assert_same(fast: Run, slow: Run) -> None:
@@ -73,13 +28,6 @@ def assert_same(fast: Run, slow: Run) -> None:
             assert mine[key] == pytest.approx(other[key], rel=1e-9, abs=1e-12), key
 
 
-workloads = st.lists(
-    st.tuples(st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.3]), st.integers(1, 40), st.integers(1, 39)),
-    min_size=1,
-    max_size=25,
-)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     requests=workloads,
@@ -92,20 +40,20 @@ workloads = st.lists(
     budget=st.sampled_from([6, 9, 24]),
     ahead=st.booleans(),
 )
-def test_stretches_equal_single_steps(  # type: ignore[no-untyped-def]
+def test_repeats_equal_single_steps(  # type: ignore[no-untyped-def]
     requests, policy, stages, blocks, replicas, router, window, budget, ahead
 ):
     gaps, prompts, outputs = map(np.array, zip(*requests, strict=True))
     workload = Workload("random", np.cumsum(gaps).astype(float), prompts, outputs, 0)
     kind = deployment(policy, stages, blocks, window, budget=budget)
-    kinds = [replace(kind, replica=replace(kind.replica, async_scheduling=ahead and stages == 1))] * replicas
+    kinds = [with_async(kind, ahead)] * replicas
     fast = simulate(workload, kinds, router=router)
     slow = simulate(workload, kinds, router=router, repeats=False)
     assert_same(fast, slow)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_stretches_save_most_of_the_events(stages: int) -> None:
+def test_repeats_save_most_of_the_events(stages: int) -> None:
     """Guards the point of it: a long decode must not be stepped one batch at a time."""
     asked = 0
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
+from engine.metric_table import METRICS
 from engine.specs import SLO, SchedulerSpec
 from engine.tables import Array
 from engine.workload import Workload, WorkloadSpec, make_workload
@@ -106,7 +107,7 @@ def test_a_wrong_tolerance_is_told() -> None:
 SLOS = st.lists(
     st.tuples(
         st.sampled_from(["p50", "p90", "p99", "mean", "max"]),
-        st.sampled_from(["ttft", "tbt", "tpot", "e2e", "scheduling_delay", "normalized_latency"]),
+        st.sampled_from(list(METRICS)),
         st.floats(0.005, 2.0),
     ).map(lambda parts: SLO(parts[1], parts[0], parts[2])),
     min_size=1, max_size=3,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.executor import RankReport, RankTime, Step, lone_step, num_rows
+from engine.executor import RankReport, RankTime, Step, lone_step
 from engine.memory import GIB, kv_bytes_per_block
 from engine.worker import weights
 from engine.worker.attention import select
@@ -76,7 +76,7 @@ class ModelRunner:
                 weights.dummy(self.model, spec.seed)
             else:
                 weights.load(self.model, spec.folder)
-            self.rows = Rows(num_rows(spec.max_num_seqs), self._max_blocks, spec.block_size, self.device)
+            self.rows = Rows(spec.max_num_seqs, self._max_blocks, spec.block_size, self.device)
 
     def describe(self) -> tuple[int, str, str]:
         """KV blocks it may have (as told, or as many as there is memory for), its attention backend, its hardware."""
@@ -155,6 +155,8 @@ class ModelRunner:
             self.rows.set_padding_block(num_blocks)
             if self.device.type == "cuda":
                 for sequences, num_decodes in WARM_UP:
+                    if len(sequences) > spec.max_num_seqs:
+                        continue
                     step = lone_step(sequences, num_decodes, spec.block_size)
                     if len(step.new_blocks.ids) <= num_blocks and len(step.tokens) <= spec.max_model_len:
                         self.execute(step).wait()

@@ -1,0 +1,167 @@
+"""KV-cache blocks of one replica: who holds which, how many are free, and which hold a prefix that others can use.
+
+PagedAttention's block table, no tensors. With prefix caching a full block is known by the hash of its tokens and all
+before it, blocks are counted by their holders, and a block that nobody holds keeps its content until it is taken for
+another, the least recently released first (vLLM V1's rules, v1/core/block_pool.py). Without it no hash is looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from engine.request import Request
+
+
+class KVCache:
+    """Hands out `num_blocks` blocks of `block_size` tokens each.
+
+    Args:
+        watermark: fraction of the blocks that admission leaves free, so that the requests already running can grow for
+            a while before one of them has to be preempted.
+        prefix_caching: keep the content of released blocks, to be found again by `match`.
+        reuse_unhashed_first: released blocks without a hash are taken before all others (vLLM from 0.3x on), else they
+            wait in line like those that have one.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        watermark: float = 0.0,
+        prefix_caching: bool = False,
+        reuse_unhashed_first: bool = False,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.watermark_blocks = int(watermark * num_blocks)
+        self.prefix_caching = prefix_caching
+        self.reuse_unhashed_first = reuse_unhashed_first
+        self.evictions = 0  # blocks that lost a content that could have been found again
+        self.num_free = num_blocks
+        # without prefix caching a stack, the lowest ids first; with it a line, the next to be taken first
+        self._stack = list(range(num_blocks - 1, -1, -1)) if not prefix_caching else []
+        self._line: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks) if prefix_caching else ())
+        self._holders = [0] * num_blocks if prefix_caching else []
+        self._hash_of: dict[int, int] = {}  # of blocks with content, by block
+        self._with_hash: dict[int, dict[int, None]] = {}  # the blocks of a content, first registered first
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_free
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.block_size)
+
+    # -- taking and giving back ------------------------------------------------------------------------------------
+
+    def allocate(self, request: Request, tokens: int, prefix: Sequence[int] = (), spare: int = 0) -> bool:
+        """Give `request` blocks until it can hold `tokens` tokens; False, and nothing taken, if too few are free.
+
+        `prefix` is what `match` found for a request that holds no block: it comes first. `spare` blocks have to remain
+        free.
+        """
+        held = len(request.blocks) + len(prefix)
+        need = max(0, -(-tokens // self.block_size) - held)
+        idle = sum([not self._holders[block] for block in prefix])  # these leave the line as well
+        if need + idle + spare > self.num_free:
+            return False
+        if not need and not prefix:
+            return True
+        if self.prefix_caching:
+            for block in prefix:
+                if not self._holders[block]:
+                    del self._line[block]
+                self._holders[block] += 1
+            request.blocks.extend(prefix)
+            request.num_cached_blocks = len(prefix) if prefix else request.num_cached_blocks
+            request.blocks.extend([self._take() for _ in range(need)])
+        else:
+            request.blocks.extend(self._stack[: -need - 1 : -1])
+            del self._stack[-need:]
+        self.num_free -= need + idle
+        request.allocated_tokens = len(request.blocks) * self.block_size
+        return True
+
+    def grow(self, request: Request) -> bool:
+        """Give `request` one more block; False if none is free."""
+        if not self.num_free:
+            return False
+        self.num_free -= 1
+        request.blocks.append(self._take() if self.prefix_caching else self._stack.pop())
+        request.allocated_tokens += self.block_size
+        return True
+
+    def release(self, request: Request) -> None:
+        """Take back every block of `request`, its last one first."""
+        if not self.prefix_caching:
+            self._stack.extend(reversed(request.blocks))
+            self.num_free += len(request.blocks)
+        else:
+            for block in reversed(request.blocks):
+                self._holders[block] -= 1
+                if not self._holders[block]:
+                    self._line[block] = None
+                    self.num_free += 1
+                    if self.reuse_unhashed_first and block not in self._hash_of:
+                        self._line.move_to_end(block, last=False)
+        request.blocks.clear()
+        request.allocated_tokens = 0
+        request.num_cached_blocks = 0
+
+    # -- prefixes --------------------------------------------------------------------------------------------------
+
+    def match(self, request: Request) -> list[int]:
+        """The blocks that hold the beginning of `request`'s known tokens, but for the last token, if any do."""
+        hashes = request.block_hashes
+        if not self.prefix_caching or not hashes:
+            return []
+        found = []
+        for block_hash in hashes[: (request.num_tokens - 1) // self.block_size]:
+            blocks = self._with_hash.get(block_hash)
+            if blocks is None:
+                break
+            found.append(next(iter(blocks)))
+        return found
+
+    def register(self, request: Request, tokens: int) -> None:
+        """Let others find the full blocks of the first `tokens` tokens of `request`, which it has computed or will."""
+        hashes = request.block_hashes
+        if not hashes:
+            return
+        first, last = request.num_cached_blocks, min(tokens // self.block_size, len(hashes))
+        for place in range(first, last):
+            block, block_hash = request.blocks[place], hashes[place]
+            self._hash_of[block] = block_hash
+            self._with_hash.setdefault(block_hash, {})[block] = None
+        request.num_cached_blocks = max(first, last)
+
+    def _take(self) -> int:
+        """The block at the head of the line, without the content it had."""
+        block, _ = self._line.popitem(last=False)
+        self._holders[block] = 1
+        block_hash = self._hash_of.pop(block, None)
+        if block_hash is not None:
+            self.evictions += 1
+            blocks = self._with_hash[block_hash]
+            del blocks[block]
+            if not blocks:
+                del self._with_hash[block_hash]
+        return block
+
+    # -- for tests and debugging -----------------------------------------------------------------------------------
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Assert that each block is either free or held, by as many of `requests` (all holders) as it is counted."""
+        requests = list(requests)
+        held = Counter(block for request in requests for block in request.blocks)
+        free = list(self._line) if self.prefix_caching else self._stack
+        assert len(free) == self.num_free, "the count of free KV blocks is wrong"
+        assert sorted([*held, *free]) == list(range(self.num_blocks)), "a KV block is lost, or both held and free"
+        assert all(len(set(request.blocks)) == len(request.blocks) for request in requests), "a request holds one twice"
+        if not self.prefix_caching:
+            assert all(count == 1 for count in held.values()), "a KV block is held twice"
+            return
+        assert all(self._holders[block] == held[block] for block in range(self.num_blocks)), "holders are miscounted"
+        registered = {block: key for key, blocks in self._with_hash.items() for block in blocks}
+        assert registered == self._hash_of, "a KV block is found by another hash than its own"
