@@ -96,11 +96,11 @@ def test_the_blocks_are_the_override_or_what_the_memory_holds() -> None:
     held = num_kv_blocks(
         replica.model, replica.device, replica.parallel, replica.scheduler, 0.9, largest_batch(replica.scheduler)
     )
-    assert replica.num_kv_blocks() == held == replica.new_scheduler().blocks.num_blocks
+    assert replica.num_kv_blocks() == held == replica.new_scheduler().kv_cache.num_blocks
     assert replica.describe("a test")["num_gpu_blocks"] == held
     measured = replica.with_blocks(77)
-    assert measured.num_kv_blocks() == measured.new_scheduler().blocks.num_blocks == 77
-    assert replica.new_scheduler(5).blocks.num_blocks == 5
+    assert measured.num_kv_blocks() == measured.new_scheduler().kv_cache.num_blocks == 77
+    assert replica.new_scheduler(5).kv_cache.num_blocks == 5
     big = resolve("Llama-2-70b-hf", "a40")  # an engine may still measure its memory; a simulation can't
     with pytest.raises(InputError, match="GiB of weights"):
         Deployment.of(big)
