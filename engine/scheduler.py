@@ -83,6 +83,7 @@ class Scheduler:
         self._in_flight: list[Batch] = []
         self._free_rows = list(range(spec.max_num_seqs - 1, -1, -1))
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
+        self.preempted: list[Request] = []  # for the newest batch, in order
         self._next_order = 0
 
     @property
@@ -126,6 +127,7 @@ class Scheduler:
         """Form the next batch, with KV blocks allocated for it; None if there is none."""
         if len(self._in_flight) >= self.max_in_flight or not (self.running or self.waiting):
             return None
+        self.preempted.clear()
         plan = self.policy.plan(self)
         decodes, chunks = plan.decodes, plan.chunks
         if not decodes and not chunks:
@@ -157,7 +159,9 @@ class Scheduler:
                 prefills.append((tokens, start))
         num_sampled = len(decodes) + len(completing)
         shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled, growth)
-        repeats = self._repeats(plan, left) if plan.stable and num_decodes == len(decodes) else 1
+        # after a preemption there are free blocks, which the next plan may use for another
+        stable = plan.stable and num_decodes == len(decodes) and not self.preempted
+        repeats = self._repeats(plan, left) if stable else 1
         batch = Batch(decodes, chunks, completing, shape, self.kv_cache.num_used, left, repeats)
         self._in_flight.append(batch)
         if self.kv_cache.prefix_caching:
@@ -316,6 +320,7 @@ class Scheduler:
         lost = victim.start
         self._leave(victim)
         self.recomputed_tokens += lost
+        self.preempted.append(victim)
         victim.num_computed_tokens = 0
         victim.preemptions += 1
         self.policy.requeue(self.waiting, victim)

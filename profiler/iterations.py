@@ -150,9 +150,9 @@ class _Watched:
 def _timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
     """`function`, which also notes how long it took whenever it gives something."""
 
-    def timed(*arguments: Any) -> Any:
+    def timed(*arguments: Any, **named: Any) -> Any:
         start = time.perf_counter()
-        value = function(*arguments)
+        value = function(*arguments, **named)
         if value is not None:
             seconds.append(time.perf_counter() - start)
         return value

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
+import pytest
 from hypothesis import strategies as st
 
 from engine import catalog
@@ -59,6 +61,20 @@ def rows(run: Run) -> list[tuple]:  # type: ignore[type-arg]
     assert run.iterations is not None
     table = pd.DataFrame(run.iterations).sort_values(["replica", "stage", "start_s"]).fillna(-1.0)
     return [tuple(row) for row in table.itertuples(index=False)]
+
+
+def assert_same(fast: Run, slow: Run) -> None:
+    assert len(fast.requests["request_id"]) > 0
+    order_fast, order_slow = (np.argsort(run.requests["request_id"]) for run in (fast, slow))
+    for name, column in slow.requests.items():
+        np.testing.assert_array_equal(fast.requests[name][order_fast], column[order_slow], err_msg=name)
+    assert rows(fast) == rows(slow)
+    for key, value in slow.summary.items():
+        if isinstance(value, int | float):  # means may add up in another order
+            assert fast.summary[key] == pytest.approx(value, rel=1e-9), key
+    for mine, other in zip(fast.summary["replicas"], slow.summary["replicas"], strict=True):
+        for key in ("recomputed_tokens", "occupied_s", "stage_utilization", "stage_bubbles"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-9, abs=1e-12), key
 
 
 workloads = st.lists(

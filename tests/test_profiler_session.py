@@ -89,8 +89,8 @@ class VirtualTime:
     def now(self) -> float:
         return self.time
 
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
+    def sleep_until(self, time: float) -> None:
+        self.time = max(self.time, time)
 
 
 class SyntheticWorkers:

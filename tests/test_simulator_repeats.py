@@ -6,26 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_runs import Affine, deployment, rows, with_async, workloads
+from random_runs import Affine, assert_same, deployment, with_async, workloads
 
 from engine.policies import POLICIES
 from engine.request import BatchShape
 from engine.workload import Workload
-from simulator.cluster import Run, simulate
-
-
-def assert_same(fast: Run, slow: Run) -> None:
-    assert len(fast.requests["request_id"]) > 0
-    order_fast, order_slow = (np.argsort(run.requests["request_id"]) for run in (fast, slow))
-    for name, column in slow.requests.items():
-        np.testing.assert_array_equal(fast.requests[name][order_fast], column[order_slow], err_msg=name)
-    assert rows(fast) == rows(slow)
-    for key, value in slow.summary.items():
-        if isinstance(value, int | float):  # means may add up in another order
-            assert fast.summary[key] == pytest.approx(value, rel=1e-9), key
-    for mine, other in zip(fast.summary["replicas"], slow.summary["replicas"], strict=True):
-        for key in ("recomputed_tokens", "occupied_s", "stage_utilization", "stage_bubbles"):
-            assert mine[key] == pytest.approx(other[key], rel=1e-9, abs=1e-12), key
+from simulator.cluster import simulate
 
 
 @settings(max_examples=100, deadline=None)

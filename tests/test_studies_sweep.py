@@ -228,7 +228,7 @@ def test_points_that_cannot_be_are_refused_and_crashes_are_crashes(searched: Pat
     (searched / "policy.py").write_text(
         "from engine.policies import POLICIES, Sarathi\n\n"
         "class Broken(Sarathi):\n"
-        "    def form(self, scheduler):\n"
+        "    def plan(self, scheduler):\n"
         "        raise ZeroDivisionError('in a policy')\n\n"
         "POLICIES['broken'] = Broken\n"
     )
