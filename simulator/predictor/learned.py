@@ -44,7 +44,7 @@ def learned(
 ) -> Learned:
     """The predictor of a deployment from the calibration that ships for its device.
 
-    The tables are kept under a key made of the calibration's contents, this code and the arguments, in
+    The tables are kept under a key made of the calibration's contents, this code, the operators and the arguments, in
     $WINDTUNNEL_CACHE_DIR or ~/.cache/windtunnel; a cache that can't be read or written costs time, nothing else. Raises
     InputError for a device without a calibration.
     """
@@ -54,6 +54,7 @@ def learned(
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
     stages = range(parallel.pipeline_parallel_size)
     calibration = store.load(folder, device)
+    maker = TableMaker(calibration, model, device, network, parallel, host.attention_kernel)
     learned_on = [model.device for model in calibration.models.values()]
     arguments = (
         model,
@@ -62,11 +63,11 @@ def learned(
         parallel,
         host.attention_kernel,
         learned_on,
+        maker.operators,
         store.fingerprint(folder),
         table_cache.code_hash(),
     )
     path = table_cache.cache_folder() / f"{hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]}.npz"
-    maker = TableMaker(calibration, model, device, network, parallel, host.attention_kernel)
     tables = table_cache.read(path, len(stages))
     if tables is None:
         tables = [maker.stage(stage) for stage in stages]

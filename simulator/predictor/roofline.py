@@ -17,7 +17,7 @@ from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, Paral
 from profiler.operators import inventory
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.kind import Site
-from simulator.predictor.kinds import sort_out
+from simulator.predictor.kinds import Sorted, sort_out
 
 
 class Roofline(RuntimePredictor):
@@ -36,9 +36,7 @@ class Roofline(RuntimePredictor):
             f"nothing in it is measured"
         )
         self.stages = [
-            _stage(model, parallel, host, Site(device, network, model.dtype_bytes, tp, stage * tp), stage)
-            for tp in (parallel.tensor_parallel_size,)
-            for stage in range(parallel.pipeline_parallel_size)
+            _stage(model, device, network, parallel, host, stage) for stage in range(parallel.pipeline_parallel_size)
         ]
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
@@ -54,15 +52,18 @@ class Roofline(RuntimePredictor):
 class _Stage:
     """A stage's times, tabulated by the number of rows as far as they have been asked for."""
 
-    def __init__(self, model: ModelSpec, parallel: ParallelSpec, host: HostOverhead, site: Site, stage: int) -> None:
-        self.site, self.host, self.stage = site, host, stage
-        self.operators = sort_out(inventory(model, parallel, stage))
-        decodes = [kind.data_sheet(op, site) for op, kind in self.operators.decodes]
+    def __init__(self, operators: Sorted, site: Site, host: HostOverhead, layers: int, ranks: int, stage: int) -> None:
+        self.operators, self.site, self.host = operators, site, host
+        self.layers, self.ranks, self.stage = layers, ranks, stage
+        decodes = [kind.data_sheet(op, site) for op, kind in operators.decodes]
         self.decode_per_request = sum(per_request for per_request, _ in decodes)
         self.decode_per_kv_token = sum(per_kv_token for _, per_kv_token in decodes)
-        self.prefill_time = _sum([partial(kind.roofline, op, site) for op, kind in self.operators.prompts])
-        self.layers = parallel.stage_layers(model.num_layers)[stage]
-        self.ranks = parallel.world_size
+        self.prefill_time = _sum(
+            [
+                partial(kind.roofline if kind.launch_floor(op, site) else kind.data_sheet, op, site)
+                for op, kind in operators.prompts
+            ]
+        )
         self.tables: dict[str, list[float]] = {"tokens": [], "sampled": []}
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
@@ -118,15 +119,19 @@ class _SteppedStage(_Stage):
         for op, kind in self.operators.decodes if decodes else ():
             gpu += float(kind.roofline(op, self.site, np.array([decodes]), np.array([kv]))[0])
         gpu += sum(self.prefill_time(chunk, prefix) for chunk, prefix in prefills)
-        gpu += sum(op_kind.roofline(op, self.site, shape) for op, op_kind in self.operators.batches)
+        gpu += sum(kind.roofline(op, self.site, shape) for op, kind in self.operators.batches)
         return max(gpu, launch) + host
 
 
-def _stage(model: ModelSpec, parallel: ParallelSpec, host: HostOverhead, site: Site, stage: int) -> _Stage:
+def _stage(
+    model: ModelSpec, device: DeviceSpec, network: NetworkSpec, parallel: ParallelSpec, host: HostOverhead, stage: int
+) -> _Stage:
+    tp, layers = parallel.tensor_parallel_size, parallel.stage_layers(model.num_layers)[stage]
+    site = Site(device, network, model.dtype_bytes, tp, stage * tp)
     operators = sort_out(inventory(model, parallel, stage))
-    floors = [kind.launch_floor(op, site) for op, kind in operators.decodes]
-    stepped = operators.batches or any(floors)
-    return (_SteppedStage if stepped else _Stage)(model, parallel, host, site, stage)
+    stepped = operators.batches or any(kind.launch_floor(op, site) for op, kind in operators.decodes)
+    kind_of_stage = _SteppedStage if stepped else _Stage
+    return kind_of_stage(operators, site, host, layers, parallel.world_size, stage)
 
 
 def _sum(functions: list[Callable[[int, int], float]]) -> Callable[[int, int], float]:

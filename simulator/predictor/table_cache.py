@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 import zipfile
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from engine import specs
-from profiler import kinds, operators
-from simulator.predictor import lookup
+from profiler import grids, kind, kinds, operators
+from simulator.predictor.kinds import KINDS
 from simulator.predictor.lookup import StageTables
 
 _TABLES = tuple(field.name for field in fields(StageTables))
@@ -25,12 +25,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("WINDTUNNEL_CACHE_DIR") or Path.home() / ".cache" / "windtunnel")
 
 
-@cache
 def code_hash() -> str:
-    """A hash of the code that makes the tables."""
-    own, *others = (Path(module.__file__ or "") for module in (lookup, kinds, operators, specs))
-    files = [*sorted(own.parent.glob("*.py")), *others]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+    """Return a hash of the code that makes the tables, with that of every kind of operator, wherever it is from."""
+    modules = [kind, grids, operators, specs, *(sys.modules[each.__module__] for each in _kinds())]
+    files = {Path(found) for module in modules if (found := module.__file__) is not None}
+    every = sorted(files | set(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in every)).hexdigest()
+
+
+def _kinds() -> list[type]:
+    return [*kinds.KINDS.values(), *KINDS.values()]
 
 
 def read(path: Path, stages: int) -> list[StageTables] | None:
