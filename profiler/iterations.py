@@ -21,7 +21,7 @@ from engine.request import Batch, BatchShape, Request
 from engine.scheduler import Scheduler
 from engine.sequences import Sequence
 from engine.specs import SchedulerSpec
-from profiler.points import Limits, farthest_first
+from profiler.grids import Limits, farthest_first
 from profiler.timing import Timing
 
 OUTPUT = 24  # tokens of each request

@@ -17,7 +17,8 @@ from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, RopeScaling
 from profiler.iterations import shape_of
 from profiler.session import ITERATIONS
 from profiler.session import settings as profile_settings
-from simulator.predictor.calibration import errors, measured_host
+from simulator.predictor.calibration import measured_host
+from simulator.predictor.calibration_errors import errors
 from simulator.predictor.learned import learned
 
 
