@@ -13,17 +13,21 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import catalog
-from engine.device_folder import CALIBRATIONS, HOST_FILE, PROFILE_FILE
+from engine.device_folder import CALIBRATIONS, PROFILE_FILE
 from engine.errors import InputError
 from engine.specs import DeviceSpec
 from profiler.importers import SOURCES, read_source
 from profiler.importers.common import OtherDeviceError
 from simulator.predictor import calibration as store
+from simulator.predictor import calibration_errors, calibration_fit
 from simulator.predictor.check import check_iterations, profiled_device
-from studies.calibration_record import range_words
+from simulator.predictor.kinds import KINDS
+from studies.calibration_kinds import page_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_POOLED = [name for name, kind in KINDS.items() if kind.pooled]
 
 
 def read(text: str, device: DeviceSpec) -> pd.DataFrame:
@@ -46,7 +50,7 @@ def _kind_of(place: Path) -> str:
 
 
 def _has_attention(frame: pd.DataFrame) -> bool:
-    return bool(frame["kind"].isin(store.POOLED).any())
+    return bool(frame["kind"].isin(_POOLED).any())
 
 
 def _attention_elsewhere(text: str, device: DeviceSpec) -> list[pd.DataFrame]:
@@ -56,7 +60,7 @@ def _attention_elsewhere(text: str, device: DeviceSpec) -> list[pd.DataFrame]:
         if frame["device"].eq(device.name).all() or not frame["device"].eq(other.name).all():
             continue
         if _has_attention(frame):
-            return [frame[frame["kind"].isin(store.POOLED)]]
+            return [frame[frame["kind"].isin(_POOLED)]]
     return []
 
 
@@ -77,7 +81,7 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     device = profiled_device(profiles[0]) if device_name is None else catalog.device(device_name)
     folder = output_dir or (profiles[0] / "calibration" if profiles else CALIBRATIONS / device.name)
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    ours = {*(f"{kind}.json" for kind in store.KINDS), HOST_FILE, catalog.DEVICE_FILE, PROFILE_FILE}
+    ours = {*(f"{kind}.json" for kind in KINDS), *store.NOT_KINDS}
     if foreign := sorted(there - ours):
         raise InputError(f"{folder} holds {foreign[0]}, which is no part of a calibration: give another --output-dir")
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -88,7 +92,7 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     for frame in frames:
         for note in frame.attrs.get("notes", []):
             console.print(f"note: {note}", style="dim")
-    calibration = store.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
+    calibration = calibration_fit.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
     if there:
         console.print(f"replacing the calibration in {folder}")
     written = store.save(calibration, folder, device if profiles else None)
@@ -136,7 +140,7 @@ def show_calibration(calibration: store.Calibration) -> None:
             f"(held-out error {calibration.host.held_out_error:.1%}); {launch}; messages between ranks: not measured"
         )
     for kind, record in calibration.records.items():
-        console.print(f"{kind}: measured over {'; '.join(range_words(calibration.models[kind]))}")
+        console.print(f"{kind}: measured over {'; '.join(page_of(kind).range_words(calibration.models[kind]))}")
         provenance = record["provenance"]
         sources = provenance["sources"]
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
@@ -150,11 +154,11 @@ def evaluate(device_name: str, train: Sequence[str], test: Sequence[str], as_jso
     if not test:
         raise InputError("no tables to test on: add --test DIR")
     if train:
-        models = store.learn(device, [read(source, device) for source in train])
+        models = calibration_fit.learn(device, [read(source, device) for source in train])
         calibration = store.Calibration(device.name, models, {})
     else:
         calibration = store.load_of(device)
-    operators = store.evaluate(calibration, [read(source, device) for source in test])
+    operators = calibration_errors.evaluate(calibration, [read(source, device) for source in test])
     result: dict[str, Any] = {"device": device.name, "operators": operators}
     if as_json:
         print(json.dumps(result))

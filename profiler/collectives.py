@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from engine.executor import WorkerError
 from engine.multiprocess import free_port
+from profiler.kinds import KINDS, Message
 from profiler.timing import Timing
 
 WARM_UP, REPEATS = 5, 25
@@ -37,7 +38,7 @@ class Ranks:
             self._processes.append(process)
 
     def measure(self, kind: str, num_bytes: int) -> Timing:
-        """The time of an all_reduce over all ranks, or of a send from rank 0 to rank 1."""
+        """The time of a kind of message over all ranks."""
         try:
             for pipe in self._pipes:
                 pipe.send((kind, num_bytes))
@@ -48,8 +49,7 @@ class Ranks:
                 every.append(pipe.recv())
         except (EOFError, OSError) as error:
             raise WorkerError(f"a rank of the {kind} measurement ended ({error!r})") from None
-        # who is early at an all-reduce waits in it for the others
-        of_ranks = min if kind == "all_reduce" else max
+        of_ranks = min if _of(kind).waits else max
         seconds = [of_ranks(times) for times in zip(*every, strict=True)]
         return Timing(statistics.median(seconds), statistics.pstdev(seconds), len(seconds))
 
@@ -87,21 +87,12 @@ def _live(driver: Connection, rank: int, count: int, on: Literal["cpu", "cuda"],
 
 
 def _times(kind: str, num_bytes: int, rank: int, on: Literal["cpu", "cuda"]) -> list[float]:
-    """Seconds of each repeat on this rank. A message is timed there and back, and halved."""
+    """Seconds of each repeat on this rank; where one goes there and back, half of it."""
     import torch
     import torch.distributed as dist
 
+    message = _of(kind)
     tensor = torch.randn(max(1, num_bytes // 2), device=on).to(torch.bfloat16)
-
-    def once() -> None:
-        if kind == "all_reduce":
-            dist.all_reduce(tensor)
-        elif rank == 0:
-            dist.send(tensor, 1)
-            dist.recv(tensor, 1)
-        elif rank == 1:
-            dist.recv(tensor, 0)
-            dist.send(tensor, 0)
 
     seconds = []
     for repeat in range(WARM_UP + REPEATS):
@@ -110,14 +101,20 @@ def _times(kind: str, num_bytes: int, rank: int, on: Literal["cpu", "cuda"]) -> 
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             torch.cuda._sleep(LEAD_CYCLES)  # the launch is queued behind it, and not timed
             events[0].record()
-            once()
+            message.exchange(dist, tensor, rank)
             events[1].record()
             torch.cuda.synchronize()
             elapsed = events[0].elapsed_time(events[1]) / 1e3
         else:
             start = time.perf_counter()
-            once()
+            message.exchange(dist, tensor, rank)
             elapsed = time.perf_counter() - start
         if repeat >= WARM_UP:
-            seconds.append(elapsed / (2 if kind == "send" else 1))
+            seconds.append(elapsed / message.messages)
     return seconds
+
+
+def _of(kind: str) -> type[Message]:
+    found = KINDS[kind]
+    assert issubclass(found, Message)
+    return found

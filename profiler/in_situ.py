@@ -23,8 +23,8 @@ from engine.specs import ParallelSpec
 from engine.worker.parallel import Rank
 from engine.worker.runner import ModelRunner
 from engine.worker.sampler import sample
-from profiler.operators import Operator, inventory
-from profiler.points import Point
+from profiler.grids import Point
+from profiler.operators import inventory
 from profiler.timing import Timing
 from profiler.workbench import NoLinks
 
@@ -68,26 +68,13 @@ class InSitu:
 
     def measure(self, point: Point) -> Timing:
         """The time of one run of an operator: of a pass that was made already, if that had it."""
-        key = _key(point)
+        op = self._operators[str(point["operator"])]
+        key = op.name, op.size(point)
         if key not in self._seen:
-            self._run(*self._batch(point))
+            self._run(*op.batch(point, self.spec.max_model_len))
         return self._seen[key]
 
     # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _batch(self, point: Point) -> tuple[int, list[tuple[int, int]]]:
-        """Decodes, and (chunk, prefix) of every sequence, of a batch in which the point's operator runs so."""
-        kind = point["kind"]
-        if kind == "attention_decode":
-            batch, length = int(point["batch_size"]), int(point["kv_tokens"]) // int(point["batch_size"])
-            return batch, [(1, length - 1)] * batch
-        if kind == "attention_prefill":
-            return 0, [(int(point["chunk"]), int(point["prefix"]))]
-        rows = int(point["m" if kind == "gemm" else "rows"])
-        if self._operators[str(point["operator"])].rows == "sampled":
-            return rows, [(1, 0)] * rows
-        whole, rest = divmod(rows, self.spec.max_model_len)
-        return 0, [(self.spec.max_model_len, 0)] * whole + [(rest, 0)] * (rest > 0)
 
     def _run(self, decodes: int, sequences: list[tuple[int, int]]) -> None:
         """Passes of a batch; keeps the time of every operator in them."""
@@ -102,11 +89,12 @@ class InSitu:
             passes.append({name: seconds / drift for name, seconds in spent.items()})
         tokens = len(step.tokens)
         for name in passes[0]:
+            size = self._operators[name].size_in(tokens, decodes, sequences)
+            if size is None:
+                continue
             seconds = [each[name] for each in passes]
-            if name == "attention_prefill" and len(sequences) > 1:
-                continue  # of several prompts: no point asks for that
             timing = Timing(statistics.median(seconds), statistics.pstdev(seconds), len(seconds))
-            self._seen.setdefault(self._key_of(self._operators[name], tokens, decodes, sequences), timing)
+            self._seen.setdefault((name, size), timing)
 
     def _pass(self, step: Step) -> dict[str, float]:
         """Seconds of one run of each operator in a pass, on average over the layers."""
@@ -125,8 +113,8 @@ class InSitu:
         for name, seconds in self._log:
             spent[name] += seconds
             count[name] += 1
-        for name in ("attention_decode", "attention_prefill"):
-            if name in spent:
+        for name in spent:
+            if self._operators[name].plans:
                 spent[name] += planned
         return {name: spent[name] / count[name] for name in spent}
 
@@ -136,13 +124,6 @@ class InSitu:
         tokens = np.random.default_rng(1).integers(0, self.spec.model.vocab_size, len(step.tokens))
         blocks = step.new_blocks._replace(ids=ids.astype(np.int32))
         return step._replace(tokens=tokens.astype(np.int32), new_blocks=blocks)
-
-    def _key_of(self, op: Operator, tokens: int, decodes: int, sequences: list[tuple[int, int]]) -> tuple[Any, ...]:
-        if op.kind == "attention_decode":
-            return op.name, decodes, sum(chunk + prefix for chunk, prefix in sequences)
-        if op.kind == "attention_prefill":
-            return (op.name, *sequences[0])
-        return op.name, tokens if op.rows == "tokens" else len(sequences)
 
     def _watch(self) -> None:
         """Have every operator note its end."""
@@ -173,12 +154,3 @@ class InSitu:
         now = time.perf_counter()
         self._log.append((name, now - self._last))
         self._last = now
-
-
-def _key(point: Point) -> tuple[Any, ...]:
-    kind = point["kind"]
-    if kind == "attention_decode":
-        return point["operator"], point["batch_size"], point["kv_tokens"]
-    if kind == "attention_prefill":
-        return point["operator"], point["chunk"], point["prefix"]
-    return point["operator"], point["m" if kind == "gemm" else "rows"]

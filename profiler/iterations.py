@@ -20,7 +20,7 @@ from engine.recorder import Recorder
 from engine.replica_spec import ReplicaSpec
 from engine.request import Batch, BatchShape, Request
 from engine.sequences import Sequence
-from profiler.points import Limits, farthest_first
+from profiler.grids import Limits, farthest_first
 from profiler.timing import Timing
 
 OUTPUT = 24  # tokens of each request

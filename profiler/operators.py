@@ -9,35 +9,13 @@ tensor-parallel ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from engine.specs import ModelSpec, ParallelSpec
+from profiler.kind import Operator, Rows
+from profiler.kinds import AllReduce, AttentionDecode, AttentionPrefill, Elementwise, Gemm, Send
 
-Kind = Literal["gemm", "elementwise", "attention_prefill", "attention_decode", "all_reduce", "send"]
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One operator, run `count` times an iteration.
-
-    gemm: (rows, k) x (k, n). elementwise: reads and writes `bytes_per_row`.
-    all_reduce and send: a message of `bytes_per_row` a row. Attention: `num_heads` query and `num_kv_heads` KV heads of
-    `head_dim` on this rank.
-    """
-
-    name: str
-    kind: Kind
-    count: int
-    rows: Literal["tokens", "sampled"] = "tokens"
-    k: int = 0
-    n: int = 0
-    bytes_per_row: int = 0
-    num_heads: int = 0
-    num_kv_heads: int = 0
-    head_dim: int = 0
-    sliding_window: int | None = None
-    parts: tuple[Operator, ...] = ()  # what it is where it is not run as one
+__all__ = ["Operator", "inventory"]
 
 
 def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Operator, ...]:
@@ -52,29 +30,20 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     vocab = -(-model.vocab_size // tp)
     branches = 2 if model.parallel_block and tp == 1 else 1  # that are added to the residual at once
 
-    def attention(kind: Literal["attention_prefill", "attention_decode"]) -> Operator:
-        return Operator(
-            kind,
-            kind,
-            layers,
-            num_heads=model.num_attention_heads // tp,
-            num_kv_heads=kv_heads,
-            head_dim=model.head_dim,
-            sliding_window=model.sliding_window,
-        )
+    heads = (model.num_attention_heads // tp, kv_heads, model.head_dim, model.sliding_window)
 
-    def gemm(name: str, count: int, k: int, n: int, rows: Literal["tokens", "sampled"] = "tokens") -> Operator:
-        return Operator(name, "gemm", count, rows, k=k, n=n)
+    def gemm(name: str, count: int, k: int, n: int, rows: Rows = "tokens") -> Operator:
+        return Gemm(name, count, rows, k=k, n=n)
 
-    def elementwise(name: str, count: int, elements: float, rows: Literal["tokens", "sampled"] = "tokens") -> Operator:
-        return Operator(name, "elementwise", count, rows, bytes_per_row=int(elements * width))
+    def elementwise(name: str, count: int, elements: float, rows: Rows = "tokens") -> Operator:
+        return Elementwise(name, count, rows, bytes_per_row=int(elements * width))
 
     def residual_norm(name: str, count: int, add: str, norm: str) -> Operator:
         parts = elementwise(add, count, (1 + branches + 1) * hidden), elementwise(norm, count, 2 * hidden)
         return replace(elementwise(name, count, (1 + branches + 2) * hidden), parts=parts)
 
     def all_reduce(name: str, count: int) -> Operator:
-        return Operator(name, "all_reduce", count, bytes_per_row=hidden * width)
+        return AllReduce(name, count, bytes_per_row=hidden * width)
 
     operators = []
     if stage == 0:
@@ -93,8 +62,8 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
         operators.append(replace(whole, parts=(rotary, kv_write)))
     else:
         operators.append(kv_write)
-    operators.append(attention("attention_prefill"))
-    operators.append(attention("attention_decode"))
+    for attention in (AttentionPrefill, AttentionDecode):
+        operators.append(attention(attention.kind, layers, "tokens", (), *heads))
     operators.append(gemm("output_proj", layers, q, hidden))
     if not model.parallel_block:
         if tp > 1:
@@ -117,5 +86,5 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
         operators.append(gemm("lm_head", 1, hidden, vocab, "sampled"))
         operators.append(elementwise("sampler", 1, 3 * vocab, "sampled"))
     else:
-        operators.append(Operator("send", "send", 1, bytes_per_row=hidden * width))
+        operators.append(Send("send", 1, bytes_per_row=hidden * width))
     return tuple(operators)

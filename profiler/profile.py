@@ -105,7 +105,6 @@ def _operators(spec: ProfileSpec, model: ModelSpec, tp: int, backend: str, refer
 def _messages(spec: ProfileSpec, model: ModelSpec, tp: int) -> Part:
     columns: Point = {"num_ranks": tp, "ranks_per_node": tp, "network": spec.device.network}
     every = [{**point, **columns} for point in message_points(model, tp, spec.limits)]
-    every = [point for point in every if point["kind"] == "all_reduce" or tp == 2]  # a message has two ends
 
     def open_ranks() -> Measure:
         ranks = collectives.Ranks(tp, spec.on)

@@ -20,9 +20,10 @@ from engine.device_folder import PROFILE_FILE, profile_settings
 from engine.errors import InputError
 from engine.executor import WorkerError
 from engine.specs import ModelSpec
+from profiler.grids import Point
 from profiler.iterations import COLUMNS as ITERATION_COLUMNS
 from profiler.iterations import host_points
-from profiler.points import Point
+from profiler.kinds import KINDS
 from profiler.timing import Timing
 
 SAMPLES, OPERATORS, ITERATIONS = "samples.jsonl", "operators.csv", "iterations.csv"
@@ -152,17 +153,15 @@ class Session:
             host = {"operator": name, "kind": "host", "batch_size": sequences}
             rows.append({**host, "time_ms": 1e3 * timing.seconds, "spread_ms": 1e3 * timing.spread_s,
                          "repeats": timing.repeats})  # fmt: skip
-        attention = self.provenance["attention_backend"]
         shared = {name: self.provenance[name] for name in ("dtype", "device", "software", "date", "source")}
         import pandas as pd
 
         from profiler import table
 
         frame = pd.DataFrame([{**shared, **row} for row in rows])
-        frame["backend"] = frame["kind"].map(
-            lambda kind: attention if kind.startswith("attention") else self.provenance["collectives"]
-            if kind in ("all_reduce", "send") else "torch"
-        )  # fmt: skip
+        libraries = {name: kind.library for name, kind in KINDS.items()}
+        ran = [libraries.get(kind, "torch") for kind in frame["kind"]]
+        frame["backend"] = [self.provenance.get(library, library) for library in ran]
         table.write(frame, self.folder / OPERATORS)
         if iterations:
             _write_csv(self.folder / ITERATIONS, iterations)

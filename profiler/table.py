@@ -22,6 +22,7 @@ how      backend (vllm, nccl, flash_attention, ...), kernel, device (one a table
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,35 +30,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InputError, unknown
+from profiler.kind import Form
+from profiler.kinds import KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _TEXT, _WHOLE, _NUMBER = "string", "Int64", "float64"  # the dtypes of the columns in pandas; the first two have nulls
-COLUMNS = (
-    dict.fromkeys(("operator", "kind", "model"), _TEXT)
-    | dict.fromkeys(("tensor_parallel_size", "m", "k", "n", "rows", "bytes_per_row", "batch_size", "chunk"), _WHOLE)
-    | dict.fromkeys(("prefix", "kv_tokens", "num_heads", "num_kv_heads", "head_dim"), _WHOLE)
-    | dict.fromkeys(("num_bytes", "num_ranks", "ranks_per_node"), _WHOLE)
-    | {"dtype": _TEXT, "time_ms": _NUMBER, "spread_ms": _NUMBER, "repeats": _WHOLE}
-    | dict.fromkeys(("backend", "kernel", "device", "network", "software", "date", "source"), _TEXT)
-)
-_HEADS, _MESSAGE = ("num_heads", "num_kv_heads", "head_dim"), ("num_bytes", "num_ranks", "ranks_per_node", "network")
-NEEDS: dict[str, tuple[str, ...]] = {  # the columns that a row of the kind can't do without
-    "gemm": ("m", "k", "n"),
-    "elementwise": ("rows", "bytes_per_row"),
-    "attention_prefill": ("batch_size", "chunk", "prefix", *_HEADS),
-    "attention_decode": ("batch_size", "kv_tokens", *_HEADS),
-    "all_reduce": _MESSAGE,
-    "send": _MESSAGE,
-    "host": ("batch_size",),
+_WHAT: dict[str, Form] = {"operator": "text", "kind": "text", "model": "text", "tensor_parallel_size": "whole"}
+HOST = "host"  # the kind of rows that are of no operator: the host's work
+_HOW: dict[str, Form] = {
+    **{"dtype": "text", "time_ms": "number", "spread_ms": "number from 0", "repeats": "whole"},
+    **dict.fromkeys(("backend", "kernel", "device", "network", "software", "date", "source"), "text"),
 }
 REQUIRED = ("operator", "kind", "time_ms", "device", "source")  # by every row
 MEASURED = ("time_ms", "spread_ms", "repeats", "date")
-KEY = tuple(column for column in COLUMNS if column not in MEASURED)  # at most one row each
 MAX_WHOLE = 2**53  # the whole numbers that a float holds exactly
 
-_ZERO_ALLOWED = ("prefix", "spread_ms")
+
+def needs() -> dict[str, Mapping[str, Form]]:
+    """Return the columns that a row can't do without, by kind: of every kind of operator, and of the host."""
+    return {**{name: kind.columns for name, kind in KINDS.items()}, HOST: {"batch_size": "whole"}}
+
+
+def columns() -> dict[str, Form]:
+    """Return the columns of a table, in order, with what each may hold.
+
+    Raises ValueError where two kinds of operators disagree about a column.
+    """
+    shapes: dict[str, Form] = {}
+    for kind, own in needs().items():
+        for column, form in own.items():
+            if {**_WHAT, **_HOW, **shapes}.get(column, form) != form:
+                raise ValueError(f"kind {kind!r} has a column {column!r} of {form}: elsewhere it is of another form")
+            shapes |= {column: form} if column not in _WHAT and column not in _HOW else {}
+    return {**_WHAT, **shapes, **_HOW}
+
+
+def key() -> list[str]:
+    """Return the columns that tell rows apart: at most one row each."""
+    return [column for column in columns() if column not in MEASURED]
+
+
+def _dtype(form: Form) -> str:
+    return _TEXT if form == "text" else _WHOLE if form.startswith("whole") else _NUMBER
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -171,9 +187,10 @@ def reject(
 def _validated(frame: pd.DataFrame, where: str, row: Literal["line", "row"]) -> pd.DataFrame:
     import pandas as pd
 
+    forms = columns()
     for column in frame.columns:
-        if column not in COLUMNS:
-            raise unknown(f"column in {where}", str(column), COLUMNS)
+        if column not in forms:
+            raise unknown(f"column in {where}", str(column), forms)
     if repeated := [str(column) for column in frame.columns[frame.columns.duplicated()]]:
         raise InputError(f"{where} has the column {repeated[0]!r} twice: keep one of them")
     for column in REQUIRED:
@@ -183,16 +200,16 @@ def _validated(frame: pd.DataFrame, where: str, row: Literal["line", "row"]) -> 
         raise InputError(f"{where} holds no rows: give a table with at least one measurement")
 
     valid = pd.DataFrame(index=frame.index)
-    for column, form in COLUMNS.items():
+    for column, form in forms.items():
         if column not in frame:
-            valid[column] = pd.Series(np.nan, frame.index, dtype=form)
-        elif form == _TEXT:
+            valid[column] = pd.Series(np.nan, frame.index, dtype=_dtype(form))
+        elif form == "text":
             texts = frame[column].astype("string")
             valid[column] = texts.mask(texts == "")
         else:
             values = numbers(frame, column, where, row)
             _check_range(frame, column, values, form, where, row)
-            valid[column] = pd.Series(values, frame.index, dtype=form)
+            valid[column] = pd.Series(values, frame.index, dtype=_dtype(form))
     for column in REQUIRED:
         _check_filled(valid, column, np.ones(len(valid), np.bool_), "every row needs it", where, row)
     _check_kinds(valid, frame, where, row)
@@ -204,13 +221,13 @@ def _validated(frame: pd.DataFrame, where: str, row: Literal["line", "row"]) -> 
 
 
 def _check_range(
-    frame: pd.DataFrame, column: str, values: NDArray[np.float64], form: str, where: str, row: str
+    frame: pd.DataFrame, column: str, values: NDArray[np.float64], form: Form, where: str, row: str
 ) -> None:
-    zero = column in _ZERO_ALLOWED
+    zero = form.endswith("from 0")
     least = "from 0" if zero else "above 0"
     wrong = ~np.isnan(values) & ~(np.isfinite(values) & ((values >= 0) if zero else (values > 0)))
     reject(frame, column, wrong, f"must be a finite number {least}", where, row)
-    if form == _WHOLE:
+    if form.startswith("whole"):
         with np.errstate(invalid="ignore"):
             wrong = ~np.isnan(values) & ((values != np.floor(values)) | (values > MAX_WHOLE))
         reject(frame, column, wrong, f"must be a whole number {least}, at most 2**53", where, row)
@@ -228,17 +245,18 @@ def _check_filled(
 
 def _check_kinds(valid: pd.DataFrame, frame: pd.DataFrame, where: str, row: str) -> None:
     kinds = valid["kind"].to_numpy(object)
-    foreign = ~valid["kind"].isin(list(NEEDS)).to_numpy(np.bool_)
+    needed = needs()
+    foreign = ~valid["kind"].isin(list(needed)).to_numpy(np.bool_)
     if foreign.any():
         first = int(np.argmax(foreign))
-        raise unknown(f"kind in {where} {row} {valid.index[first]}", str(kinds[first]), NEEDS)
-    for kind, columns in NEEDS.items():
+        raise unknown(f"kind in {where} {row} {valid.index[first]}", str(kinds[first]), needed)
+    for kind, own in needed.items():
         rows = np.asarray(kinds == kind, np.bool_)
-        needs = f"a row of kind {kind} needs {', '.join(columns)}"
-        for column in columns if rows.any() else ():
+        reason = f"a row of kind {kind} needs {', '.join(own)}"
+        for column in own if rows.any() else ():
             if column not in frame:
-                raise InputError(f"{where} has no column {column!r}: {needs}")
-            _check_filled(valid, column, rows, needs, where, row)
+                raise InputError(f"{where} has no column {column!r}: {reason}")
+            _check_filled(valid, column, rows, reason, where, row)
 
 
 def _check_one_device(valid: pd.DataFrame, where: str, row: str) -> None:
@@ -252,7 +270,7 @@ def _check_one_device(valid: pd.DataFrame, where: str, row: str) -> None:
 
 
 def _check_duplicates(valid: pd.DataFrame, where: str, row: str) -> None:
-    group = valid.groupby(list(KEY), dropna=False, sort=False).ngroup()
+    group = valid.groupby(key(), dropna=False, sort=False).ngroup()
     again = group.duplicated().to_numpy()
     if again.any():
         first = int(np.argmax(again))

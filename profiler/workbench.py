@@ -26,7 +26,8 @@ from engine.worker.inputs import Inputs
 from engine.worker.model import Decoder
 from engine.worker.parallel import Links, Rank
 from engine.worker.sampler import sample
-from profiler.points import Limits, Point
+from profiler.grids import Limits, Point
+from profiler.kinds import KINDS
 from profiler.timer import Call
 from profiler.timing import Timing
 
@@ -94,18 +95,8 @@ class Workbench:
 
     def calls(self, point: Point) -> list[Call]:
         """What to time at a point: calls to take in turns."""
-        kind, name = point["kind"], str(point["operator"])
         with torch.inference_mode():
-            if kind == "attention_decode":
-                batch = int(point["batch_size"])
-                return self._attention([1] * batch, [int(point["kv_tokens"]) // batch] * batch, batch)
-            if kind == "attention_prefill":
-                chunk = int(point["chunk"])
-                return self._attention([chunk], [chunk + int(point["prefix"])], 0)
-            rows = int(point["m" if kind == "gemm" else "rows"])
-            if kind == "gemm":
-                return self._gemm(name, rows)
-            return self._elementwise(name, rows)
+            return KINDS[str(point["kind"])].calls(self, point)
 
     def launch(self) -> Timing:
         """The host's time to launch the kernels of one layer eagerly, for a decode of one sequence."""
@@ -126,6 +117,68 @@ class Workbench:
         warm = seconds[LAUNCHES // 4 :]
         return Timing(statistics.median(warm), statistics.pstdev(warm), len(warm))
 
+    def attention_calls(self, chunks: list[int], kv_lens: list[int], decodes: int) -> list[Call]:
+        """Calls of attention over new tokens and KV lengths of sequences, the first `decodes` of which are decodes."""
+        attention, batch = self.attention, self._batch(chunks, kv_lens, decodes)
+        if 0 < decodes <= max(DECODE_GRAPHS) and attention.supports_cuda_graph:  # as a graph runs it
+            longest = max(batch.table.shape[1], -(-self.limits.max_length // self.block_size))
+            attention = attention.for_cuda_graph(decodes, longest)
+        attention.plan(batch)
+        run = attention.decode if decodes else attention.prefill
+        queries = [self._random(sum(chunks), attention.shape.num_heads, attention.shape.head_dim)
+                   for _ in range(INPUTS)]  # fmt: skip
+        pairs = [(queries[i % INPUTS], cache) for i, cache in enumerate(self.caches)]
+        return [_bind(lambda q, cache: run(q, *cache).reshape(q.shape[0], -1), q, cache) for q, cache in pairs]
+
+    def gemm_calls(self, name: str, rows: int) -> list[Call]:
+        """Calls of a linear layer on so many rows."""
+        if name == "lm_head":
+            head = self.decoder.lm_head
+            assert head is not None
+            return self.in_turns([head], lambda module, x: module(x).float(), rows, self.model.hidden_size)
+        modules: list[Any] = [getattr(layer, name) for layer in self.decoder.layers]
+        return self.in_turns(modules, lambda module, x: module(x), rows, modules[0].weight.shape[1])
+
+    def elementwise_calls(self, name: str, rows: int) -> list[Call]:
+        """Calls of an elementwise operator on so many rows."""
+        decoder, hidden = self.decoder, self.model.hidden_size
+        every: list[Any] = list(decoder.layers)
+        layer = every[0]
+        if name == "embedding":
+            ids = torch.randint(self.model.vocab_size, (rows,), device=self.device)
+            assert decoder.embedding is not None
+            return [_bind(decoder.embedding, ids)]
+        if name == "sampler":
+            logits = [self._random(rows, self.model.vocab_size).float() for _ in range(2)]
+            return [_bind(sample, each, None, ()) for each in logits]
+        if name == "final_norm":
+            return self.in_turns([decoder.final_norm], lambda module, x: module(x), rows, hidden)
+        if name in ("input_norm", "post_attention_norm"):
+            norms = [getattr(each, name) for each in every]
+            return self.in_turns(norms, lambda module, x: module(x), rows, hidden)
+        if name == "rotary_kv_write":
+            angles = layers.rotation(torch.arange(rows, device=self.device), decoder.frequencies)
+            slots = torch.randperm(self.limits.kv_tokens, device=self.device)[:rows]
+            heads = layer.heads + 2 * layer.kv_heads
+
+            def rotary_kv_write(place: tuple[Any, Any], qkv: Tensor) -> object:
+                module, cache = place
+                return module.rotary_kv_write(qkv.view(rows, heads, layer.head_dim), slots, angles, cache)
+
+            places = list(zip(every, self.caches, strict=True))
+            return self.in_turns(places, rotary_kv_write, rows, heads * layer.head_dim)
+        if name == "mlp_activation":
+            width = (layer.mlp_gate_up_proj if layer.gated else layer.mlp_up_proj).weight.shape[0]
+            return self.in_turns(every, lambda module, x: module.mlp_activation(x), rows, width)
+        branches = [self._random(rows, hidden) for _ in range(2 if layer.parallel_block and layer.tp_size == 1 else 1)]
+        return self.in_turns(every, lambda module, x: getattr(module, name)(x, *branches), rows, hidden)
+
+    def in_turns(self, modules: Sequence[Any], run: Callable[..., object], rows: int, width: int) -> list[Call]:
+        """Calls of `run` on each module, and random inputs (rows, width)."""
+        inputs = [self._random(rows, width) for _ in range(INPUTS)]
+        count = max(len(modules), INPUTS)
+        return [_bind(run, modules[i % len(modules)], inputs[i % INPUTS]) for i in range(count)]
+
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _random(self, *sizes: int) -> Tensor:
@@ -138,65 +191,6 @@ class Workbench:
         places = [np.arange(end - count, end) % len(self._blocks) for count, end in zip(need, ends, strict=True)]
         table = np.stack([np.pad(self._blocks[each], (0, max(need) - len(each))) for each in places])
         return AttentionBatch(decodes, chunks, kv_lens, table, self.device)
-
-    def _attention(self, chunks: list[int], kv_lens: list[int], decodes: int) -> list[Call]:
-        attention, batch = self.attention, self._batch(chunks, kv_lens, decodes)
-        if 0 < decodes <= max(DECODE_GRAPHS) and attention.supports_cuda_graph:  # as a graph runs it
-            longest = max(batch.table.shape[1], -(-self.limits.max_length // self.block_size))
-            attention = attention.for_cuda_graph(decodes, longest)
-        attention.plan(batch)
-        run = attention.decode if decodes else attention.prefill
-        queries = [self._random(sum(chunks), attention.shape.num_heads, attention.shape.head_dim)
-                   for _ in range(INPUTS)]  # fmt: skip
-        pairs = [(queries[i % INPUTS], cache) for i, cache in enumerate(self.caches)]
-        return [_bind(lambda q, cache: run(q, *cache).reshape(q.shape[0], -1), q, cache) for q, cache in pairs]
-
-    def _gemm(self, name: str, rows: int) -> list[Call]:
-        if name == "lm_head":
-            head = self.decoder.lm_head
-            assert head is not None
-            return self._in_turns([head], lambda module, x: module(x).float(), rows, self.model.hidden_size)
-        modules: list[Any] = [getattr(layer, name) for layer in self.decoder.layers]
-        return self._in_turns(modules, lambda module, x: module(x), rows, modules[0].weight.shape[1])
-
-    def _elementwise(self, name: str, rows: int) -> list[Call]:
-        decoder, hidden = self.decoder, self.model.hidden_size
-        every: list[Any] = list(decoder.layers)
-        layer = every[0]
-        if name == "embedding":
-            ids = torch.randint(self.model.vocab_size, (rows,), device=self.device)
-            assert decoder.embedding is not None
-            return [_bind(decoder.embedding, ids)]
-        if name == "sampler":
-            logits = [self._random(rows, self.model.vocab_size).float() for _ in range(2)]
-            return [_bind(sample, each, None, ()) for each in logits]
-        if name == "final_norm":
-            return self._in_turns([decoder.final_norm], lambda module, x: module(x), rows, hidden)
-        if name in ("input_norm", "post_attention_norm"):
-            norms = [getattr(each, name) for each in every]
-            return self._in_turns(norms, lambda module, x: module(x), rows, hidden)
-        if name == "rotary_kv_write":
-            angles = layers.rotation(torch.arange(rows, device=self.device), decoder.frequencies)
-            slots = torch.randperm(self.limits.kv_tokens, device=self.device)[:rows]
-            heads = layer.heads + 2 * layer.kv_heads
-
-            def rotary_kv_write(place: tuple[Any, Any], qkv: Tensor) -> object:
-                module, cache = place
-                return module.rotary_kv_write(qkv.view(rows, heads, layer.head_dim), slots, angles, cache)
-
-            places = list(zip(every, self.caches, strict=True))
-            return self._in_turns(places, rotary_kv_write, rows, heads * layer.head_dim)
-        if name == "mlp_activation":
-            width = (layer.mlp_gate_up_proj if layer.gated else layer.mlp_up_proj).weight.shape[0]
-            return self._in_turns(every, lambda module, x: module.mlp_activation(x), rows, width)
-        branches = [self._random(rows, hidden) for _ in range(2 if layer.parallel_block and layer.tp_size == 1 else 1)]
-        return self._in_turns(every, lambda module, x: getattr(module, name)(x, *branches), rows, hidden)
-
-    def _in_turns(self, modules: Sequence[Any], run: Callable[..., object], rows: int, width: int) -> list[Call]:
-        """Calls of `run` on each module, and random inputs (rows, width)."""
-        inputs = [self._random(rows, width) for _ in range(INPUTS)]
-        count = max(len(modules), INPUTS)
-        return [_bind(run, modules[i % len(modules)], inputs[i % INPUTS]) for i in range(count)]
 
 
 def _bind(run: Callable[..., object], *arguments: object) -> Call:

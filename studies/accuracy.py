@@ -16,12 +16,11 @@ from engine.device_folder import CALIBRATIONS, known_devices
 from engine.errors import InputError
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
-from studies.calibration_record import NAMES, left_out
+from studies.calibration_kinds import page_of
 from studies.words import percent
 
 GEMM_MEAN = {"a100_pcie": 0.035, "a40": 0.045}  # over models; what was aimed at
 GEMM_WORST = 0.07
-MEAN = {"attention_prefill": 0.05, "attention_decode": 0.04, "all_reduce": 0.10, "send": 0.10}
 
 _INTRO = """
 How far the learned predictor's times lie from measured ones. Every error on this page is of data that was held out: the
@@ -97,7 +96,7 @@ def _targets(calibrations: Sequence[Calibration]) -> str:
     rows = []
     for device, kind, what, value, target in targets(calibrations):
         met = "met" if value <= target else "**missed**"
-        rows.append([device, NAMES[kind], what, percent(value), percent(target), met])
+        rows.append([device, page_of(kind).name, what, percent(value), percent(target), met])
     return _table(["device", "operator", "error", "held out", "target", ""], rows, left=3)
 
 
@@ -112,8 +111,8 @@ def targets(calibrations: Sequence[Calibration]) -> list[tuple[str, str, str, fl
             if kind == "gemm" and device in GEMM_MEAN:
                 found.append((device, kind, "mean over models", groups.get("mean"), GEMM_MEAN[device]))
                 found.append((device, kind, "worst model", groups.get("worst"), GEMM_WORST))
-            elif kind in MEAN and record["learned_on"] == device:
-                found.append((device, kind, "mean", held_out.get("mape"), MEAN[kind]))
+            elif (aim := page_of(kind).target) is not None and record["learned_on"] == device:
+                found.append((device, kind, "mean", held_out.get("mape"), aim))
     return [(device, kind, what, value, target) for device, kind, what, value, target in found if value is not None]
 
 
@@ -127,8 +126,8 @@ def _kinds(calibration: Calibration) -> str:
         worst = percent(groups.get("worst"))
         rows.append(
             [
-                NAMES[kind] + (" \\*" if record["learned_on"] != calibration.device else ""),
-                left_out(kind, record),
+                page_of(kind).name + (" \\*" if record["learned_on"] != calibration.device else ""),
+                page_of(kind).left_out(record),
                 f"{record['provenance']['rows']:,}",
                 str(held_out.get("folds", "")),
                 *(percent(held_out.get(name)) for name in ("mape", "p50", "p95")),
@@ -152,14 +151,15 @@ def _notes(calibration: Calibration) -> list[str]:
             "carried over, which no measurement checks."
         )
     for kind, record in calibration.records.items():
+        page = page_of(kind)
         if record["learned_on"] == calibration.device and len(record["provenance"]["measured_on"]) > 1:
             names = " and ".join(record["provenance"]["measured_on"])
-            notes.append(f"{NAMES[kind]}: learned from measurements of {names} together, and so is the error.")
+            notes.append(f"{page.name}: learned from measurements of {names} together, and so is the error.")
         covers, meant = record["interval"]["covers"], record["interval"]["meant_to_cover"]
         if covers < meant - 0.03:
             notes.append(
-                f"{NAMES[kind]}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they are "
-                f"meant to: they are too narrow for what was left out ({left_out(kind, record)})."
+                f"{page.name}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they are "
+                f"meant to: they are too narrow for what was left out ({page.left_out(record)})."
             )
     return [_wrap(note) for note in notes]
 
@@ -212,7 +212,7 @@ def _provenance(calibration: Calibration) -> str:
         facts = record["provenance"]
         origins = sorted({_origin(source) for source in facts["sources"]})
         words = [", ".join(facts[name]) or "unknown" for name in ("measured_on", "software", "kernels", "dates")]
-        rows.append([NAMES[kind], *words, f"{', '.join(origins)} ({_tables(len(facts['sources']))})"])
+        rows.append([page_of(kind).name, *words, f"{', '.join(origins)} ({_tables(len(facts['sources']))})"])
     table = _table(["operator", "measured on", "software", "kernels", "dates", "source"], rows, left=6)
     return f"### Sources of {calibration.device}\n\n{table}"
 

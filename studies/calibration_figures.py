@@ -6,19 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from studies.calibration_kinds import page_of
 from studies.calibration_record import KindRecord, SizeErrors
 from studies.figures import BAD, BLUE, GOOD, GREY, ORANGE, Panel, Points, new_figure, predicted_by_measured, value_axis
 from studies.words import percent
 
 _COLOURS = (BLUE, ORANGE, GOOD, "#8e6bbf")
-_SIZES = {
-    "gemm": "Rows m",
-    "elementwise": "Bytes moved",
-    "attention_prefill": "Chunk (tokens)",
-    "attention_decode": "KV tokens of the batch",
-    "all_reduce": "Bytes on each rank",
-    "send": "Bytes",
-}
 
 
 def panels(kind: KindRecord) -> list[Panel]:
@@ -68,7 +61,8 @@ def _by_size(kind: KindRecord, errors: SizeErrors) -> Panel:
 
 
 def _efficiency(kind: KindRecord) -> Panel:
-    collective = kind.kind in ("all_reduce", "send")
+    page = page_of(kind.kind)
+    collective = page.moved is not None
     scale = 1e-9 if collective else 100.0
     figure = new_figure()
     for curve, colour in zip(kind.efficiency, _COLOURS, strict=False):
@@ -83,18 +77,16 @@ def _efficiency(kind: KindRecord) -> Panel:
         )  # fmt: skip
     every = np.concatenate([curve.size for curve in kind.efficiency])
     top = scale * max(float(max(curve.measured.max(), curve.predicted.max())) for curve in kind.efficiency)
-    figure.update_xaxes(title_text=_SIZES[kind.kind], **_size_axis(every))
+    figure.update_xaxes(title_text=page.size, **_size_axis(every))
     title = "Bandwidth (GB/s)" if collective else "Share of the roofline (%)"
     figure.update_yaxes(title_text=title, range=[0, 1.06 * top])
     figure.update_layout(hovermode="closest", legend={"font": {"size": 11}})
     if collective:
-        moved = "bytes that each rank sends in a ring" if kind.kind == "all_reduce" else "bytes"
-        title, caption = "Bandwidth by size", f"Points: measured; lines: predicted. Height: {moved} over the time."
+        title, caption = "Bandwidth by size", f"Points: measured; lines: predicted. Height: {page.moved} over the time."
     else:
-        name = {"gemm": "k and n", "elementwise": "operator"}.get(kind.kind, "query/KV heads and kernel")
         title = "Efficiency by size"
-        caption = f"The roofline over the time, for a few shapes ({name}). Points: measured; lines: predicted."
-        caption += " Above 100 %: data that the cache still held." * (kind.kind == "elementwise" and top > 100)
+        caption = f"The roofline over the time, for a few shapes ({page.shapes}). Points: measured; lines: predicted."
+        caption += " Above 100 %: data that the cache still held." * (page.cached and top > 100)
     return Panel(title, caption, figure, "third", 320)
 
 

@@ -19,6 +19,7 @@ from engine.request import BatchShape
 from engine.specs import SLO
 from engine.tables import Columns
 from engine.workload import make_workload
+from profiler.kinds import AllReduce
 from profiler.operators import inventory
 from simulator.cluster import Deployment, simulate
 from studies.experiment import METRICS, Task
@@ -205,7 +206,7 @@ def _decode(point: Point, deployment: Deployment) -> dict[str, Any]:
     estimate = sum(
         op.count * deployment.network.allreduce_time(point.batch * op.bytes_per_row, 0, tp)
         for op in reduces
-        if op.kind == "all_reduce"
+        if isinstance(op, AllReduce)
     )
     facts = (
         f"stages of {' and '.join(f'{1e3 * part:.3g}' for part in parts)} ms, with all-reduces of {1e3 * estimate:.3g} "

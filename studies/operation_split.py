@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,11 +16,10 @@ from engine.device_folder import folder_of
 from engine.errors import InputError
 from engine.request import BatchShape
 from engine.specs import DeviceSpec
-from engine.tables import Array
-from profiler.operators import Operator, inventory
 from simulator.cluster import Deployment
 from simulator.predictor.calibration import Calibration, load
 from simulator.predictor.learned import learned
+from simulator.predictor.tables import TableMaker
 
 
 def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict[str, float]:
@@ -48,19 +46,19 @@ def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict
     gpu = learned(model, device, network, parallel, none)
     whole = deployment.predictor.stage_time(shape, 0)
     total, by_rows = gpu.stage_time(shape, 0), gpu.stage_time(rows_alone, 0)
-    calibration = _calibration(folder, device)
-    kinds = {"gemm": 0.0, "all_reduce": 0.0}
-    for op in inventory(model, parallel, 0):
-        if op.kind in kinds and op.kind in calibration.models:
-            rows = tokens if op.rows == "tokens" else sampled
-            columns = {"num_ranks": parallel.tensor_parallel_size, "ranks_per_node": parallel.tensor_parallel_size}
-            kinds[op.kind] += _seconds(calibration, op, rows, {**columns, "network": network.name})
-    linear = kinds["gemm"]
+    maker = TableMaker(_calibration(folder, device), model, device, network, parallel, overhead.attention_kernel)
+    families = dict.fromkeys(("linear", "communication"), 0.0)
+    for op, kind in maker.sorted[0].rows:
+        if kind.family in families:
+            families[kind.family] += float(
+                maker.by_rows(op, 0, np.array([tokens if op.rows == "tokens" else sampled]))[0]
+            )
+    linear, communication = families["linear"], families["communication"]
     return {
         "linear": linear,
         "attention": total - by_rows,
-        "communication": kinds["all_reduce"],
-        "other": max(0.0, by_rows - linear - kinds["all_reduce"]),
+        "communication": communication,
+        "other": max(0.0, by_rows - linear - communication),
         "host": whole - total,
         "total": whole,
         "linear_per_token": linear / tokens,
@@ -70,22 +68,3 @@ def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict
 @cache
 def _calibration(folder: Path, device: DeviceSpec) -> Calibration:
     return load(folder, device)
-
-
-def _seconds(calibration: Calibration, op: Operator, rows: int, layout: dict[str, Any]) -> float:
-    """Seconds of all runs of an operator over that many rows."""
-    if op.kind == "all_reduce" and layout["num_ranks"] == 1:
-        return 0.0
-    model = calibration.models[op.kind]
-    given = {
-        "operator": op.name,
-        "m": rows,
-        "k": op.k,
-        "n": op.n,
-        "rows": rows,
-        "bytes_per_row": op.bytes_per_row,
-        "num_bytes": rows * op.bytes_per_row,
-        **layout,
-    }
-    asked: dict[str, Array] = {name: np.array([given[name]]) for name in model.columns}
-    return float(op.count * model.seconds(asked)[0])

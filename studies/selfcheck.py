@@ -149,13 +149,14 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
     from profiler.importers import read_source
     from simulator.cluster import Deployment, simulate
     from simulator.predictor import calibration as store
+    from simulator.predictor import calibration_fit
     from studies.validation_run import Validation
 
     began = time.perf_counter()
     case, profile = CASES[device], output_dir / "profile"
     with tempfile.TemporaryDirectory() as scratch:
         found = this_device(device)
-        fitted = store.fit(found, [read_source("profile", profile)], on_progress=lambda line: None)
+        fitted = calibration_fit.fit(found, [read_source("profile", profile)], on_progress=lambda line: None)
         store.save(fitted, Path(scratch), found)
         (Path(scratch) / "profile.json").write_bytes((profile / "profile.json").read_bytes())
         replica = resolve(case.model, scratch, scheduler=case.scheduler, async_scheduling=device == "cuda")

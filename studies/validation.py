@@ -25,7 +25,7 @@ from engine.specs import SLO, HostOverhead
 from engine.tables import Array, Columns, to_numpy
 from engine.workload import Workload
 from simulator.cluster import Deployment, simulate
-from simulator.predictor.calibration import errors
+from simulator.predictor.calibration_errors import errors
 from simulator.replay import Measured
 from studies.words import percent
 

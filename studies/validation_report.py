@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from studies.calibration_record import NAMES
+from studies.calibration_kinds import PAGES
 from studies.figures import Panel
 from studies.page import Cell, Page, Tone, cards, details, facts_table, footer, header, numbers_table, text
 from studies.validation_figures import ERROR_HEADS, coloured, error_cells, panels
@@ -173,7 +173,7 @@ def _operators(operators: Mapping[str, Mapping[str, Any]]) -> Panel:
     if not operators:
         return Panel(title, "No calibration: the times are estimated from a data sheet.")
     rows = [
-        (NAMES.get(kind, kind), [f"{found['count']:,}", *error_cells(found)])
+        (PAGES[kind].name if kind in PAGES else kind, [f"{found['count']:,}", *error_cells(found)])
         for kind, found in operators.items()
     ]  # fmt: skip
     caption = "Of the calibration that predicts the batches: each part predicted by what was learned from the others."

@@ -10,6 +10,8 @@ from engine.device_folder import CALIBRATIONS, known_devices
 from engine.specs import ParallelSpec
 from simulator.cluster import deploy
 from simulator.predictor import calibration as store
+from simulator.predictor import calibration_errors
+from simulator.predictor.kinds import KINDS
 from studies.accuracy import accuracy_markdown
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +26,7 @@ def test_these_devices_ship() -> None:
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_calibration_is_complete_and_small(name: str) -> None:
     calibration = store.load(CALIBRATIONS / name, catalog.device(name))
-    assert set(calibration.models) == set(store.KINDS)
+    assert set(calibration.models) == set(KINDS)
     assert sum(path.stat().st_size for path in (CALIBRATIONS / name).iterdir()) < 2_000_000
     for kind, record in calibration.records.items():
         assert record["provenance"]["sources"], kind
@@ -105,7 +107,7 @@ def test_tables_of_another_network_are_left_out_of_an_evaluation() -> None:
 
     device = catalog.device("a100_pcie")
     frame = read(str(DATA / "aiconfigurator"), device)
-    errors = store.evaluate(store.load(CALIBRATIONS / "a100_pcie", device), [frame])
+    errors = calibration_errors.evaluate(store.load(CALIBRATIONS / "a100_pcie", device), [frame])
     assert set(errors) == {"gemm", "attention_prefill", "attention_decode"}
     assert errors["gemm"]["measured_on"] == "a100_sxm"
 
@@ -127,6 +129,6 @@ def test_what_was_measured_is_predicted() -> None:
 
     device = catalog.device("a40")
     frame = read(f"vidur:{DATA / 'vidur' / 'profiling' / 'compute'}", device)
-    errors = store.evaluate(store.load(CALIBRATIONS / "a40", device), [frame])
+    errors = calibration_errors.evaluate(store.load(CALIBRATIONS / "a40", device), [frame])
     assert errors["gemm"]["mape"] < 0.02  # of what it was fitted to
     assert np.isclose(errors["gemm"]["in_range"], 1.0)

@@ -14,7 +14,8 @@ from engine.errors import InputError
 from engine.specs import DeviceSpec
 from engine.tables import Array
 from profiler.importers import read_source
-from simulator.predictor.attention import AttentionDecode, AttentionPrefill, kernel_names
+from simulator.predictor.attention import AttentionDecode, AttentionPrefill
+from simulator.predictor.attention_model import kernel_names
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not (DATA / "aiconfigurator").exists(), reason="the public tables are not here")

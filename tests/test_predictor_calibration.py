@@ -17,8 +17,9 @@ from profiler import table
 from profiler.operators import inventory
 from simulator.cluster import deploy, simulate
 from simulator.predictor import calibration as store
-from simulator.predictor import learned as module
+from simulator.predictor import calibration_fit
 from simulator.predictor.learned import learned
+from simulator.predictor.tables import TableMaker
 
 DEVICE = catalog.device("a100_pcie")
 MODEL = catalog.model("microsoft/phi-2")
@@ -131,7 +132,7 @@ def tables() -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def calibration() -> store.Calibration:
-    return store.fit(DEVICE, [tables()], on_progress=lambda line: None)
+    return calibration_fit.fit(DEVICE, [tables()], on_progress=lambda line: None)
 
 
 @pytest.fixture
@@ -162,7 +163,7 @@ def test_what_is_saved_loads_the_same_and_again_gives_the_same_files(
     store.save(calibration, tmp_path / "a")
     loaded = store.load(tmp_path / "a", DEVICE)
     store.save(loaded, tmp_path / "b")
-    again = store.fit(DEVICE, [tables()], on_progress=lambda line: None)
+    again = calibration_fit.fit(DEVICE, [tables()], on_progress=lambda line: None)
     store.save(again, tmp_path / "c")
     for path in sorted((tmp_path / "a").iterdir()):
         assert (
@@ -271,14 +272,14 @@ def test_a_damaged_calibration_is_told(shipped: Path, damage, told: str) -> None
 def test_sources_of_another_device_are_refused() -> None:
     frame = tables()
     with pytest.raises(InputError, match=r"no measurements of l4 .* they are of a100_pcie"):
-        store.fit(catalog.device("l4"), [frame[frame["kind"] == "gemm"]], on_progress=lambda line: None)
+        calibration_fit.fit(catalog.device("l4"), [frame[frame["kind"] == "gemm"]], on_progress=lambda line: None)
 
 
 def test_attention_is_carried_over_and_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frame = tables()
     other = frame[~frame["kind"].isin(["attention_prefill", "attention_decode"])].assign(device="a40")
     attention = frame[frame["kind"].isin(["attention_prefill", "attention_decode"])]
-    calibration = store.fit(catalog.device("a40"), [other, attention], on_progress=lambda line: None)
+    calibration = calibration_fit.fit(catalog.device("a40"), [other, attention], on_progress=lambda line: None)
     assert calibration.records["attention_decode"]["learned_on"] == "a100_pcie"
     store.save(calibration, tmp_path / "a40")
     monkeypatch.setattr(device_folder, "CALIBRATIONS", tmp_path)
@@ -293,15 +294,15 @@ def test_attention_is_carried_over_and_said_so(tmp_path: Path, monkeypatch: pyte
 def test_the_tables_are_made_in_time_to_wait_for(shipped: Path) -> None:
     """No clock: the number of rows that the estimators are asked for stays a few thousand an operator."""
     asked = 0
-    maker = module._Maker(store.load(shipped, DEVICE), MODEL, DEVICE, NETWORK, ParallelSpec())
-    ask = maker.ask
+    maker = TableMaker(store.load(shipped, DEVICE), MODEL, DEVICE, NETWORK, ParallelSpec())
+    for model in maker.models.values():
 
-    def counting(kind: str, columns, count: int):  # type: ignore[no-untyped-def]
-        nonlocal asked
-        asked += count
-        return ask(kind, columns, count)
+        def counting(columns, seconds=model.seconds, first=model.columns[0]):  # type: ignore[no-untyped-def]
+            nonlocal asked
+            asked += len(columns[first])
+            return seconds(columns)
 
-    maker.ask = counting  # type: ignore[method-assign]
+        model.seconds = counting  # type: ignore[method-assign]
     maker.stage(0)
     assert 0 < asked < 30_000
 
@@ -353,7 +354,7 @@ def test_operators_run_as_one_are_their_parts_where_only_these_were_measured(
     frame = tables()
     whole = frame[frame["operator"] == "input_norm"]
     fused = [whole.assign(operator=name) for name in ("mlp_residual_norm", "rotary_kv_write")]
-    of_one = store.fit(DEVICE, [pd.concat([frame, *fused], ignore_index=True)], on_progress=lambda line: None)
+    of_one = calibration_fit.fit(DEVICE, [pd.concat([frame, *fused], ignore_index=True)], on_progress=lambda line: None)
     monkeypatch.setattr(device_folder, "CALIBRATIONS", tmp_path)
     monkeypatch.setenv("WINDTUNNEL_CACHE_DIR", str(tmp_path / "cache"))
     times = []

@@ -26,6 +26,7 @@ from profiler.session import Bursts, Measure, Part, Session, model_record
 from profiler.timing import Timing
 from simulator.cluster import deploy
 from simulator.predictor import calibration as store
+from simulator.predictor import calibration_fit
 from simulator.predictor.check import check_iterations
 from studies.validation import compare, run_pair
 
@@ -61,17 +62,16 @@ def law_of_batch(step: Step) -> float:
     lengths = step.starts + step.chunks
     for op in inventory(MODEL, ParallelSpec(), 0):
         rows = len(step.tokens) if op.rows == "tokens" else len(step.sampled)
-        heads = {"num_heads": op.num_heads, "num_kv_heads": op.num_kv_heads, "head_dim": op.head_dim}
         if op.kind == "gemm" and rows:
             total += op.count * law({"kind": op.kind, "m": rows, "k": op.k, "n": op.n})
         elif op.kind == "elementwise" and rows:
             total += op.count * law({"kind": op.kind, "rows": rows, "bytes_per_row": op.bytes_per_row})
         elif op.kind == "attention_decode" and decodes:
             kv_tokens = int(lengths[:decodes].sum())
-            total += op.count * law({"kind": op.kind, "batch_size": decodes, "kv_tokens": kv_tokens, **heads})
+            total += op.count * law({"kind": op.kind, "batch_size": decodes, "kv_tokens": kv_tokens, **op.heads})
         elif op.kind == "attention_prefill":
             for chunk, prefix in zip(step.chunks[decodes:], step.starts[decodes:], strict=True):
-                total += op.count * law({"kind": op.kind, "chunk": int(chunk), "prefix": int(prefix), **heads})
+                total += op.count * law({"kind": op.kind, "chunk": int(chunk), "prefix": int(prefix), **op.heads})
     return total
 
 
@@ -251,7 +251,7 @@ def test_any_budget_gives_a_usable_table(tmp_path: Path) -> None:
     short = replace(some[0], points=some[0].points[:60])
     found.run([short], 1e6, lambda part, samples, left: None)
     found.finish()
-    models = store.learn(DEVICE, [read_source("profile", tmp_path / "short")])
+    models = calibration_fit.learn(DEVICE, [read_source("profile", tmp_path / "short")])
     assert set(models) == {"gemm", "elementwise", "attention_prefill", "attention_decode"}
     none_left = session(tmp_path / "none")
     none_left.run(some, 0.0, lambda part, samples, left: None)
@@ -296,7 +296,7 @@ def test_a_profile_of_another_device_is_refused(whole: Path) -> None:
 def calibrated(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The calibration of the session."""
     folder = tmp_path_factory.mktemp("calibration") / "mine"
-    fitted = store.fit(DEVICE, [read_source("profile", whole)], on_progress=lambda line: None)
+    fitted = calibration_fit.fit(DEVICE, [read_source("profile", whole)], on_progress=lambda line: None)
     store.save(fitted, folder, DEVICE)
     return folder
 

@@ -12,10 +12,11 @@ import pytest
 
 from engine import catalog
 from profiler import table
-from simulator.predictor.calibration import Calibration, fit
-from studies import accuracy
+from simulator.predictor.calibration import Calibration
+from simulator.predictor.calibration_fit import fit
 from studies.accuracy import accuracy_markdown, targets
-from studies.calibration_record import errors_by_size, left_out, read_calibration, spread_evenly
+from studies.calibration_kinds import page_of
+from studies.calibration_record import errors_by_size, read_calibration, spread_evenly
 from studies.calibration_report import write_calibration_report
 from studies.words import percent
 
@@ -175,7 +176,7 @@ def test_accuracy_text_holds_the_numbers_of_the_records(calibration: Calibration
     text = accuracy_markdown([calibration])
     for kind, record in calibration.records.items():
         held_out = record["held_out"]
-        start = f"| {accuracy.NAMES[kind]} | {left_out(kind, record)} |"
+        start = f"| {page_of(kind).name} | {page_of(kind).left_out(record)} |"
         (line,) = [line for line in text.splitlines() if line.startswith(start)]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[2:4] == [f"{record['provenance']['rows']:,}", str(held_out["folds"])]
@@ -200,9 +201,9 @@ def test_targets_are_judged_by_the_records(calibration: Calibration) -> None:
 
 
 def test_what_was_left_out_is_named(calibration: Calibration) -> None:
-    said = {kind: left_out(kind, record) for kind, record in calibration.records.items()}
+    said = {kind: page_of(kind).left_out(record) for kind, record in calibration.records.items()}
     assert said["gemm"] == said["elementwise"] == "whole models"
     assert said["attention_prefill"] == said["attention_decode"] == "head configurations"
     assert said["all_reduce"] == said["send"] == "message sizes"
     shapes = {"held_out": {"groups_over_20us": {"worst_is": "4096x1024"}}}
-    assert left_out("gemm", shapes) == "whole weight shapes (k, n)"
+    assert page_of("gemm").left_out(shapes) == "whole weight shapes (k, n)"

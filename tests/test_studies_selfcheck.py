@@ -20,7 +20,8 @@ from profiler.operators import inventory
 from profiler.points import Limits
 from profiler.timer import CudaTimer
 from simulator.cluster import deploy
-from simulator.predictor.calibration import fit, save
+from simulator.predictor.calibration import save
+from simulator.predictor.calibration_fit import fit
 from studies import selfcheck
 
 ROOT = Path(__file__).parents[1]

@@ -72,7 +72,7 @@ def column(frame: pd.DataFrame, name: str, path: Path) -> NDArray[np.float64]:
 def combine(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for rows that measure the same: their median, and the larger of their spread and that among them."""
     rows = rows.assign(spread_ms=rows.get("spread_ms", np.nan))
-    keys = [name for name in table.KEY if name in rows]
+    keys = [name for name in table.key() if name in rows]
     same = rows.groupby(keys, dropna=False, sort=False).ngroup().to_numpy()
     groups = rows.groupby(same)
     first = rows[~pd.Series(same).duplicated().to_numpy()].reset_index(drop=True)

@@ -36,6 +36,7 @@ from profiler.importers.common import (
     nothing_known,
     shorten,
 )
+from profiler.kind import OfRows
 from profiler.operators import Operator, inventory
 
 WANTED = (
@@ -166,15 +167,11 @@ def _mlp(path: Path, frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     for _, group in shapes.groupby([*_SHAPE, "use_gated_mlp"]):
         first = {name: int(group[name].iloc[0]) for name in (*_SHAPE, "use_gated_mlp")}
         every = _inventory(path, first, "post_attention_layernorm" in timed)
-        operators = {part.name: part for op in every for part in (op, *op.parts)}
+        operators = {part.name: part for op in every for part in (op, *op.parts) if isinstance(part, OfRows)}
         for name in timed:
             operator = next(operators[known] for known in OPERATORS[name] if known in operators)
             part = times[name].loc[group.index].assign(operator=operator.name, tensor_parallel_size=first[_TP])
-            if name in GEMMS:
-                part = part.assign(kind="gemm", m=group["num_tokens"], k=operator.k, n=operator.n)
-            else:
-                part = part.assign(kind="elementwise", rows=group["num_tokens"], bytes_per_row=operator.bytes_per_row)
-            parts.append(part)
+            parts.append(part.assign(kind=operator.kind, **operator.at(group["num_tokens"])))
     untimed = sorted(set(OPERATORS) - set(timed))
     rows = pd.concat(parts, ignore_index=True).assign(dtype="float16", backend="torch", software=_SOFTWARE)
     return rows.assign(model=_model(path)), [f"has no {', '.join(untimed)}"] if untimed else []

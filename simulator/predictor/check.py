@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, RopeScaling
 from profiler.iterations import shape_of
 from profiler.session import ITERATIONS
-from simulator.predictor.calibration import errors
+from simulator.predictor.calibration_errors import errors
 from simulator.predictor.learned import learned
 
 

@@ -9,16 +9,19 @@ vLLM's own all-reduce are left out: there the host's launch is in the time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec
 from engine.tables import Array
+from profiler.kinds import AllReduce as AllReduceOperator
+from profiler.kinds import Message
+from profiler.kinds import Send as SendOperator
 from simulator.predictor.curves import Curve
-from simulator.predictor.kinds import KindModel
+from simulator.predictor.kind import KindModel, RowsModel, SendModel, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +42,10 @@ class Layout(NamedTuple):
         return self.ranks_per_node < self.num_ranks
 
 
-class _Collective(KindModel):
+MessageOp = TypeVar("MessageOp", bound=Message)
+
+
+class _Collective(KindModel[MessageOp]):
     """Curves by kernel (the table's `backend`) and layout.
 
     Args:
@@ -49,10 +55,35 @@ class _Collective(KindModel):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("num_bytes", "num_ranks", "ranks_per_node", "network")
+    family: ClassVar[str] = "communication"
 
     def __init__(self, device: DeviceSpec, kernel: str | None = None) -> None:
         super().__init__(device)
         self.kernel = kernel
+
+    @classmethod
+    def usable(cls, rows: pd.DataFrame) -> pd.DataFrame:
+        """Without collectives that were launched eagerly: those times are mostly the host's."""
+        return rows[~rows["backend"].isin(HOST_BOUND)]
+
+    @classmethod
+    def groups(cls, rows: pd.DataFrame) -> pd.Series:
+        """Message sizes."""
+        return rows["num_bytes"].astype(str) + " bytes"
+
+    def columns_of(self, rows: pd.DataFrame) -> dict[str, Array]:
+        columns = super().columns_of(rows)
+        kernels = rows["backend"].fillna("").to_numpy(str)
+        if np.isin(kernels, self.kernels_).all():
+            columns["kernel"] = kernels
+        return columns
+
+    def comparable(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Those of networks that were measured."""
+        return rows[rows["network"].isin(self.networks_)]
+
+    def limits(self, operators: Sequence[MessageOp], site: Site) -> dict[str, int]:
+        return {}  # a curve goes on in proportion to the bytes
 
     def fit(self, frame: pd.DataFrame) -> Self:
         backends = frame["backend"].astype("string").fillna("unnamed") if "backend" in frame else None
@@ -179,7 +210,7 @@ class _Collective(KindModel):
         return self
 
 
-class AllReduce(_Collective):
+class AllReduce(_Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
     """All-reduce of `num_bytes` on each of `num_ranks` ranks.
 
     Among rank counts that were measured the logarithms of the times are interpolated, beyond them bytes follow the ring
@@ -188,6 +219,16 @@ class AllReduce(_Collective):
 
     kind: ClassVar[str] = "all_reduce"
 
+    @classmethod
+    def data_sheet(cls, op: AllReduceOperator, site: Site, rows: Array) -> Array:
+        latency = site.network.allreduce_time(0, site.first_rank, site.tp)
+        per_row = site.network.allreduce_time(op.bytes_per_row, site.first_rank, site.tp) - latency
+        return np.asarray(op.count * (latency + rows * per_row))
+
+    def applies(self, op: AllReduceOperator, site: Site) -> bool:
+        """Only over links like those that were measured."""
+        return site.network.name in self.networks_ and site.tp <= site.network.gpus_per_node
+
     def _moved(self, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks
 
@@ -195,10 +236,23 @@ class AllReduce(_Collective):
         return float(np.log2(ranks))
 
 
-class Send(_Collective):
+class Send(_Collective[SendOperator], SendModel[SendOperator]):
     """A message of `num_bytes` from one rank to another, on the same node where `ranks_per_node` is 2."""
 
     kind: ClassVar[str] = "send"
+
+    @classmethod
+    def data_sheet(cls, op: SendOperator, site: Site, tokens: int) -> float:
+        last = site.first_rank + site.tp
+        return op.count * site.network.send_time(tokens * op.bytes_per_row, site.first_rank, last)
+
+    def applies(self, op: SendOperator, site: Site) -> bool:
+        return site.network.name in self.networks_
+
+    def times(self, op: SendOperator, site: Site, tokens: Array) -> Array:
+        spans = (site.first_rank + site.tp) % site.network.gpus_per_node == 0  # the next stage begins on another node
+        ends = {"num_ranks": 2, "ranks_per_node": 1 if spans else 2, "network": site.network.name}
+        return np.asarray(op.count * self.seconds(self.asked({**op.at(tokens), **ends}, len(tokens), site)))
 
     def _moved(self, ranks: int) -> float:
         return 1.0

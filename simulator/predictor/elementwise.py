@@ -8,7 +8,7 @@ with the cache in between; it is learned, not assumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -16,8 +16,10 @@ import numpy as np
 from engine.errors import InputError
 from engine.specs import DeviceSpec
 from engine.tables import Array
+from profiler.kind import Operator as AnyOperator
+from profiler.kinds import Elementwise as Operator
 from simulator.predictor.curves import Curve
-from simulator.predictor.kinds import KindModel
+from simulator.predictor.kind import RowsModel, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,14 +37,26 @@ SAME_AS = {  # operators of the same kernel, where one of them was not measured
 }
 
 
-class Elementwise(KindModel):
+class Elementwise(RowsModel[Operator]):
     """A curve an operator; one that was not measured takes that of SAME_AS, or the median curve of all."""
 
     kind: ClassVar[str] = "elementwise"
     columns: ClassVar[tuple[str, ...]] = ("operator", "rows", "bytes_per_row")
 
-    def __init__(self, device: DeviceSpec) -> None:
-        super().__init__(device)
+    @classmethod
+    def groups(cls, rows: pd.DataFrame) -> pd.Series:
+        """Whole models; of rows without one, whole operators."""
+        return rows["model"].fillna(rows["operator"]).astype(str)
+
+    @classmethod
+    def data_sheet(cls, op: Operator, site: Site, rows: Array) -> Array:
+        return np.asarray(op.count * rows * op.bytes_per_row / site.bandwidth)
+
+    def names(self, op: AnyOperator) -> bool:
+        return self.knows(op.name)
+
+    def limits(self, operators: Sequence[Operator], site: Site) -> dict[str, int]:
+        return {}  # a curve goes on in proportion to the bytes: the linear layers of the same rows say how far
 
     def fit(self, frame: pd.DataFrame) -> Self:
         if not len(frame):

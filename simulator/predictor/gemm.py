@@ -8,14 +8,15 @@ the features, so that what is learned on some models' layers carries over to oth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from engine.specs import DeviceSpec
 from engine.tables import Array
+from profiler.kinds import Gemm as Operator
 from simulator.predictor.forest import Forest
-from simulator.predictor.kinds import KindModel
+from simulator.predictor.kind import RowsModel, Site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,14 +36,31 @@ FOREST: dict[str, Any] = {"trees": 18, "max_leaf_nodes": 2000, "max_features": 0
 SMALL = 4000  # rows up to which weight shapes keep their own measurements; of more, forests know enough
 
 
-class Gemm(KindModel):
+class Gemm(RowsModel[Operator]):
     """The geometric mean of two forests: on log(measured / roofline) and on log(measured / tile time).
 
     In a profile of a few models a weight shape (k, n) that was measured is interpolated between its own rows.
     """
 
-    kind = "gemm"
-    columns = ("m", "k", "n")
+    kind: ClassVar[str] = "gemm"
+    columns: ClassVar[tuple[str, ...]] = ("m", "k", "n")
+    family: ClassVar[str] = "linear"
+
+    @classmethod
+    def groups(cls, rows: pd.DataFrame) -> pd.Series:
+        """Whole models; of rows without one, whole weight shapes."""
+        return rows["model"].fillna(rows["k"].astype(str) + "x" + rows["n"].astype(str)).astype(str)
+
+    @classmethod
+    def shared_shapes(cls, rows: pd.DataFrame) -> pd.Series | None:
+        """Weight shapes (k, n), which models share: a model left out is partly known."""
+        return rows["k"].astype(str) + "x" + rows["n"].astype(str)
+
+    @classmethod
+    def data_sheet(cls, op: Operator, site: Site, rows: Array) -> Array:
+        flops = 2.0 * rows * op.k * op.n
+        traffic = rows * (op.k + op.n) * site.width + op.k * op.n * site.weight_width
+        return np.asarray(op.count * np.maximum(flops / site.flops, traffic / site.bandwidth))
 
     def fit(self, frame: pd.DataFrame) -> Self:
         rows = frame.groupby(["m", "k", "n"], as_index=False)["time_ms"].median()  # models share shapes

@@ -7,15 +7,17 @@ bandwidth; a stage takes the longer of that sum and the host's time to launch it
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from engine.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
-from engine.tables import Array
-from profiler.operators import Operator, inventory
+from profiler.operators import inventory
 from simulator.predictor.base import RuntimePredictor
+from simulator.predictor.kind import Site
+from simulator.predictor.kinds import Sorted, sort_out
 
 
 class Roofline(RuntimePredictor):
@@ -33,11 +35,9 @@ class Roofline(RuntimePredictor):
             f"roofline estimate from the data sheet of {device.name} ({network.name}, host overhead {host.name}); "
             f"nothing in it is measured"
         )
-        self.device = device
-        self.network = network
-        self.parallel = parallel
-        self.host = host
-        self.stages = [_Stage(self, model, stage) for stage in range(parallel.pipeline_parallel_size)]
+        self.stages = [
+            _stage(model, device, network, parallel, host, stage) for stage in range(parallel.pipeline_parallel_size)
+        ]
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         return self.stage_times(shape, stage, 1)[0]
@@ -52,30 +52,18 @@ class Roofline(RuntimePredictor):
 class _Stage:
     """A stage's times, tabulated by the number of rows as far as they have been asked for."""
 
-    def __init__(self, roofline: Roofline, model: ModelSpec, stage: int) -> None:
-        device, parallel = roofline.device, roofline.parallel
-        self.flops = device.peak_flops * device.matmul_efficiency
-        self.attention_flops = device.peak_flops * device.attention_efficiency
-        self.bandwidth = device.memory_bandwidth * device.bandwidth_efficiency
-        self.network = roofline.network
-        self.weight_width, self.width = model.weight_itemsize, model.activation_itemsize
-        self.kv_width = model.kv_cache_itemsize
-        self.tp = parallel.tensor_parallel_size
-        self.first_rank = stage * self.tp
-        operators = inventory(model, parallel, stage)
-        self.by_rows = [op for op in operators if op.kind in ("gemm", "elementwise", "all_reduce")]
-        (self.prefill,) = [op for op in operators if op.kind == "attention_prefill"]
-        (decode,) = [op for op in operators if op.kind == "attention_decode"]
-        self.send = next((op for op in operators if op.kind == "send"), None)
-        # decode attention reads each cached token once, and a request's query and output once
-        kv_bytes = 2 * decode.num_kv_heads * decode.head_dim * self.kv_width
-        kv_flops = 4 * decode.num_heads * decode.head_dim
-        self.decode_per_kv_token = decode.count * max(kv_bytes / self.bandwidth, kv_flops / self.attention_flops)
-        self.decode_per_request = decode.count * 2 * decode.num_heads * decode.head_dim * self.width / self.bandwidth
-        self.host = roofline.host
-        self.stage = stage
-        self.layers = parallel.stage_layers(model.num_layers)[stage]
-        self.ranks = parallel.world_size
+    def __init__(self, operators: Sorted, site: Site, host: HostOverhead, layers: int, ranks: int, stage: int) -> None:
+        self.operators, self.site, self.host = operators, site, host
+        self.layers, self.ranks, self.stage = layers, ranks, stage
+        decodes = [kind.data_sheet(op, site) for op, kind in operators.decodes]
+        self.decode_per_request = sum(per_request for per_request, _ in decodes)
+        self.decode_per_kv_token = sum(per_kv_token for _, per_kv_token in decodes)
+        self.prefill_time = _sum(
+            [
+                partial(kind.roofline if kind.launch_floor(op, site) else kind.data_sheet, op, site)
+                for op, kind in operators.prompts
+            ]
+        )
         self.tables: dict[str, list[float]] = {"tokens": [], "sampled": []}
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
@@ -104,48 +92,50 @@ class _Stage:
         if count >= len(table):
             size = max(1024, 2 * count)
             counts = np.arange(size)
-            times = sum((self.operator_times(op, counts) for op in self.by_rows if op.rows == rows), np.zeros(size))
+            every = [kind.roofline(op, self.site, counts) for op, kind in self.operators.rows if op.rows == rows]
+            times = sum(every, np.zeros(size))
             times[0] = 0.0  # an operator without rows is not run
             table = self.tables[rows] = times.tolist()
         return table[count]
 
-    def operator_times(self, op: Operator, rows: Array) -> Array:
-        """Seconds of all `op.count` runs of an operator, for each number of rows."""
-        if op.kind == "gemm":
-            flops = 2.0 * rows * op.k * op.n
-            traffic = rows * (op.k + op.n) * self.width + op.k * op.n * self.weight_width
-            return op.count * np.maximum(flops / self.flops, traffic / self.bandwidth)
-        if op.kind == "elementwise":
-            return op.count * rows * op.bytes_per_row / self.bandwidth
-        latency = self.network.allreduce_time(0, self.first_rank, self.tp)
-        per_row = self.network.allreduce_time(op.bytes_per_row, self.first_rank, self.tp) - latency
-        return op.count * (latency + rows * per_row)
-
-    def prefill_time(self, chunk: int, prefix: int) -> float:
-        """Seconds of causal attention of `chunk` tokens over themselves and `prefix` cached ones."""
-        op = self.prefill
-        flops: float = 4.0 * attended(chunk, prefix, op.sliding_window) * op.num_heads * op.head_dim
-        kv_tokens = prefix + chunk if op.sliding_window is None else min(prefix + chunk, op.sliding_window + chunk)
-        elements = chunk * op.num_heads * self.width + kv_tokens * op.num_kv_heads * self.kv_width
-        traffic = 2.0 * elements * op.head_dim
-        return op.count * max(flops / self.attention_flops, traffic / self.bandwidth)
-
     def send_time(self, tokens: int) -> float:
         """Seconds to send a batch's activations to the next stage."""
-        if self.send is None:
-            return 0.0
-        return self.network.send_time(tokens * self.send.bytes_per_row, self.first_rank, self.first_rank + self.tp)
+        return sum((kind.roofline(op, self.site, tokens) for op, kind in self.operators.sends), 0.0)
 
 
-def attended(chunk: Any, prefix: Any, window: int | None) -> Any:
-    """(query, key) pairs of `chunk` tokens over themselves and `prefix` cached ones, causal, perhaps in a window.
+class _SteppedStage(_Stage):
+    """A stage with operators whose time is no straight line in the cached tokens, or is of the whole batch."""
 
-    Numbers or arrays, by plain arithmetic: it is asked for every prompt of every batch.
-    """
-    if window is None:
-        return chunk * prefix + chunk * (chunk + 1) / 2
-    full = prefix + chunk - window  # tokens that see a whole window: between none and all
-    full = full * (full > 0)
-    full = full - (full - chunk) * (full > chunk)
-    rising = chunk - full  # tokens that see prefix+1, prefix+2, ...
-    return full * window + rising * prefix + rising * (rising + 1) / 2
+    def times(self, shape: BatchShape, repeats: int) -> list[float]:
+        return [self.time(shape.after(i)) for i in range(repeats)]
+
+    def time(self, shape: BatchShape) -> float:
+        """Seconds of one batch: the longer of GPU and launch, and the host time not hidden."""
+        tokens, decodes, kv, prefills, sampled, _ = shape
+        launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage)
+        if not prefills and decodes <= self.host.graph_decodes:
+            launch = 0.0
+        gpu = self.rows_time("tokens", tokens) + self.rows_time("sampled", sampled)
+        for op, kind in self.operators.decodes if decodes else ():
+            gpu += float(kind.roofline(op, self.site, np.array([decodes]), np.array([kv]))[0])
+        gpu += sum(self.prefill_time(chunk, prefix) for chunk, prefix in prefills)
+        gpu += sum(kind.roofline(op, self.site, shape) for op, kind in self.operators.batches)
+        return max(gpu, launch) + host
+
+
+def _stage(
+    model: ModelSpec, device: DeviceSpec, network: NetworkSpec, parallel: ParallelSpec, host: HostOverhead, stage: int
+) -> _Stage:
+    tp, layers = parallel.tensor_parallel_size, parallel.stage_layers(model.num_layers)[stage]
+    site = Site(device, network, model, tp, stage * tp)
+    operators = sort_out(inventory(model, parallel, stage))
+    stepped = operators.batches or any(kind.launch_floor(op, site) for op, kind in operators.decodes)
+    kind_of_stage = _SteppedStage if stepped else _Stage
+    return kind_of_stage(operators, site, host, layers, parallel.world_size, stage)
+
+
+def _sum(functions: list[Callable[[int, int], float]]) -> Callable[[int, int], float]:
+    """The sum of functions of a chunk and a prefix; a single one as it is, for it is asked for every prompt."""
+    if len(functions) == 1:
+        return functions[0]
+    return lambda chunk, prefix: sum((function(chunk, prefix) for function in functions), 0.0)

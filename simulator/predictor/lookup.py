@@ -1,0 +1,177 @@
+"""A stage's times, looked up in the tables of a deployment: what the simulation asks for every batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from math import ceil, inf
+
+import numpy as np
+
+from engine.request import BatchShape
+from engine.specs import HostOverhead
+from engine.tables import Array
+from simulator.predictor.grids import CHUNKS, KV_TOKENS, MOST_REQUESTS, MOST_ROWS, PREFIXES
+
+UNLIMITED = 1 << 62  # of what no kind of operator limits
+BatchTime = Callable[[BatchShape], float]
+
+
+@dataclass(frozen=True)
+class StageTables:
+    """Seconds of one stage. `tokens` (MOST_ROWS + 1,) and `sampled` (MOST_REQUESTS + 1,) by rows; `prefill` (chunks,
+    prefixes); `decode` (MOST_REQUESTS + 1, kv tokens); `send` (MOST_ROWS + 1,) by tokens, to the next stage."""
+
+    tokens: Array
+    sampled: Array
+    prefill: Array
+    decode: Array
+    send: Array
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest batch that lies within what was measured; all 0 where some operator was not measured at all."""
+
+    tokens: int
+    chunk: int
+    prefix: int
+    requests: int
+    kv_tokens: int
+    length: int  # cached tokens of one decoding request
+
+    def hold(self, shape: BatchShape) -> bool:
+        tokens, decodes, kv, prefills, _, _ = shape
+        if tokens > self.tokens or decodes > self.requests or kv > self.kv_tokens or kv > decodes * self.length:
+            return False
+        for chunk, prefix in prefills:  # noqa: SIM110 - asked for every batch, and all() is slow
+            if chunk > self.chunk or prefix > self.prefix:
+                return False
+        return True
+
+    @classmethod
+    def together(cls, every: Iterable[Mapping[str, int]]) -> Limits:
+        """Return the limits within all of these, each of which may leave fields out."""
+        own = list(every)
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: min((each.get(name, UNLIMITED) for each in own), default=UNLIMITED) for name in names})
+
+
+class StageTimes:
+    """One stage's tables as lists, and the look-ups."""
+
+    def __init__(self, tables: StageTables, host: HostOverhead, layers: int, ranks: int, stage: int) -> None:
+        self.tokens: list[float] = tables.tokens.tolist()
+        self.sampled: list[float] = tables.sampled.tolist()
+        self.prefill = tables.prefill
+        self.prefill_rows: dict[int, list[Segment]] = {}
+        self.decode = tables.decode
+        self.decode_rows: dict[int, list[Segment]] = {}
+        self.send: list[float] = tables.send.tolist()
+        # by the number of sequences: what the host adds is a straight line
+        self.launch, self.added = host.times(layers, 0, ranks, stage)
+        self.added_per_sequence = host.times(layers, 1, ranks, stage)[1] - self.added
+        self.graph_decodes = host.graph_decodes
+
+    def times(self, shape: BatchShape, repeats: int) -> list[float]:
+        """Seconds of the batch and of its next repeats."""
+        tokens, decodes, kv, prefills, sampled, growth = shape
+        added = self.added + self.added_per_sequence * (decodes + len(prefills))
+        if tokens <= MOST_ROWS and sampled <= MOST_REQUESTS:
+            fixed = self.tokens[tokens] + self.sampled[sampled] + added
+        else:
+            fixed = at(self.tokens, tokens) + at(self.sampled, sampled) + added
+        launch = added if not prefills and decodes <= self.graph_decodes else self.launch + added
+        low = slope = start = 0.0
+        if decodes:  # attention is linear in the cached tokens between the grid's points
+            row = self.decode_rows.get(decodes) or self.decode_row(decodes)
+            low, slope, start, end = row[bisect_right(_KV_STARTS, kv) - 1]
+            if repeats > 1 and kv + (repeats - 1) * growth >= end:
+                inside = ceil((end - kv) / growth)
+                return self.times(shape, inside) + self.times(shape.after(inside), repeats - inside)
+        if not prefills:
+            if fixed + low >= launch:  # the GPU is the slower one from here on
+                return [fixed + (low + slope * (kv + i * growth - start)) for i in range(repeats)]
+            return [max(fixed + (low + slope * (kv + i * growth - start)), launch) for i in range(repeats)]
+        times = []
+        for i in range(repeats):
+            seconds = fixed + (low + slope * (kv + i * growth - start))
+            for chunk, prefix in prefills:
+                seconds += self.prefill_time(chunk, prefix + i * chunk)
+            times.append(seconds if seconds > launch else launch)
+        return times
+
+    def decode_row(self, requests: int) -> list[Segment]:
+        """Attention of that many decodes, by their cached tokens."""
+        row = self.decode_rows[requests] = _segments(self.decode[min(requests, MOST_REQUESTS)], KV_TOKENS)
+        return row
+
+    def prefill_time(self, chunk: int, prefix: int) -> float:
+        """Attention of a prompt's chunk: bilinear between the grid's points."""
+        row = self.prefill_rows.get(chunk)
+        if row is None:
+            i = min(int(np.searchsorted(CHUNKS, chunk, side="right")) - 1, len(CHUNKS) - 2)
+            across = (chunk - CHUNKS[i]) / (CHUNKS[i + 1] - CHUNKS[i])
+            values = self.prefill[i] + across * (self.prefill[i + 1] - self.prefill[i])
+            row = self.prefill_rows[chunk] = _segments(values, PREFIXES)
+        low, slope, start, _ = row[bisect_right(_PREFIX_STARTS, prefix) - 1]
+        return low + slope * (prefix - start)
+
+
+class SteppedTimes(StageTimes):
+    """A stage with operators whose time is of the whole batch (`of_batch`): every repeat is asked for by itself."""
+
+    def __init__(
+        self,
+        tables: StageTables,
+        host: HostOverhead,
+        layers: int,
+        ranks: int,
+        stage: int,
+        of_batch: Sequence[BatchTime],
+    ) -> None:
+        super().__init__(tables, host, layers, ranks, stage)
+        self.of_batch = of_batch
+        self.kernel_launch, self.launch = self.launch, 0.0  # the GPU's time alone is looked up, and compared here
+
+    def times(self, shape: BatchShape, repeats: int) -> list[float]:
+        return [self.time(shape.after(i)) for i in range(repeats)]
+
+    def time(self, shape: BatchShape) -> float:
+        """Seconds of one batch."""
+        gpu = super().times(shape, 1)[0] + sum(seconds(shape) for seconds in self.of_batch)
+        if not shape.prefills and shape.num_decodes <= self.graph_decodes:
+            return gpu
+        added = self.added + self.added_per_sequence * (shape.num_decodes + len(shape.prefills))
+        return max(gpu, self.kernel_launch + added)
+
+
+def stage_times(
+    tables: StageTables, host: HostOverhead, layers: int, ranks: int, stage: int, of_batch: Sequence[BatchTime]
+) -> StageTimes:
+    """Return the look-ups of a stage."""
+    if of_batch:
+        return SteppedTimes(tables, host, layers, ranks, stage, of_batch)
+    return StageTimes(tables, host, layers, ranks, stage)
+
+
+Segment = tuple[float, float, float, float]  # of a piecewise linear function: value at its start, slope, start, end
+
+
+def _segments(values: Array, grid: Array) -> list[Segment]:
+    """The segments between the points of a grid; the last goes on for ever."""
+    slopes = np.diff(values) / np.diff(grid)
+    ends = [*grid[1:-1].tolist(), inf]
+    return list(zip(values[:-1].tolist(), slopes.tolist(), grid[:-1].tolist(), ends, strict=True))
+
+
+_KV_STARTS: list[float] = KV_TOKENS[:-1].tolist()  # of the segments
+_PREFIX_STARTS: list[float] = PREFIXES[:-1].tolist()
+
+
+def at(table: list[float], rows: int) -> float:
+    """An entry of a table by rows; past its end the last entry, in proportion."""
+    if rows < len(table):
+        return table[rows]
+    return table[-1] * rows / (len(table) - 1)

@@ -1,0 +1,152 @@
+"""Makes the tables of a deployment: asks each operator's estimator over the grids, once, and adds up.
+
+Everything that depends on a number of rows alone becomes a table by that number; attention becomes two grids, of chunk
+and prefix for prompts and of requests and cached tokens for decodes. All are made monotone (more work never takes less
+time), for trees are not. What the calibration lacks, the roofline of its kind estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
+from engine.tables import Array
+from profiler.kind import Operator
+from profiler.operators import inventory
+from simulator.predictor.calibration import Calibration
+from simulator.predictor.grids import CHUNKS, KV_TOKENS, MOST_REQUESTS, MOST_ROWS, PREFIXES, REQUESTS, ROWS
+from simulator.predictor.kind import KindModel, Site
+from simulator.predictor.kinds import Sorted, kind_of, sort_out
+from simulator.predictor.lookup import BatchTime, Limits, StageTables
+
+
+class TableMaker:
+    """Fills the tables of one deployment from a calibration. Raises LookupError for an operator of an unknown kind.
+
+    Args:
+        kernel: whose measurements of attention to take, where they are; None takes the kernel measured most.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        model: ModelSpec,
+        device: DeviceSpec,
+        network: NetworkSpec,
+        parallel: ParallelSpec,
+        kernel: str | None = None,
+    ) -> None:
+        self.models: dict[str, KindModel[Any]] = calibration.models
+        tp, stages = parallel.tensor_parallel_size, range(parallel.pipeline_parallel_size)
+        self.sites = [Site(device, network, model, tp, stage * tp, kernel) for stage in stages]
+        every = [inventory(model, parallel, stage) for stage in stages]
+        self.operators = [[part for op in stage for part in self._as_measured(op)] for stage in every]
+        self.sorted: list[Sorted] = [sort_out(operators) for operators in self.operators]
+
+    def _as_measured(self, op: Operator) -> tuple[Operator, ...]:
+        """An operator, or its parts where only these were measured."""
+        whole = self.models.get(op.kind)
+        if whole is None or whole.names(op):
+            return (op,)
+        parts = [(part, self.models.get(part.kind)) for part in op.parts]
+        return op.parts if any(model is not None and model.names(part) for part, model in parts) else (op,)
+
+    def knows(self, op: Operator, stage: int) -> bool:
+        """Return whether an operator's time is learned."""
+        model = self.models.get(op.kind)
+        return model is not None and model.applies(op, self.sites[stage])
+
+    def stage(self, stage: int) -> StageTables:
+        """Return the tables of one stage."""
+        by = {"tokens": np.zeros(len(ROWS)), "sampled": np.zeros(len(ROWS))}
+        for op, _ in self.sorted[stage].rows:
+            by[op.rows] += self.by_rows(op, stage, ROWS)
+        return StageTables(
+            _spread(by["tokens"], MOST_ROWS),
+            _spread(by["sampled"], MOST_REQUESTS),
+            self._prompts(stage),
+            self._decodes(stage),
+            self._sends(stage),
+        )
+
+    def by_rows(self, op: Any, stage: int, rows: Array) -> Array:
+        """Return seconds of all runs of an operator, for each number of rows (at least 1)."""
+        seconds: Array = self._source(op, stage)(rows)
+        return seconds
+
+    def batch_times(self, stage: int) -> list[BatchTime]:
+        """Return what gives the seconds of each operator whose time is of the whole batch."""
+        return [self._source(op, stage) for op, _ in self.sorted[stage].batches]
+
+    def _source(self, op: Any, stage: int) -> Callable[..., Any]:
+        """What gives an operator's seconds: its fitted model, or the roofline of its kind."""
+        model: Any = self.models[op.kind] if self.knows(op, stage) else None
+        kind: Any = kind_of(op)
+        return partial(kind.roofline if model is None else model.times, op, self.sites[stage])
+
+    def _prompts(self, stage: int) -> Array:
+        """Seconds of one prompt by (chunk, prefix)."""
+        chunks, prefixes = (grid.ravel() for grid in np.meshgrid(CHUNKS, PREFIXES, indexing="ij"))
+        seconds = np.zeros(len(chunks))
+        for op, _ in self.sorted[stage].prompts:
+            times = self._source(op, stage)
+            if self.knows(op, stage):
+                seconds += times(chunks, prefixes)
+            else:
+                seconds += [times(int(chunk), int(prefix)) for chunk, prefix in zip(chunks, prefixes, strict=True)]
+        grid = seconds.reshape(len(CHUNKS), len(PREFIXES))
+        return np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
+
+    def _decodes(self, stage: int) -> Array:
+        """Seconds of decodes by (number of requests from 0 on, cached tokens in all)."""
+        requests, kv = (grid.ravel() for grid in np.meshgrid(REQUESTS, KV_TOKENS, indexing="ij"))
+        kv = np.maximum(requests, kv)
+        seconds = np.zeros(len(kv))
+        for op, _ in self.sorted[stage].decodes:
+            seconds += self._source(op, stage)(requests, kv)
+        # along the cached tokens alone: the same tokens in fewer requests may well take longer
+        grid = np.maximum.accumulate(seconds.reshape(len(REQUESTS), len(KV_TOKENS)), axis=1)
+        every = np.arange(MOST_REQUESTS + 1)
+        return np.stack([np.interp(every, REQUESTS, column) for column in grid.T], axis=1)
+
+    def _sends(self, stage: int) -> Array:
+        """Seconds to send a batch to the next stage, by its tokens; 0 on the last."""
+        seconds = np.zeros(len(ROWS))
+        for op, _ in self.sorted[stage].sends:
+            times = self._source(op, stage)
+            seconds += times(ROWS) if self.knows(op, stage) else [times(int(rows)) for rows in ROWS]
+        return _spread(seconds, MOST_ROWS)
+
+    def limits(self) -> Limits:
+        """Return the largest batch of which every operator lies within what was measured."""
+        every = [(op, stage) for stage, operators in enumerate(self.operators) for op in operators]
+        if not all(self.knows(op, stage) for op, stage in every):
+            return Limits(0, 0, 0, 0, 0, 0)
+        kinds = dict.fromkeys(op.kind for op, _ in every)
+        of_kind = {kind: [op for op, _ in every if op.kind == kind] for kind in kinds}
+        return Limits.together(self.models[kind].limits(mine, self.sites[0]) for kind, mine in of_kind.items())
+
+    def describe(self, host: HostOverhead) -> str:
+        """Return one line for reports: what was measured, what was carried over or estimated."""
+        device, network = self.sites[0].device, self.sites[0].network
+        text = f"calibrated on measurements of {device.name} ({network.name}, host overhead {host.name})"
+        carried = [model for model in self.models.values() if model.device.name != device.name]
+        if carried:
+            families = " and ".join(sorted({model.family for model in carried}))
+            text += f"; {families} carried over from {', '.join(sorted({model.device.name for model in carried}))}"
+        every = [(op, stage) for stage, operators in enumerate(self.operators) for op in operators]
+        lacking = sorted({op.kind for op, stage in every if not self.knows(op, stage)})
+        if lacking:
+            text += f"; an estimate from the data sheet: {', '.join(kind.replace('_', ' ') for kind in lacking)}"
+        return text
+
+
+def _spread(values: Array, most: int) -> Array:
+    """A table by every number of rows from 0 (0 s) to `most`, linear between ROWS and never falling."""
+    table = np.interp(np.arange(most + 1), ROWS, np.maximum.accumulate(values))
+    table[0] = 0.0
+    return table
