@@ -220,7 +220,7 @@ class Bench:
     def _step(self, decodes: int, rows: Any, starts: Any, chunks: Any, tokens: Any, new: NewBlocks) -> Step:
         self.number += 1
         every = np.arange(len(rows), dtype=np.int32)
-        return Step(self.number, decodes, rows, starts, chunks, tokens, new, every, None)
+        return Step(self.number, 0.0, decodes, rows, starts, chunks, tokens, new, every, None)
 
     @property
     def room(self) -> int:
