@@ -282,7 +282,7 @@ def measure_busy(bench: Bench) -> dict[str, float] | None:
     ends = []
 
     def on_result(batch: Batch, result: Result) -> None:
-        if len(batch.decodes) == BUSY_BATCH and not batch.prefills:
+        if len(batch.decodes) == BUSY_BATCH and not batch.chunks:
             ends.append(result.times[0])
 
     serve(case, bench.executor, BUSY_BATCH, case.context, WARM_UP + MEASURED, on_result)

@@ -33,6 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
     "stages": {"device": "a100_sxm", "pipeline_parallel_size": 2, "host_overhead": "eager"},
     "measured": {"device": "measured", "predictor": "roofline", "scheduler": "orca", "gpu_memory_utilization": 0.5},
 }
+RESOLVED = {  # of each: dtype, host overhead, asynchronous, KV blocks, policy, ranks, network
+    "cpu": ("float32", "eager_cpu", False, None, "sarathi", 1, "shared_memory"),
+    "cpu with blocks": ("float32", "eager_cpu", True, 60, "sarathi", 1, "shared_memory"),
+    "gpu": ("float16", "cuda_graphs", False, None, "vllm", 2, "pcie"),
+    "stages": ("bfloat16", "eager", False, None, "sarathi", 2, "nvswitch_a100"),
+    "measured": ("float16", "measured_h100", False, None, "orca", 1, "nvswitch_h100"),
+}
 BLOCKS = 50  # that the engine finds out
 
 
@@ -110,6 +117,11 @@ def test_a_config_is_one_replica_for_every_command(case: str, place: Path, seen:
     config = str(written(case))
     (group,) = load(Path(config), {}, FileConfig).groups()
     replica = group.replica_spec()
+    assert RESOLVED[case] == (
+        replica.model.dtype, replica.engine.host.name, replica.async_scheduling, replica.num_gpu_blocks_override,
+        replica.scheduler.policy, replica.parallel.world_size, replica.network.name,
+    )  # fmt: skip
+    assert replica.gpu_memory_utilization == CASES[case].get("gpu_memory_utilization", 0.9)
     found = replica.with_blocks(replica.num_gpu_blocks_override or BLOCKS)  # once the engine knows
     come_to_the_seam("simulate", "--config", config, "--output-dir", "a")
     come_to_the_seam("search", "--config", config, "--output-dir", "b")
