@@ -305,7 +305,7 @@ def _still_wanted(batch: Batch, tokens: list[int]) -> tuple[Batch, list[int]]:
     wanted = [not request.finished for request in batch.sampled]
     if all(wanted):
         return batch, tokens
-    decodes = [entry for entry in batch.decodes if not entry[0].finished]
+    decodes = [request for request in batch.decodes if not request.finished]
     completing = [request for request in batch.completing if not request.finished]
     return replace(batch, decodes=decodes, completing=completing), list(compress(tokens, wanted))
 

@@ -63,33 +63,33 @@ class KVCache:
         """
         held = len(request.blocks) + len(prefix)
         need = max(0, -(-tokens // self.block_size) - held)
-        idle = sum([not self._holders[block] for block in prefix])  # these leave the line as well
+        idle = sum([not self._holders[block] for block in prefix]) if prefix else 0  # these leave the line as well
         if need + idle + spare > self.num_free:
             return False
-        if not need and not prefix:
-            return True
-        if self.prefix_caching:
+        if prefix:
             for block in prefix:
                 if not self._holders[block]:
                     del self._line[block]
                 self._holders[block] += 1
             request.blocks.extend(prefix)
-            request.num_cached_blocks = len(prefix) if prefix else request.num_cached_blocks
-            request.blocks.extend([self._take() for _ in range(need)])
-        else:
-            request.blocks.extend(self._stack[: -need - 1 : -1])
-            del self._stack[-need:]
-        self.num_free -= need + idle
-        request.allocated_tokens = len(request.blocks) * self.block_size
-        return True
+            request.num_cached_blocks = len(prefix)
+            self.num_free -= idle
+            request.allocated_tokens = len(request.blocks) * self.block_size
+        return not need or self.grow(request, need)
 
-    def grow(self, request: Request) -> bool:
-        """Give `request` one more block; False if none is free."""
-        if not self.num_free:
+    def grow(self, request: Request, count: int = 1) -> bool:
+        """Give `request` `count` more blocks; False, and nothing taken, if fewer are free."""
+        if count > self.num_free:
             return False
-        self.num_free -= 1
-        request.blocks.append(self._take() if self.prefix_caching else self._stack.pop())
-        request.allocated_tokens += self.block_size
+        self.num_free -= count
+        if self.prefix_caching:
+            request.blocks.extend([self._take() for _ in range(count)])
+        elif count == 1:
+            request.blocks.append(self._stack.pop())
+        else:
+            request.blocks.extend(self._stack[: -count - 1 : -1])
+            del self._stack[-count:]
+        request.allocated_tokens += count * self.block_size
         return True
 
     def release(self, request: Request) -> None:

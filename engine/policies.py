@@ -34,14 +34,15 @@ _by_order = attrgetter("order")
 
 @dataclass(slots=True)
 class BatchPlan:
-    """What a policy wants in the next batch: entries of a request and how many of its tokens are computed.
+    """What a policy wants in the next batch.
 
-    `decodes` are of `take_decodes`, `chunks` are anything else, in any order. `stable` promises that the policy, asked
+    `decodes` are requests that `take_decodes` gave; `chunks` are entries of anything else, each a request and how many
+    of its tokens are computed, in any order. `stable` promises that the policy, asked
     again after this batch, would plan the same requests with as many tokens each, if no request arrives or ends and no
     prompt reaches its end. It makes the simulator fast, and is never needed.
     """
 
-    decodes: Sequence[Entry] = ()
+    decodes: Sequence[Request] = ()
     chunks: Sequence[Entry] = ()
     stable: bool = field(default=False, kw_only=True)
 
@@ -204,8 +205,8 @@ class FasterTransformer(Orca):
     def plan(self, scheduler: Scheduler) -> BatchPlan:
         decodes = scheduler.take_decodes()
         if decodes:
-            group = decodes[0][0].group
-            return BatchPlan([entry for entry in decodes if entry[0].group == group], stable=True)
+            group = decodes[0].group
+            return BatchPlan([request for request in decodes if request.group == group], stable=True)
         prompts = take_prompts(scheduler)
         self.next_group += 1
         for request, _ in prompts:

@@ -129,7 +129,7 @@ class Recorder:
         first = times[0]
         oldest = first
         new = array("d", times)
-        for request, _ in batch.decodes:
+        for request in batch.decodes:
             token_times = request.token_times
             if token_times and token_times[-1] < oldest:
                 oldest = token_times[-1]

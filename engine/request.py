@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -126,38 +126,38 @@ class BatchShape(NamedTuple):
 class Batch:
     """What one iteration computes, as plain data: `entries`, each a request and how many of its tokens.
 
-    The entries stand in two lists, in the scheduler's order: `decodes`, of one token each, which is the last that is
-    known, and `chunks`, of anything else. Requests whose last known token is computed have their next token sampled:
-    those of the decodes and, of the chunks, those that are `completing` their prompts (or recomputes). The batch may
-    run `repeats` times before anything can change from inside (a request reaching its last token, a prompt its end,
-    the KV blocks running out), so a driver that sees no arrival may commit that many at once. None of `decodes` has
-    its last token in fewer runs than `left`.
+    They are kept in two lists, in the scheduler's order: `decodes`, the requests of which one token is computed, the
+    last that is known, and `chunks`, entries of anything else. Requests whose last known token is computed have their
+    next token sampled: the decodes and, of the chunks, those that are `completing` their prompts (or recomputes). The
+    batch may run `repeats` times before anything can change from inside (a request reaching its last token, a prompt
+    its end, the KV blocks running out), so a driver that sees no arrival may commit that many at once. None of
+    `decodes` has its last token in fewer runs than `left`.
     """
 
-    decodes: Sequence[Entry]
+    decodes: Sequence[Request]
     chunks: Sequence[Entry]
     completing: list[Request]
     shape: BatchShape
     kv_blocks: int  # in use by the replica once this batch has its own
     left: int
     repeats: int = 1
-    dropped: set[Request] = field(default_factory=set)  # preempted or ended while it was in flight
+    dropped: set[Request] | None = None  # preempted or ended while it was in flight
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """Each request of the batch, and how many of its tokens are computed."""
-        return (*self.decodes, *self.chunks)
+        return (*[(request, 1) for request in self.decodes], *self.chunks)
 
     @property
     def sampled(self) -> list[Request]:
         """The requests whose next token is sampled, in the order of the entries."""
-        return [*[request for request, _ in self.decodes], *self.completing]
+        return [*self.decodes, *self.completing]
 
     def finishing(self, repeats: int = 1) -> list[Request]:
         """The requests that have all their tokens once it has run `repeats` times; ask before it is committed."""
         ends: list[Request] = []
         if repeats >= self.left:
-            ends = [r for r, _ in self.decodes if r.max_total_tokens - r.num_tokens == repeats]
+            ends = [r for r in self.decodes if r.max_total_tokens - r.num_tokens == repeats]
         if self.completing:
             ends += [r for r in self.completing if r.num_tokens == r.max_total_tokens - 1]
         return ends

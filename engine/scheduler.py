@@ -18,7 +18,6 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection, Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 from engine.errors import InputError
 from engine.kv_cache import KVCache
@@ -29,17 +28,6 @@ from engine.specs import SchedulerSpec
 UNBOUNDED = 1 << 30  # repeats of a batch that nothing bounds
 
 _by_order = attrgetter("order")
-
-
-def _order_of(entry: Entry) -> int:
-    return entry[0].order
-
-
-class Commit(NamedTuple):
-    """What came of a batch: the requests that are finished by it, and the rounds (1, 2, ...) that took a KV block."""
-
-    finished: list[Request]
-    block_rounds: list[int]
 
 
 class Scheduler:
@@ -76,7 +64,7 @@ class Scheduler:
         self.prefilling: list[Request] = []  # those of `running` with more than their last known token to compute
         # of `running`, those that lack one token and may run for it; what follows is kept up to date about them, for
         # to look at each request for each batch would take much longer
-        self.decoding: list[Entry] = []
+        self.decoding: list[Request] = []
         self._full: list[Request] = []  # those that need a block before they run again
         self._kv_tokens = 0  # their tokens in the cache (or on the way there), in all
         self._left = 0  # none has its last token in fewer runs than this; 0 where that is not known
@@ -127,7 +115,8 @@ class Scheduler:
         """Form the next batch, with KV blocks allocated for it; None if there is none."""
         if len(self._in_flight) >= self.max_in_flight or not (self.running or self.waiting):
             return None
-        self.preempted.clear()
+        if self.preempted:
+            self.preempted.clear()
         plan = self.policy.plan(self)
         decodes, chunks = plan.decodes, plan.chunks
         if not decodes and not chunks:
@@ -136,17 +125,21 @@ class Scheduler:
         everyone = len(decodes) == len(self.decoding)
         num_decodes = num_tokens = growth = len(decodes)
         if window is None:
-            kv_tokens = (self._kv_tokens if everyone else sum([r.start for r, _ in decodes])) + num_tokens
+            kv_tokens = (self._kv_tokens if everyone else sum([r.start for r in decodes])) + num_tokens
         else:
-            kv_tokens = sum([min(r.start + 1, window) for r, _ in decodes])
-            growth = sum([r.start + 1 < window for r, _ in decodes])
-        left = (everyone and self._left) or min([_output_left(r) for r, _ in decodes], default=UNBOUNDED)
+            kv_tokens = sum([min(r.start + 1, window) for r in decodes])
+            growth = sum([r.start + 1 < window for r in decodes])
+        left = (everyone and self._left) or min(
+            [r.max_total_tokens - r.num_tokens - r.num_pending_tokens for r in decodes], default=UNBOUNDED
+        )
         if everyone:
             self._left = left
         prefills: list[tuple[int, int]] = []
         completing: list[Request] = []
         for request, tokens in chunks:
-            start, remaining = request.start, request.remaining
+            start = request.num_computed_tokens + request.num_in_flight_tokens
+            known = request.num_tokens + request.num_pending_tokens
+            remaining = (known if known < request.max_total_tokens else request.max_total_tokens - 1) - start
             if not 0 < tokens <= remaining + self.policy.num_draft_tokens:
                 raise ValueError(f"the policy {self.spec.policy} planned {tokens} tokens of {request}")
             num_tokens += tokens
@@ -162,11 +155,13 @@ class Scheduler:
         # after a preemption there are free blocks, which the next plan may use for another
         stable = plan.stable and num_decodes == len(decodes) and not self.preempted
         repeats = self._repeats(plan, left) if stable else 1
-        batch = Batch(decodes, chunks, completing, shape, self.kv_cache.num_used, left, repeats)
+        kv_cache = self.kv_cache
+        kv_blocks = kv_cache.num_blocks - kv_cache.num_free
+        batch = Batch(decodes, chunks, completing, shape, kv_blocks, left, repeats)
         self._in_flight.append(batch)
-        if self.kv_cache.prefix_caching:
+        if kv_cache.prefix_caching:
             for request, tokens in batch.entries:
-                self.kv_cache.register(request, min(request.start + tokens, request.num_tokens))
+                kv_cache.register(request, min(request.start + tokens, request.num_tokens))
         if self.max_in_flight > 1:
             for request, tokens in batch.entries:
                 request.num_in_flight_tokens += tokens
@@ -180,8 +175,10 @@ class Scheduler:
         accepted: Sequence[int] | None = None,
         stopped: Collection[Request] = (),
         repeats: int = 1,
-    ) -> Commit:
+    ) -> tuple[list[Request], list[int]]:
         """Count a batch in flight, the oldest, as computed; requests that are finished by it leave the replica.
+
+        Returns these, and for each KV block that repeats took the round (1, 2, ...) that took it.
 
         Args:
             accepted: how many new tokens each of `batch.entries` got: 0 where its last known token was not computed,
@@ -201,20 +198,24 @@ class Scheduler:
         else:
             finished = batch.finishing(repeats)
             decodes, chunks = batch.decodes, batch.chunks
-            if batch.dropped:
+            if batch.dropped is not None:
                 finished = [request for request in finished if not request.finished]
-                decodes, chunks = ([e for e in part if e[0] not in batch.dropped] for part in (decodes, chunks))
+                decodes = [request for request in decodes if not request.finished]
+                chunks = [entry for entry in chunks if not entry[0].finished]
             if self.max_in_flight > 1:
-                for request, tokens in (*decodes, *chunks):
+                for request in decodes:
+                    request.num_in_flight_tokens -= 1
+                for request, tokens in chunks:
                     request.num_in_flight_tokens -= tokens
             taken = self._progress(decodes, chunks, repeats, 0)
             for request, _ in chunks:
-                self._computed_chunk(request)
+                if request.num_tokens - request.num_computed_tokens <= 1:
+                    self._completed(request)
         if stopped:
             finished += [request for request in stopped if not request.finished and request not in finished]
         for request in finished:
             self._finish(request)
-        return Commit(finished, taken)
+        return finished, taken
 
     def abort(self, request: Request) -> None:
         """Let go of a request wherever it is; what batches in flight make of it counts for nothing."""
@@ -258,19 +259,20 @@ class Scheduler:
 
     # -- the verbs of a policy -------------------------------------------------------------------------------------
 
-    def take_decodes(self) -> list[Entry]:
-        """Give an entry of every running request that is free to run and lacks one token, with a KV slot for it.
+    def take_decodes(self) -> list[Request]:
+        """Give every running request that is free to run and lacks one token, with a KV slot for it.
 
         When the blocks run out a request is preempted, by default the latest in line: it gives up its blocks and goes
         back to the queue, to be recomputed.
         """
         if self._full:
-            for request in sorted(self._full, key=_by_order):
-                if request.blocks and request.start == request.allocated_tokens:  # else it has stopped or was preempted
-                    self.make_room(request, request.start + 1)
+            for request in sorted(self._full, key=_by_order) if len(self._full) > 1 else self._full:
+                start = request.num_computed_tokens + request.num_in_flight_tokens
+                if start == request.allocated_tokens > 0 and not self.kv_cache.grow(request):
+                    self.make_room(request, start + 1)  # it holds blocks: it was not preempted and has not stopped
             self._full.clear()
         if self._in_flight and not self.async_scheduling:
-            return [entry for entry in self.decoding if not entry[0].num_in_flight_tokens]
+            return [request for request in self.decoding if not request.num_in_flight_tokens]
         return self.decoding.copy()
 
     def unfinished_prefills(self) -> list[Request]:
@@ -329,7 +331,7 @@ class Scheduler:
 
     def _decode(self, request: Request) -> None:
         """A running request now lacks one token."""
-        insort(self.decoding, (request, 1), key=_order_of)
+        insort(self.decoding, request, key=_by_order)
         start = request.start
         self._kv_tokens += start
         self._left = min(self._left, _output_left(request))
@@ -338,8 +340,8 @@ class Scheduler:
 
     def _stop_decoding(self, request: Request) -> None:
         """A running request lacks no token any more, or does not run any more."""
-        place = bisect_left(self.decoding, request.order, key=_order_of)
-        if place < len(self.decoding) and self.decoding[place][0] is request:
+        place = bisect_left(self.decoding, request.order, key=_by_order)
+        if place < len(self.decoding) and self.decoding[place] is request:
             del self.decoding[place]
             self._kv_tokens -= request.start if self.async_scheduling else request.num_computed_tokens
             self._left = 0
@@ -358,7 +360,7 @@ class Scheduler:
         if request.num_in_flight_tokens or self.max_in_flight == 1:
             request.num_in_flight_tokens = 0
             for batch in self._in_flight:
-                batch.dropped.add(request)
+                batch.dropped = {request} if batch.dropped is None else batch.dropped | {request}
 
     def _finish(self, request: Request) -> None:
         """A request is done with, wherever it is."""
@@ -368,35 +370,34 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
-    def _progress(self, decodes: Sequence[Entry], chunks: Sequence[Entry], repeats: int, ahead: int) -> list[int]:
+    def _progress(self, decodes: Sequence[Request], chunks: Sequence[Entry], repeats: int, ahead: int) -> list[int]:
         """Count `repeats` runs as computed, with KV blocks for `ahead` more; gives the rounds that took a block."""
         taken: list[int] = []
-        kv_cache = self.kv_cache
         if decodes:
             self._kv_tokens += repeats * len(decodes)
             self._left = max(0, self._left - repeats)
-        offset = 1 if self.async_scheduling else 0  # of the two runs in flight, the older is computed next
-        for request, _ in decodes:
+        offset = 1 if self.async_scheduling else 0  # of the two runs in flight, the older is counted
+        ahead += offset
+        block_size = self.kv_cache.block_size
+        for request in decodes:
             request.num_tokens += repeats
             request.num_computed_tokens = after = request.num_computed_tokens + repeats
-            after += offset
             if after + ahead >= request.allocated_tokens:
-                before = after - repeats
-                while after + ahead > request.allocated_tokens:
-                    taken.append(request.allocated_tokens - before)
-                    assert kv_cache.grow(request), "repeats went past the free KV blocks"
-                if after + offset == request.allocated_tokens:
+                allocated, needed = request.allocated_tokens, after + ahead
+                if needed > allocated:
+                    first = after - repeats + offset
+                    rounds = range(allocated - first, needed - first, block_size)
+                    taken += rounds
+                    assert self.kv_cache.grow(request, len(rounds)), "repeats went past the free KV blocks"
+                if after + offset + offset == request.allocated_tokens:  # with the two in flight
                     self._full.append(request)
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
         return taken
 
-    def _computed_chunk(self, request: Request) -> None:
-        """A chunk of `request` has been computed, and is counted; a last token left over is computed like a decode."""
-        remaining = request.num_tokens - request.num_computed_tokens
-        if remaining > 1:
-            return
-        request.num_tokens += 1 - remaining
+    def _completed(self, request: Request) -> None:
+        """A chunk of `request` left no more than one token, which is computed like a decode; it is counted."""
+        request.num_tokens += 1 - (request.num_tokens - request.num_computed_tokens)
         if request in self.prefilling:
             self.prefilling.remove(request)
         else:  # a decode that was planned among the chunks
@@ -408,7 +409,7 @@ class Scheduler:
         """The next batch will be formed before this one's tokens are known: count them."""
         self._kv_tokens += len(batch.decodes)
         self._left = max(0, self._left - 1)
-        for request, _ in batch.decodes:
+        for request in batch.decodes:
             request.num_pending_tokens += 1
             if request.num_computed_tokens + request.num_in_flight_tokens == request.allocated_tokens:
                 self._full.append(request)
@@ -428,14 +429,14 @@ class Scheduler:
     def _stop_last(self, batch: Batch) -> None:
         """Decodes whose last token is on the way lack none."""
         if batch.left == 1:
-            for request, _ in batch.decodes:
+            for request in batch.decodes:
                 if not request.remaining:
                     self._stop_decoding(request)
 
     def _commit_ahead(self, batch: Batch) -> list[Request]:
         """Count a batch as computed whose tokens were counted when it was formed; gives the finished requests."""
         for request, tokens in batch.entries:
-            if request not in batch.dropped:
+            if batch.dropped is None or request not in batch.dropped:
                 request.num_in_flight_tokens -= tokens
                 request.num_computed_tokens += tokens
         finished = []
@@ -457,7 +458,7 @@ class Scheduler:
         for (request, tokens), new in zip(batch.entries, accepted, strict=True):
             if (new > 0) != (request in sampled):
                 raise ValueError(f"{new} new tokens for {tokens} computed of {request}")
-            if request in batch.dropped:
+            if batch.dropped is not None and request in batch.dropped:
                 continue
             if self.max_in_flight > 1:
                 request.num_in_flight_tokens -= tokens
@@ -470,7 +471,7 @@ class Scheduler:
             if new:
                 self._decode(request)
             elif request.num_tokens - request.num_computed_tokens == 1:
-                self._computed_chunk(request)
+                self._completed(request)
             if request.num_tokens == request.max_total_tokens:
                 finished.append(request)
         return finished
@@ -484,7 +485,7 @@ class Scheduler:
             return 1
         window = self.sliding_window
         if window is not None:  # `decode_kv_growth` holds until the next request fills the window
-            repeats = min([repeats, *(window - r.start for r, _ in plan.decodes if r.start + 1 < window)])
+            repeats = min([repeats, *(window - r.start for r in plan.decodes if r.start + 1 < window)])
         return min(repeats, self.rounds()) if repeats > 1 else 1
 
 

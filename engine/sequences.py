@@ -69,7 +69,7 @@ class StepBuilder:
         """
         starts = {request: request.start - tokens * counted for request, tokens in batch.entries}
         completing = set(batch.completing)
-        decodes: list[Entry] = list(batch.decodes)
+        decodes: list[Entry] = [(request, 1) for request in batch.decodes]
         others: list[Entry] = []
         for request, tokens in batch.chunks:
             decode = tokens == 1 and starts[request] > 0 and request in completing

@@ -308,7 +308,7 @@ class Replica:
         """Commit `runs` runs of a batch while the next one, formed ahead, begins; gives the finished requests."""
         if not self._flights:
             self._write(flight, 0, 1, more)
-            return self.scheduler.commit(flight.batch).finished
+            return self.scheduler.commit(flight.batch)[0]
         (following,) = self._flights
         if runs > 1:
             more[1] = following.kv_blocks - flight.kv_blocks
@@ -323,7 +323,7 @@ class Replica:
             following.kv_blocks = following.batch.kv_blocks
         if following.batch.chunks:
             self.recorder.scheduled(following.batch, self.env.now)
-        return self.scheduler.commit(flight.batch).finished
+        return self.scheduler.commit(flight.batch)[0]
 
     def _write(self, flight: _Flight, first: int, last: int, kv_blocks: list[int]) -> None:
         """Record the runs first..last-1 of a flight; `kv_blocks` has one entry for each."""

@@ -45,7 +45,7 @@ def replay(
 
 def composition(batches: list[Batch]) -> list[Any]:
     """What is in each batch: requests that decode, chunks of prompts, and the KV blocks in use."""
-    return [([r.id for r, _ in b.decodes], [(r.id, n) for r, n in b.chunks], b.kv_blocks) for b in batches]
+    return [([r.id for r in b.decodes], [(r.id, n) for r, n in b.chunks], b.kv_blocks) for b in batches]
 
 
 def assert_same_times(simulated: Recorder, measured: Recorder) -> None:

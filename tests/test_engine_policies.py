@@ -41,11 +41,11 @@ def play(
             scheduler.add(requests[to_come.pop(0)])
         while (batch := scheduler.schedule()) is not None:
             flying.append(batch)
-            names = [letter(r) for r, _ in batch.decodes] + [f"{letter(r)}{chunk}" for r, chunk in batch.chunks]
+            names = [letter(r) for r in batch.decodes] + [f"{letter(r)}{chunk}" for r, chunk in batch.chunks]
             written.append(" ".join(names))
             assert len(flying) <= depth
         batch = flying.pop(0)
-        left -= len(scheduler.commit(batch).finished)
+        left -= len(scheduler.commit(batch)[0])
         completed += 1
     return written, scheduler
 

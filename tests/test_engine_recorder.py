@@ -54,7 +54,7 @@ def drive(recorder: Recorder, seed: int = 0, count: int = 60) -> tuple[list[Requ
             times.append(now)
         before = {r.id: list(r.token_times) for r in requests}
         longest = recorder.completed(batch, times)
-        stopped = scheduler.commit(batch, repeats=runs).finished
+        stopped = scheduler.commit(batch, repeats=runs)[0]
         recorder.iterations(
             2, 0, starts, durations, batch, [batch.kv_blocks] * runs, running, waiting, longest, bool(rng.integers(2))
         )

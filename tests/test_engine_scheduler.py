@@ -20,7 +20,7 @@ MAX_MODEL_LEN = 24
 
 def stopped_by(batch: Batch) -> list[Request]:
     """The requests that this batch gives their last token: counted anew before it is committed."""
-    stopped = [r for r, _ in batch.decodes if r.num_tokens + 1 == r.max_total_tokens]
+    stopped = [r for r in batch.decodes if r.num_tokens + 1 == r.max_total_tokens]
     chunks = [(r, r.num_computed_tokens + chunk) for r, chunk in batch.chunks]
     return stopped + [r for r, computed in chunks if computed == r.num_tokens == r.max_total_tokens - 1]
 
@@ -166,10 +166,10 @@ def real_run(scheduler: Scheduler, jobs: Sequence[Job]) -> list[Step]:
             arrived += 1
         while (batch := scheduler.schedule()) is not None:
             flying.append(batch)
-            steps.append(([r.id for r, _ in batch.decodes], [(r.id, chunk) for r, chunk in batch.chunks]))
+            steps.append(([r.id for r in batch.decodes], [(r.id, chunk) for r, chunk in batch.chunks]))
         batch = flying.pop(0)
         stopped = stopped_by(batch)
-        assert scheduler.commit(batch).finished == stopped
+        assert scheduler.commit(batch)[0] == stopped
         completed += 1
         finished += len(stopped)
     return steps
@@ -253,7 +253,7 @@ def test_preempted_requests_return_in_order_of_arrival() -> None:
         queue = [r.id for r in scheduler.waiting]
         assert queue == sorted(queue)
         stopped = stopped_by(flying[0])
-        assert scheduler.commit(flying.pop(0)).finished == stopped
+        assert scheduler.commit(flying.pop(0))[0] == stopped
         finished += len(stopped)
     assert requests[1].preemptions and requests[2].preemptions
 
@@ -305,16 +305,16 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
         return batch
 
     def account(batch: Batch) -> None:
-        members = [r.id for r, _ in batch.decodes] + [r.id for r, _ in batch.chunks]
+        members = [r.id for r in batch.decodes] + [r.id for r, _ in batch.chunks]
         assert len(set(members)) == len(members) > 0
         assert not in_flight & set(members)
         in_flight.update(members)
-        for request, _ in batch.decodes:
+        for request in batch.decodes:
             assert request.num_tokens - cached[request.id] == 1
-        attended = [min(cached[r.id] + 1, window or MAX_MODEL_LEN) for r, _ in batch.decodes]
+        attended = [min(cached[r.id] + 1, window or MAX_MODEL_LEN) for r in batch.decodes]
         assert batch.shape.decode_kv_tokens == sum(attended)
         assert batch.shape.num_decodes == len(batch.decodes)
-        assert all(batch.left <= r.max_total_tokens - r.num_tokens for r, _ in batch.decodes)
+        assert all(batch.left <= r.max_total_tokens - r.num_tokens for r in batch.decodes)
         assert batch.shape.prefills == tuple((chunk, cached[r.id]) for r, chunk in batch.chunks)
         assert all(0 < chunk <= r.num_tokens - cached[r.id] for r, chunk in batch.chunks)
         assert batch.shape.num_tokens == len(batch.decodes) + sum(chunk for _, chunk in batch.chunks)
@@ -352,7 +352,7 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
             cached[request.id] += tokens
             computed += tokens
             in_flight.remove(request.id)
-        assert scheduler.commit(batch).finished == stopped
+        assert scheduler.commit(batch)[0] == stopped
         assert [r.num_computed_tokens for r in requests] == cached
         completed += 1
         finished += len(stopped)
@@ -394,17 +394,17 @@ def test_a_batch_comes_again_as_often_as_it_says(  # type: ignore[no-untyped-def
     while (batch := scheduler.schedule()) is not None:
         last = batch
         if batch.decodes:
-            assert batch.left == min(r.max_total_tokens - r.num_tokens for r, _ in batch.decodes)
+            assert batch.left == min(r.max_total_tokens - r.num_tokens for r in batch.decodes)
         if batch.repeats > 1:
             stepped, again = deepcopy((scheduler, batch))
-            members = [[r.id for r, _ in batch.decodes], [(r.id, chunk) for r, chunk in batch.chunks]]
+            members = [[r.id for r in batch.decodes], [(r.id, chunk) for r, chunk in batch.chunks]]
             for i in range(1, batch.repeats):
                 assert not stopped_by(again)
-                assert not stepped.commit(again).finished
+                assert not stepped.commit(again)[0]
                 following = stepped.schedule()
                 assert following is not None
                 again = following
-                assert [[r.id for r, _ in again.decodes], [(r.id, chunk) for r, chunk in again.chunks]] == members
+                assert [[r.id for r in again.decodes], [(r.id, chunk) for r, chunk in again.chunks]] == members
                 assert again.shape[:5] == batch.shape.after(i)[:5]
                 if i < batch.repeats - 1:  # how the last repeat would grow is never asked
                     assert again.shape.decode_kv_growth == batch.shape.decode_kv_growth
@@ -430,9 +430,7 @@ def state(scheduler: Scheduler) -> list[object]:
     requests = [
         (r.id, r.num_computed_tokens, r.num_tokens, r.allocated_tokens, len(r.blocks)) for r in scheduler.running
     ]
-    queues = [
-        [r.id for r in queue] for queue in (scheduler.prefilling, [r for r, _ in scheduler.decoding], scheduler.waiting)
-    ]
+    queues = [[r.id for r in queue] for queue in (scheduler.prefilling, scheduler.decoding, scheduler.waiting)]
     return [requests, queues, scheduler.kv_cache.num_used, scheduler.in_flight, scheduler._kv_tokens]
 
 
@@ -446,7 +444,7 @@ class Speculating(Sarathi):
 
     def plan(self, scheduler: Scheduler) -> BatchPlan:
         entries = []
-        for request, _ in scheduler.take_decodes():
+        for request in scheduler.take_decodes():
             tokens = min(1 + self.num_draft_tokens, request.max_total_tokens - request.start)
             if request.blocks and scheduler.make_room(request, request.start + tokens):
                 entries.append((request, tokens))
@@ -486,7 +484,7 @@ def test_speculative_tokens_are_accepted_one_by_one(  # type: ignore[no-untyped-
             drafted = cached[request] + tokens - known[request]
             most = min(drafted + 1, request.max_total_tokens - known[request])
             accepted.append(data.draw(st.integers(1, most)) if drafted >= 0 else 0)
-        finished = scheduler.commit(batch, accepted).finished
+        finished = scheduler.commit(batch, accepted)[0]
         for (request, tokens), new in zip(batch.entries, accepted, strict=True):
             several += new > 1
             assert request.num_tokens == known[request] + new
