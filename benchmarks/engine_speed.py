@@ -30,17 +30,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import catalog
-from engine.driver import Driver
-from engine.engine_spec import EngineSpec, start
-from engine.executor import LAST_SAMPLED, Executor, NewBlocks, RankTime, Result, Step
-from engine.memory import GIB, weight_bytes
-from engine.policies import resolve
-from engine.recorder import Recorder
-from engine.request import Batch, Request
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence
-from engine.specs import DTYPES, ModelSpec, SchedulerSpec
+from engine.results.recorder import Recorder
+from engine.runtime.driver import Driver
+from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.executor import LAST_SAMPLED, Executor, NewBlocks, RankTime, Result, Step
+from engine.runtime.sequences import Sequence
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import Batch, Request
+from engine.scheduling.scheduler import Scheduler
+from engine.specs import DTYPES, ModelSpec, SchedulerSpec, catalog
+from engine.specs.memory import GIB, weight_bytes
 
 WARM_UP, MEASURED = 10, 50  # iterations of each kind
 PROMPT_WARM_UP, PROMPT_MEASURED = 3, 7

@@ -29,7 +29,7 @@ SETUP = """
 import json, sys, time
 started = time.perf_counter()
 from engine.specs import ParallelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec, make_workload
+from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
 spec = WorkloadSpec(lengths="azure_conv", request_rate=1.0, num_prompts=int(sys.argv[1]), clip_tokens=4096)
 workload = make_workload(spec)

@@ -12,12 +12,12 @@ from rich.console import Console
 from cli.config import BenchConfig, ReplicaGroup
 from cli.engine import engine_spec
 from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
-from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError, unknown
-from engine.executor import Executor, WorkerError
-from engine.run_folder import keep_incomplete, run_folder, write_chrome_trace, write_config, write_summary
-from engine.serve import serve
-from engine.workload import make_workload
+from engine.results.run_folder import keep_incomplete, run_folder, write_chrome_trace, write_config, write_summary
+from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.executor import Executor, WorkerError
+from engine.runtime.serve import serve
+from engine.workload.workload import make_workload
 from simulator.cluster import PREDICTORS
 from simulator.router import ROUTERS
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from engine import catalog
-from engine.device_folder import CALIBRATIONS, PROFILE_FILE
 from engine.errors import InputError
-from engine.specs import DeviceSpec
+from engine.specs import DeviceSpec, catalog
+from engine.specs.device_folder import CALIBRATIONS, PROFILE_FILE
 from profiler.importers import SOURCES, read_source
 from profiler.importers.common import OtherDeviceError
 from simulator.predictor import calibration as store

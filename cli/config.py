@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
-from engine.specs import SLO, DeviceSpec, ParallelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec
+from engine.results.slo import SLO
+from engine.specs import DeviceSpec, ParallelSpec, SchedulerSpec
+from engine.workload.workload import WorkloadSpec
 
 # what is not given is what the specs say; here no default of a replica is decided
 _PARALLEL, _SCHEDULER = ParallelSpec(), SchedulerSpec()
@@ -53,7 +54,7 @@ class ServingSettings(_Settings):
         _REPLICA["num_gpu_blocks_override"], "Deployment", "KV blocks, instead of what the memory holds."
     )
     scheduler: str = _field(
-        _SCHEDULER.policy, "Scheduler", "sarathi, vllm, orca, faster_transformer, chunked_only or hybrid_only."
+        _SCHEDULER.policy, "Scheduler", "sarathi, vllm (V1), vllm_v0, orca, request_level, chunked_only or hybrid_only."
     )
     max_num_batched_tokens: int | None = _field(
         _SCHEDULER.max_num_batched_tokens, "Scheduler", "Token budget of a batch; default by policy."

@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cli.config import EngineSettings
-from engine import catalog
-from engine.engine_spec import DECODE_GRAPHS, LOAD_FORMATS, EngineSpec
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
-from engine.specs import DeviceSpec
+from engine.runtime.engine_spec import DECODE_GRAPHS, LOAD_FORMATS, EngineSpec
+from engine.specs import DeviceSpec, catalog
 
 MOST_PORTS = (1 << 16) - 1
 _SOME_GPU = replace(  # to generate takes any GPU: nothing is computed from this data sheet

@@ -9,14 +9,14 @@ from typing import Any
 
 from cli.config import GenerateConfig
 from cli.engine import engine_device, engine_spec
-from engine.driver import Driver
-from engine.engine_spec import EngineSpec, need, start
 from engine.errors import InputError
-from engine.executor import SamplingParams
-from engine.recorder import Recorder
-from engine.request import Request
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence
+from engine.results.recorder import Recorder
+from engine.runtime.driver import Driver
+from engine.runtime.engine_spec import EngineSpec, need, start
+from engine.runtime.executor import SamplingParams
+from engine.runtime.sequences import Sequence
+from engine.scheduling.request import Request
+from engine.scheduling.scheduler import Scheduler
 
 
 def run(

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from cli.config import BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
 from cli.config import load as _load_config
 from engine.errors import InputError
-from engine.executor import WorkerError
+from engine.runtime.executor import WorkerError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
 
@@ -305,7 +305,7 @@ def _report(
 ) -> None:
     """Write a page about a device's calibration: held-out errors, measured and predicted."""
     from cli.calibrate import read
-    from engine import catalog
+    from engine.specs import catalog
     from studies.calibration_report import report
 
     known = catalog.device(device)

@@ -21,12 +21,12 @@ from rich.progress import (
 from rich.table import Table
 
 from cli.config import FileConfig
-from engine import catalog
 from engine.errors import InputError
-from engine.metric_table import METRICS
-from engine.metrics import describe, summary_key
 from engine.replica_spec import ReplicaSpec
-from engine.workload import DEFAULT_LENGTHS
+from engine.results.metric_table import METRICS
+from engine.results.metrics import describe, summary_key
+from engine.specs import catalog
+from engine.workload.workload import DEFAULT_LENGTHS
 
 LINE_S = 30.0
 

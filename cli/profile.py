@@ -9,9 +9,9 @@ from rich.progress import BarColumn, TextColumn
 
 from cli.engine import engine_device
 from cli.output import ProgressBar
-from engine import catalog
 from engine.errors import InputError
 from engine.replica_spec import dtype_on
+from engine.specs import catalog
 from profiler.points import Limits
 from profiler.session import duration
 

@@ -21,9 +21,9 @@ from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
 from cli.engine import engine_spec
 from cli.output import load_plugin, progress_bar
 from cli.search_point import RESULT, checked, confirm_point, search_point, simulated
-from engine import catalog
-from engine.device_folder import folder_of
 from engine.errors import InputError, unknown
+from engine.specs import catalog
+from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray, write_json
 

@@ -16,13 +16,13 @@ from cli.bench import only_group
 from cli.config import ENGINE_KEYS, BenchConfig, ReplicaGroup, load
 from cli.engine import engine_spec
 from cli.output import load_plugin, resolved
-from engine.engine_spec import start
 from engine.errors import InputError
-from engine.metrics import summary_key
 from engine.replica_spec import ReplicaSpec
-from engine.run_folder import run_folder, write_config, write_summary
-from engine.serve import serve
-from engine.specs import SLO
+from engine.results.metrics import summary_key
+from engine.results.run_folder import run_folder, write_config, write_summary
+from engine.results.slo import SLO
+from engine.runtime.engine_spec import start
+from engine.runtime.serve import serve
 from simulator.cluster import Deployment
 from studies.confirm import confirm, gpu_hours
 from studies.search import Trial, at_rate, find_capacity, guess, judged, simulated_trial

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from cli.config import FileConfig
 from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
-from engine.run_folder import run_folder, write_chrome_trace, write_config, write_summary
-from engine.workload import make_workload
+from engine.results.run_folder import run_folder, write_chrome_trace, write_config, write_summary
+from engine.workload.workload import make_workload
 from simulator.cluster import Deployment
 from simulator.cluster import simulate as simulate_cluster
 

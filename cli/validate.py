@@ -16,12 +16,12 @@ from cli.bench import only_group
 from cli.config import BenchConfig
 from cli.engine import engine_spec
 from cli.output import load_plugin, progress_bar, resolved
-from engine.engine_spec import start
 from engine.errors import InputError
-from engine.executor import WorkerError
-from engine.metric_table import drawn_metrics
-from engine.run_folder import keep_incomplete, run_folder, write_config, write_summary
-from engine.workload import make_workload
+from engine.results.metric_table import drawn_metrics
+from engine.results.run_folder import keep_incomplete, run_folder, write_config, write_summary
+from engine.runtime.engine_spec import start
+from engine.runtime.executor import WorkerError
+from engine.workload.workload import make_workload
 from simulator.cluster import Deployment
 from studies.validation import STATISTICS
 from studies.validation_run import Validation

@@ -1,16 +1,16 @@
 """The engine that a replica runs, as data: its host overhead, its attention kernel, and where both come from.
 
-python -c "from engine import catalog, engine_preset; print(engine_preset.preset('auto', catalog.device('cpu')))"
+from engine.specs import catalog
+print(preset("auto", catalog.device("cpu")))
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine import catalog
-from engine.device_folder import measured_host
 from engine.errors import InputError
-from engine.specs import DeviceSpec, HostOverhead
+from engine.specs import DeviceSpec, HostOverhead, catalog
+from engine.specs.device_folder import measured_host
 
 MEASURED = "measured"  # the setting that takes the host overhead of the device's own calibration
 _WINDTUNNEL_HOSTS = {"cuda": "cuda_graphs", "cpu": "eager_cpu"}  # estimates, for devices whose host was not measured

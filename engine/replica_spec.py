@@ -14,21 +14,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
-from engine import catalog, memory, policies
-from engine.device_folder import profiled_dtype
 from engine.engine_preset import EnginePreset, preset
 from engine.errors import InputError, unknown
-from engine.memory import GPU_MEMORY_UTILIZATION, MOST_BLOCKS
-from engine.scheduler import Scheduler
-from engine.specs import DTYPES, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.scheduling import policies
+from engine.scheduling.scheduler import Scheduler
+from engine.specs import DTYPES, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec, catalog, memory
+from engine.specs.device_folder import profiled_dtype
+from engine.specs.memory import GPU_MEMORY_UTILIZATION, MOST_BLOCKS
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaSpec:
     """One kind of replica, with nothing left open. `resolve` makes it from names.
 
-    `scheduler` is resolved (`engine.policies.resolve`). `num_gpu_blocks_override` None leaves the KV blocks to the
-    memory. Raises InputError for parts that contradict each other.
+    `scheduler` is resolved (`engine.scheduling.policies.resolve`). `num_gpu_blocks_override` None leaves the KV blocks
+    to the memory. Raises InputError for parts that contradict each other.
     """
 
     model: ModelSpec

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.engine_spec import EngineSpec
-from engine.executor import Step, lone_step
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.executor import Step, lone_step
 from engine.specs import ParallelSpec
 from engine.worker.parallel import Rank
 from engine.worker.runner import ModelRunner

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.driver import Clock, Driver
-from engine.executor import Executor, Result, Step
-from engine.recorder import Recorder
 from engine.replica_spec import ReplicaSpec
-from engine.request import Batch, BatchShape, Request
-from engine.sequences import Sequence
+from engine.results.recorder import Recorder
+from engine.runtime.driver import Clock, Driver
+from engine.runtime.executor import Executor, Result, Step
+from engine.runtime.sequences import Sequence
+from engine.scheduling.request import Batch, BatchShape, Request
 from profiler.grids import Limits, farthest_first
 from profiler.timing import Timing
 

@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 
-from engine import catalog
-from engine.engine_spec import DECODE_GRAPHS, EngineSpec, start
 from engine.errors import InputError
 from engine.replica_spec import ReplicaSpec, resolve
-from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
+from engine.runtime.engine_spec import DECODE_GRAPHS, EngineSpec, start
+from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec, catalog
 from engine.worker.attention import BACKENDS, select
 from engine.worker.attention.base import AttentionShape
 from engine.worker.runner import hardware_name

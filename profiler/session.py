@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.device_folder import PROFILE_FILE, profile_settings
 from engine.errors import InputError
-from engine.executor import WorkerError
+from engine.runtime.executor import WorkerError
 from engine.specs import ModelSpec
+from engine.specs.device_folder import PROFILE_FILE, profile_settings
 from profiler.grids import Point
 from profiler.iterations import COLUMNS as ITERATION_COLUMNS
 from profiler.iterations import host_points

@@ -8,7 +8,7 @@ what     operator (its name in `profiler.operators`, or a generic one where the 
 shape    gemm: (m, k) x (k, n). elementwise: `rows` of `bytes_per_row` bytes read and written. attention_prefill:
          `batch_size` requests that each compute `chunk` new tokens after `prefix` cached ones. attention_decode:
          `batch_size` requests of one new token that attend to `kv_tokens` in all, their own included (as
-         `engine.request.BatchShape` counts them). Both with `num_heads` query and `num_kv_heads` KV heads of
+         `engine.scheduling.request.BatchShape` counts them). Both with `num_heads` query and `num_kv_heads` KV heads of
          `head_dim`. all_reduce, send: `num_bytes` on each of `num_ranks` ranks, `ranks_per_node` of them on a node.
          host: a component of the iteration (schedule, sampler, ...) by `batch_size`
 measured time_ms: the median. spread_ms: standard deviation of the repeats. repeats: how many measurements time_ms is

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.engine_spec import DECODE_GRAPHS
+from engine.runtime.engine_spec import DECODE_GRAPHS
 from engine.specs import ModelSpec, ParallelSpec
 from engine.worker import layers, weights
 from engine.worker.attention import select

@@ -1,6 +1,6 @@
 """A cluster in simulated time: a workload arrives, a router spreads it over replicas, a Recorder writes down the run.
 
-from engine.workload import WorkloadSpec, make_workload
+from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
 
 replica = deploy("mistralai/Mistral-7B-v0.1", "a100")
@@ -21,15 +21,16 @@ import numpy as np
 import simpy
 from simpy.events import URGENT
 
-from engine.device_folder import folder_of
 from engine.errors import InputError, unknown
-from engine.metrics import replica_use, summarize, tbt_percentiles
-from engine.recorder import Recorder, Run
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
-from engine.request import Request
-from engine.scheduler import Scheduler
-from engine.specs import SLO, DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
-from engine.workload import Workload
+from engine.results.metrics import replica_use, summarize, tbt_percentiles
+from engine.results.recorder import Recorder, Run
+from engine.results.slo import SLO
+from engine.scheduling.request import Request
+from engine.scheduling.scheduler import Scheduler
+from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.specs.device_folder import folder_of
+from engine.workload.workload import Workload
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline

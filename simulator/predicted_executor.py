@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from engine.driver import Clock, RealClock
-from engine.executor import RankTime, Result, StageTime, Step
-from engine.request import BatchShape
+from engine.runtime.driver import Clock, RealClock
+from engine.runtime.executor import RankTime, Result, StageTime, Step
+from engine.scheduling.request import BatchShape
 from simulator.predictor.base import RuntimePredictor
 
 

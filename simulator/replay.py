@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 
-from engine.request import BatchShape
-from engine.tables import Columns
+from engine.results.tables import Columns
+from engine.scheduling.request import BatchShape
 from simulator.predictor.base import RuntimePredictor
 
 

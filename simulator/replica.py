@@ -23,9 +23,9 @@ from math import inf, nan
 import simpy
 from simpy.events import NORMAL, EventPriority
 
-from engine.recorder import Recorder
-from engine.request import Batch, BatchShape, Request
-from engine.scheduler import Scheduler
+from engine.results.recorder import Recorder
+from engine.scheduling.request import Batch, BatchShape, Request
+from engine.scheduling.scheduler import Scheduler
 from simulator.predictor.base import RuntimePredictor
 
 MOST_REPEATS = 256  # repeats worked out at once

@@ -7,7 +7,7 @@ from itertools import count
 
 import numpy as np
 
-from engine.request import Request
+from engine.scheduling.request import Request
 from simulator.replica import Replica
 
 Router = Callable[[Request, Sequence[Replica]], Replica]

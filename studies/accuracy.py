@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import catalog
-from engine.device_folder import CALIBRATIONS, known_devices
 from engine.errors import InputError
+from engine.specs import catalog
+from engine.specs.device_folder import CALIBRATIONS, known_devices
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration_kinds import page_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from engine.tables import Array
+from engine.results.tables import Array
 from simulator.predictor import gemm
 from simulator.predictor.attention_model import kernel_names
 from simulator.predictor.kind import KindModel

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.results.tables import Array
 from engine.specs import DeviceSpec
-from engine.tables import Array
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.kind import KindModel
 from studies.calibration_kinds import PAGES, page_of

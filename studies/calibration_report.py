@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine import catalog
-from engine.specs import DeviceSpec
+from engine.specs import DeviceSpec, catalog
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration_figures import panels

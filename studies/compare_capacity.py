@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.metrics import summary_key
-from engine.specs import SLO
+from engine.results.metrics import summary_key
+from engine.results.slo import SLO
 from studies.compare_record import Side, read_json, readable
 
 _TTFT, _TBT = summary_key("p50", "ttft"), summary_key("p99", "tbt")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from engine.metric_table import Metric, drawn_metrics
+from engine.results.metric_table import Metric, drawn_metrics
 from studies.compare_capacity import Search, responses
 from studies.compare_record import Side, bubbles, not_dominated
 from studies.figures import GREY, Panel, faded, new_figure, series_style, share_axis, value_axis

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from engine.errors import InputError
-from engine.metric_table import find_metric
-from engine.metrics import summary_key
-from engine.tables import Array, to_numpy
+from engine.results.metric_table import find_metric
+from engine.results.metrics import summary_key
+from engine.results.tables import Array, to_numpy
 from studies.report_record import CHUNK_ROWS, Record, read_record
 from studies.words import statistic_name
 

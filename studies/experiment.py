@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine import catalog
 from engine.errors import InputError, unknown
-from engine.policies import POLICIES
-from engine.specs import SLO
+from engine.results.slo import SLO
+from engine.scheduling.policies import POLICIES
+from engine.specs import catalog
 
 FOLDER = Path(__file__).with_name("experiments")
 PAPER_HOST = "sarathi_osdi24"  # the host overhead of the engine that the paper measured

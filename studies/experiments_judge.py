@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.tables import Array
+from engine.results.tables import Array
 from studies.experiment import Claim, Experiment
 from studies.words import number, percent
 

@@ -16,10 +16,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engine import catalog
-from engine.device_folder import folder_of
-from engine.specs import ParallelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec
+from engine.specs import ParallelSpec, SchedulerSpec, catalog
+from engine.specs.device_folder import folder_of
+from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment, deploy
 from simulator.predictor.calibration import fingerprint
 from studies.experiment import PAPER_HOST, Block, Experiment, Requests, Scheduling, Setup, Task

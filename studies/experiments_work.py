@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from engine.metrics import summary_key
-from engine.request import BatchShape
-from engine.specs import SLO
-from engine.tables import Columns
-from engine.workload import make_workload
+from engine.results.metrics import summary_key
+from engine.results.slo import SLO
+from engine.results.tables import Columns
+from engine.scheduling.request import BatchShape
+from engine.workload.workload import make_workload
 from profiler.kinds import AllReduce
 from profiler.operators import inventory
 from simulator.cluster import Deployment, simulate

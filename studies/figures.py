@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from engine.tables import Array
+from engine.results.tables import Array
 
 # told apart with any colour vision, and on a light ground as on a dark one
 BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"

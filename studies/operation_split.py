@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.device_folder import folder_of
 from engine.errors import InputError
-from engine.request import BatchShape
+from engine.scheduling.request import BatchShape
 from engine.specs import DeviceSpec
+from engine.specs.device_folder import folder_of
 from simulator.cluster import Deployment
 from simulator.predictor.calibration import Calibration, load
 from simulator.predictor.learned import learned

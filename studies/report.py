@@ -13,8 +13,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from engine.metric_table import METRICS
-from engine.metrics import describe_slo, summary_key
+from engine.results.metric_table import METRICS
+from engine.results.metrics import describe_slo, summary_key
 from studies.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.report_figures import panels
 from studies.report_record import Record, read_record

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from engine.metric_table import Metric, drawn_metrics
-from engine.tables import Array
+from engine.results.metric_table import Metric, drawn_metrics
+from engine.results.tables import Array
 from studies.figures import (
     BAD,
     BLUE,

@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from engine.metric_table import REQUEST_COLUMNS
-from engine.metrics import distributions, summary_key
-from engine.specs import SLO
-from engine.tables import Array, Columns, to_numpy
+from engine.results.metric_table import REQUEST_COLUMNS
+from engine.results.metrics import distributions, summary_key
+from engine.results.slo import SLO
+from engine.results.tables import Array, Columns, to_numpy
 
 STALL_FACTOR = 5.0  # a gap this many times the run's median is a generation stall
 MOST_BINS = 240

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.tables import Array
+from engine.results.tables import Array
 from studies.figures import BLUE, GREY, ORANGE, Panel, faded, new_figure
 from studies.report_record import Record
 

@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.errors import InputError
-from engine.metric_table import find_metric
-from engine.recorder import request_row
-from engine.request import Request
-from engine.specs import SLO
-from engine.tables import Array
-from engine.workload import Workload, WorkloadSpec, make_workload
+from engine.results.metric_table import find_metric
+from engine.results.recorder import request_row
+from engine.results.slo import SLO
+from engine.results.tables import Array
+from engine.scheduling.request import Request
+from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 
 TOLERANCE = 0.025

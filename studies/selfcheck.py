@@ -23,13 +23,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine import catalog
-from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
 from engine.replica_spec import resolve
-from engine.run_folder import write_summary
-from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec, make_workload
+from engine.results.run_folder import write_summary
+from engine.runtime.engine_spec import EngineSpec, start
+from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec, catalog
+from engine.workload.workload import WorkloadSpec, make_workload
 from profiler.points import Limits
 from profiler.session import duration
 

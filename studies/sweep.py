@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.multiprocess import end_with_parent
+from engine.runtime.multiprocess import end_with_parent
 
 ENDING_S = 10.0  # for processes to end by themselves
 Work = Callable[[dict[str, Any]], dict[str, Any]]  # a point's settings -> its result; importable by name

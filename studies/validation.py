@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from engine.driver import Clock
-from engine.executor import Executor, RankTime
-from engine.metric_table import drawn_metrics
-from engine.metrics import latencies, summary_key
-from engine.recorder import Run
-from engine.request import Batch, BatchShape
-from engine.serve import serve
-from engine.specs import SLO, HostOverhead
-from engine.tables import Array, Columns, to_numpy
-from engine.workload import Workload
+from engine.results.metric_table import drawn_metrics
+from engine.results.metrics import latencies, summary_key
+from engine.results.recorder import Run
+from engine.results.slo import SLO
+from engine.results.tables import Array, Columns, to_numpy
+from engine.runtime.driver import Clock
+from engine.runtime.executor import Executor, RankTime
+from engine.runtime.serve import serve
+from engine.scheduling.request import Batch, BatchShape
+from engine.specs import HostOverhead
+from engine.workload.workload import Workload
 from simulator.cluster import Deployment, simulate
 from simulator.predictor.calibration_errors import errors
 from simulator.replay import Measured

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.metric_table import Metric, drawn_metrics
-from engine.metrics import QUANTILES
+from engine.results.metric_table import Metric, drawn_metrics
+from engine.results.metrics import QUANTILES
 from studies.figures import (
     BLUE,
     GOOD,

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.metric_table import drawn_metrics
-from engine.metrics import QUANTILES, distributions
-from engine.recorder import Run
-from engine.tables import Array
+from engine.results.metric_table import drawn_metrics
+from engine.results.metrics import QUANTILES, distributions
+from engine.results.recorder import Run
+from engine.results.tables import Array
 from simulator.cluster import Deployment
 from studies.validation import Pair, iteration_times
 

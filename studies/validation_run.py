@@ -12,14 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine import catalog
-from engine.device_folder import PROFILE_FILE, folder_of, profile_settings
-from engine.driver import Clock
 from engine.errors import InputError
-from engine.executor import Executor
 from engine.replica_spec import ReplicaSpec
-from engine.specs import SLO
-from engine.workload import Workload, WorkloadSpec, make_workload
+from engine.results.slo import SLO
+from engine.runtime.driver import Clock
+from engine.runtime.executor import Executor
+from engine.specs import catalog
+from engine.specs.device_folder import PROFILE_FILE, folder_of, profile_settings
+from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment
 from simulator.predictor import calibration as store
 from studies.validation import compare, run_pair

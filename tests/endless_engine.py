@@ -6,13 +6,13 @@ Prints the word "serving" when the first requests are finished. Its process has 
 import sys
 from pathlib import Path
 
-from engine.driver import Driver
-from engine.engine_spec import EngineSpec, start
-from engine.policies import resolve
-from engine.recorder import Recorder
-from engine.request import Request
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence
+from engine.results.recorder import Recorder
+from engine.runtime.driver import Driver
+from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.sequences import Sequence
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import Request
+from engine.scheduling.scheduler import Scheduler
 from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from engine.driver import Driver
-from engine.executor import LAST_SAMPLED, RankTime, Result, Step, WorkerError
-from engine.policies import resolve
-from engine.recorder import Recorder
-from engine.request import Batch, Request
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence
+from engine.results.recorder import Recorder
+from engine.runtime.driver import Driver
+from engine.runtime.executor import LAST_SAMPLED, RankTime, Result, Step, WorkerError
+from engine.runtime.sequences import Sequence
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import Batch, Request
+from engine.scheduling.scheduler import Scheduler
 from engine.specs import SchedulerSpec
 
 VOCABULARY = 1000

@@ -7,10 +7,9 @@ import pandas as pd
 import pytest
 from hypothesis import strategies as st
 
-from engine import catalog
-from engine.policies import resolve
-from engine.request import BatchShape
-from engine.specs import ParallelSpec, SchedulerSpec
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import BatchShape
+from engine.specs import ParallelSpec, SchedulerSpec, catalog
 from simulator.cluster import Deployment, Run, deploy
 from simulator.predictor.base import RuntimePredictor
 

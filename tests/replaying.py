@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from simpy.events import URGENT
 
-from engine.recorder import Recorder
-from engine.request import Batch
-from engine.scheduler import Scheduler
-from engine.workload import Workload
+from engine.results.recorder import Recorder
+from engine.scheduling.request import Batch
+from engine.scheduling.scheduler import Scheduler
+from engine.workload.workload import Workload
 from simulator.replay import Measured
 from simulator.replica import Clock, Replica
 

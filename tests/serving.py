@@ -8,20 +8,20 @@ from typing import Any
 import checkpoints
 import torch
 
-from engine.driver import Driver
-from engine.engine_spec import EngineSpec
-from engine.executor import GREEDY, Executor, Result, SamplingParams
-from engine.policies import resolve
-from engine.recorder import Recorder
-from engine.request import Batch, Request
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence
+from engine.results.recorder import Recorder
+from engine.runtime.driver import Driver
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.executor import GREEDY, Executor, Result, SamplingParams
+from engine.runtime.sequences import Sequence
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import Batch, Request
+from engine.scheduling.scheduler import Scheduler
 from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec
 
 MAX_LEN = 44  # tokens of a request
 FEW_BLOCKS = 24  # so few that some of LENGTHS are preempted
 LENGTHS = [(21, 10), (13, 8), (5, 12), (30, 9), (17, 11)]  # (prompt, output); no chunk size divides these
-BUDGETS = {"vllm": 48}  # whole prompts, recomputed ones too, have to fit
+BUDGETS = {"vllm_v0": 48}  # whole prompts, recomputed ones too, have to fit
 
 
 class Oracle:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.run_folder import run_folder
+from engine.results.run_folder import run_folder
 
 
 def work(point: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def speed() -> ModuleType:
 
 
 def test_the_floor_is_what_a_decode_reads(speed: ModuleType) -> None:
-    from engine.catalog import model
+    from engine.specs.catalog import model
 
     llama = model("Meta-Llama-3-8B")
     matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 128256 * 4096
@@ -96,7 +96,7 @@ def test_it_runs_without_the_packages_that_a_gpu_machine_may_lack(tmp_path: Path
     ]
     code = (
         f"import sys; sys.modules |= dict.fromkeys({ABSENT!r}); sys.argv = ['', *{settings!r}, '--json']; "
-        "import runpy, engine.serve, engine.worker.rank_process; "
+        "import runpy, engine.runtime.serve, engine.worker.rank_process; "
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

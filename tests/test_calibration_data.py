@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import catalog
-from engine.device_folder import CALIBRATIONS, known_devices
-from engine.specs import ParallelSpec
+from engine.specs import ParallelSpec, catalog
+from engine.specs.device_folder import CALIBRATIONS, known_devices
 from simulator.cluster import deploy
 from simulator.predictor import calibration as store
 from simulator.predictor import calibration_errors
@@ -50,8 +49,8 @@ def test_the_accuracy_page_is_what_the_records_say() -> None:
     ],
 )
 def test_published_deployments_run_on_calibrated_times(model: str, device: str, tp: int, pp: int) -> None:
-    from engine.memory import weight_bytes
-    from engine.request import BatchShape
+    from engine.scheduling.request import BatchShape
+    from engine.specs.memory import weight_bytes
 
     parallel = ParallelSpec(tensor_parallel_size=tp, pipeline_parallel_size=pp)
     replica = deploy(model, device, parallel=parallel)
@@ -75,7 +74,7 @@ def test_a_chunk_after_a_prefix_costs_the_newer_kernel_no_more_than_it_cost_the_
 
 
 def test_a_sliding_window_shortens_long_prompts() -> None:
-    from engine.request import BatchShape
+    from engine.scheduling.request import BatchShape
 
     windowed, full = (
         deploy(f"mistralai/{name}", "a100").predictor for name in ("Mistral-7B-v0.1", "Mistral-7B-Instruct-v0.3")
@@ -89,7 +88,7 @@ def test_a_sliding_window_shortens_long_prompts() -> None:
 
 
 def test_one_very_long_request_is_outside_the_range_where_many_short_ones_are_not() -> None:
-    from engine.request import BatchShape
+    from engine.scheduling.request import BatchShape
 
     predictor = deploy("mistralai/Mistral-7B-Instruct-v0.3", "a100").predictor
     assert predictor.in_range(BatchShape(64, 64, 500_000, (), 64, 64))

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from cli.config import EngineSettings
 from cli.generate import _Stream, _tokenizer
 from cli.main import app, run
-from engine.policies import POLICIES
-from engine.request import Request
-from engine.sequences import Sequence
+from engine.runtime.sequences import Sequence
+from engine.scheduling.policies import POLICIES
+from engine.scheduling.request import Request
 
 PROMPTS = ([5, 17, 90, 3, 44], [8], list(range(3, 60)))
 LOAD = ["--workload", "uniform", "--input-len", "5:60", "--output-len", "2:9"]
@@ -457,7 +457,7 @@ def test_a_plugins_policy_and_dummy_weights_serve(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(
-        "from engine.policies import POLICIES, VLLM\nclass Mine(VLLM):\n    pass\nPOLICIES['mine'] = Mine\n"
+        "from engine.scheduling.policies import POLICIES, VLLM\nclass Mine(VLLM):\n    pass\nPOLICIES['mine'] = Mine\n"
     )
     shutil.copy(folder / "config.json", tmp_path)
     settings = ["--model", "config.json", "--load-format", "dummy", "--device", "cpu", "--async-scheduling", "true"]

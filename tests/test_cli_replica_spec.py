@@ -13,10 +13,9 @@ from cli.config import BenchConfig, FileConfig, GenerateConfig, from_flags, load
 from cli.engine import engine_device
 from cli.main import run
 from cli.search_point import confirm_point
-from engine import catalog
-from engine.engine_spec import EngineSpec
 from engine.replica_spec import ReplicaSpec
-from engine.specs import HostOverhead
+from engine.runtime.engine_spec import EngineSpec
+from engine.specs import HostOverhead, catalog
 from simulator.cluster import Deployment
 from studies.validation_run import Validation
 

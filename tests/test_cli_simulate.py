@@ -104,7 +104,7 @@ def test_a_cluster_of_two_kinds(tmp_path: Path) -> None:
 
 def test_a_plugin_adds_a_policy(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from engine.policies import POLICIES, VLLM\nclass Mine(VLLM):\n    pass\nPOLICIES['mine'] = Mine\n"
+        "from engine.scheduling.policies import POLICIES, VLLM\nclass Mine(VLLM):\n    pass\nPOLICIES['mine'] = Mine\n"
     )
     done = windtunnel(
         "simulate", *SMALL, "--plugin", "mine.py", "--scheduler", "mine", "--output-dir", "o", cwd=tmp_path
@@ -143,7 +143,7 @@ def test_a_folder_named_like_a_device_is_not_taken_for_it(tmp_path: Path) -> Non
 
 def test_a_run_whose_place_is_taken_meanwhile_is_kept(tmp_path: Path) -> None:
     from engine.errors import InputError
-    from engine.run_folder import run_folder
+    from engine.results.run_folder import run_folder
 
     manager = run_folder(tmp_path / "out")
     folder = manager.__enter__()

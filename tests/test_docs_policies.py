@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from random_runs import assert_same, deployment, workloads
 from replaying import assert_same_times, composition, replay
 
-from engine.policies import POLICIES
-from engine.scheduler import Scheduler
-from engine.workload import Workload
+from engine.scheduling.policies import POLICIES
+from engine.scheduling.scheduler import Scheduler
+from engine.workload.workload import Workload
 from simulator.cluster import simulate
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -74,6 +74,6 @@ def test_memory_is_short_in_such_runs(policy: str) -> None:
 def test_the_simulator_repeats_what_it_steps(policy: str, requests: Any, stages: int, blocks: int) -> None:
     gaps, prompts, outputs = map(np.array, zip(*requests, strict=True))
     workload = Workload("random", np.cumsum(gaps).astype(float), prompts, outputs, 0)
-    kind = deployment("vllm", stages, blocks)
+    kind = deployment("vllm_v0", stages, blocks)
     kind = replace(kind, replica=replace(kind.replica, scheduler=replace(kind.scheduler, policy=policy)))
     assert_same(simulate(workload, [kind]), simulate(workload, [kind], repeats=False))

@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 from replaying import assert_same_times, composition, replay
 
 from engine.errors import InputError
-from engine.executor import SamplingParams, WorkerError
-from engine.policies import POLICIES
-from engine.scheduler import Scheduler
+from engine.runtime.executor import SamplingParams, WorkerError
+from engine.scheduling.policies import POLICIES
+from engine.scheduling.scheduler import Scheduler
 
 CASES = st.tuples(LENGTHS, st.sampled_from(sorted(POLICIES)), st.integers(1, 3), st.integers(14, 30))
 
 
 def settings_of(policy: str) -> dict[str, Any]:
-    return {"max_num_batched_tokens": 64} if policy == "vllm" else {}
+    return {"max_num_batched_tokens": 64} if policy == "vllm_v0" else {}
 
 
 @given(CASES)
 def test_every_request_gets_its_own_tokens(case: tuple[Any, str, int, int]) -> None:
     lengths, policy, stages, num_blocks = case
-    served = serve(lengths, policy, stages, 64 if policy in ("orca", "faster_transformer") else num_blocks,
+    served = serve(lengths, policy, stages, 64 if policy in ("orca", "request_level") else num_blocks,
                    spec=settings_of(policy))  # fmt: skip
     assert sorted(served.finished) == list(range(len(lengths)))
     for sequence, (_, prompt, output) in zip(served.sequences, lengths, strict=True):
@@ -38,7 +38,7 @@ def test_every_request_gets_its_own_tokens(case: tuple[Any, str, int, int]) -> N
 def test_scheduling_ahead_gives_the_same_tokens_with_stop_tokens_too(
     lengths: Any, policy: str, num_blocks: int, stop: set[int]
 ) -> None:
-    if policy in ("orca", "faster_transformer"):
+    if policy in ("orca", "request_level"):
         num_blocks = 64
     served = serve(lengths, policy, 1, num_blocks, frozenset(stop), spec=settings_of(policy), async_scheduling=True)
     assert sorted(served.finished) == list(range(len(lengths)))
@@ -60,7 +60,7 @@ def test_preemption_really_happens_in_these_cases() -> None:
 @given(CASES)
 def test_the_simulator_replays_a_run_batch_for_batch(case: tuple[Any, str, int, int]) -> None:
     lengths, policy, stages, num_blocks = case
-    num_blocks = 64 if policy in ("orca", "faster_transformer") else num_blocks
+    num_blocks = 64 if policy in ("orca", "request_level") else num_blocks
     served = serve(lengths, policy, stages, num_blocks, spec=settings_of(policy))
     assert served.batches
     scheduler = Scheduler(served.driver.scheduler.spec, num_blocks, max_in_flight=stages)
@@ -71,7 +71,7 @@ def test_the_simulator_replays_a_run_batch_for_batch(case: tuple[Any, str, int, 
 
 @given(LENGTHS, st.sampled_from(sorted(POLICIES)), st.integers(14, 30))
 def test_the_simulator_replays_a_run_that_was_scheduled_ahead(lengths: Any, policy: str, num_blocks: int) -> None:
-    num_blocks = 64 if policy in ("orca", "faster_transformer") else num_blocks
+    num_blocks = 64 if policy in ("orca", "request_level") else num_blocks
     served = serve(lengths, policy, 1, num_blocks, spec=settings_of(policy), async_scheduling=True)
     scheduler = Scheduler(served.driver.scheduler.spec, num_blocks, async_scheduling=True)
     simulated, recorder = replay(lengths, served.recorder, scheduler)

@@ -19,14 +19,14 @@ import torch
 from replaying import assert_same_times, composition, replay
 from serving import LENGTHS, MAX_LEN, Oracle, Served, serve
 
-from engine import multiprocess
-from engine.engine_spec import start
-from engine.executor import Executor, SamplingParams, WorkerError
-from engine.policies import POLICIES
+from engine.runtime import multiprocess
+from engine.runtime.engine_spec import start
+from engine.runtime.executor import Executor, SamplingParams, WorkerError
+from engine.scheduling.policies import POLICIES
 
 GetOracle = Callable[..., Oracle]
 GetExecutor = Callable[..., Executor]
-RESERVING = ("orca", "faster_transformer")  # of all memory they might need: they never preempt
+RESERVING = ("orca", "request_level")  # of all memory they might need: they never preempt
 SAMPLINGS = [  # one for each of LENGTHS
     SamplingParams(temperature=1.0, seed=1),
     SamplingParams(temperature=0.7, top_k=20, seed=2),
@@ -185,7 +185,7 @@ def sampled(oracle: GetOracle, executor: GetExecutor) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "policy"), [(1, 1, "sarathi"), (1, 1, "vllm"), (2, 1, "hybrid_only"), (1, 2, "chunked_only")]
+    ("tp", "pp", "policy"), [(1, 1, "sarathi"), (1, 1, "vllm_v0"), (2, 1, "hybrid_only"), (1, 2, "chunked_only")]
 )
 def test_a_seed_gives_its_tokens_whatever_ranks_policy_and_preemption(
     tp: int, pp: int, policy: str, sampled: list[list[int]], oracle: GetOracle, executor: GetExecutor

@@ -18,12 +18,12 @@ import strange_ranks
 import torch
 from serving import Oracle, Served, serve
 
-from engine import multiprocess
-from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
-from engine.executor import Result, WorkerError
-from engine.multiprocess import MultiprocessExecutor, free_port
-from engine.recorder import Recorder
+from engine.results.recorder import Recorder
+from engine.runtime import multiprocess
+from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.executor import Result, WorkerError
+from engine.runtime.multiprocess import MultiprocessExecutor, free_port
 from engine.worker.in_process import InProcessExecutor
 
 SOON_S = 10.0

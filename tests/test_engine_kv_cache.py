@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.kv_cache import KVCache
-from engine.request import Request
+from engine.scheduling.kv_cache import KVCache
+from engine.scheduling.request import Request
 
 
 def requests(count: int) -> list[Request]:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import lognorm, spearmanr
 
 from engine.errors import InputError
-from engine.lengths import LengthDistribution, _main, builtin_names, draw_lengths, load
-from engine.traces import read_trace
+from engine.workload.lengths import LengthDistribution, _main, builtin_names, draw_lengths, load
+from engine.workload.traces import read_trace
 
 TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces"
 FILES = {

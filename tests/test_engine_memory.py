@@ -6,10 +6,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engine import catalog
 from engine.errors import InputError
-from engine.memory import GIB, activation_bytes, kv_bytes_per_block, num_kv_blocks, weight_bytes
-from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec
+from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec, catalog
+from engine.specs.memory import GIB, activation_bytes, kv_bytes_per_block, num_kv_blocks, weight_bytes
 
 
 def cut(tp: int, pp: int = 1) -> ParallelSpec:

@@ -13,13 +13,14 @@ from rich.console import Console
 
 from cli.output import print_summary
 from engine.errors import InputError
-from engine.metric_table import METRICS, REQUEST_COLUMNS, Metric, add_metric, drawn_metrics, find_metric
-from engine.metrics import latencies, meets, summarize, summary_key, tbt_percentiles
-from engine.recorder import Recorder, Run, request_row
-from engine.request import Request
-from engine.run_folder import write_summary
-from engine.specs import SLO, SchedulerSpec
-from engine.workload import Workload
+from engine.results.metric_table import METRICS, REQUEST_COLUMNS, Metric, add_metric, drawn_metrics, find_metric
+from engine.results.metrics import latencies, meets, summarize, summary_key, tbt_percentiles
+from engine.results.recorder import Recorder, Run, request_row
+from engine.results.run_folder import write_summary
+from engine.results.slo import SLO
+from engine.scheduling.request import Request
+from engine.specs import SchedulerSpec
+from engine.workload.workload import Workload
 from simulator.cluster import deploy, simulate
 from simulator.predictor.base import FixedTable
 from studies.report import write_report

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.metrics import (
+from engine.results.metrics import (
     SKETCH_K,
     Columns,
     Gaps,
@@ -20,7 +20,7 @@ from engine.metrics import (
     summarize,
     tbt_percentiles,
 )
-from engine.specs import SLO
+from engine.results.slo import SLO
 
 
 def columns(rows: list[tuple[float, float, list[float]]], prompt: int = 10) -> tuple[Columns, Gaps]:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from engine.errors import InputError
-from engine.policies import POLICIES, chunk_sizes, resolve
-from engine.request import Batch, Request
-from engine.scheduler import Scheduler
+from engine.scheduling.policies import POLICIES, chunk_sizes, resolve
+from engine.scheduling.request import Batch, Request
+from engine.scheduling.scheduler import Scheduler
 from engine.specs import SchedulerSpec
 
 PLENTY = 1000
@@ -77,7 +77,7 @@ def test_sarathi_finishes_prompts_before_it_admits_new_ones() -> None:
 
 def test_vllm_runs_whole_prompts_first_and_decodes_wait() -> None:
     batches, _ = play(
-        "vllm",
+        "vllm_v0",
         {"A": (5, 3), "B": (4, 2), "C": (6, 2), "D": (2, 1)},
         arrive={"D": 2},
         max_num_batched_tokens=12,
@@ -93,7 +93,7 @@ def test_vllm_runs_whole_prompts_first_and_decodes_wait() -> None:
 
 
 def test_vllm_does_not_look_past_a_prompt_that_does_not_fit() -> None:
-    batches, _ = play("vllm", {"A": (5, 1), "B": (6, 1), "C": (2, 1)}, max_num_batched_tokens=8, max_num_seqs=4)
+    batches, _ = play("vllm_v0", {"A": (5, 1), "B": (6, 1), "C": (2, 1)}, max_num_batched_tokens=8, max_num_seqs=4)
     assert batches == ["A5", "B6 C2"]
 
 
@@ -105,13 +105,13 @@ def test_orca_puts_whole_prompts_beside_decodes_and_reserves_the_longest_length(
     assert play("orca", jobs, arrive, **{**cache, "blocks": 9})[0] == ["A5 B4", "A B C6", "A"]
 
 
-def test_faster_transformer_runs_a_batch_to_its_end() -> None:
-    batches, _ = play("faster_transformer", {"A": (5, 4), "B": (4, 2), "C": (6, 2)}, arrive={"C": 1}, max_num_seqs=3)
+def test_request_level_runs_a_batch_to_its_end() -> None:
+    batches, _ = play("request_level", {"A": (5, 4), "B": (4, 2), "C": (6, 2)}, arrive={"C": 1}, max_num_seqs=3)
     assert batches == ["A5 B4", "A B", "A", "A", "C6", "C"]
 
 
-def test_faster_transformer_keeps_groups_apart_in_a_pipeline() -> None:
-    batches, _ = play("faster_transformer", {"A": (5, 4), "B": (4, 2), "C": (6, 2)}, arrive={"C": 1}, depth=2)
+def test_request_level_keeps_groups_apart_in_a_pipeline() -> None:
+    batches, _ = play("request_level", {"A": (5, 4), "B": (4, 2), "C": (6, 2)}, arrive={"C": 1}, depth=2)
     assert batches == ["A5 B4", "A B", "C6", "A", "C", "A"]
 
 
@@ -146,10 +146,10 @@ def test_hybrid_only_puts_whole_prompts_beside_decodes_within_the_budget() -> No
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["sarathi", "vllm", "orca", "hybrid_only"])
+@pytest.mark.parametrize("policy", ["sarathi", "vllm_v0", "orca", "hybrid_only"])
 def test_no_more_than_max_num_seqs_run(policy: str) -> None:
     jobs = {"A": (2, 3), "B": (2, 2), "C": (2, 1)}
-    after = {"vllm": ["C2", "A"]}.get(policy, ["A C2"])
+    after = {"vllm_v0": ["C2", "A"]}.get(policy, ["A C2"])
     assert play(policy, jobs, max_num_batched_tokens=40, max_num_seqs=2)[0] == ["A2 B2", "A B", *after]
     assert play(policy, jobs, max_num_batched_tokens=40, max_num_seqs=3)[0] == ["A2 B2 C2", "A B", "A"]
 
@@ -157,9 +157,9 @@ def test_no_more_than_max_num_seqs_run(policy: str) -> None:
 def test_admission_leaves_the_watermark_free_and_nobody_jumps_the_queue() -> None:
     jobs = {"A": (8, 2), "B": (6, 1), "C": (4, 1), "D": (2, 1)}  # 4, 3, 2 and 1 blocks of 10
     limits = {"block_size": 2, "blocks": 10, "max_model_len": 12}
-    assert play("vllm", jobs, **limits)[0] == ["A8 B6 C4 D2", "A"]
+    assert play("vllm_v0", jobs, **limits)[0] == ["A8 B6 C4 D2", "A"]
     # 3 blocks are left after A and B; C's 2 would leave 1 of the 2 that stay free. D's 1 would do, but C is before it
-    assert play("vllm", jobs, watermark=0.2, **limits)[0] == ["A8 B6", "C4 D2", "A"]
+    assert play("vllm_v0", jobs, watermark=0.2, **limits)[0] == ["A8 B6", "C4 D2", "A"]
     assert play("sarathi", jobs, watermark=0.2, max_num_batched_tokens=40, **limits)[0] == ["A8 B6", "A C4 D2"]
 
 
@@ -181,7 +181,7 @@ def test_a_pipeline_of_three_has_three_batches_in_flight() -> None:
 
 
 def test_vllm_recomputes_a_preempted_request_whole() -> None:
-    batches, scheduler = play("vllm", {"A": (3, 4), "B": (3, 3)}, block_size=2, blocks=5, max_model_len=10)
+    batches, scheduler = play("vllm_v0", {"A": (3, 4), "B": (3, 3)}, block_size=2, blocks=5, max_model_len=10)
     assert batches == [
         "A3 B3",  # two blocks each, one left
         "A B",  # the second token each; both blocks are full now
@@ -201,7 +201,7 @@ def test_sarathi_recomputes_in_chunks() -> None:
     assert scheduler.recomputed_tokens == 4
 
 
-@pytest.mark.parametrize("policy", ["vllm", "sarathi"])
+@pytest.mark.parametrize("policy", ["vllm_v0", "sarathi"])
 def test_the_latest_request_is_preempted_for_an_earlier_one(policy: str) -> None:
     batches, scheduler = play(policy, {"A": (4, 3), "B": (3, 2)}, block_size=2, blocks=4, max_model_len=8,
                               max_num_batched_tokens=10)  # fmt: skip
@@ -211,7 +211,7 @@ def test_the_latest_request_is_preempted_for_an_earlier_one(policy: str) -> None
 
 def test_a_preempted_request_goes_before_those_that_never_ran() -> None:
     batches, _ = play(
-        "vllm", {"A": (4, 3), "B": (3, 2), "C": (2, 1)}, arrive={"C": 2}, block_size=2, blocks=4, max_model_len=8
+        "vllm_v0", {"A": (4, 3), "B": (3, 2), "C": (2, 1)}, arrive={"C": 2}, block_size=2, blocks=4, max_model_len=8
     )
     # after A's second token one block is free: C would fit, but B, with two blocks to get, is before it
     assert batches == ["A4 B3", "A", "A", "B4 C2"]
@@ -268,7 +268,7 @@ def test_dynamic_chunks_larger_than_the_token_budget_are_refused() -> None:
     ("settings", "told"),
     [
         ({"chunk_schedule_low": 3}, "chunk_schedule_low 3 needs chunk_schedule 'dynamic'"),
-        ({"chunk_schedule": "dynamic", "policy": "vllm"}, "vllm does not"),
+        ({"chunk_schedule": "dynamic", "policy": "vllm_v0"}, "vllm does not"),
     ],
 )
 def test_a_chunk_schedule_that_would_be_ignored_is_refused(settings: dict[str, Any], told: str) -> None:
@@ -293,7 +293,7 @@ def test_a_budget_below_max_num_seqs_is_refused(policy: str) -> None:
 
 def test_vllm_refuses_a_budget_below_max_num_seqs() -> None:
     with pytest.raises(InputError, match="--max-num-batched-tokens 7 is less than --max-num-seqs 8"):
-        resolve(SchedulerSpec(policy="vllm", max_num_batched_tokens=7, max_num_seqs=8), 30)
+        resolve(SchedulerSpec(policy="vllm_v0", max_num_batched_tokens=7, max_num_seqs=8), 30)
 
 
 def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
@@ -303,14 +303,14 @@ def test_an_unknown_policy_is_refused_with_the_nearest_name() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "budget"),
-    [("sarathi", 512), ("chunked_only", 512), ("vllm", 4096), ("orca", None), ("hybrid_only", 4096)],
+    [("sarathi", 512), ("chunked_only", 512), ("vllm_v0", 4096), ("orca", None), ("hybrid_only", 4096)],
 )
 def test_lengths_left_open_come_from_the_model_and_the_policy(policy: str, budget: int) -> None:
     spec = resolve(SchedulerSpec(policy=policy), 4096)
     assert (spec.max_model_len, spec.max_num_batched_tokens) == (4096, budget)
     assert resolve(SchedulerSpec(policy=policy, max_model_len=100), 4096).max_model_len == 100
-    assert resolve(SchedulerSpec(policy="vllm"), 1000).max_num_batched_tokens == 2048
+    assert resolve(SchedulerSpec(policy="vllm_v0"), 1000).max_num_batched_tokens == 2048
 
 
 def test_every_policy_has_a_hand_worked_schedule_here() -> None:
-    assert set(POLICIES) == {"sarathi", "vllm", "orca", "faster_transformer", "chunked_only", "hybrid_only"}
+    assert set(POLICIES) == {"sarathi", "vllm_v0", "orca", "request_level", "chunked_only", "hybrid_only"}

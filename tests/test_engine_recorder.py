@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.metrics import Gaps
-from engine.policies import resolve
-from engine.recorder import ITERATION_COLUMNS, Recorder
-from engine.request import Request
-from engine.scheduler import Scheduler
+from engine.results.metrics import Gaps
+from engine.results.recorder import ITERATION_COLUMNS, Recorder
+from engine.results.tables import to_arrow
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import Request
+from engine.scheduling.scheduler import Scheduler
 from engine.specs import SchedulerSpec
-from engine.tables import to_arrow
 
 SCHEMA = pa.schema([(name, pa.from_numpy_dtype(kind)) for name, kind in ITERATION_COLUMNS.items()])
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from engine import catalog
 from engine.engine_preset import preset
-from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.memory import activation_bytes, kv_bytes_per_block, num_kv_blocks, weight_bytes
-from engine.policies import largest_batch
 from engine.replica_spec import ReplicaSpec, resolve
-from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec
+from engine.runtime.engine_spec import EngineSpec
+from engine.scheduling.policies import largest_batch
+from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec, catalog
+from engine.specs.memory import activation_bytes, kv_bytes_per_block, num_kv_blocks, weight_bytes
 from profiler.operators import Operator, inventory
 from simulator.cluster import Deployment, deploy
 from simulator.predictor.roofline import Roofline

@@ -8,9 +8,9 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.policies import POLICIES, BatchPlan, Sarathi, resolve
-from engine.request import Batch, Request
-from engine.scheduler import Scheduler
+from engine.scheduling.policies import POLICIES, BatchPlan, Sarathi, resolve
+from engine.scheduling.request import Batch, Request
+from engine.scheduling.scheduler import Scheduler
 from engine.specs import SchedulerSpec
 
 Step = tuple[list[int], list[tuple[int, int]]]  # who decodes, and who prefills how many tokens
@@ -108,7 +108,7 @@ class Naive:
         if len(self.flying) == self.depth:
             return None
         prefills: list[tuple[int, int]] = []
-        if self.policy == "vllm":
+        if self.policy == "vllm_v0":
             while (new := self.admit_first(self.budget - sum(n for _, n in prefills), whole=True)) is not None:
                 prefills.append(new)
             decodes = [] if prefills else self.decode_all()
@@ -201,7 +201,7 @@ def assert_as_by_the_book(policy, jobs, depth, seqs, budget, block_size, spare, 
 
 
 by_the_book = given(
-    policy=st.sampled_from(["sarathi", "vllm"]),
+    policy=st.sampled_from(["sarathi", "vllm_v0"]),
     jobs=workloads(),
     depth=st.integers(2, 3),
     seqs=st.integers(1, 6),
@@ -228,7 +228,7 @@ def test_so_they_do_in_a_pipeline(  # type: ignore[no-untyped-def]
     assert_as_by_the_book(policy, jobs, depth, seqs, budget, block_size, spare, quarters)
 
 
-@pytest.mark.parametrize("policy", ["sarathi", "vllm"])
+@pytest.mark.parametrize("policy", ["sarathi", "vllm_v0"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_heavy_preemption_is_as_a_naive_scheduler_does_it(policy: str, depth: int) -> None:
     """Six long answers in a cache for two: a fixed workload where requests are thrown out again and again."""
@@ -327,7 +327,7 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
         assert batch.kv_blocks == sum(len(r.blocks) for r in requests)
         if policy in ("sarathi", "chunked_only"):
             assert batch.shape.num_tokens <= budget
-        if policy == "vllm":
+        if policy == "vllm_v0":
             assert not (batch.decodes and batch.chunks)
             assert batch.shape.num_tokens <= budget
         if policy == "hybrid_only" and len(batch.chunks) > 1:
@@ -521,16 +521,16 @@ def test_a_request_over_max_model_len_is_refused(policy: str) -> None:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_request_that_no_empty_cache_holds_is_refused(policy: str) -> None:
     scheduler = make(policy, 13, watermark=0.2, max_num_seqs=4)  # 2 of 13 blocks stay free: 22 tokens
-    needs = MAX_MODEL_LEN if policy in ("orca", "faster_transformer") else 23
+    needs = MAX_MODEL_LEN if policy in ("orca", "request_level") else 23
     with pytest.raises(InputError, match=rf"for {needs} tokens but .* 22 \(11 blocks of 2\): lower --max-model-len"):
         scheduler.add(Request(0, 0.0, 3, 21))  # its last token is never computed
     assert not scheduler.waiting
-    if policy not in ("orca", "faster_transformer"):
+    if policy not in ("orca", "request_level"):
         scheduler.add(Request(1, 0.0, 3, 20))
         assert scheduler.schedule() is not None
 
 
-@pytest.mark.parametrize("policy", ["orca", "faster_transformer"])
+@pytest.mark.parametrize("policy", ["orca", "request_level"])
 def test_a_policy_that_reserves_the_longest_length_refuses_even_short_requests(policy: str) -> None:
     with pytest.raises(InputError, match=r"request 0 needs KV cache for 24 tokens but there is room for 22"):
         make(policy, 11, max_num_seqs=4).add(Request(0, 0.0, 1, 1))
@@ -538,7 +538,7 @@ def test_a_policy_that_reserves_the_longest_length_refuses_even_short_requests(p
 
 
 def test_vllm_refuses_what_can_not_be_recomputed_whole() -> None:
-    scheduler = make("vllm", 100, max_num_seqs=4, max_num_batched_tokens=14)
+    scheduler = make("vllm_v0", 100, max_num_seqs=4, max_num_batched_tokens=14)
     with pytest.raises(InputError, match=r"request 3 \(10 prompt \+ 6 output.*tokens 14: raise it to 15 or more"):
         scheduler.add(Request(3, 0.0, 10, 6))
     assert not scheduler.waiting

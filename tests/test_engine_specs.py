@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.metric_table import METRICS
-from engine.specs import SLO, Link, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.results.metric_table import METRICS
+from engine.results.slo import SLO
+from engine.specs import Link, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
 
 LLAMA_7B: dict[str, Any] = {
     "model_type": "llama",

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.traces import read_trace
-from engine.workload import Workload, WorkloadSpec, make_workload
+from engine.workload.traces import read_trace
+from engine.workload.workload import Workload, WorkloadSpec, make_workload
 
 TRACES = Path(__file__).parents[2] / "shared" / "data" / "traces"
 

@@ -20,17 +20,17 @@ import transformers
 from numpy.typing import NDArray
 from stand_in_cuda import stand_in
 
-from engine.driver import Driver
-from engine.engine_spec import EngineSpec, start
 from engine.errors import InputError
-from engine.executor import Executor, Result
-from engine.memory import kv_bytes_per_block
-from engine.policies import resolve
-from engine.recorder import Recorder
-from engine.request import Batch, Request
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence
+from engine.results.recorder import Recorder
+from engine.runtime.driver import Driver
+from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.executor import Executor, Result
+from engine.runtime.sequences import Sequence
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import Batch, Request
+from engine.scheduling.scheduler import Scheduler
 from engine.specs import ModelSpec, SchedulerSpec
+from engine.specs.memory import kv_bytes_per_block
 from engine.worker import layers
 from engine.worker.attention import BACKENDS
 from engine.worker.attention.base import AttentionShape

@@ -12,10 +12,9 @@ import pytest
 
 import profiler.kinds
 import simulator.predictor.kinds
-from engine import catalog, device_folder
 from engine.errors import InputError
-from engine.request import BatchShape
-from engine.specs import HostOverhead, ParallelSpec
+from engine.scheduling.request import BatchShape
+from engine.specs import HostOverhead, ParallelSpec, catalog, device_folder
 from profiler import operators, table
 from profiler.importers import read_source
 from profiler.kind import OfRows, Operator

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_runs import deployment, rows, with_async, workloads
 
-from engine.driver import Clock, Driver, RealClock, VirtualClock
-from engine.policies import POLICIES
-from engine.recorder import Recorder, Run
-from engine.request import BatchShape, Request
-from engine.sequences import Sequence
-from engine.workload import Workload
+from engine.results.recorder import Recorder, Run
+from engine.runtime.driver import Clock, Driver, RealClock, VirtualClock
+from engine.runtime.sequences import Sequence
+from engine.scheduling.policies import POLICIES
+from engine.scheduling.request import BatchShape, Request
+from engine.workload.workload import Workload
 from simulator.cluster import Deployment, simulate
 from simulator.predicted_executor import PredictedExecutor
 from simulator.predictor.base import RuntimePredictor

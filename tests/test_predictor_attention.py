@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
 from engine.errors import InputError
-from engine.specs import DeviceSpec
-from engine.tables import Array
+from engine.results.tables import Array
+from engine.specs import DeviceSpec, catalog
 from profiler.importers import read_source
 from simulator.predictor.attention import AttentionDecode, AttentionPrefill
 from simulator.predictor.attention_model import kernel_names

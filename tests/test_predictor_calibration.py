@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog, device_folder
 from engine.errors import InputError
-from engine.request import BatchShape
-from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec, make_workload
+from engine.scheduling.request import BatchShape
+from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec, catalog, device_folder
+from engine.workload.workload import WorkloadSpec, make_workload
 from profiler import table
 from profiler.operators import inventory
 from simulator.cluster import deploy, simulate

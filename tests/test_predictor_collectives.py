@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
 from engine.errors import InputError
-from engine.specs import Link, NetworkSpec
-from engine.tables import Array
+from engine.results.tables import Array
+from engine.specs import Link, NetworkSpec, catalog
 from profiler.importers import read_source
 from simulator.predictor.collectives import AllReduce, Send
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
 from engine.errors import InputError
-from engine.tables import Array
+from engine.results.tables import Array
+from engine.specs import catalog
 from profiler.importers import read_source
 from simulator.predictor.curves import Curve, isotonic
 from simulator.predictor.elementwise import Elementwise

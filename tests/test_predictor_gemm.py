@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
+from engine.specs import catalog
 from simulator.predictor.forest import Forest
 from simulator.predictor.gemm import Gemm, roofline
 

@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
 from engine.errors import InputError
-from engine.request import BatchShape
-from engine.specs import HostOverhead, ParallelSpec
+from engine.scheduling.request import BatchShape
+from engine.specs import HostOverhead, ParallelSpec, catalog
 from profiler import table
 from profiler.importers import vidur
 from simulator.predictor import host

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
 from engine.errors import InputError
-from engine.specs import ParallelSpec
+from engine.specs import ParallelSpec, catalog
 from profiler.importers import read_source, vidur
 from profiler.operators import inventory
 

@@ -8,7 +8,7 @@ import checkpoints
 import pytest
 import torch
 
-from engine.engine_spec import EngineSpec
+from engine.runtime.engine_spec import EngineSpec
 from engine.specs import ModelSpec, ParallelSpec
 from profiler.collectives import Ranks
 from profiler.in_situ import InSitu, Reference

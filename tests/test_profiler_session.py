@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import catalog
-from engine.device_folder import measured_host
 from engine.errors import InputError
-from engine.executor import RankTime, Result, Step
 from engine.replica_spec import resolve
-from engine.specs import ParallelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec, make_workload
+from engine.runtime.executor import RankTime, Result, Step
+from engine.specs import ParallelSpec, SchedulerSpec, catalog
+from engine.specs.device_folder import measured_host
+from engine.workload.workload import WorkloadSpec, make_workload
 from profiler import table
 from profiler.importers import read_source
 from profiler.iterations import bursts, run_burst, shape_of

@@ -47,7 +47,7 @@ HEAVY = {  # what takes seconds to import or is not always installed, and where 
     "flash_attn": ("engine/worker/attention/",),
     "flashinfer": ("engine/worker/attention/",),
     "transformers": ("cli/generate.py",),
-    "ray": ("engine/ray_executor.py", "studies/sweep.py"),
+    "ray": ("engine/runtime/ray_executor.py", "studies/sweep.py"),
 }
 
 
@@ -60,7 +60,7 @@ def test_heavy_packages_are_imported_where_they_are_needed_alone(package: str) -
 
 def test_the_engine_starts_without_heavy_packages() -> None:
     code = (
-        "import sys, cli.main, cli.bench, cli.generate, cli.search, engine.serve, engine.multiprocess; "
+        "import sys, cli.main, cli.bench, cli.generate, cli.search, engine.runtime.serve, engine.runtime.multiprocess; "
         "print([name for name in ('torch', 'ray', 'plotly', 'transformers', 'safetensors') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -128,8 +128,8 @@ def test_links_between_the_pages_lead_somewhere() -> None:
 
 
 def test_the_examples_of_the_extension_page_run(capsys: pytest.CaptureFixture[str]) -> None:
-    from engine.metric_table import METRICS
-    from engine.policies import POLICIES
+    from engine.results.metric_table import METRICS
+    from engine.scheduling.policies import POLICIES
     from simulator.cluster import PREDICTORS
     from simulator.router import ROUTERS
 
@@ -172,7 +172,7 @@ def test_the_example_of_the_engine_page_runs(tmp_path: Path) -> None:
 
 def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
     from cli.config import FileConfig, load
-    from engine.catalog import network
+    from engine.specs.catalog import network
 
     cluster, net = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "settings.md").read_text("utf-8"), re.DOTALL)
     (tmp_path / "run.yaml").write_text(cluster, encoding="utf-8")
@@ -187,12 +187,12 @@ def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
 
 def test_the_help_names_what_there_is_to_choose_from() -> None:
     from cli.config import BenchConfig, EngineSettings
-    from engine.catalog import DEVICES, HOST_OVERHEADS, INTERNODES
-    from engine.engine_spec import EXECUTORS, LOAD_FORMATS
-    from engine.lengths import builtin_names
-    from engine.policies import POLICIES
+    from engine.runtime.engine_spec import EXECUTORS, LOAD_FORMATS
+    from engine.scheduling.policies import POLICIES
     from engine.specs import DTYPES
+    from engine.specs.catalog import DEVICES, HOST_OVERHEADS, INTERNODES
     from engine.worker.attention import BACKENDS
+    from engine.workload.lengths import builtin_names
     from simulator.cluster import PREDICTORS
     from simulator.router import ROUTERS
 
@@ -219,7 +219,7 @@ def test_the_help_names_what_there_is_to_choose_from() -> None:
 
 
 def test_the_device_of_the_extension_page_is_a_device(tmp_path: Path) -> None:
-    from engine.catalog import device
+    from engine.specs.catalog import device
 
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "extend.md").read_text("utf-8"), re.DOTALL)
     path = tmp_path / "my_gpu.yaml"

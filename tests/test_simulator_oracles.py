@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import catalog
-from engine.request import BatchShape
-from engine.specs import HostOverhead, Link, NetworkSpec, ParallelSpec, SchedulerSpec
-from engine.tables import Array
-from engine.workload import Workload
+from engine.results.tables import Array
+from engine.scheduling.request import BatchShape
+from engine.specs import HostOverhead, Link, NetworkSpec, ParallelSpec, SchedulerSpec, catalog
+from engine.workload.workload import Workload
 from profiler.operators import inventory
 from simulator.cluster import Deployment, Run, deploy, simulate
 from simulator.predictor.base import FixedTable, RuntimePredictor
@@ -184,7 +183,7 @@ def test_a_batch_takes_its_prefill_and_then_its_decodes() -> None:
     assert run.summary["output_throughput"] == pytest.approx(160 / 0.632)
 
 
-@pytest.mark.parametrize(("policy", "ends"), [("faster_transformer", [1, 2, 3]), ("sarathi", [1, 2, 3])])
+@pytest.mark.parametrize(("policy", "ends"), [("request_level", [1, 2, 3]), ("sarathi", [1, 2, 3])])
 def test_waves_of_full_batches(policy: str, ends: list[int]) -> None:
     """12 equal requests, 4 at a time: three waves of (prefill of 8 tokens, 9 decodes of 4), one after the other."""
     run = simulate(
@@ -199,12 +198,12 @@ def test_a_chunked_prompt_stalls_decodes_by_a_chunk_and_a_whole_one_by_all_of_it
     table = [0.001 * tokens for tokens in range(2000)]
     arrived = np.array([0.0, 0.1])
     longest = {}
-    for policy, budget in (("sarathi", 100), ("vllm", 2048)):
+    for policy, budget in (("sarathi", 100), ("vllm_v0", 2048)):
         kind = replica(FixedTable([table]), policy=policy, max_num_batched_tokens=budget, max_num_seqs=8)
         run = simulate(workload(arrived, np.array([10, 990]), np.array([400, 1])), [kind])
         longest[policy] = column(run, "max_tbt_s")[0]
     assert longest["sarathi"] == pytest.approx(0.1)  # 99 tokens of the prompt and the decode
-    assert longest["vllm"] == pytest.approx(0.991)  # all 990, then the decode
+    assert longest["vllm_v0"] == pytest.approx(0.991)  # all 990, then the decode
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------

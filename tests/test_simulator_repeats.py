@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_runs import Affine, assert_same, deployment, with_async, workloads
 
-from engine.policies import POLICIES
-from engine.request import BatchShape
-from engine.workload import Workload
+from engine.scheduling.policies import POLICIES
+from engine.scheduling.request import BatchShape
+from engine.workload.workload import Workload
 from simulator.cluster import simulate
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine import catalog
+from engine.specs import catalog
 from profiler import table
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.calibration_fit import fit

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from engine.errors import InputError
-from engine.specs import SLO, ParallelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec, make_workload
+from engine.results.slo import SLO
+from engine.specs import ParallelSpec, SchedulerSpec
+from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from studies.compare_capacity import Point, Search, read_search, read_sweep, responses, threshold
 from studies.compare_capacity_figures import MOST_BARS, capacity_bars, speed_front, trials

@@ -16,7 +16,7 @@ import pytest
 from cli.main import run as command
 from engine.errors import InputError
 from engine.specs import ParallelSpec, SchedulerSpec
-from engine.workload import Workload
+from engine.workload.workload import Workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
 from studies import experiment as studies

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from engine.metrics import QUANTILES, describe
-from engine.recorder import ITERATION_COLUMNS
-from engine.specs import SLO, ParallelSpec, SchedulerSpec
-from engine.workload import WorkloadSpec, make_workload
+from engine.results.metrics import QUANTILES, describe
+from engine.results.recorder import ITERATION_COLUMNS
+from engine.results.slo import SLO
+from engine.specs import ParallelSpec, SchedulerSpec
+from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
 from studies.report import times_source, verdict, write_report
 from studies.report_figures import panels

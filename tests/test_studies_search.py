@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import InputError
-from engine.metric_table import METRICS
-from engine.specs import SLO, SchedulerSpec
-from engine.tables import Array
-from engine.workload import Workload, WorkloadSpec, make_workload
+from engine.results.metric_table import METRICS
+from engine.results.slo import SLO
+from engine.results.tables import Array
+from engine.specs import SchedulerSpec
+from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
 from studies.confirm import confirm, gpu_hours

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from stand_in_cuda import stand_in
 
-from engine import catalog
-from engine.engine_spec import DECODE_GRAPHS
-from engine.policies import resolve
-from engine.request import BatchShape
-from engine.specs import ParallelSpec, SchedulerSpec
+from engine.runtime.engine_spec import DECODE_GRAPHS
+from engine.scheduling.policies import resolve
+from engine.scheduling.request import BatchShape
+from engine.specs import ParallelSpec, SchedulerSpec, catalog
 from profiler.importers import read_source
 from profiler.operators import inventory
 from profiler.points import Limits

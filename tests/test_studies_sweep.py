@@ -226,7 +226,7 @@ def test_a_search_is_of_what_its_file_said(searched: Path) -> None:
 
 def test_points_that_cannot_be_are_refused_and_crashes_are_crashes(searched: Path) -> None:
     (searched / "policy.py").write_text(
-        "from engine.policies import POLICIES, Sarathi\n\n"
+        "from engine.scheduling.policies import POLICIES, Sarathi\n\n"
         "class Broken(Sarathi):\n"
         "    def plan(self, scheduler):\n"
         "        raise ZeroDivisionError('in a policy')\n\n"

@@ -10,14 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from engine import catalog
-from engine.engine_spec import EngineSpec, start
-from engine.metrics import QUANTILES
-from engine.recorder import Run
-from engine.request import BatchShape
-from engine.specs import HostOverhead, SchedulerSpec
-from engine.tables import Columns
-from engine.workload import Workload, WorkloadSpec, make_workload
+from engine.results.metrics import QUANTILES
+from engine.results.recorder import Run
+from engine.results.tables import Columns
+from engine.runtime.engine_spec import EngineSpec, start
+from engine.scheduling.request import BatchShape
+from engine.specs import HostOverhead, SchedulerSpec, catalog
+from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import RuntimePredictor
 from studies.validation import Pair, compare, in_words, run_pair

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from engine import catalog
 from engine.errors import InputError
-from engine.memory import weight_bytes
-from engine.specs import ModelSpec, ParallelSpec, RopeScaling
+from engine.specs import ModelSpec, ParallelSpec, RopeScaling, catalog
+from engine.specs.memory import weight_bytes
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend, AttentionBatch, AttentionShape
 from engine.worker.inputs import Inputs

@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.executor import GREEDY, SamplingParams
+from engine.runtime.executor import GREEDY, SamplingParams
 from engine.worker.sampler import sample
 
 VOCABULARY = 50

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from engine.engine_spec import EngineSpec
-from engine.executor import Result, Step, WorkerError, combine
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.executor import Result, Step, WorkerError, combine
 from engine.worker.rank import join
 from engine.worker.runner import Pending
 

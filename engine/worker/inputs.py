@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.executor import LAST_SAMPLED, Step
+from engine.runtime.executor import LAST_SAMPLED, Step
 from engine.worker.attention.base import AttentionBatch
 
 Whole = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]  # integers of any width

@@ -7,8 +7,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from engine.engine_spec import EngineSpec
 from engine.errors import InputError
+from engine.runtime.engine_spec import EngineSpec
 from engine.worker.parallel import Links, Rank
 from engine.worker.runner import ModelRunner
 

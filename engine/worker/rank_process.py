@@ -16,9 +16,9 @@ import traceback
 from collections import deque
 from multiprocessing.connection import Connection
 
-from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.multiprocess import end_with_parent
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.multiprocess import end_with_parent
 from engine.worker.rank import join, leave
 from engine.worker.runner import ModelRunner, Pending
 

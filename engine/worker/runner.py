@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.executor import RankReport, RankTime, Step, lone_step
-from engine.memory import GIB, kv_bytes_per_block
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.executor import RankReport, RankTime, Step, lone_step
+from engine.specs.memory import GIB, kv_bytes_per_block
 from engine.worker import weights
 from engine.worker.attention import select
 from engine.worker.attention.base import AttentionBackend, AttentionShape

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engine.executor import SamplingParams
+from engine.runtime.executor import SamplingParams
 
 COLDEST = 1e-30  # what is colder could be 0 in float32
 

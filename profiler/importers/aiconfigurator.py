@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from engine import catalog
 from engine.errors import InputError
+from engine.specs import catalog
 from profiler import table
 from profiler.importers.common import Part, assemble, choose_device, find, finish, nothing_known, shorten
 
 WANTED = "AIConfigurator's {gemm,context_attention,generation_attention,custom_allreduce,nccl}_perf.parquet"
-PRODUCTS = {  # in the name that CUDA gives the card: name in engine.catalog
+PRODUCTS = {  # in the name that CUDA gives the card: name in engine.specs.catalog
     r"\bA100.*PCI": "a100_pcie",
     r"\bA100.*SXM": "a100_sxm",
     r"\bA40\b": "a40",

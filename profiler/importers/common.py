@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from engine import catalog
 from engine.errors import InputError
+from engine.specs import catalog
 from profiler import table
 
 DEVICES = {name: (name,) for name in catalog.DEVICES if name != "cpu"} | {"a100": ("a100_pcie", "a100_sxm")}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from engine.device_folder import profile_settings
 from engine.errors import InputError
+from engine.specs.device_folder import profile_settings
 from profiler import table
 from profiler.session import OPERATORS, SAMPLES
 

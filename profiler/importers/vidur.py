@@ -43,7 +43,7 @@ WANTED = (
     "Vidur's compute/DEVICE/ORG/MODEL/mlp.csv and attention.csv, network/NETWORK/all_reduce.csv and send_recv.csv, "
     "cpu_overheads/*.csv"
 )
-NETWORKS = {  # Vidur's folder: names in engine.catalog of the device and of the network
+NETWORKS = {  # Vidur's folder: names in engine.specs.catalog of the device and of the network
     "a100_dgx": ("a100_sxm", "nvswitch_a100"),
     "a100_pair_nvlink": ("a100_pcie", "pairwise_nvlink"),
     "a100_pairwise_nvlink": ("a100_pcie", "pairwise_nvlink"),

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.tables import Array
+from engine.results.tables import Array
 from profiler.kinds import AttentionDecode as DecodeOperator
 from profiler.kinds import AttentionPrefill as PrefillOperator
 from simulator.predictor.attention_model import HEADS, WIDTH, AttentionModel, Columns, floats, held, larger

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import numpy as np
 
 from engine.errors import InputError, unknown
+from engine.results.tables import Array
 from engine.specs import DeviceSpec
-from engine.tables import Array
 from profiler.kinds import Attention
 from simulator.predictor.forest import Forest
 from simulator.predictor.kind import KindModel, Site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.request import BatchShape
+from engine.scheduling.request import BatchShape
 
 
 class RuntimePredictor:

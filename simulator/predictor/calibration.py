@@ -15,10 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import catalog
-from engine.device_folder import HOST_FILE, PROFILE_FILE, broken_host, folder_of, host_record, known_devices
 from engine.errors import InputError
-from engine.specs import DeviceSpec
+from engine.specs import DeviceSpec, catalog
+from engine.specs.device_folder import HOST_FILE, PROFILE_FILE, broken_host, folder_of, host_record, known_devices
 from simulator.predictor.host import HostFit
 from simulator.predictor.kind import KindModel
 from simulator.predictor.kinds import KINDS, check_kinds

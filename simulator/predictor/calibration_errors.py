@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import InputError
-from engine.tables import Array
+from engine.results.tables import Array
 from simulator.predictor.calibration import INTERVAL, Calibration
 from simulator.predictor.kind import KindModel
 from simulator.predictor.kinds import check_kinds

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine import catalog
 from engine.errors import InputError
-from engine.specs import DeviceSpec
-from engine.tables import Array
+from engine.results.tables import Array
+from engine.specs import DeviceSpec, catalog
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.calibration_errors import held_out, interval, rows_of, short
 from simulator.predictor.host import OVERHEAD, fit_overhead

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from engine import catalog
-from engine.device_folder import measured_host, profile_settings
 from engine.errors import InputError
-from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, RopeScaling
+from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, RopeScaling, catalog
+from engine.specs.device_folder import measured_host, profile_settings
 from profiler.iterations import shape_of
 from profiler.session import ITERATIONS
 from simulator.predictor.calibration_errors import errors

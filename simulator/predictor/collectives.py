@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 import numpy as np
 
 from engine.errors import InputError, unknown
+from engine.results.tables import Array
 from engine.specs import DeviceSpec
-from engine.tables import Array
 from profiler.kinds import AllReduce as AllReduceOperator
 from profiler.kinds import Message
 from profiler.kinds import Send as SendOperator

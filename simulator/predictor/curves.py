@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.tables import Array
+from engine.results.tables import Array
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from engine.errors import InputError
+from engine.results.tables import Array
 from engine.specs import DeviceSpec
-from engine.tables import Array
 from profiler.kind import Operator as AnyOperator
 from profiler.kinds import Elementwise as Operator
 from simulator.predictor.curves import Curve

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.tables import Array
+from engine.results.tables import Array
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from engine.results.tables import Array
 from engine.specs import DeviceSpec
-from engine.tables import Array
 from profiler.kinds import Gemm as Operator
 from simulator.predictor.forest import Forest
 from simulator.predictor.kind import RowsModel, Site

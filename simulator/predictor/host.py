@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from engine import catalog
 from engine.errors import InputError
-from engine.specs import HostOverhead
-from engine.tables import Array
+from engine.results.tables import Array
+from engine.specs import HostOverhead, catalog
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 
-from engine.request import BatchShape
+from engine.results.tables import Array
+from engine.scheduling.request import BatchShape
 from engine.specs import DeviceSpec, ModelSpec, NetworkSpec
-from engine.tables import Array
 from profiler.kind import OfRows, Operator
 from simulator.predictor.grids import ROWS
 

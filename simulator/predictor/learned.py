@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 
-from engine.device_folder import folder_of, known_devices
 from engine.errors import InputError
-from engine.request import BatchShape
+from engine.scheduling.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
+from engine.specs.device_folder import folder_of, known_devices
 from simulator.predictor import calibration as store
 from simulator.predictor import table_cache
 from simulator.predictor.base import RuntimePredictor

@@ -9,9 +9,9 @@ from math import ceil, inf
 
 import numpy as np
 
-from engine.request import BatchShape
+from engine.results.tables import Array
+from engine.scheduling.request import BatchShape
 from engine.specs import HostOverhead
-from engine.tables import Array
 from simulator.predictor.grids import CHUNKS, KV_TOKENS, MOST_REQUESTS, MOST_ROWS, PREFIXES
 
 UNLIMITED = 1 << 62  # of what no kind of operator limits

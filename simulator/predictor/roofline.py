@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from engine.request import BatchShape
+from engine.scheduling.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
 from profiler.operators import inventory
 from simulator.predictor.base import RuntimePredictor

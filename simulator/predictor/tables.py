@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.results.tables import Array
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
-from engine.tables import Array
 from profiler.kind import Operator
 from profiler.operators import inventory
 from simulator.predictor.calibration import Calibration

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.metric_table import REQUEST_COLUMNS
-from engine.metrics import Gaps, grouped_percentile
-from engine.request import Batch, Request
-from engine.tables import Columns, to_arrow
+from engine.results.metric_table import REQUEST_COLUMNS
+from engine.results.metrics import Gaps, grouped_percentile
+from engine.results.tables import Columns, to_arrow
+from engine.scheduling.request import Batch, Request
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq

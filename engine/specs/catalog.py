@@ -5,7 +5,7 @@ own: for a model a Hugging Face folder or config.json, for a device or network a
 DeviceSpec or NetworkSpec. Data-sheet peaks are exact; efficiencies, link times and host times are estimates until a
 calibration replaces them, and each `source` says what it rests on.
 
-    python -c "from engine import catalog; print(catalog.network('pairwise_nvlink', internode='infiniband_200g'))"
+    python -c "from engine.specs import catalog; print(catalog.network('pairwise_nvlink', internode='infiniband_200g'))"
 """
 
 import json

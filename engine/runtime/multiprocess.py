@@ -18,9 +18,9 @@ from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
-from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.executor import RankReport, Result, Step, WorkerError, combine
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine
 
 CLOSE_S = 5.0  # for ranks to end by themselves
 BLAME_S = 1.0  # a rank that fails may have lost another: how long that one's end may take to show

@@ -39,6 +39,7 @@ class Request:
         "order",
         "output_tokens",
         "preemptions",
+        "priority",
         "prompt_tokens",
         "row",
         "scheduled_at",
@@ -52,6 +53,7 @@ class Request:
         prompt_tokens: int,
         output_tokens: int,
         block_hashes: Sequence[int] | None = None,
+        priority: int = 0,
     ) -> None:
         self.id = id
         self.arrived_at = arrived_at
@@ -67,6 +69,7 @@ class Request:
         self.allocated_tokens = 0  # tokens that those blocks hold
         self.block_hashes = block_hashes
         self.num_cached_blocks = 0  # of `blocks`, the first ones, that others can find by their hashes
+        self.priority = priority  # the lowest number first, for policies that look at it
         self.order = 0  # its place in line at the scheduler, earliest first
         self.row: int | None = None  # of the workers' buffers, while it is running
         self.group = 0  # for policies that keep batches together

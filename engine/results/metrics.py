@@ -1,7 +1,7 @@
 """From the timestamps of requests to latencies, percentiles, goodput and verdicts.
 
-The metrics themselves are defined in `engine.metric_table`. Goodput: requests/s that meet every SLO. The keys of a
-summary are those of vLLM's serving benchmark where it has one.
+The metrics themselves are defined in `engine.results.metric_table`. Goodput: requests/s that meet every SLO. The keys
+of a summary are those of vLLM's serving benchmark where it has one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from engine.metric_table import METRICS, Metric, drawn_metrics, find_metric
-from engine.specs import SLO
-from engine.tables import Array, Columns
+from engine.results.metric_table import METRICS, Metric, drawn_metrics, find_metric
+from engine.results.slo import SLO
+from engine.results.tables import Array, Columns
 
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InputError, unknown
-from engine.lengths import MAX_TOKENS, builtin_names, draw_lengths, load
-from engine.request import Request
-from engine.scheduler import Scheduler
-from engine.traces import read_trace
+from engine.scheduling.request import Request
+from engine.scheduling.scheduler import Scheduler
+from engine.workload.lengths import MAX_TOKENS, builtin_names, draw_lengths, load
+from engine.workload.traces import read_trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

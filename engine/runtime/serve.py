@@ -14,17 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.driver import Clock, Driver
-from engine.executor import Executor, RankTime, Result
-from engine.metrics import replica_use, summarize, tbt_percentiles
-from engine.recorder import Recorder, Run
 from engine.replica_spec import ReplicaSpec
-from engine.request import Batch, Request
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence as TokenSequence
-from engine.specs import SLO
-from engine.tables import Columns, to_arrow
-from engine.workload import Workload
+from engine.results.metrics import replica_use, summarize, tbt_percentiles
+from engine.results.recorder import Recorder, Run
+from engine.results.slo import SLO
+from engine.results.tables import Columns, to_arrow
+from engine.runtime.driver import Clock, Driver
+from engine.runtime.executor import Executor, RankTime, Result
+from engine.runtime.sequences import Sequence as TokenSequence
+from engine.scheduling.request import Batch, Request
+from engine.scheduling.scheduler import Scheduler
+from engine.workload.workload import Workload
 
 WARM_UP = (4, 16)  # requests, and output tokens of each
 

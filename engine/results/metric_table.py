@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import InputError, unknown
 
 if TYPE_CHECKING:
-    from engine.tables import Array
+    from engine.results.tables import Array
 
-# what a metric may be computed from: columns of the finished requests (`engine.recorder`), times on the run's clock
+# what a metric may be computed from: columns of the finished requests (`results.recorder`), times on the run's clock
 REQUEST_COLUMNS = (
     "arrived_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens", "preemptions",
 )  # fmt: skip

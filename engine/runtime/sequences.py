@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from engine.executor import GREEDY, LAST_SAMPLED, NewBlocks, SamplingParams, Step
-from engine.request import Batch, Entry, Request
+from engine.runtime.executor import GREEDY, LAST_SAMPLED, NewBlocks, SamplingParams, Step
+from engine.scheduling.request import Batch, Entry, Request
 
 
 class Sequence:

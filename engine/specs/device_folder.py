@@ -4,7 +4,7 @@ A calibration's folder may hold `profile.json` (what was profiled, where and wit
 overhead fitted to measured iterations); `profiler.session` and `simulator.predictor.calibration` write them. The
 calibrations that ship are folders of `calibration_data`, by device.
 
-    python -c "from engine import catalog, device_folder; print(device_folder.folder_of(catalog.device('a100')))"
+    python -c "from engine.specs import catalog, device_folder; print(device_folder.folder_of(catalog.device('a100')))"
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from engine.errors import InputError
 from engine.specs import DeviceSpec, HostOverhead
 
-CALIBRATIONS = Path(__file__).parents[1] / "calibration_data"
+CALIBRATIONS = Path(__file__).parents[2] / "calibration_data"
 PROFILE_FILE, HOST_FILE = "profile.json", "host.json"
 
 

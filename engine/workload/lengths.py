@@ -5,7 +5,7 @@ table of output quantiles. So the dependence of the two lengths comes from the b
 two interpolations. A cap on the total shortens the output: it touches the few longest prompts only, and leaves the
 prompt's quantiles as they were, which drawing again would not.
 
-    python -m engine.lengths fit trace.csv --name mine --output mine.json
+    python -m engine.workload.lengths fit trace.csv --name mine --output mine.json
 """
 
 import argparse
@@ -135,7 +135,7 @@ def load(name: str) -> LengthDistribution:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} is no length distribution ({error!r}): make one with `python -m engine.lengths fit`"
+            f"{path} is no length distribution ({error!r}): make one with `python -m engine.workload.lengths fit`"
         ) from error
 
 
@@ -176,7 +176,7 @@ def _plain(values: Floats) -> list[int | float]:
 
 
 def _main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m engine.lengths", description="Fit a length distribution.")
+    parser = argparse.ArgumentParser(prog="python -m engine.workload.lengths", description="Fit a length distribution.")
     fit = parser.add_subparsers(required=True).add_parser("fit", help="turn a trace into a distribution without rows")
     fit.add_argument("trace", type=Path, help="trace file, CSV or JSONL")
     fit.add_argument("--name", required=True, help="name of the distribution")
@@ -184,7 +184,7 @@ def _main(argv: list[str] | None = None) -> int:
     fit.add_argument("--source", help="where the trace comes from (default: its file name)")
     fit.add_argument("--max-total", type=int, help="cap on prompt + output tokens that the trace was cut at")
     args = parser.parse_args(argv)
-    from engine.traces import read_trace  # only needed here
+    from engine.workload.traces import read_trace  # only needed here
 
     try:
         trace = read_trace(args.trace)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InputError
-from engine.lengths import MAX_TOKENS
+from engine.workload.lengths import MAX_TOKENS
 
 if TYPE_CHECKING:
     import pandas as pd

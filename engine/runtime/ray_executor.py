@@ -18,10 +18,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.executor import RankReport, Result, Step, WorkerError, combine
-from engine.multiprocess import BLAME_S, free_port
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine
+from engine.runtime.multiprocess import BLAME_S, free_port
 
 PLACEMENT_S = 60.0  # to find room for every rank
 

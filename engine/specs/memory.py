@@ -4,7 +4,8 @@ Follows vLLM: of `gpu_memory_utilization` of the memory, what the weights and th
 over is KV cache, and the stage with the least decides for the whole pipeline. Weights are exact; activations are an
 estimate, stated at `activation_bytes`.
 
-    from engine import catalog, memory, specs
+    from engine import specs
+    from engine.specs import catalog, memory
     parallel = specs.ParallelSpec(tensor_parallel_size=2)
     memory.num_kv_blocks(catalog.model("Yi-34B"), catalog.device("a100"), parallel, specs.SchedulerSpec())
 """

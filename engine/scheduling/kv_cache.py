@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
-from engine.request import Request
+from engine.scheduling.request import Request
 
 
 class KVCache:

@@ -8,8 +8,8 @@ simulator's replica make the same two calls:
     finished = scheduler.commit(batch).finished          # when the batch is done
 
 `schedule` gives None while nothing can run or as many batches are in flight as there may be: one a pipeline stage, or
-two with asynchronous scheduling. How a batch is formed is the policy's business (engine/policies.py); the verbs a
-policy uses are here.
+two with asynchronous scheduling. How a batch is formed is the policy's business (engine/scheduling/policies/); the
+verbs a policy uses are here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from collections.abc import Collection, Sequence
 from operator import attrgetter
 
 from engine.errors import InputError
-from engine.kv_cache import KVCache
-from engine.policies import POLICIES, BatchPlan
-from engine.request import Batch, BatchShape, Entry, Request
+from engine.scheduling.kv_cache import KVCache
+from engine.scheduling.policies import POLICIES, BatchPlan
+from engine.scheduling.request import Batch, BatchShape, Entry, Request
 from engine.specs import SchedulerSpec
 
 UNBOUNDED = 1 << 30  # repeats of a batch that nothing bounds
@@ -58,14 +58,20 @@ class Scheduler:
         self.num_stages = max_in_flight
         self.sliding_window = sliding_window
         self.policy = POLICIES[spec.policy](spec)
-        self.kv_cache = KVCache(num_blocks, spec.block_size, spec.watermark)
+        self.kv_cache = KVCache(
+            num_blocks,
+            spec.block_size,
+            spec.watermark,
+            spec.enable_prefix_caching,
+            reuse_unhashed_first=self.policy.reuse_unhashed_first,
+        )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
         self.prefilling: list[Request] = []  # those of `running` with more than their last known token to compute
         # of `running`, those that lack one token and may run for it; what follows is kept up to date about them, for
         # to look at each request for each batch would take much longer
         self.decoding: list[Request] = []
-        self._full: list[Request] = []  # those that need a block before they run again
+        self._full: dict[Request, None] = {}  # those that need a block before they run again
         self._kv_tokens = 0  # their tokens in the cache (or on the way there), in all
         self._left = 0  # none has its last token in fewer runs than this; 0 where that is not known
         self._in_flight: list[Batch] = []
@@ -109,7 +115,7 @@ class Scheduler:
         self.check(request)
         request.order = self._next_order
         self._next_order += 1
-        self.waiting.append(request)
+        self.policy.enqueue(self.waiting, request)
 
     def schedule(self) -> Batch | None:
         """Form the next batch, with KV blocks allocated for it; None if there is none."""
@@ -266,7 +272,7 @@ class Scheduler:
         back to the queue, to be recomputed.
         """
         if self._full:
-            for request in sorted(self._full, key=_by_order) if len(self._full) > 1 else self._full:
+            for request in sorted(self._full, key=_by_order) if len(self._full) > 1 else list(self._full):
                 start = request.num_computed_tokens + request.num_in_flight_tokens
                 if start == request.allocated_tokens > 0 and not self.kv_cache.grow(request):
                     self.make_room(request, start + 1)  # it holds blocks: it was not preempted and has not stopped
@@ -281,20 +287,35 @@ class Scheduler:
             return self.prefilling.copy()
         return [request for request in self.prefilling if not request.num_in_flight_tokens]
 
-    def admit(self, request: Request, tokens: int | None = None) -> bool:
+    def admit(
+        self,
+        request: Request,
+        tokens: int | None = None,
+        prefix: Sequence[int] | None = None,
+        reserve: int = 0,
+        spare: int | None = None,
+    ) -> bool:
         """Move `request` from the queue to the running requests; False, and nothing done, if that can't be.
 
-        It gets KV blocks for `tokens` tokens (None: for all that are known, and for what the policy reserves); those
-        of a cached prefix it shares. There must be a seat, and the watermark's blocks remain free.
+        It gets KV blocks for `tokens` tokens (None: for all that are known, and for what the policy reserves), those
+        of its cached prefix (None: looked up) among them. There must be a seat, and blocks for `reserve` tokens of it,
+        and `spare` blocks must remain free (None: the watermark's).
         """
         if not self._free_rows or request.num_pending_tokens:  # its newest token is not known yet
             return False
         if tokens is None:
             tokens = max(self.policy.reserved_tokens(request), request.num_tokens)
         kv_cache = self.kv_cache
-        prefix = kv_cache.match(request) if kv_cache.prefix_caching else ()
-        if not kv_cache.allocate(request, tokens, prefix, kv_cache.watermark_blocks):
+        if prefix is None:
+            prefix = kv_cache.match(request) if kv_cache.prefix_caching else ()
+        spare = kv_cache.watermark_blocks if spare is None else spare
+        if reserve > tokens:
+            spare += kv_cache.blocks_for(reserve) - kv_cache.blocks_for(tokens)
+        if not kv_cache.allocate(request, tokens, prefix, spare):
             return False
+        if self.policy.by_admission:
+            request.order = self._next_order
+            self._next_order += 1
         if self.waiting[0] is request:
             self.waiting.popleft()
         else:
@@ -336,7 +357,7 @@ class Scheduler:
         self._kv_tokens += start
         self._left = min(self._left, _output_left(request))
         if start == request.allocated_tokens:
-            self._full.append(request)
+            self._full[request] = None
 
     def _stop_decoding(self, request: Request) -> None:
         """A running request lacks no token any more, or does not run any more."""
@@ -345,6 +366,7 @@ class Scheduler:
             del self.decoding[place]
             self._kv_tokens -= request.start if self.async_scheduling else request.num_computed_tokens
             self._left = 0
+            self._full.pop(request, None)
 
     def _leave(self, request: Request) -> None:
         """A request runs no more: its seat and its blocks are free."""
@@ -390,7 +412,7 @@ class Scheduler:
                     taken += rounds
                     assert self.kv_cache.grow(request, len(rounds)), "repeats went past the free KV blocks"
                 if after + offset + offset == request.allocated_tokens:  # with the two in flight
-                    self._full.append(request)
+                    self._full[request] = None
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
         return taken
@@ -412,7 +434,7 @@ class Scheduler:
         for request in batch.decodes:
             request.num_pending_tokens += 1
             if request.num_computed_tokens + request.num_in_flight_tokens == request.allocated_tokens:
-                self._full.append(request)
+                self._full[request] = None
         self._stop_last(batch)
         for request in batch.completing:
             request.num_pending_tokens += 1

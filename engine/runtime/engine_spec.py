@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import InputError, unknown
-from engine.executor import Executor
-from engine.memory import GPU_MEMORY_UTILIZATION
-from engine.policies import largest_batch
 from engine.replica_spec import ReplicaSpec
+from engine.runtime.executor import Executor
+from engine.scheduling.policies import largest_batch
 from engine.specs import DTYPES, ModelSpec, ParallelSpec
+from engine.specs.memory import GPU_MEMORY_UTILIZATION
 
 EXECUTORS = ("in_process", "multiprocess", "ray")
 LOAD_FORMATS = ("safetensors", "dummy")
@@ -99,12 +99,12 @@ def start(spec: EngineSpec, executor: str | None = None) -> Executor:
 
         return InProcessExecutor(spec)
     if name == "multiprocess":
-        from engine.multiprocess import MultiprocessExecutor
+        from engine.runtime.multiprocess import MultiprocessExecutor
 
         return MultiprocessExecutor(spec)
     if name == "ray":
         need("ray", "cluster")
-        from engine.ray_executor import RayExecutor
+        from engine.runtime.ray_executor import RayExecutor
 
         return RayExecutor(spec)
     raise unknown("executor", name, EXECUTORS)

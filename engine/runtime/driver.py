@@ -24,11 +24,11 @@ from math import inf, nan
 from time import perf_counter, sleep
 from typing import Protocol
 
-from engine.executor import Executor, Result, WorkerError
-from engine.recorder import Recorder
-from engine.request import Batch
-from engine.scheduler import Scheduler
-from engine.sequences import Sequence, StepBuilder
+from engine.results.recorder import Recorder
+from engine.runtime.executor import Executor, Result, WorkerError
+from engine.runtime.sequences import Sequence, StepBuilder
+from engine.scheduling.request import Batch
+from engine.scheduling.scheduler import Scheduler
 
 SPIN_S = 300e-6  # the last of a wait is spent awake, for the system wakes a sleeper late
 

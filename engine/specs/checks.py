@@ -1,0 +1,17 @@
+"""What the specs check of their own fields."""
+
+from __future__ import annotations
+
+import math
+
+from engine.errors import InputError
+
+
+def check_fields(spec: object, names: str, *, zero: bool = False) -> None:
+    """Raise InputError unless each of the space-separated fields is finite and positive (or zero, if allowed)."""
+    for name in names.split():
+        value, whole = getattr(spec, name), type(spec).__annotations__[name] in (int, int | None)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            wanted = f"{'whole ' * whole}number {'of at least' if zero else 'above'} 0"
+            raise InputError(f"{type(spec).__name__} {name}={value!r}: give a {wanted}")

@@ -1,0 +1,39 @@
+"""An accelerator by its data sheet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import InputError
+from engine.specs.checks import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceSpec:
+    """An accelerator by its data sheet. The efficiencies are estimates: the share of the peak a good kernel attains."""
+
+    name: str
+    description: str
+    peak_flops: float  # dense 16-bit FLOP/s, no sparsity
+    memory_bandwidth: float  # bytes/s
+    memory_bytes: int
+    matmul_efficiency: float
+    attention_efficiency: float
+    bandwidth_efficiency: float
+    network: str  # name of the NetworkSpec it usually comes with
+    source: str  # where the numbers come from
+    num_sms: int = 108  # streaming multiprocessors, over which a kernel's tiles are spread
+    calibration: str | None = None  # folder of its calibration; None: what ships under its name, if anything
+
+    def __post_init__(self) -> None:
+        check_fields(self, "peak_flops memory_bandwidth memory_bytes num_sms")
+        for name in ("matmul_efficiency", "attention_efficiency", "bandwidth_efficiency"):
+            check_fields(self, name)
+            if getattr(self, name) > 1:
+                raise InputError(f"device {self.name}: {name}={getattr(self, name)}: give a share between 0 and 1")
+
+    @property
+    def runs_on(self) -> Literal["cpu", "cuda"]:
+        """Where the engine runs for this device."""
+        return "cpu" if self.name == "cpu" else "cuda"

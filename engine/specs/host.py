@@ -1,0 +1,39 @@
+"""Host time of an iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.specs.checks import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOverhead:
+    """Host time of one iteration: what it adds to the GPU's time, and the time to launch the layers' kernels.
+
+    Launching overlaps with the GPU, so a stage takes max(GPU, launch) + added. Each stage launches its own layers; what
+    is added is the engine's serial path (schedule, prepare inputs, sample, process outputs, messages) and is charged
+    once an iteration, to the first stage.
+    """
+
+    name: str
+    iteration_s: float  # added to every iteration
+    sequence_s: float  # added for each sequence of the batch
+    layer_s: float  # to launch one layer
+    message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
+    graph_decodes: int = 0  # batches of decodes alone, up to this many, are launched as one CUDA graph: no layer_s
+    attention_kernel: str | None = None  # that such an engine runs, by its name in a calibration; None: the usual one
+    source: str
+
+    def __post_init__(self) -> None:
+        check_fields(self, "iteration_s sequence_s layer_s message_s graph_decodes", zero=True)
+
+    def times(self, layers: int, sequences: int, ranks: int, stage: int = 0) -> tuple[float, float]:
+        """(launch, added) seconds of a batch of `sequences` on a pipeline `stage` that has `layers`.
+
+        `ranks` are all those of the replica. The stage takes max(GPU, launch) + added.
+        """
+        launch = layers * self.layer_s
+        if stage:
+            return launch, 0.0
+        return launch, self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)

@@ -1,0 +1,69 @@
+"""How a replica is cut over GPUs: layers of each pipeline stage, heads of each tensor-parallel rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import InputError
+from engine.specs.checks import check_fields
+from engine.specs.model import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSpec:
+    """How a replica is cut over GPUs. Stage s of the pipeline is ranks s*tp .. (s+1)*tp - 1."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tensor_parallel_size pipeline_parallel_size")
+
+    def __str__(self) -> str:
+        return f"TP{self.tensor_parallel_size}-PP{self.pipeline_parallel_size}"
+
+    @property
+    def world_size(self) -> int:
+        """GPUs of a replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each stage, as even as can be.
+
+        The remainder goes one layer each to the stages just before the last, which has the LM head to compute already:
+        vLLM's rule, 10 layers on 4 stages are (2, 3, 3, 2).
+        """
+        stages = self.pipeline_parallel_size
+        each, extra = divmod(num_layers, stages)
+        return tuple(each + (stages - 1 - extra <= stage < stages - 1) for stage in range(stages))
+
+    def kv_heads_per_rank(self, model: ModelSpec) -> int:
+        """KV heads on each rank; where there are fewer heads than ranks, several ranks hold a copy of the same one."""
+        return max(1, model.num_key_value_heads // self.tensor_parallel_size)
+
+    def fits(self, model: ModelSpec) -> bool:
+        """Whether `model` can be cut this way (its memory is another question)."""
+        tp, heads, kv_heads = self.tensor_parallel_size, model.num_attention_heads, model.num_key_value_heads
+        kv_fits = kv_heads % tp == 0 or tp % kv_heads == 0
+        whole = heads % tp == 0 and kv_fits and model.intermediate_size % tp == 0
+        return whole and self.pipeline_parallel_size <= model.num_layers
+
+    def validate(self, model: ModelSpec) -> None:
+        """Raise InputError when `model` can't be cut this way; the message says which sizes would do."""
+        tp, pp = self.tensor_parallel_size, self.pipeline_parallel_size
+        if pp > model.num_layers:
+            raise InputError(
+                f"pipeline_parallel_size={pp} is more than the {model.num_layers} layers of {model.name}: "
+                f"use at most {model.num_layers}"
+            )
+        if not self.fits(model):
+            sizes = [
+                str(size)
+                for size in range(1, model.num_attention_heads + 1)
+                if ParallelSpec(tensor_parallel_size=size).fits(model)
+            ]
+            raise InputError(
+                f"{model.name} can't be cut into tensor_parallel_size={tp}: it must divide {model.num_attention_heads} "
+                f"attention heads and MLP width {model.intermediate_size}, and divide or be a multiple of "
+                f"{model.num_key_value_heads} KV heads: use {', '.join(sizes)}"
+            )

@@ -1,0 +1,54 @@
+"""How batches are formed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import InputError, unknown
+from engine.specs.checks import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerSpec:
+    """How batches are formed. None leaves a limit to the policy or to the model.
+
+    `watermark` is the share of KV blocks that admission leaves free. The dynamic chunk schedule is Sarathi-Serve's: the
+    token budget falls linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` equal
+    stages of a prompt's first `chunk_schedule_max_tokens` tokens. `engine.scheduling.policies.resolve` fills in what is
+    left open.
+    """
+
+    policy: str = "sarathi"
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int = 128
+    max_model_len: int | None = None
+    block_size: int = 16  # tokens a KV block holds
+    watermark: float = 0.01
+    chunk_schedule: Literal["fixed", "dynamic"] = "fixed"
+    chunk_schedule_low: int | None = None
+    chunk_schedule_high: int | None = None
+    chunk_schedule_stages: int | None = None
+    chunk_schedule_max_tokens: int | None = None
+
+    enable_prefix_caching: bool = False
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"  # whom vllm admits first and preempts last
+    long_prefill_token_threshold: int = 0  # of vllm: the most tokens of one request in a batch; 0: no such bound
+    long_prefill_token_threshold_adaptive: bool = False
+    scheduler_reserve_full_isl: bool | None = None  # of vllm: admit only where the whole prompt's blocks are free
+    vllm_version: str | None = None  # whose rules vllm follows
+
+    def __post_init__(self) -> None:
+        check_fields(self, "max_num_seqs block_size")
+        check_fields(self, "watermark", zero=True)
+        if self.watermark >= 1:
+            raise InputError(f"SchedulerSpec watermark={self.watermark}: give a share of the KV blocks, below 1")
+        optional = ["chunk_schedule_low", "chunk_schedule_high", "chunk_schedule_stages", "chunk_schedule_max_tokens"]
+        for name in ("max_num_batched_tokens", "max_model_len", *optional):
+            if getattr(self, name) is not None:
+                check_fields(self, name)
+        if self.chunk_schedule not in ("fixed", "dynamic"):
+            raise unknown("chunk_schedule", str(self.chunk_schedule), ("fixed", "dynamic"))
+        low, high = self.chunk_schedule_low, self.chunk_schedule_high
+        if low is not None and high is not None and low > high:
+            raise InputError(f"chunk_schedule_low={low} is above chunk_schedule_high={high}: exchange them")
