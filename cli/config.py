@@ -208,7 +208,7 @@ class RunConfig(ReplicaConfig):
 
     def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
         """The workload; requests over `max_model_len` tokens are dropped. `burst`: all at once, at whatever rate."""
-        named = {} if self.workload is None else {"lengths": self.workload}
+        named: dict[str, Any] = {} if self.workload is None else {"lengths": self.workload}
         return WorkloadSpec(
             **named,
             input_len=self.input_len,

@@ -20,6 +20,7 @@ from collections.abc import Collection, Sequence
 from operator import attrgetter
 
 from engine.errors import InputError
+from engine.scheduling.content import Content, own
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.policies import POLICIES, BatchPlan
 from engine.scheduling.request import Batch, BatchShape, Entry, Request
@@ -76,6 +77,9 @@ class Scheduler:
         self._left = 0  # none has its last token in fewer runs than this; 0 where that is not known
         self._in_flight: list[Batch] = []
         self._free_rows = list(range(spec.max_num_seqs - 1, -1, -1))
+        self.prefix_query_tokens = 0  # of admitted requests, looked up in the cache of prefixes
+        self.prefix_hit_tokens = 0  # of these, found there
+        self._hits = 0  # of these, for the batch that is planned
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
         self.preempted: list[Request] = []  # for the newest batch, in order
         self._next_order = 0
@@ -113,6 +117,9 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a request in line. Raises InputError if it could never run."""
         self.check(request)
+        if self.kv_cache.prefix_caching and request.block_hashes is None:
+            content = request.content or Content.of(own(request.id))  # what only itself finds, after a preemption
+            request.block_hashes = content.block_hashes(request.max_total_tokens, self.kv_cache.block_size)
         request.order = self._next_order
         self._next_order += 1
         self.policy.enqueue(self.waiting, request)
@@ -166,6 +173,7 @@ class Scheduler:
         batch = Batch(decodes, chunks, completing, shape, kv_blocks, left, repeats)
         self._in_flight.append(batch)
         if kv_cache.prefix_caching:
+            batch.prefix_hit_tokens, self._hits = self._hits, 0
             for request, tokens in batch.entries:
                 kv_cache.register(request, min(request.start + tokens, request.num_tokens))
         if self.max_in_flight > 1:
@@ -320,7 +328,13 @@ class Scheduler:
             self.waiting.popleft()
         else:
             self.waiting.remove(request)
-        request.num_computed_tokens = len(prefix) * kv_cache.block_size
+        if prefix or kv_cache.prefix_caching:
+            request.num_computed_tokens = hits = len(prefix) * kv_cache.block_size
+            self.prefix_query_tokens += request.num_tokens
+            self.prefix_hit_tokens += hits
+            self._hits += hits
+            if not request.preemptions:
+                request.prefix_hit_tokens = hits
         request.row = self._free_rows.pop()
         insort(self.running, request, key=_by_order)
         insort(self.prefilling, request, key=_by_order)
@@ -415,6 +429,9 @@ class Scheduler:
                     self._full[request] = None
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
+        if self.kv_cache.prefix_caching:  # what the runs between filled is found as well
+            for request, tokens in (*[(request, 1) for request in decodes], *chunks):
+                self.kv_cache.register(request, min(request.num_computed_tokens + ahead * tokens, request.num_tokens))
         return taken
 
     def _completed(self, request: Request) -> None:
