@@ -9,9 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.config import BenchConfig, ReplicaGroup
 from cli.engine import engine_spec
-from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
+from cli.output import default_folder, print_summary, progress_bar
 from engine.errors import InputError, unknown
 from engine.results.run_folder import keep_incomplete, run_folder, write_chrome_trace, write_config, write_summary
 from engine.runtime.engine_spec import EngineSpec, start
@@ -20,6 +19,9 @@ from engine.runtime.serve import serve
 from engine.workload.workload import make_workload
 from simulator.cluster import PREDICTORS
 from simulator.router import ROUTERS
+from windtunnel.plugins import load_plugin
+from windtunnel.run_config import resolved
+from windtunnel.settings import BenchConfig, ReplicaGroup
 
 
 def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_trace: bool) -> dict[str, Any]:

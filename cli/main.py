@@ -6,7 +6,6 @@ Thin: each command reads its settings and calls the module that does the work, i
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +16,11 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from cli.config import BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
-from cli.config import load as _load_config
 from engine.errors import InputError
 from engine.runtime.executor import WorkerError
+from windtunnel.messages import in_flags
+from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
+from windtunnel.settings import load as _load_config
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
 
@@ -142,7 +142,7 @@ def search(
     output_dir: Annotated[Path, typer.Option(help="Folder for the results; a search that was begun goes on.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
     sweep: Annotated[Path | None, typer.Option(help="YAML file of settings, and under `sweep` what varies.")] = None,
-    tolerance: Annotated[float, typer.Option(help="How finely to search: a share of the capacity.")] = 0.025,
+    tolerance: Annotated[float, typer.Option(help="How finely to search: a share of the capacity.")] = TOLERANCE,
     gpu_price: Annotated[
         str | None, typer.Option(help="Dollars per GPU-hour, for requests per dollar: 2.5, or a100=2,h100=4.")
     ] = None,
@@ -385,7 +385,7 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
     try:
         code = app(_one_each(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0
     except InputError as error:
-        return 2, _in_flags(str(error))
+        return 2, in_flags(str(error))
     except _UsageError as error:
         context = getattr(error, "ctx", None)
         said = error.format_message()
@@ -402,20 +402,3 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
     if code == 130:
         raise KeyboardInterrupt
     return code, ""
-
-
-def _in_flags(message: str) -> str:
-    """The message with settings called by their flags (`max_num_seqs 0` is `--max-num-seqs 0`)."""
-    if message.startswith("unknown key"):  # in a file, where the settings' own names are right
-        return message
-    names = "|".join(
-        sorted(
-            (name for name in {**BenchConfig.model_fields, **GenerateConfig.model_fields} if "_" in name),
-            key=len,
-            reverse=True,
-        )
-    )
-    pattern = rf"(?<![\w.])(?:(?:Scheduler|Parallel)Spec )?({names})\b(?!: )"
-    message = re.sub(pattern, lambda found: "--" + found[1].replace("_", "-"), message)
-    message = re.sub(r"\blengths (?=')|(?<=choose )lengths ", "--workload ", message)
-    return re.sub(r"(?<![\w-])arrival (?=')", "--arrival ", message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import time
 from datetime import datetime
 from pathlib import Path
@@ -20,56 +19,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cli.config import FileConfig
-from engine.errors import InputError
 from engine.replica_spec import ReplicaSpec
 from engine.results.metric_table import METRICS
 from engine.results.metrics import describe, summary_key
-from engine.specs import catalog
-from engine.workload.workload import DEFAULT_LENGTHS
 
 LINE_S = 30.0
-
-
-def load_plugin(path: Path) -> None:
-    """Run a user's file, which adds its names to POLICIES, ROUTERS or PREDICTORS."""
-    if not path.is_file():
-        raise InputError(f"plugin {path} is not a file: give the path of a Python file")
-    try:
-        runpy.run_path(str(path))
-    except Exception as error:
-        raise InputError(f"plugin {path} fails: {type(error).__name__}: {error}".replace("\n", " ")) from error
-
-
-def resolved(config: FileConfig, kinds: list[ReplicaSpec], num_prompts: int) -> dict[str, Any]:
-    """The settings with what was left open filled in, and files by their full path, so that it runs again anywhere."""
-    values = config.model_dump(mode="json")
-    values["num_prompts"] = num_prompts
-    if config.trace is None:
-        values["workload"] = config.workload or DEFAULT_LENGTHS
-    if config.replicas:
-        del values["num_replicas"]
-        values["replicas"] = [
-            full_paths(group) | {key: kind.settings()[key] for key in ("dtype", "host_overhead")}
-            for group, kind in zip(config.replicas, kinds, strict=True)
-        ]
-    else:
-        (kind,) = kinds
-        values |= kind.settings()
-    values["plugin"] = [str(path.resolve()) for path in config.plugin]
-    return {key: value for key, value in full_paths(values).items() if value not in (None, "", [])}
-
-
-def full_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with each file by its full path; a known name is no file, whatever lies in this folder."""
-    full = dict(settings)
-    for key in ("model", "device", "network"):
-        if full.get(key) and not catalog.is_name(key, full[key]):
-            full[key] = str(Path(full[key]).expanduser().resolve())
-    for key in ("trace", "workload"):
-        if full.get(key) and (key == "trace" or full[key].endswith(".json")):
-            full[key] = str(Path(full[key]).resolve())
-    return full
 
 
 def default_folder(kind: ReplicaSpec, workload: str, prefix: str = "") -> Path:

@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.bench import only_group
-from cli.config import BenchConfig
 from cli.engine import engine_spec
-from cli.output import load_plugin, progress_bar, resolved
+from cli.output import progress_bar
 from engine.errors import InputError
 from engine.results.metric_table import drawn_metrics
 from engine.results.run_folder import keep_incomplete, run_folder, write_config, write_summary
@@ -25,6 +24,9 @@ from engine.workload.workload import make_workload
 from simulator.cluster import Deployment
 from studies.validation import STATISTICS
 from studies.validation_run import Validation
+from windtunnel.plugins import load_plugin
+from windtunnel.run_config import resolved
+from windtunnel.settings import BenchConfig
 
 MOSTLY = 0.9  # of the batches within the calibrated range; with fewer it is said what to do
 

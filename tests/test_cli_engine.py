@@ -22,12 +22,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cli.config import EngineSettings
 from cli.generate import _Stream, _tokenizer
 from cli.main import app, run
 from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import POLICIES
 from engine.scheduling.request import Request
+from windtunnel.settings import EngineSettings
 
 PROMPTS = ([5, 17, 90, 3, 44], [8], list(range(3, 60)))
 LOAD = ["--workload", "uniform", "--input-len", "5:60", "--output-len", "2:9"]

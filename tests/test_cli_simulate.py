@@ -293,7 +293,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_help_names_every_setting(tmp_path: Path) -> None:
-    from cli.config import RunConfig
+    from windtunnel.settings import RunConfig
 
     done = subprocess.run(
         [sys.executable, "-m", "cli", "simulate", "--help"],

@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "profiler": {"engine"},
     "simulator": {"engine", "profiler"},
     "studies": {"engine", "profiler", "simulator"},
-    "cli": {"engine", "profiler", "simulator", "studies"},
+    "windtunnel": {"engine", "profiler", "simulator", "studies"},
+    "cli": {"engine", "profiler", "simulator", "studies", "windtunnel"},
 }
 SOURCES = [path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")]
 
@@ -171,8 +172,8 @@ def test_the_example_of_the_engine_page_runs(tmp_path: Path) -> None:
 
 
 def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
-    from cli.config import FileConfig, load
     from engine.specs.catalog import network
+    from windtunnel.settings import FileConfig, load
 
     cluster, net = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "settings.md").read_text("utf-8"), re.DOTALL)
     (tmp_path / "run.yaml").write_text(cluster, encoding="utf-8")
@@ -186,7 +187,6 @@ def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
 
 
 def test_the_help_names_what_there_is_to_choose_from() -> None:
-    from cli.config import BenchConfig, EngineSettings
     from engine.runtime.engine_spec import EXECUTORS, LOAD_FORMATS
     from engine.scheduling.policies import POLICIES
     from engine.specs import DTYPES
@@ -195,6 +195,7 @@ def test_the_help_names_what_there_is_to_choose_from() -> None:
     from engine.workload.lengths import builtin_names
     from simulator.cluster import PREDICTORS
     from simulator.router import ROUTERS
+    from windtunnel.settings import BenchConfig, EngineSettings
 
     choices = {
         "scheduler": POLICIES,

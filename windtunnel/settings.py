@@ -12,11 +12,14 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.errors import InputError, unknown
+from engine.errors import InputError
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
 from engine.results.slo import SLO
 from engine.specs import DeviceSpec, ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec
+from windtunnel.names import unknown_setting
+
+TOLERANCE = 0.025  # of a capacity search, a share of the capacity
 
 # what is not given is what the specs say; here no default of a replica is decided
 _PARALLEL, _SCHEDULER = ParallelSpec(), SchedulerSpec()
@@ -285,20 +288,28 @@ def from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
 
 
 def load(path: Path | None, flags: dict[str, Any], kind: type[File]) -> File:
-    """The settings of a file (if any) with `flags` (those that are not None) on top; InputError says what is wrong.
+    """Return the settings of a file (if any) with `flags` (those that are not None) on top.
 
-    A file of the engine's may be simulated: the engine's own settings in it are passed over.
+    Raises InputError that names what is wrong and the fix.
     """
-    values = {} if path is None else read_file(path)
-    values = {key: value for key, value in values.items() if key in kind.model_fields or key not in ENGINE_KEYS}
-    where = str(path)
     given = {key: value for key, value in flags.items() if value is not None}
+    return combined(load_file(path, kind), given, str(path), kind)
+
+
+def load_file(path: Path | None, kind: type[FileConfig]) -> dict[str, Any]:
+    """Return the settings in a file, without the engine's own where `kind` has none: its runs are simulated too."""
+    values = {} if path is None else read_file(path)
+    return {key: value for key, value in values.items() if key in kind.model_fields or key not in ENGINE_KEYS}
+
+
+def combined(values: dict[str, Any], given: dict[str, Any], where: str, kind: type[File]) -> File:
+    """Return the settings of a file called `where`, `values`, with flags on top, `given`, and check them together."""
     config = _validate(kind, values | given, where, given)
     for i, group in enumerate(config.replicas):
         if both := set(given) & set(_underscored(group)):
             key = min(both)
             raise InputError(
-                f"--{key.replace('_', '-')} {given[key]} and replicas[{i}] of {path} both set {key}: change one"
+                f"--{key.replace('_', '-')} {given[key]} and replicas[{i}] of {where} both set {key}: change one"
             )
     for needed in ("model", "device"):
         if not getattr(config, needed) and not all(group.get(needed) for group in config.replicas or [{}]):
@@ -342,7 +353,7 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: C
     """`values` as settings; an error names the flag, or `where` and the key."""
     for key in values:
         if key not in kind.model_fields:
-            raise unknown(f"key in {where}", str(key), kind.model_fields)
+            raise unknown_setting(f"key in {where}", str(key), kind.model_fields)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
