@@ -251,6 +251,16 @@ def selfcheck(
     raise typer.Exit(main(["--device", device, "--budget", budget, "--output-dir", str(output_dir)]))
 
 
+@app.command()
+def engines(
+    device: Annotated[str, typer.Option(help="Device whose limits to show.")] = "h100",
+) -> None:
+    """List the engine presets: what each decides, and where its numbers come from."""
+    from cli.engines import show
+
+    show(device)
+
+
 calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
 app.add_typer(calibrate, name="calibrate")
 

@@ -69,7 +69,7 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         kind = summary["replicas"][first]
         first += count
         console.print(
-            f"{count} x {kind['model']} on {kind['device']}, {kind['parallel']}, {kind['scheduler']}: "
+            f"{count} x {kind['model']} on {kind['device']}, {kind['parallel']}, {_engine_words(kind)}: "
             f"{kind['kv_cache_tokens']:,} tokens of KV cache{' each' if count > 1 else ''}",
         )
         for note in kind["notes"]:
@@ -77,6 +77,8 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         console.print(f"times: {kind['predictor']}", style="dim")
     if len(summary["replicas"]) > 1:
         console.print(f"{len(summary['replicas'])} replicas behind a {summary['router']} router")
+    for note in summary["workload_notes"]:
+        console.print(f"note: {note}", style="yellow")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("latency (s)", "mean", "P50", "P90", "P99", "max"):
         table.add_column(column, justify="left" if column.startswith("latency") else "right")
@@ -95,6 +97,17 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         )
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
     )
+    if "prefix_hit_rate" in summary:
+        console.print(
+            f"prefix cache: {summary['prefix_hit_rate']:.1%} of prompt tokens found "
+            f"({summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted)"
+        )
+    if "steady_window_s" in summary:
+        start, end = summary["steady_window_s"]
+        console.print(
+            f"steady window {start:,.1f} to {end:,.1f} s: {summary['steady_request_throughput']:.3g} requests/s, "
+            f"{summary['steady_output_throughput']:,.0f} output tokens/s"
+        )
     if simulator := summary.get("simulator"):
         console.print(
             f"{simulator['batches']:,} batches in {simulator['loop_seconds']:.2f} s, "
@@ -103,3 +116,12 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         )
     console.print(f"verdict: {'; '.join(describe(summary))}", style="bold")
     console.print(f"report: {target / 'report.html'}")
+
+
+def _engine_words(kind: dict[str, Any]) -> str:
+    """The engine and what was asked for instead of its own settings."""
+    overrides = kind["engine_overrides"]
+    own = f" ({', '.join(overrides)} of your own)" if overrides else ""
+    words = [f"{kind['engine']}{own}", f"{kind['scheduler']} scheduler"]
+    words += ["prefix caching"] * kind["prefix_caching"] + ["asynchronous"] * kind["async_scheduling"]
+    return ", ".join(words)

@@ -24,7 +24,7 @@ from simpy.events import URGENT
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
-from engine.results.metrics import prefix_use, replica_use, steady, summarize, tbt_percentiles
+from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.scheduling.request import Request
@@ -232,9 +232,11 @@ def simulate(
         if collected:
             gc.enable()
     requests = recorder.requests()
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
+    closed = workload.client.max_concurrency
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
+    summary["workload_notes"] = list(workload.notes)
     summary["router"] = router
     summary["replicas"] = [
         {
@@ -243,7 +245,7 @@ def simulate(
         }
         for deployment, replica in zip(deployments, replicas, strict=True)
     ]
-    summary |= prefix_use(summary["replicas"]) | steady(requests, workload.client.max_concurrency)
+    summary |= prefix_use(summary["replicas"])
     if stopped_early is not None:
         summary["stopped_early"] = stopped_early
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}

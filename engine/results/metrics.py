@@ -191,10 +191,18 @@ def _own_value(requests: Columns, slo: SLO) -> Array:
     return requests["max_tbt_s" if slo.percentile is None else f"p{slo.percentile:g}_tbt_s"]
 
 
-def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: int, num_dropped: int) -> dict[str, Any]:
+def summarize(
+    requests: Columns,
+    gaps: Gaps,
+    slos: Sequence[SLO],
+    num_arrived: int,
+    num_dropped: int,
+    max_concurrency: int | None = None,
+) -> dict[str, Any]:
     """The summary of a run: vLLM's benchmark keys, then ours. Latencies in ms, rates per second.
 
     `num_arrived` requests came in; those that are not among `requests` failed. `num_dropped` were too long to be asked.
+    `max_concurrency` is a closed loop's.
     """
     count = len(requests.get("arrived_s", ()))
     if not count:
@@ -233,8 +241,9 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
     summary["requests_meeting_slos"] = good
     summary["preemptions"] = int(requests["preemptions"].sum())
     summary["token_percentiles"] = gaps.method
-    summary["saturation"] = saturation(requests)
-    return summary
+    closed = f"a closed loop of {max_concurrency} requests at once: it has no rate to sustain"
+    summary["saturation"] = saturation(requests) if max_concurrency is None else _unknown(closed)
+    return summary | steady(requests, max_concurrency)
 
 
 def prefix_use(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.replica_spec import ReplicaSpec
-from engine.results.metrics import prefix_use, replica_use, steady, summarize, tbt_percentiles
+from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.results.tables import Columns, to_arrow
@@ -86,12 +86,14 @@ def serve(
 
             pq.write_table(to_arrow(ranks.columns()), folder / "ranks.parquet", compression="zstd")
     requests = recorder.requests()
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
+    closed = workload.client.max_concurrency
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
+    summary["workload_notes"] = list(workload.notes)
     summary["router"] = "none"
     summary["replicas"] = [replica_use(scheduler, driver.busy_s, driver.occupied_s, summary["duration"])]
-    summary |= prefix_use(summary["replicas"]) | steady(requests, workload.client.max_concurrency)
+    summary |= prefix_use(summary["replicas"])
     summary["engine"] = {
         "batches": recorder.num_batches,
         "hardware": executor.hardware,

@@ -7,10 +7,14 @@ from typing import Any, get_type_hints
 
 from engine.errors import InputError
 
+_TYPES: dict[type[Any], dict[str, Any]] = {}  # of the fields of each spec, for it takes a while to find out
+
 
 def field_types(spec: type[Any]) -> dict[str, Any]:
     """Return the type of each field of a dataclass, whose annotations may be text."""
-    return get_type_hints(spec)
+    if spec not in _TYPES:
+        _TYPES[spec] = get_type_hints(spec)
+    return _TYPES[spec]
 
 
 def check_fields(spec: object, names: str, *, zero: bool = False) -> None:

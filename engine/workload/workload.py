@@ -270,12 +270,12 @@ def make_workload(spec: WorkloadSpec) -> Workload:
         return _replay(spec, spec.trace, arrivals_rng)
     limit = spec.max_model_len if spec.clip_tokens is None else None  # nothing that is clipped is too long
     n = _DEFAULT_NUM_PROMPTS if spec.num_prompts is None else spec.num_prompts
-    if spec.turns is not None:
-        return _conversations(spec, n, lengths_rng, arrivals_rng)
     system = spec.system_prompt_len
     if limit is not None and limit - system < 2:
         raise InputError(f"system_prompt_len {system} leaves no room in max_model_len {limit}: lower it")
     room = None if limit is None else limit - system
+    if spec.turns is not None:
+        return _conversations(spec, n, room, lengths_rng, arrivals_rng)
     prompt, output, dropped = draw_lengths(_ranks_to_lengths(spec), n, lengths_rng, room)
     prompt, output = _clip(prompt + system, output, spec.clip_tokens)
     contents = [Content.of((SYSTEM, system), own(i)) for i in range(n)] if system else None
@@ -284,11 +284,15 @@ def make_workload(spec: WorkloadSpec) -> Workload:
 
 
 def _conversations(
-    spec: WorkloadSpec, n: int, lengths_rng: np.random.Generator, arrivals_rng: np.random.Generator
+    spec: WorkloadSpec,
+    n: int,
+    room: int | None,
+    lengths_rng: np.random.Generator,
+    arrivals_rng: np.random.Generator,
 ) -> Workload:
     """`n` requests that are turns of conversations, each conversation's rows one after the other."""
     low, high = _range("turns", spec.turns, fixed=False, what="requests")
-    message, output, dropped = draw_lengths(_ranks_to_lengths(spec), n, lengths_rng, spec.max_model_len)
+    message, output, dropped = draw_lengths(_ranks_to_lengths(spec), n, lengths_rng, room)
     later = message
     if spec.turn_input_len is not None:
         ends = _range("turn_input_len", spec.turn_input_len, fixed=False)
@@ -305,11 +309,6 @@ def _conversations(
                 prompts[row], after[row], conversation[row] = longer, row - 1, started - 1
                 turn += 1
                 continue
-        if spec.max_model_len is not None and prompt + output[row] > spec.max_model_len:
-            raise InputError(
-                f"system_prompt_len {spec.system_prompt_len} leaves too little room in max_model_len "
-                f"{spec.max_model_len}: lower it"
-            )
         prompts[row], conversation[row] = prompt, started
         started, turn = started + 1, 1
     begins = _arrivals(spec, started, None, arrivals_rng)
