@@ -12,7 +12,7 @@ from the data sheet and the engine measures.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from engine.engine_preset import DEFAULT, EnginePreset, preset
@@ -217,23 +217,21 @@ def resolve(
     chosen = preset(engine, device, host_overhead, usage, longest)
     spec = scheduler if isinstance(scheduler, SchedulerSpec) else chosen.scheduler_spec(given)
     spec = policies.resolve(spec, model.max_position_embeddings)
-    given |= {"async_scheduling": async_scheduling, "gpu_memory_utilization": gpu_memory_utilization}
-    theirs = {**chosen.scheduler, "async_scheduling": chosen.async_scheduling}
-    theirs["gpu_memory_utilization"] = chosen.gpu_memory_utilization
-    overrides = [name for name, value in given.items() if value is not None and theirs.get(name, value) != value]
-    if num_gpu_blocks_override is not None:
-        overrides.append("num_gpu_blocks_override")
+    ahead = chosen.async_scheduling if async_scheduling is None else async_scheduling
+    share = chosen.gpu_memory_utilization if gpu_memory_utilization is None else gpu_memory_utilization
+    theirs = policies.resolve(chosen.scheduler_spec({"max_model_len": spec.max_model_len}), longest)
+    overrides = [each.name for each in fields(spec) if getattr(spec, each.name) != getattr(theirs, each.name)]
+    overrides += ["async_scheduling"] * (ahead != chosen.async_scheduling)
+    overrides += ["gpu_memory_utilization"] * (share != chosen.gpu_memory_utilization)
     return ReplicaSpec(
         model=model,
         device=device,
         network=catalog.network(network or device.network, internode_network),
         parallel=parallel or ParallelSpec(),
         scheduler=spec,
-        engine=replace(chosen.padded(spec), overrides=tuple(sorted(overrides))),
-        async_scheduling=chosen.async_scheduling if async_scheduling is None else async_scheduling,
-        gpu_memory_utilization=(
-            chosen.gpu_memory_utilization if gpu_memory_utilization is None else gpu_memory_utilization
-        ),
+        engine=replace(chosen.padded(spec), overrides=tuple(overrides)),
+        async_scheduling=ahead,
+        gpu_memory_utilization=share,
         num_gpu_blocks_override=num_gpu_blocks_override,
     )
 

@@ -99,8 +99,8 @@ def assert_logits(served: Served, oracle: Oracle) -> None:
 
 def assert_varied(served: Served) -> None:
     """Chunks that don't divide their prompts, decodes and prefills in one batch, and preemptions."""
-    assert any(batch.decodes and batch.prefills for batch in served.batches)
-    chunks = {chunk for batch in served.batches for _, chunk in batch.prefills}
+    assert any(batch.decodes and batch.chunks for batch in served.batches)
+    chunks = {chunk for batch in served.batches for _, chunk in batch.chunks}
     assert any(prompt % chunk for prompt, _ in LENGTHS for chunk in chunks if chunk < prompt)
     assert served.driver.scheduler.recomputed_tokens > 0
 
@@ -111,6 +111,41 @@ def test_every_family_gives_the_tokens_of_transformers(name: str, oracle: GetOra
     assert_varied(served)
     assert served.outputs == oracle(name).outputs
     assert_logits(served, oracle(name))
+
+
+def assert_cached_prefixes_change_nothing(served_by: Callable[..., Served], oracle: Oracle) -> None:
+    """Prompts that begin alike, those that go on from another's output among them: the tokens of transformers."""
+    asked = []  # a prompt of the oracle's, and how many of its tokens of output the prompt has already
+    for which, known in ((3, 0), (3, 4), (0, 0), (3, 0), (0, 5), (3, 6), (0, 0), (1, 0), (0, 7)):
+        asked.append((oracle.prompts[which] + oracle.outputs[which][:known], oracle.outputs[which][known:]))
+    prompts, outputs = [prompt for prompt, _ in asked], [output for _, output in asked]
+    served = served_by(prompts=prompts, counts=[len(output) for output in outputs], prefix_caching=True)
+    assert served.outputs == outputs
+    assert served.driver.scheduler.prefix_hit_tokens >= 40
+    assert any(sequence.request.prefix_hit_tokens >= 24 for sequence in served.sequences)
+
+
+@pytest.mark.parametrize("name", checkpoints.CONFIGS)
+def test_every_family_reads_prefixes_that_others_wrote(name: str, oracle: GetOracle, executor: GetExecutor) -> None:
+    assert_cached_prefixes_change_nothing(lambda **asked: serve(executor(name), oracle(name), **asked), oracle(name))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_reads_them(policy: str, oracle: GetOracle, executor: GetExecutor) -> None:
+    for ahead in (False, True):
+
+        def served_by(ahead: bool = ahead, **asked: Any) -> Served:
+            return serve(executor(), oracle(), policy=policy, async_scheduling=ahead, **asked)
+
+        assert_cached_prefixes_change_nothing(served_by, oracle())
+
+
+@pytest.mark.parametrize(("name", "tp", "pp"), [("llama", 2, 1), ("mistral", 2, 2)])
+def test_every_cut_reads_them(name: str, tp: int, pp: int, oracle: GetOracle, executor: GetExecutor) -> None:
+    def served_by(**asked: Any) -> Served:
+        return serve(executor(name, tp, pp), oracle(name), stages=pp, **asked)
+
+    assert_cached_prefixes_change_nothing(served_by, oracle(name))
 
 
 @pytest.mark.parametrize("pp", [1, 2])

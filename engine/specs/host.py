@@ -30,6 +30,7 @@ class HostOverhead:
     source: str
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "graph_sizes", tuple(self.graph_sizes))  # a list, where it comes from a file
         check_fields(self, "iteration_s sequence_s layer_s message_s graph_decodes exposed_s", zero=True)
 
     def times(self, layers: int, sequences: int, ranks: int, stage: int = 0) -> tuple[float, float]:
