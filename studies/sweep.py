@@ -9,7 +9,7 @@ entry that is a mapping sets several keys at once:
       deployment:
         - {device: a100, tensor_parallel_size: 2}
         - {device: h100, tensor_parallel_size: 1}
-      scheduler: [sarathi, vllm]
+      scheduler: [sarathi, vllm_v0]
 
 A point that can't be (it does not fit, its settings contradict each other) is "refused", one that fails is "crashed";
 neither is ever a capacity.
@@ -41,7 +41,7 @@ Work = Callable[[dict[str, Any]], dict[str, Any]]  # a point's settings -> its r
 def points(varied: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     """The product of what varies, as the settings that each point changes."""
     if not isinstance(varied, Mapping) or not varied:
-        raise InputError(f"{where}: sweep: give what varies as lists, such as scheduler: [sarathi, vllm]")
+        raise InputError(f"{where}: sweep: give what varies as lists, such as scheduler: [sarathi, vllm_v0]")
     axes = []
     for key, values in varied.items():
         if not isinstance(values, list) or not values:
