@@ -47,7 +47,7 @@ HEAVY = {  # what takes seconds to import or is not always installed, and where 
     "safetensors": ("engine/worker/",),
     "flash_attn": ("engine/worker/attention/",),
     "flashinfer": ("engine/worker/attention/",),
-    "transformers": ("cli/generate.py",),
+    "transformers": ("cli/generate.py", "engine/workload/traces.py"),
     "ray": ("engine/runtime/ray_executor.py", "studies/sweep.py"),
 }
 
@@ -180,8 +180,8 @@ def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
     (tmp_path / "net.yaml").write_text(net, encoding="utf-8")
     groups = load(tmp_path / "run.yaml", {}, FileConfig).groups()
     assert [(group.count, group.device, group.scheduler) for group in groups] == [
-        (2, "a100", "sarathi"),
-        (1, "h100", "vllm"),
+        (2, "a100", None),
+        (1, "h100", "vllm_v0"),
     ]
     assert network(str(tmp_path / "net.yaml")).node.bandwidth_bytes_per_s == 400e9
 
