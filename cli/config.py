@@ -48,7 +48,11 @@ class ServingSettings(_Settings):
         "Longest request (tokens); longer ones are dropped, counted.",
     )
     block_size: int = _field(16, "Scheduler", "Tokens in a KV block.")
-    watermark: float = _field(0.01, "Scheduler", "Share of the KV blocks that admission leaves free.")
+    watermark: float | None = _field(
+        None,
+        "Scheduler",
+        "Share of the KV blocks that admission leaves free; default: 0.01, 0 for orca and faster_transformer.",
+    )
     async_scheduling: bool | None = _field(
         None,
         "Scheduler",

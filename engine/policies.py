@@ -53,11 +53,13 @@ class Policy:
     has_budget = True
     strict_budget = True  # no batch has more tokens than the budget
     splits_prompts = False  # whether a prompt may be computed in chunks
+    default_watermark = 0.01  # share of the KV blocks that admission leaves free (vLLM's)
     num_draft_tokens = 0  # tokens of an entry beyond the known ones, at most (speculative decoding)
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
         self.budget = spec.max_num_batched_tokens or 0
+        self.watermark = self.default_watermark if spec.watermark is None else spec.watermark
 
     @staticmethod
     def default_budget(max_model_len: int) -> int:
@@ -179,10 +181,14 @@ class VLLM(Policy):
 
 
 class Orca(Policy):
-    """Iteration-level scheduling of whole prompts beside the decodes, with memory reserved for the longest request."""
+    """Iteration-level scheduling of whole prompts beside the decodes, with memory reserved for the longest request.
+
+    No request ever grows past what it has reserved, so no watermark is needed, and the original has none.
+    """
 
     has_budget = False
     strict_budget = False
+    default_watermark = 0.0
 
     def reserved_tokens(self, request: Request) -> int:
         return self.spec.max_model_len or request.max_total_tokens
@@ -314,5 +320,4 @@ def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
             chunk_schedule_max_tokens=spec.chunk_schedule_max_tokens or max_model_len,
         )
     spec = replace(spec, max_model_len=max_model_len, max_num_batched_tokens=budget if policy.has_budget else None)
-    policy(spec)  # checks the limits
-    return spec
+    return replace(spec, watermark=policy(spec).watermark)  # which checks the limits

@@ -58,7 +58,7 @@ class Scheduler:
         self.num_stages = max_in_flight
         self.sliding_window = sliding_window
         self.policy = POLICIES[spec.policy](spec)
-        self.kv_cache = KVCache(num_blocks, spec.block_size, spec.watermark)
+        self.kv_cache = KVCache(num_blocks, spec.block_size, self.policy.watermark)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
         self.prefilling: list[Request] = []  # those of `running` with more than their last known token to compute

@@ -312,5 +312,16 @@ def test_lengths_left_open_come_from_the_model_and_the_policy(policy: str, budge
     assert resolve(SchedulerSpec(policy="vllm"), 1000).max_num_batched_tokens == 2048
 
 
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_policy_has_its_watermark_unless_one_is_given(policy: str) -> None:
+    default = 0.0 if policy in ("orca", "faster_transformer") else 0.01  # the originals of these two have none
+    spec = resolve(SchedulerSpec(policy=policy), 30)
+    assert spec.watermark == default
+    assert Scheduler(spec, 1000).kv_cache.watermark_blocks == 1000 * default
+    given = resolve(SchedulerSpec(policy=policy, watermark=0.2), 30)
+    assert given.watermark == 0.2
+    assert Scheduler(given, 1000).kv_cache.watermark_blocks == 200
+
+
 def test_every_policy_has_a_hand_worked_schedule_here() -> None:
     assert set(POLICIES) == {"sarathi", "vllm", "orca", "faster_transformer", "chunked_only", "hybrid_only"}
