@@ -356,7 +356,7 @@ class SchedulerSpec:
 
     `watermark` is the share of KV blocks that admission leaves free (by default the policy's own). The dynamic chunk schedule is Sarathi-Serve's: the
     token budget falls linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` equal
-    stages of a prompt's first `chunk_schedule_max_tokens` tokens. `engine.policies.resolve` fills in what is left open.
+    stages of a prompt's first `chunk_schedule_max_tokens` tokens, in multiples of 32. `engine.policies.resolve` fills in what is left open.
     """
 
     policy: str = "sarathi"

@@ -6,8 +6,10 @@ token. Batches take equal times; those that complete while others wait do so old
 """
 
 import string
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.errors import InputError
@@ -252,6 +254,24 @@ def test_dynamic_chunks_shrink_as_the_prefix_grows() -> None:
     assert chunk_sizes(SchedulerSpec(**DYNAMIC)) == [8, 6, 4, 2]  # type: ignore[arg-type]
     batches, _ = play("sarathi", {"A": (24, 1)}, **DYNAMIC)
     assert batches == ["A8", "A4", "A2", "A2", "A2", "A2", "A2", "A2"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "stages"),
+    [(128, 512, 16), (256, 2048, 10), (32, 96, 3), (64, 1024, 7), (20, 100, 5), (512, 512, 4)],
+)
+def test_dynamic_chunks_are_those_of_the_original(low: int, high: int, stages: int) -> None:
+    """Multiples of 32 tokens, or of the smallest chunk if that is less: NumPy's steps, truncated, then rounded."""
+    spec = SchedulerSpec(chunk_schedule_low=low, chunk_schedule_high=high, chunk_schedule_stages=stages)
+    unit = min(32, low)
+    steps = np.linspace(low, high, stages, dtype=np.int32)[::-1]
+    assert chunk_sizes(spec) == (np.round(steps / unit) * unit).astype(int).tolist()
+
+
+def test_dynamic_chunks_stay_between_ends_that_are_no_multiples() -> None:
+    spec = SchedulerSpec(chunk_schedule_low=40, chunk_schedule_high=110, chunk_schedule_stages=4)
+    assert chunk_sizes(spec) == [96, 96, 64, 40]
+    assert chunk_sizes(replace(spec, chunk_schedule_high=122)) == [122, 96, 64, 40]
 
 
 def test_dynamic_chunks_share_their_size_with_the_decodes() -> None:
