@@ -354,9 +354,10 @@ class HostOverhead:
 class SchedulerSpec:
     """How batches are formed. None leaves a limit to the policy or to the model.
 
-    `watermark` is the share of KV blocks that admission leaves free (by default the policy's own). The dynamic chunk schedule is Sarathi-Serve's: the
+    `watermark` is the share of KV blocks that admission leaves free. The dynamic chunk schedule is Sarathi-Serve's: the
     token budget falls linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` equal
-    stages of a prompt's first `chunk_schedule_max_tokens` tokens, in multiples of 32. `engine.policies.resolve` fills in what is left open.
+    stages of a prompt's first `chunk_schedule_max_tokens` tokens, in multiples of 32 tokens.
+    `engine.policies.resolve` fills in what is left open.
     """
 
     policy: str = "sarathi"
