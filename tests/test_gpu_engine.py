@@ -105,7 +105,12 @@ def spec_of(folder: Path | None, device: str, model: ModelSpec | None = None, **
 
 
 def serve(
-    spec: EngineSpec, executor: Executor, prompts: list[list[int]], output: int, **settings: Any
+    spec: EngineSpec,
+    executor: Executor,
+    prompts: list[list[int]],
+    output: int,
+    async_scheduling: bool = False,
+    **settings: Any,
 ) -> list[Sequence]:
     """The prompts, all there at once, continued."""
     limits = SchedulerSpec(
@@ -114,7 +119,7 @@ def serve(
         max_model_len=spec.max_model_len,
         block_size=spec.block_size,
     )
-    scheduler = Scheduler(resolve(limits, spec.max_model_len), executor.num_blocks)
+    scheduler = Scheduler(resolve(limits, spec.max_model_len), executor.num_blocks, async_scheduling=async_scheduling)
     driver = Driver(scheduler, executor, Recorder(predicted=False), **settings)
     sequences = [Sequence(Request(i, 0.0, len(ids), output), ids) for i, ids in enumerate(prompts)]
     driver.run(sequences)
@@ -137,7 +142,7 @@ def generate(spec: EngineSpec, **settings: Any) -> Generated:
 
     def on_result(batch: Batch, result: Result) -> None:
         assert result.logits is not None
-        for request, row in zip((*batch.decodes, *batch.ending), result.logits, strict=True):
+        for request, row in zip(batch.sampled, result.logits, strict=True):
             rows[request.id].append(row)
 
     executor = start(spec, "in_process")
@@ -235,6 +240,18 @@ def test_backends_agree_and_cuda_graphs_change_nothing(
     for ahead in (False, True):
         graphs = generate(replace(spec, cuda_graphs=(1, 2, 4, 8)), async_scheduling=ahead)  # 3 and 5 are padded
         assert_same_but_for_ties(plain, graphs, tolerance)
+
+
+@pytest.mark.parametrize(("seqs", "padded"), [(6, {1: 1, 3: 4, 5: 6, 6: 6}), (8, {5: 8}), (12, {8: 8, 9: 0})])
+@cuda_only
+def test_the_most_sequences_have_a_graph_too(
+    seqs: int, padded: dict[int, int], device: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """9 to 12 sequences run eagerly because no size that was asked for holds them."""
+    spec = spec_of(checkpoint("wide"), device, block_size=256, max_num_seqs=seqs, cuda_graphs=(1, 2, 4, 8))
+    executor: Any = start(spec, "in_process")
+    assert {n: executor._runner._graphs.size_for(n) for n in padded} == padded
+    executor.close()
 
 
 LARGE = ModelSpec(name="large", model_type="llama", num_layers=6, hidden_size=2048, intermediate_size=8192,

@@ -139,10 +139,10 @@ class ModelRunner:
         return torch.cuda.max_memory_allocated() - before
 
     def _graph_sizes(self) -> list[int]:
-        """Batch sizes to capture CUDA graphs for."""
+        """Batch sizes to capture CUDA graphs for, in order; one above the most sequences there are is cut to these."""
         if self.device.type != "cuda" or not self.attention.supports_cuda_graph:
             return []
-        return [size for size in self.spec.cuda_graphs if size <= self.spec.max_num_seqs]
+        return sorted({min(size, self.spec.max_num_seqs) for size in self.spec.cuda_graphs})
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV caches, of `num_blocks` blocks and one more for padding; on a GPU warm up and capture its graphs.
