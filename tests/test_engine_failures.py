@@ -247,6 +247,26 @@ def test_a_port_can_be_used_again_at_once(oracle: Oracle, launch: Launch) -> Non
     executor.close()
 
 
+def listening_addresses(pids: list[int]) -> list[str]:
+    """Addresses of the TCP sockets on which these processes listen, as the kernel writes them."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(str(descriptor.readlink()))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_ranks_of_one_machine_listen_to_no_other(given: bool, oracle: Oracle, launch: Launch) -> None:
+    executor = launch(oracle.engine_spec(2, 1, port=free_port() if given else None))
+    addresses = listening_addresses(rank_pids())
+    assert len(addresses) >= 1  # the store's; Gloo's sockets, if they still listen
+    assert set(addresses) == {"0100007F"}  # 127.0.0.1
+    assert serve(executor, oracle).outputs == oracle.outputs
+
+
 # -- the driver's process ends -----------------------------------------------------------------------------------------
 
 
