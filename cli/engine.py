@@ -52,6 +52,7 @@ def engine_spec(
         max_num_seqs=scheduler.max_num_seqs,
         max_model_len=scheduler.max_model_len or 0,
         max_batch_tokens=largest_batch(scheduler),
+        bounded_batches=scheduler.max_num_batched_tokens is not None,
         block_size=scheduler.block_size,
         parallel=serving.parallel_spec(),
         num_blocks=blocks,

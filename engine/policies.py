@@ -288,7 +288,11 @@ def chunk_sizes(spec: SchedulerSpec) -> list[int]:
 
 
 def largest_batch(spec: SchedulerSpec) -> int:
-    """Tokens of the largest batch that a resolved spec is counted to run; orca's and its like have no bound."""
+    """Return the tokens of the largest batch that memory is kept for, of a resolved spec.
+
+    Beside a prompt longer than its budget, hybrid_only may run a token of each other request. Policies without a budget
+    have no bound but the KV blocks, which it would take as much memory again to keep room for: the engine warns of it.
+    """
     budget = spec.max_num_batched_tokens or 0
     return budget if POLICIES[spec.policy].strict_budget else max(budget, spec.max_model_len or 0)
 

@@ -22,10 +22,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cli.config import EngineSettings
+from cli.config import EngineSettings, GenerateConfig
+from cli.engine import engine_spec
 from cli.generate import _Stream, _tokenizer
 from cli.main import app, run
-from engine.policies import POLICIES
+from engine.policies import POLICIES, largest_batch
 from engine.request import Request
 from engine.sequences import Sequence
 
@@ -558,3 +559,11 @@ def test_a_killed_rank_leaves_what_was_finished(folder: Path, tmp_path: Path) ->
     assert {path.name for path in kept.iterdir()} == {"config.yaml", *tables}
     assert len(read(kept / "requests.parquet")["request_id"]) > 0
     wait_until(lambda: all(gone(pid) for pid in others), "a process is left")
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_the_workers_know_whether_a_batch_is_bounded(policy: str) -> None:
+    config = GenerateConfig(model="microsoft/phi-2", scheduler=policy, load_format="dummy")
+    spec, scheduler = engine_spec(config, config, "cuda", 0)
+    assert spec.bounded_batches == (policy not in ("orca", "faster_transformer"))
+    assert spec.max_batch_tokens == largest_batch(scheduler)
