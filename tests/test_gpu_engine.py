@@ -15,13 +15,14 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+import stand_in_cuda
 import torch
 import transformers
 from numpy.typing import NDArray
 from stand_in_cuda import stand_in
 
 from engine.driver import Driver
-from engine.engine_spec import EngineSpec, start
+from engine.engine_spec import GRAPH_BACKENDS, EngineSpec, start
 from engine.errors import InputError
 from engine.executor import Executor, Result
 from engine.memory import kv_bytes_per_block
@@ -34,7 +35,7 @@ from engine.specs import ModelSpec, SchedulerSpec
 from engine.worker import layers
 from engine.worker.attention import BACKENDS
 from engine.worker.attention.base import AttentionShape
-from engine.worker.runner import Pending
+from engine.worker.runner import RESERVED_BYTES, Pending
 
 FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi")
 LENGTHS = (21, 1, 64, 130, 7)  # of the prompts
@@ -251,6 +252,46 @@ def test_the_most_sequences_have_a_graph_too(
     spec = spec_of(checkpoint("wide"), device, block_size=256, max_num_seqs=seqs, cuda_graphs=(1, 2, 4, 8))
     executor: Any = start(spec, "in_process")
     assert {n: executor._runner._graphs.size_for(n) for n in padded} == padded
+    executor.close()
+
+
+@cuda_only
+def test_a_backend_without_graphs_that_nobody_asked_for_is_warned_of(
+    device: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_of(checkpoint("wide"), device, cuda_graphs=(1, 2))
+    float32 = replace(spec, model=replace(spec.model, dtype_bytes=4), dtype="float32")  # only sdpa computes in it
+    for quiet in (replace(float32, attention_backend="sdpa"), replace(float32, cuda_graphs=())):
+        start(quiet).close()
+        assert capsys.readouterr().err == ""
+    start(float32).close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the attention backend sdpa has no CUDA graphs")
+    assert {name for name, backend in BACKENDS.items() if backend.supports_cuda_graph} == set(GRAPH_BACKENDS)
+
+
+@cuda_only
+def test_batches_without_a_bound_are_warned_of(
+    device: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    executor: Any = start(spec_of(checkpoint("wide"), device, bounded_batches=False, num_blocks=None))
+    assert "no token budget: beside the KV cache there is room for a batch of 100 tokens" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"or --max-num-seqs 8, or raise"), executor._runner._memory("computing"):
+        raise torch.OutOfMemoryError("no room")
+    executor.close()
+
+
+@pytest.mark.parametrize("device", ["stand-in"], indirect=True)
+def test_the_copies_of_a_full_cache_have_room(device: str, checkpoint: Callable[[str], Path]) -> None:
+    """8 sequences of 256 tokens, padded, of one layer of 4; the stand-in's activations take nothing."""
+    spec = spec_of(checkpoint("wide"), device, cuda_graphs=(), attention_backend="sdpa", num_blocks=4)
+    executor: Any = start(spec)
+    runner = executor._runner
+    layer_bytes = 2 * 2 * 64 * 2  # of a token
+    room = int(stand_in_cuda.MEMORY * 0.9) - RESERVED_BYTES
+    assert runner.free_blocks() == (room - 8 * 256 * layer_bytes) // (16 * 4 * layer_bytes)
+    runner.attention.gathered_bytes = lambda tokens, sequences, length: tokens * layer_bytes  # as torch_varlen's
+    assert runner.free_blocks() == room // (16 * 5 * layer_bytes)
     executor.close()
 
 
