@@ -7,6 +7,7 @@ when this module is.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.engine_spec import EngineSpec
 from engine.errors import InputError
-from engine.executor import RankReport, Result, Step, WorkerError, combine
+from engine.executor import RankReport, Result, Step, WorkerError, combine, freeze_start_up
 from engine.multiprocess import BLAME_S, free_port
 
 PLACEMENT_S = 60.0  # to find room for every rank
@@ -49,6 +50,7 @@ class RankActor:
 
     def allocate(self, num_blocks: int) -> None:
         self._runner.allocate(num_blocks)
+        freeze_start_up()
 
     def execute(self, step: Step) -> RankReport:
         return self._runner.execute(step).wait()
@@ -88,6 +90,7 @@ class RayExecutor:
             clocks = self._get([actor.clock.remote() for actor in self._actors])
             self._shifts = [0.0 if there == node else of_rank - zero for there, of_rank in clocks]
             self._get([actor.allocate.remote(self.num_blocks) for actor in self._actors])
+            freeze_start_up()
         except BaseException:
             self.close()
             raise
@@ -126,6 +129,7 @@ class RayExecutor:
             self._group = None
         if self._started_ray:
             ray.shutdown()
+        gc.unfreeze()
 
     def _get(self, references: list[Any]) -> list[Any]:
         """The ranks' answers, which come in the order of `references`."""

@@ -3,6 +3,7 @@
 monkeypatch.setattr(multiprocess, "_run_rank", partial(strange_ranks.dies_computing, victim=1))
 """
 
+import gc
 import os
 import signal
 import time
@@ -82,6 +83,18 @@ def has_room_by_rank(*arguments: Any) -> None:
 
     ModelRunner.free_blocks = lambda self: 40 - 4 * self.rank.rank  # type: ignore[method-assign]
     ModelRunner.allocate = checked  # type: ignore[method-assign]
+    rank_process.main(*arguments)
+
+
+def has_frozen_its_start(*arguments: Any) -> None:
+    """Fails in a step if garbage collections still look at what was there before the first."""
+    compute = Decoder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        assert gc.get_freeze_count() > 10_000
+        return compute(*args, **kwargs)
+
+    Decoder.forward = forward  # type: ignore[method-assign]
     rank_process.main(*arguments)
 
 

@@ -4,6 +4,7 @@ Every proof here runs real checkpoints through real executors.
 """
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -99,8 +100,8 @@ def assert_logits(served: Served, oracle: Oracle) -> None:
 
 def assert_varied(served: Served) -> None:
     """Chunks that don't divide their prompts, decodes and prefills in one batch, and preemptions."""
-    assert any(batch.decodes and batch.prefills for batch in served.batches)
-    chunks = {chunk for batch in served.batches for _, chunk in batch.prefills}
+    assert any(batch.decodes and batch.chunks for batch in served.batches)
+    chunks = {chunk for batch in served.batches for _, chunk in batch.chunks}
     assert any(prompt % chunk for prompt, _ in LENGTHS for chunk in chunks if chunk < prompt)
     assert served.driver.scheduler.recomputed_tokens > 0
 
@@ -250,6 +251,19 @@ def test_pipeline_stages_work_at_the_same_time(oracle: GetOracle, monkeypatch: p
     overlaps = [a.start < b.end and b.start < a.end for a, b in zip(first[1:], second, strict=False)]
     assert len(overlaps) > 10
     assert any(overlaps)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_collections_pass_over_what_a_start_leaves(tp: int, oracle: GetOracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocess, "_run_rank", strange_ranks.has_frozen_its_start)
+    assert gc.get_freeze_count() == 0
+    mine = start(oracle().engine_spec(tp))
+    try:
+        assert gc.get_freeze_count() > 10_000
+        assert serve(mine, oracle()).outputs == oracle().outputs
+    finally:
+        mine.close()
+    assert gc.get_freeze_count() == 0
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
