@@ -98,6 +98,31 @@ def has_frozen_its_start(*arguments: Any) -> None:
     rank_process.main(*arguments)
 
 
+def slow_to_report(actor: Any) -> None:
+    """Make a rank that is a Ray actor note when it starts a step and when it has waited for one, a while later."""
+    actor.noted = []
+    execute = actor._runner.execute
+
+    class Slow:
+        def __init__(self, pending: Any) -> None:
+            self.pending = pending
+
+        def wait(self) -> Any:
+            time.sleep(0.2)
+            actor.noted.append("done")
+            return self.pending.wait()
+
+    def noting(step: Any) -> Any:
+        actor.noted.append("start")
+        return Slow(execute(step))
+
+    actor._runner.execute = noting
+
+
+def noted(actor: Any) -> list[str]:
+    return list(actor.noted)
+
+
 def pid(actor: object) -> int:
     """Of a rank that is a Ray actor."""
     return os.getpid()

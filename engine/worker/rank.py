@@ -45,7 +45,7 @@ def meet(backend: str, meeting_point: str, rank: int, world_size: int) -> None:
         dist.init_process_group(backend, init_method=meeting_point, world_size=world_size, rank=rank)
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         host,
         int(port),
         world_size,
