@@ -48,6 +48,7 @@ class Oracle:
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            use_cache=False,  # transformers' cache is cut at a `sliding_window` that the model itself ignores
         )
         output: list[int] = everything[0, len(prompt) :].tolist()
         assert len(output) == count

@@ -24,8 +24,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from cli.generate import _Stream, _tokenizer
 from cli.main import app, run
+from engine.replica_spec import resolve
+from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.sequences import Sequence
-from engine.scheduling.policies import POLICIES
+from engine.scheduling.policies import POLICIES, largest_batch
 from engine.scheduling.request import Request
 from windtunnel.settings import EngineSettings
 
@@ -558,3 +560,11 @@ def test_a_killed_rank_leaves_what_was_finished(folder: Path, tmp_path: Path) ->
     assert {path.name for path in kept.iterdir()} == {"config.yaml", *tables}
     assert len(read(kept / "requests.parquet")["request_id"]) > 0
     wait_until(lambda: all(gone(pid) for pid in others), "a process is left")
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_the_workers_know_whether_a_batch_is_bounded(policy: str) -> None:
+    replica = resolve("microsoft/phi-2", "a100", scheduler={"policy": policy})
+    spec = EngineSpec.of(replica, folder=None)
+    assert spec.bounded_batches == (policy not in ("orca", "request_level"))
+    assert spec.max_batch_tokens == largest_batch(replica.scheduler)

@@ -6,8 +6,10 @@ token. Batches take equal times; those that complete while others wait do so old
 """
 
 import string
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.errors import InputError
@@ -254,6 +256,24 @@ def test_dynamic_chunks_shrink_as_the_prefix_grows() -> None:
     assert batches == ["A8", "A4", "A2", "A2", "A2", "A2", "A2", "A2"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "stages"),
+    [(128, 512, 16), (256, 2048, 10), (32, 96, 3), (64, 1024, 7), (20, 100, 5)],
+)
+def test_dynamic_chunks_are_those_of_the_original(low: int, high: int, stages: int) -> None:
+    """Multiples of 32 tokens, or of the smallest chunk if that is less: NumPy's steps, truncated, then rounded."""
+    spec = SchedulerSpec(chunk_schedule_low=low, chunk_schedule_high=high, chunk_schedule_stages=stages)
+    unit = min(32, low)
+    steps = np.linspace(low, high, stages, dtype=np.int32)[::-1]
+    assert chunk_sizes(spec) == (np.round(steps / unit) * unit).astype(int).tolist()
+
+
+def test_dynamic_chunks_stay_between_ends_that_are_no_multiples() -> None:
+    spec = SchedulerSpec(chunk_schedule_low=40, chunk_schedule_high=110, chunk_schedule_stages=4)
+    assert chunk_sizes(spec) == [96, 96, 64, 40]
+    assert chunk_sizes(replace(spec, chunk_schedule_high=122)) == [122, 96, 64, 40]
+
+
 def test_dynamic_chunks_share_their_size_with_the_decodes() -> None:
     batches, _ = play("sarathi", {"B": (3, 3), "A": (20, 1)}, **DYNAMIC)
     assert batches == ["B3 A5", "B A5", "B A3", "A2", "A2", "A2", "A"]
@@ -310,6 +330,17 @@ def test_lengths_left_open_come_from_the_model_and_the_policy(policy: str, budge
     assert (spec.max_model_len, spec.max_num_batched_tokens) == (4096, budget)
     assert resolve(SchedulerSpec(policy=policy, max_model_len=100), 4096).max_model_len == 100
     assert resolve(SchedulerSpec(policy="vllm_v0"), 1000).max_num_batched_tokens == 2048
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_policy_has_its_watermark_unless_one_is_given(policy: str) -> None:
+    default = 0.0 if policy in ("orca", "faster_transformer") else 0.01  # the originals of these two have none
+    spec = resolve(SchedulerSpec(policy=policy), 30)
+    assert spec.watermark == default
+    assert Scheduler(spec, 1000).kv_cache.watermark_blocks == 1000 * default
+    given = resolve(SchedulerSpec(policy=policy, watermark=0.2), 30)
+    assert given.watermark == 0.2
+    assert Scheduler(given, 1000).kv_cache.watermark_blocks == 200
 
 
 def test_every_policy_has_a_hand_worked_schedule_here() -> None:

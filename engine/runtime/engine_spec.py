@@ -6,6 +6,7 @@ executor = start(spec, "in_process")
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from engine.specs.memory import GPU_MEMORY_UTILIZATION
 
 EXECUTORS = ("in_process", "multiprocess", "ray")
 LOAD_FORMATS = ("safetensors", "dummy")
+GRAPH_BACKENDS = ("flash_attn", "flashinfer")  # attention backends whose decodes run as CUDA graphs
 DECODE_GRAPHS = (1, 2, 4, *range(8, 257, 8))  # batch sizes that CUDA graphs are captured for
 
 
@@ -28,7 +30,8 @@ class EngineSpec:
     """One replica of the engine; `of` makes it from a ReplicaSpec.
 
     `folder` has the weights; without one they are dummies. `num_blocks` None measures how many KV blocks the memory
-    holds. `max_batch_tokens` is the largest batch there can be.
+    holds. `max_batch_tokens` is the largest batch there can be; without `bounded_batches` (a policy without a token
+    budget) only the largest that memory is measured for.
     """
 
     model: ModelSpec
@@ -38,6 +41,7 @@ class EngineSpec:
     max_model_len: int
     max_batch_tokens: int
     block_size: int
+    bounded_batches: bool = True
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
     num_blocks: int | None = None
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
@@ -76,6 +80,7 @@ class EngineSpec:
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=scheduler.max_model_len or 0,
             max_batch_tokens=largest_batch(scheduler),
+            bounded_batches=scheduler.max_num_batched_tokens is not None,
             block_size=scheduler.block_size,
             parallel=replica.parallel,
             num_blocks=replica.num_gpu_blocks_override,
@@ -87,8 +92,37 @@ class EngineSpec:
 def start(spec: EngineSpec, executor: str | None = None) -> Executor:
     """Start the ranks and wait until they are ready. None takes one process where one rank is enough.
 
+    What the user should know of the choices made is printed on stderr, a line each (`warnings`).
+
     Raises InputError for what can't be (weights that are not there, a model too big, ...), WorkerError for what breaks.
     """
+    started = _start(spec, executor)
+    for warning in warnings(spec, started.attention_backend):
+        print(f"warning: {warning}", file=sys.stderr)
+    return started
+
+
+def warnings(spec: EngineSpec, attention_backend: str) -> list[str]:
+    """Return what a user should know of a replica that has started with this attention backend."""
+    if spec.device != "cuda":
+        return []
+    found = []
+    if spec.attention_backend is None and spec.cuda_graphs and attention_backend not in GRAPH_BACKENDS:
+        found.append(
+            f"the attention backend {attention_backend} has no CUDA graphs, so the kernels of a decode are launched "
+            f"one by one: install what {' or '.join(GRAPH_BACKENDS)} needs (docs/engine.md), or ask for it by "
+            f"--attention-backend {attention_backend}"
+        )
+    if spec.num_blocks is None and not spec.bounded_batches:
+        found.append(
+            f"the scheduler has no token budget: beside the KV cache there is room for a batch of "
+            f"{spec.max_batch_tokens} tokens, and one of more may run out of the GPU's memory (then lower "
+            f"--gpu-memory-utilization {spec.gpu_memory_utilization:g} or --max-num-seqs {spec.max_num_seqs})"
+        )
+    return found
+
+
+def _start(spec: EngineSpec, executor: str | None) -> Executor:
     need("torch", "engine")
     name = executor or ("in_process" if spec.parallel.world_size == 1 else "multiprocess")
     if name == "in_process":

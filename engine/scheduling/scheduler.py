@@ -62,7 +62,7 @@ class Scheduler:
         self.kv_cache = KVCache(
             num_blocks,
             spec.block_size,
-            spec.watermark,
+            self.policy.watermark,
             spec.enable_prefix_caching,
             reuse_unhashed_first=self.policy.reuse_unhashed_first,
         )

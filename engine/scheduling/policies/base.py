@@ -72,12 +72,13 @@ class Policy:
     splits_prompts = False  # whether a prompt may be computed in chunks
     by_admission = False  # whether running requests are in line by their admission, else by their arrival
     num_draft_tokens = 0  # tokens of an entry beyond the known ones, at most (speculative decoding)
-    default_watermark = 0.01
+    default_watermark = 0.01  # share of the KV blocks that admission leaves free (vLLM V0's)
     reuse_unhashed_first = False  # KV blocks without a hash are taken before all others
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
         self.budget = spec.max_num_batched_tokens or 0
+        self.watermark = self.default_watermark if spec.watermark is None else spec.watermark
 
     @staticmethod
     def default_budget(max_model_len: int) -> int:
