@@ -22,10 +22,12 @@ from cli.engine import engine_spec
 from cli.output import load_plugin, progress_bar
 from cli.search_point import RESULT, checked, confirm_point, search_point, simulated
 from engine.errors import InputError, unknown
+from engine.results.files import write_json
 from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
-from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray, write_json
+from studies.capacity.sweep import mark_pareto, name_of, points
+from studies.jobs.pool import work_off, work_off_on_ray
 
 SETTINGS, SWEEP = "settings.json", "sweep.json"
 

@@ -17,17 +17,18 @@ from cli.config import ENGINE_KEYS, BenchConfig, ReplicaGroup, load
 from cli.engine import engine_spec
 from cli.output import load_plugin, resolved
 from engine.errors import InputError
+from engine.executors.start import start
 from engine.replica_spec import ReplicaSpec
+from engine.results.files import write_json
 from engine.results.metrics import summary_key
 from engine.results.run_folder import run_folder, write_config, write_summary
 from engine.results.slo import SLO
-from engine.runtime.engine_spec import start
 from engine.runtime.serve import serve
 from simulator.cluster import Deployment
-from studies.confirm import confirm, gpu_hours
-from studies.search import Trial, at_rate, find_capacity, guess, judged, simulated_trial
-from studies.sweep import write_json
-from studies.validation_run import check_machine
+from studies.capacity.confirm import confirm, gpu_hours
+from studies.capacity.search import find_capacity
+from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
+from studies.validation.run import check_machine
 
 NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
 RESULT = "search.json"

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.executors.start import start
 from engine.replica_spec import resolve
 from engine.results.run_folder import write_summary
-from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec, catalog
 from engine.workload.workload import WorkloadSpec, make_workload
 from profiler.points import Limits
@@ -149,7 +150,7 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
     from simulator.cluster import Deployment, simulate
     from simulator.predictor import calibration as store
     from simulator.predictor import calibration_fit
-    from studies.validation_run import Validation
+    from studies.validation.run import Validation
 
     began = time.perf_counter()
     case, profile = CASES[device], output_dir / "profile"

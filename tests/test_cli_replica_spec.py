@@ -17,7 +17,7 @@ from engine.replica_spec import ReplicaSpec
 from engine.runtime.engine_spec import EngineSpec
 from engine.specs import HostOverhead, catalog
 from simulator.cluster import Deployment
-from studies.validation_run import Validation
+from studies.validation.run import Validation
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
           "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 256,

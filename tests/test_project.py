@@ -47,7 +47,7 @@ HEAVY = {  # what takes seconds to import or is not always installed, and where 
     "flash_attn": ("engine/worker/attention/",),
     "flashinfer": ("engine/worker/attention/",),
     "transformers": ("cli/generate.py",),
-    "ray": ("engine/runtime/ray_executor.py", "studies/sweep.py"),
+    "ray": ("engine/executors/ray_executor.py", "studies/jobs/pool.py"),
 }
 
 
@@ -60,7 +60,8 @@ def test_heavy_packages_are_imported_where_they_are_needed_alone(package: str) -
 
 def test_the_engine_starts_without_heavy_packages() -> None:
     code = (
-        "import sys, cli.main, cli.bench, cli.generate, cli.search, engine.runtime.serve, engine.runtime.multiprocess; "
+        "import sys, cli.main, cli.bench, cli.generate, cli.search, engine.runtime.serve; "
+        "import engine.executors.multiprocess, engine.executors.start; "
         "print([name for name in ('torch', 'ray', 'plotly', 'transformers', 'safetensors') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

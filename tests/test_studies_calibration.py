@@ -14,10 +14,10 @@ from engine.specs import catalog
 from profiler import table
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.calibration_fit import fit
-from studies.accuracy import accuracy_markdown, targets
-from studies.calibration_kinds import page_of
-from studies.calibration_record import errors_by_size, read_calibration, spread_evenly
-from studies.calibration_report import write_calibration_report
+from studies.calibration.accuracy import accuracy_markdown, targets
+from studies.calibration.kinds import page_of
+from studies.calibration.record import errors_by_size, read_calibration, spread_evenly
+from studies.pages.calibration import write_calibration_report
 from studies.words import percent
 
 DEVICE = catalog.device("a40")

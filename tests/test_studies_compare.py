@@ -14,14 +14,17 @@ import pytest
 import yaml
 
 from engine.errors import InputError
+from engine.results.files import write_json
 from engine.results.slo import SLO
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
-from studies.compare_capacity import Point, Search, read_search, read_sweep, responses, threshold
-from studies.compare_capacity_figures import MOST_BARS, capacity_bars, speed_front, trials
-from studies.compare_figures import run_panels
-from studies.compare_record import (
+from studies.capacity.search import find_capacity
+from studies.capacity.trial import at_rate, simulated_trial
+from studies.pages.capacity_figures import MOST_BARS, capacity_bars, speed_front, trials
+from studies.pages.capacity_record import Point, Search, read_search, read_sweep, responses, threshold
+from studies.pages.compare_figures import run_panels
+from studies.pages.compare_record import (
     bubbles,
     differing_settings,
     headline,
@@ -31,9 +34,7 @@ from studies.compare_record import (
     read_side,
     same_requests,
 )
-from studies.compare_report import write_page
-from studies.search import at_rate, find_capacity, simulated_trial
-from studies.sweep import write_json
+from studies.pages.report import write_page
 
 SLOS = ("p99_tbt<=0.03", "p50_ttft<=0.1")
 LOAD = WorkloadSpec(lengths="azure_conv", num_prompts=60, max_model_len=2048, request_rate=12.0)

@@ -17,8 +17,9 @@ from engine.specs import SchedulerSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
-from studies.confirm import confirm, gpu_hours
-from studies.search import Capacity, Trial, at_rate, find_capacity, guess, judged, simulated_trial
+from studies.capacity.confirm import confirm, gpu_hours
+from studies.capacity.search import Capacity, find_capacity
+from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
 
 SECONDS = 0.01  # of a batch of one token
 

@@ -1,19 +1,16 @@
-"""What the workers of a replica need to know to start, and who starts them.
+"""What the workers of a replica need to know to start.
 
 spec = EngineSpec.of(resolve(folder, "cpu"), folder=Path(folder))
-executor = start(spec, "in_process")
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import InputError, unknown
+from engine.errors import InputError
 from engine.replica_spec import ReplicaSpec
-from engine.runtime.executor import Executor
 from engine.scheduling.policies import largest_batch
 from engine.specs import DTYPES, ModelSpec, ParallelSpec
 from engine.specs.memory import GPU_MEMORY_UTILIZATION
@@ -82,35 +79,3 @@ class EngineSpec:
             gpu_memory_utilization=replica.gpu_memory_utilization,
             **run,
         )
-
-
-def start(spec: EngineSpec, executor: str | None = None) -> Executor:
-    """Start the ranks and wait until they are ready. None takes one process where one rank is enough.
-
-    Raises InputError for what can't be (weights that are not there, a model too big, ...), WorkerError for what breaks.
-    """
-    need("torch", "engine")
-    name = executor or ("in_process" if spec.parallel.world_size == 1 else "multiprocess")
-    if name == "in_process":
-        if spec.parallel.world_size > 1:
-            raise InputError(f"executor 'in_process' runs one rank, {spec.parallel} has {spec.parallel.world_size}: "
-                             "use multiprocess or ray")  # fmt: skip
-        from engine.worker.in_process import InProcessExecutor
-
-        return InProcessExecutor(spec)
-    if name == "multiprocess":
-        from engine.runtime.multiprocess import MultiprocessExecutor
-
-        return MultiprocessExecutor(spec)
-    if name == "ray":
-        need("ray", "cluster")
-        from engine.runtime.ray_executor import RayExecutor
-
-        return RayExecutor(spec)
-    raise unknown("executor", name, EXECUTORS)
-
-
-def need(package: str, extra: str) -> None:
-    """Raise InputError if a package that Windtunnel brings in an extra is not installed."""
-    if find_spec(package) is None:
-        raise InputError(f"this needs the package {package}, which is not installed: pip install -e '.[{extra}]'")

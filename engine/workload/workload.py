@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from engine.errors import InputError, unknown
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.workload.lengths import MAX_TOKENS, builtin_names, draw_lengths, load
-from engine.workload.traces import read_trace
+from engine.workload.lengths import builtin_names, draw_lengths, load
+from engine.workload.traces import MAX_TOKENS, read_trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -1,0 +1,151 @@
+"""The pages of runs side by side, and of validations side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from studies.pages.capacity_figures import capacity_bars, trials
+from studies.pages.capacity_record import Search
+from studies.pages.compare_figures import run_panels
+from studies.pages.compare_record import (
+    Headline,
+    Side,
+    differing_settings,
+    headline,
+    num_gpus,
+    read_json,
+    readable,
+    same_requests,
+)
+from studies.pages.figures import Panel, series_style
+from studies.pages.page import Cell, Page, Tone, facts_table, footer, header, key, numbers_table
+from studies.pages.run_record import Record
+from studies.pages.validation_figures import coloured
+from studies.validation.record import judge
+from studies.words import number, percent, seconds
+
+
+def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
+    """Runs side by side, with the capacities of those that are the best of a search."""
+    order = list(dict.fromkeys([*(side.name for side in sides), *searches]))  # not every search has a run
+    page = Page(_title(order))
+    verdicts = _verdicts(sides)
+    for name, search in searches.items():
+        if search.best is None:
+            verdicts.append(("unsure", f"{name}: no run at a capacity ({search.words})"))
+    what = "Runs" if not searches else "Runs at the capacity" if len(searches) == len(sides) else "Runs and searches"
+    page.add(header("Windtunnel · side by side", page.title, f"{what}, laid side by side.", verdicts, []))
+    folders = {side.name: side.folder for side in sides} | {name: search.folder for name, search in searches.items()}
+    page.add(key((side.name, f"{_describe(side.record)} · {folders[side.name]}") for side in sides))
+    if searches:
+        colours = {name: series_style(order.index(name))[0] for name in searches}
+        points = [search.point for search in searches.values()]
+        page.add_panels("Capacity", [capacity_bars(points, colours), trials(list(searches.values()), colours)])
+    page.add_panels("Numbers", [_headline_table(sides), _settings_table(sides)])
+    for heading, panels in run_panels(sides, searches):
+        page.add_panels(heading, panels)
+    page.add(footer())
+    return page
+
+
+def _title(names: Sequence[str]) -> str:
+    if len(names) > 4:
+        return f"{', '.join(names[:3])} and {len(names) - 3} others"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
+    """Of each run whether it is sustained and meets its SLOs; then whether all served the same requests."""
+    found: list[tuple[Tone, str]] = []
+    for side in sides:
+        missed = [str(slo) for slo, _, met in side.record.slos if not met]
+        saturated = side.record.summary["saturation"]["growing"]
+        words = f"misses {' and '.join(missed)}" if missed else "meets every SLO" if side.record.slos else "no SLO"
+        load = {None: "", True: ", saturated", False: ", sustained"}[saturated]
+        tone: Tone = "bad" if missed or saturated else "good" if side.record.slos else "unsure"
+        found.append((tone, f"{side.name}: {words}{load}"))
+    if not same_requests(sides):
+        found.append(("unsure", "These did not serve the same requests"))
+    return found
+
+
+def _describe(record: Record) -> str:
+    """A run in a line."""
+    first = record.summary["replicas"][0]
+    summary, others = record.summary, len({str(each.get("device")) for each in record.summary["replicas"]}) > 1
+    device = "devices" if others else first["device"]
+    rate = record.config.get("request_rate") or record.arrival_rate
+    came = "all at once" if rate is None else f"at {number(rate)} requests/s"
+    return (
+        f"{str(first['model']).split('/')[-1]} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {device}, "
+        f"{first['parallel']}, {first['scheduler']}; {summary['completed']:,} requests "
+        f"({summary.get('workload', 'no named workload')}) {came}"
+    )
+
+
+def _headline_table(sides: Sequence[Side]) -> Panel:
+    rows: list[tuple[str, list[Cell]]] = [
+        (f"{line.name} ({line.unit})" if line.unit not in ("", "s") else line.name, _cells(line))
+        for line in headline(sides)
+    ]
+    every: dict[str, list[Cell]] = {}
+    for i, side in enumerate(sides):
+        for slo, value, met in side.record.slos:
+            cells = every.setdefault(str(slo), ["-"] * len(sides))
+            cells[i] = coloured("no value" if value is None else seconds(value), met)
+    rows += every.items()
+    caption = "In brackets: the difference to the first."
+    return Panel("What came out", caption, table=numbers_table(("", *(side.name for side in sides)), rows))
+
+
+def _cells(line: Headline) -> list[Cell]:
+    """The values, each but the first with its distance from the first."""
+    base = line.values[0]
+    cells: list[Cell] = []
+    for i, value in enumerate(line.values):
+        if value is None:
+            cells.append("-")
+            continue
+        words = seconds(value) if line.unit == "s" else number(value)
+        far = f" ({percent(value / base - 1, sign=True)})" if i and base and value != base else ""
+        cells.append(words + far)
+    return cells
+
+
+def _settings_table(sides: Sequence[Side]) -> Panel:
+    rows = differing_settings(sides)
+    if not rows:
+        return Panel("Settings that differ", "None: the runs have the same settings.")
+    table = numbers_table(("Setting", *(side.name for side in sides)), rows)
+    return Panel("Settings that differ", "All others are the same.", table=table)
+
+
+# -- validations ---------------------------------------------------------------------------------------------------
+
+
+def validations_page(names: dict[Path, str]) -> Page:
+    """The errors of each load of validations side by side, held against their targets."""
+    page = Page(_title(list(names.values())))
+    page.add(header("Windtunnel · validations side by side", page.title, "How far the simulator is off.", [], []))
+    facts: list[tuple[str, str]] = []
+    columns: list[str] = []
+    rows: dict[str, list[Cell]] = {}
+    for folder, name in names.items():
+        with readable(folder, "validation"):
+            results = read_json(folder / "validation.json")
+            facts.append((name, f"{results['model']} on {results['device']} ({results['hardware']}) · {folder}"))
+            for load in results["loads"]:
+                for each in judge(load):
+                    cells = rows.setdefault(f"{each.what} {each.statistic}".strip(), [])
+                    cells += ["-"] * (len(columns) - len(cells))
+                    cells.append(coloured(percent(each.error, sign=each.statistic != "mean error"), each.met))
+                columns.append(name if load["load"] is None else f"{name}, {100 * load['load']:g} % load")
+    for cells in rows.values():
+        cells += ["-"] * (len(columns) - len(cells))
+    caption = "Simulated over measured, less 1; green within the target of GPUs, red beyond."
+    table = numbers_table(("Error", *columns), rows.items())
+    page.add_panels("What was validated", [Panel("Runs", "", table=facts_table(facts))])
+    page.add_panels("Errors", [Panel("Held against the targets", caption, table=table)])
+    page.add(footer())
+    return page
