@@ -148,14 +148,14 @@ def two_requests() -> Workload:
 
 
 def test_completions_count_every_decode() -> None:
-    deployment = toy("vllm")
+    deployment = toy("vllm_v0")
     line = completions(simulate(two_requests(), [deployment]).iterations, deployment)
     assert line["decodes"][0] == 0 and line["decodes"][-1] == 39 + 1  # all but the first tokens
     assert np.all(np.diff(line["decodes"]) >= 0)
 
 
 def test_the_batches_of_a_run_are_described() -> None:
-    deployment = toy("vllm")
+    deployment = toy("vllm_v0")
     shown = batches(simulate(two_requests(), [deployment]).iterations, deployment)
     assert shown["count"] == 2 + 39 and shown["with_prompts"] == pytest.approx(2 / 41)
     assert shown["mean_tokens"] == pytest.approx((110 + 40) / 41)
