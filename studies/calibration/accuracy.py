@@ -89,9 +89,6 @@ def accuracy_markdown(calibrations: Sequence[Calibration]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# -- tables --------------------------------------------------------------------------------------------------------
-
-
 def _targets(calibrations: Sequence[Calibration]) -> str:
     rows = []
     for device, kind, what, value, target in targets(calibrations):
@@ -224,9 +221,6 @@ def _tables(count: int) -> str:
 def _origin(source: str) -> str:
     """The repository that a source lies in."""
     return re.split(r"[\s@]", source, maxsplit=1)[0]
-
-
-# -- text ----------------------------------------------------------------------------------------------------------
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -174,9 +174,6 @@ def errors_by_size(measured: Array, predicted: Array) -> SizeErrors:
     return SizeErrors(*(np.array(column, dtype=float) for column in zip(*found, strict=True)))
 
 
-# -- efficiency ----------------------------------------------------------------------------------------------------
-
-
 def efficiencies(limit: Array, size: Array, labels: Array, measured: Array, predicted: Array) -> list[Efficiency]:
     """A few shapes by size: the limit over the time (the roofline, or for collectives bytes/s on the bus).
 

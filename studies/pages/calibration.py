@@ -16,7 +16,7 @@ from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration.record import CalibrationRecord, KindRecord, read_calibration
 from studies.pages.calibration_figures import panels
-from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table, text
+from studies.pages.page import Page, Tone, about, cards, details, facts_table, footer, header, numbers_table, text
 from studies.words import percent
 
 if TYPE_CHECKING:
@@ -53,9 +53,6 @@ def render(record: CalibrationRecord) -> Page:
         page.add_panels(kind.name, panels(kind), _about(kind))
     page.add(_provenance(record))
     return page
-
-
-# -- words and numbers ---------------------------------------------------------------------------------------------
 
 
 def _header(record: CalibrationRecord) -> str:
@@ -120,10 +117,10 @@ def _about(kind: KindRecord) -> str:
         words.append(f"The worst of {groups['count']:,} is {groups['worst_is']}, with {percent(groups['worst'])}.")
     if len(kind.range_words) == 1:
         words.append(f"Calibrated range: {kind.range_words[0]}.")
-        return f"<p class='source' style='margin:0 0 10px'>{text(' '.join(words))}</p>"
+        return about(" ".join(words))
     lines = "".join(f"<li>{text(line)}</li>" for line in kind.range_words)
     return (
-        f"<p class='source' style='margin:0 0 10px'>{text(' '.join(words))}</p><details style='margin:0 0 12px'>"
+        f"{about(' '.join(words))}<details style='margin:0 0 12px'>"
         f"<summary>Calibrated range</summary><ul style='margin:8px 0 0;padding-left:20px'>{lines}</ul></details>"
     )
 

@@ -8,10 +8,21 @@ from studies.pages.capacity_figures import capacity_panels, names_of_points, spe
 from studies.pages.capacity_record import Point, Search, Sweep
 from studies.pages.compare_record import num_gpus, readable
 from studies.pages.figures import Panel
-from studies.pages.page import Cell, Page, Tone, cards, details, facts_table, footer, header, numbers_table
+from studies.pages.page import (
+    Cell,
+    Page,
+    Tone,
+    about,
+    cards,
+    coloured,
+    details,
+    facts_table,
+    footer,
+    header,
+    numbers_table,
+)
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, read_record
-from studies.pages.validation_figures import coloured
 from studies.words import number, percent, seconds
 
 
@@ -25,10 +36,10 @@ def search_page(search: Search) -> Page:
     page.add(_search_header(search, record), cards(_search_cards(search)))
     page.add_panels("The search", [trials([search]), _trials_table(search)])
     if record is not None:
-        about = "<p class='source' style='margin:0 0 10px'>From here on: the run at the capacity.</p>"
+        words = about("From here on: the run at the capacity.")
         for heading, group in panels(record):
-            page.add_panels(heading, group, about)
-            about = ""
+            page.add_panels(heading, group, words)
+            words = ""
     page.add(footer())
     return page
 
@@ -69,8 +80,8 @@ def _search_cards(search: Search) -> list[tuple[str, str, str]]:
         ("Capacity", f"{number(point.qps or 0.0)} requests/s", f"to {percent(search.tolerance)}"),
         ("Per GPU", _with(point.per_gpu, "requests/s"), f"of {point.gpus}" if point.gpus else ""),
         ("Output", _with(point.tokens, "tokens/s"), "at the capacity"),
-        ("TTFT, median", "-" if point.ttft_s is None else seconds(point.ttft_s), "at the capacity"),
-        ("TBT, P99", "-" if point.tbt_s is None else seconds(point.tbt_s), "at the capacity"),
+        ("TTFT, median", seconds(point.ttft_s), "at the capacity"),
+        ("TBT, P99", seconds(point.tbt_s), "at the capacity"),
         ("Trials", f"{len(search.trials)}", f"{given_up} given up early"),
     ]
     if point.confirmed is not None:
@@ -89,42 +100,33 @@ def _trials_table(search: Search) -> Panel:
     for trial in search.trials:
         margin = trial.margins.get(trial.binding, 0.0)
         how = "given up" if trial.stopped_early else f"{margin:.3g} \N{MULTIPLICATION SIGN}"
-        times = ["-" if value is None else seconds(value) for value in (trial.ttft_s, trial.tbt_s)]
         verdict = coloured("met" if trial.met else "missed", trial.met)
-        rows.append((f"{trial.rate:.4g}", [verdict, trial.binding, how, *times]))
+        cells = [verdict, trial.binding, how, seconds(trial.ttft_s), seconds(trial.tbt_s)]
+        rows.append((f"{trial.rate:.4g}", cells))
     heads = ("Requests/s", "SLOs", "Binding SLO", "Value / threshold", "TTFT, median", "TBT, P99")
     return Panel("Each trial", "", table=numbers_table(heads, rows))
-
-
-# -- sweeps --------------------------------------------------------------------------------------------------------
 
 
 def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page:
     """The points of sweeps and searches side by side."""
     points = [point for sweep in sweeps for point in sweep.points] + [search.point for search in searches]
-    names = [*(sweep.name for sweep in sweeps), *(search.name for search in searches)]
+    every: list[Sweep | Search] = [*sweeps, *searches]
+    names = [each.name for each in every]
     page = Page(" and ".join(names) if len(names) < 5 else f"{len(names)} searches and sweeps")
     kicker = "Windtunnel · sweep" if len(names) == 1 else "Windtunnel · capacities side by side"
     setting = f"For each point the highest request rate at which {_conditions(points)}."
     page.add(header(kicker, page.title, setting, _chips(points), []), cards(_best_cards(points)))
     if any(point.qps is not None for point in points):
         page.add_panels("Capacity", capacity_panels(points))
-        at_mean = "Tokens/s of a user, 1 / mean TPOT"
+        mean, slowest = "Throughput against a user's speed", "Throughput against a user's slowest speed"
         at_p99 = "Tokens/s of a user in the slowest gaps, 1 / P99 TBT"
-        speed = [
-            speed_front(points, "Throughput against a user's speed", at_mean, "tpot", "mean"),
-            speed_front(points, "Throughput against a user's slowest speed", at_p99, "tbt", "p99"),
-        ]
-        page.add_panels("Speed", speed)
+        at_mean = speed_front(points, mean, "Tokens/s of a user, 1 / mean TPOT", "tpot", "mean")
+        page.add_panels("Speed", [at_mean, speed_front(points, slowest, at_p99, "tbt", "p99")])
     if searches:
         page.add_panels("Searches", [trials(searches)])
     page.add_panels("Every point", _tables(points))
     if len(names) > 1:
-        folders = [
-            *((each.name, str(each.folder)) for each in sweeps),
-            *((each.name, str(each.folder)) for each in searches),
-        ]
-        page.add(details("Folders", facts_table(folders)))
+        page.add(details("Folders", facts_table((each.name, str(each.folder)) for each in every)))
     page.add(footer())
     return page
 
@@ -158,41 +160,26 @@ def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
 
 def _tables(points: Sequence[Point]) -> list[Panel]:
     done = [point for point in points if point.qps is not None]
-    columns: list[tuple[str, Callable[[Point], str | None]]] = [
-        ("Requests/s", lambda point: _number(point.qps)),
+    columns: list[tuple[str, Callable[[Point], str]]] = [
+        ("Requests/s", lambda point: number(point.qps)),
         ("Binding SLO", lambda point: point.binding or "none"),
-        ("GPUs", lambda point: _number(point.gpus)),
-        ("Per GPU", lambda point: _number(point.per_gpu)),
-        ("Per dollar", lambda point: _number(point.per_dollar)),
-        ("Tokens/s/GPU", lambda point: _number(point.tokens_per_gpu)),
-        ("TTFT, median", lambda point: _time(point.ttft_s)),
-        ("TBT, P99", lambda point: _time(point.tbt_s)),
-        ("TPOT, mean", lambda point: _time(point.tpot_s)),
-        ("Published", lambda point: _number(point.published)),
-        ("Confirmed", lambda point: _number(point.confirmed)),
+        ("GPUs", lambda point: number(point.gpus)),
+        ("Per GPU", lambda point: number(point.per_gpu)),
+        ("Per dollar", lambda point: number(point.per_dollar)),
+        ("Tokens/s/GPU", lambda point: number(point.tokens_per_gpu)),
+        ("TTFT, median", lambda point: seconds(point.ttft_s)),
+        ("TBT, P99", lambda point: seconds(point.tbt_s)),
+        ("TPOT, mean", lambda point: seconds(point.tpot_s)),
+        ("Published", lambda point: number(point.published)),
+        ("Confirmed", lambda point: number(point.confirmed)),
     ]
-    columns = [(head, value) for head, value in columns if any(value(point) is not None for point in done)]
-    rows = [
-        (name, [value(point) or "-" for _, value in columns])
-        for name, point in zip(names_of_points(points), points, strict=True)
-        if point.qps is not None
-    ]
+    columns = [(head, value) for head, value in columns if any(value(point) != "-" for point in done)]
+    named = list(zip(names_of_points(points), points, strict=True))
+    rows = [(name, [value(point) for _, value in columns]) for name, point in named if point.qps is not None]
     keys = list(dict.fromkeys(key for point in points for key in point.settings))
     caption = f"A point's name has its values of {', '.join(keys)}." if keys else ""
     found = [Panel("At the capacity", caption, table=numbers_table(("Point", *(head for head, _ in columns)), rows))]
-    failed = [
-        (name, f"{point.status}: {point.error}")
-        for name, point in zip(names_of_points(points), points, strict=True)
-        if point.qps is None
-    ]
+    failed = [(name, f"{point.status}: {point.error}") for name, point in named if point.qps is None]
     if failed:
         found.append(Panel("Points without a result", "", table=facts_table(failed)))
     return found if done else found[1:]
-
-
-def _number(value: float | None) -> str | None:
-    return None if value is None else number(value)
-
-
-def _time(value: float | None) -> str | None:
-    return None if value is None else seconds(value)

@@ -19,9 +19,8 @@ from studies.pages.compare_record import (
     same_requests,
 )
 from studies.pages.figures import Panel, series_style
-from studies.pages.page import Cell, Page, Tone, facts_table, footer, header, key, numbers_table
+from studies.pages.page import Cell, Page, Tone, coloured, facts_table, footer, header, key, numbers_table
 from studies.pages.run_record import Record
-from studies.pages.validation_figures import coloured
 from studies.validation.record import judge
 from studies.words import number, percent, seconds
 
@@ -104,11 +103,8 @@ def _cells(line: Headline) -> list[Cell]:
     base = line.values[0]
     cells: list[Cell] = []
     for i, value in enumerate(line.values):
-        if value is None:
-            cells.append("-")
-            continue
         words = seconds(value) if line.unit == "s" else number(value)
-        far = f" ({percent(value / base - 1, sign=True)})" if i and base and value != base else ""
+        far = f" ({percent(value / base - 1, sign=True)})" if i and base and value not in (None, base) else ""
         cells.append(words + far)
     return cells
 
@@ -119,9 +115,6 @@ def _settings_table(sides: Sequence[Side]) -> Panel:
         return Panel("Settings that differ", "None: the runs have the same settings.")
     table = numbers_table(("Setting", *(side.name for side in sides)), rows)
     return Panel("Settings that differ", "All others are the same.", table=table)
-
-
-# -- validations ---------------------------------------------------------------------------------------------------
 
 
 def validations_page(names: dict[Path, str]) -> Page:

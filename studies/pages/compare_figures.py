@@ -9,48 +9,27 @@ import numpy as np
 from engine.results.metric_table import Metric, drawn_metrics
 from studies.pages.capacity_record import Search, responses
 from studies.pages.compare_record import Side, bubbles, not_dominated
-from studies.pages.figures import GREY, Panel, faded, new_figure, series_style, share_axis, value_axis
+from studies.pages.figures import GREY, Panel, add_line, faded, new_figure, series_style, time_unit, value_axis
+from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
 
 
 def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tuple[str, list[Panel]]]:
     """The sections about runs: a heading and its panels. Each of `searches` is of the side of its name."""
     return [
-        ("Latency", [latency_cdf(sides, metric) for metric in drawn_metrics()]),
+        ("Latency", [_latency(sides, metric) for metric in drawn_metrics()]),
         ("First token against the next", [frontier(sides, searches)]),
         ("Over time, and by stage", [output_over_time(sides), stage_bubbles(sides)]),
     ]
 
 
-def latency_cdf(sides: Sequence[Side], metric: Metric) -> Panel:
-    """The share of requests (or token gaps) within each latency, a line for each run."""
-    name = metric.title or metric.name
-    every_side = enumerate(sides)
-    curves = [(i, side, curve) for i, side in every_side if (curve := side.record.latencies.get(metric.key))]
-    if not curves:
-        return Panel(
-            name, "No request has more than one output token, so there is no gap between tokens.", width="third"
-        )
-    every = np.concatenate([curve.values_s for _, _, curve in curves])
-    scale, unit = (1.0, "s") if every.max() >= 1 else (1e3, "ms")
-    figure = new_figure()
-    for i, side, curve in curves:
-        colour, dash = series_style(i)
-        figure.add_scatter(
-            x=scale * curve.values_s, y=100 * curve.quantiles, name=side.name, mode="lines",
-            line={"color": colour, "width": 2.3, "dash": dash},
-            hovertemplate=f"{side.name}: %{{y:.4~r}} % within %{{x:.3~r}} {unit}<extra></extra>",
-        )  # fmt: skip
-    slos = {slo for side in sides for slo, _, _ in side.record.slos if slo.metric == metric.key}
-    for slo in sorted(slos, key=lambda slo: slo.threshold_s):
-        figure.add_scatter(
-            x=[scale * slo.threshold_s] * 2, y=[0, 100], name=f"SLO {slo}", mode="lines", showlegend=False,
-            line={"color": GREY, "width": 1.3, "dash": "dash"}, hovertemplate=f"SLO {slo}<extra></extra>",
-        )  # fmt: skip
-    shown = np.concatenate([every, [slo.threshold_s for slo in slos]])
-    figure.update_xaxes(title_text=f"{metric.name} ({unit})", **value_axis(scale * shown[shown > 0]))
-    share_axis(figure)
-    caption = f"Height: share of {metric.things} within this time." + " Grey: SLOs." * bool(slos)
-    return Panel(name, caption, figure, "third", _height(270, sides))
+def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
+    curves = [
+        Curve(side.name, curve.quantiles, curve.values_s, *series_style(i))
+        for i, side in enumerate(sides)
+        if (curve := side.record.latencies.get(metric.key))
+    ]
+    slos = [judged for side in sides for judged in side.record.slos]
+    return latency_cdf(metric, curves, slos, height_px=_height(270, sides))
 
 
 def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
@@ -59,7 +38,7 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     every = [(i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides)]
     every = [each for each in every if each[2]]
     if not every:
-        return Panel(title, "No request has more than one output token, so there is no gap between tokens.")
+        return Panel(title, NO_GAPS)
     figure = new_figure()
     for i, side, points in every:
         colour, dash = series_style(i)
@@ -76,10 +55,7 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     front = runs[not_dominated(runs)]
     if len(front) > 1:
         front = front[np.argsort(front[:, 0])]
-        figure.add_scatter(
-            x=front[:, 0], y=front[:, 1], name="front", mode="lines", hoverinfo="skip",
-            line={"color": GREY, "width": 1.5, "dash": "dot", "shape": "hv"},
-        )  # fmt: skip
+        add_line(figure, front[:, 0], front[:, 1], "front", GREY, "", width=1.5, dash="dot", line_shape="hv")
         caption += " Dotted: the runs that none of the others beats in both."
     if searches:
         caption += " Large: the run at the capacity; small: the other trials that ran to their end."
@@ -93,16 +69,12 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
 def output_over_time(sides: Sequence[Side]) -> Panel:
     """Output tokens that were there by each time, of each run."""
     longest = max(float(side.output_s[-1]) for side in sides)
-    unit_s, unit = next(
-        (each for each in ((3600.0, "h"), (60.0, "min")) if longest >= 10 * each[0]), (1.0, "s")
-    )  # fmt: skip
+    unit_s, unit = time_unit(longest)
     figure = new_figure()
     for i, side in enumerate(sides):
         colour, dash = series_style(i)
-        figure.add_scatter(
-            x=side.output_s / unit_s, y=side.output_tokens, name=side.name, mode="lines",
-            line={"color": colour, "width": 2, "dash": dash}, hovertemplate="%{y:,.4~r} tokens",
-        )  # fmt: skip
+        x, y = side.output_s / unit_s, side.output_tokens
+        add_line(figure, x, y, side.name, colour, "%{y:,.4~r} tokens", dash=dash)
     figure.update_yaxes(title_text="Output tokens", rangemode="tozero")
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", rangemode="tozero")
     caption = "First tokens and decoded ones, added up. A flat piece is a time in which no request went on."

@@ -7,7 +7,7 @@ print(differing_settings(sides), headline(sides))
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,12 @@ from engine.errors import InputError
 from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
 from engine.results.tables import Array, to_numpy
-from studies.pages.run_record import CHUNK_ROWS, Record, read_record
+from studies.pages.run_record import CHUNK_ROWS, NOT_SET, Record, flat, read_record
 from studies.words import statistic_name
 
 Kind = Literal["run", "search", "sweep", "study", "validation"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
 OUTPUT_BINS = 400
-NOT_SET = "not set"
 LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
 _MARKS: dict[str, Kind] = {
     "validation.json": "validation",
@@ -171,30 +170,10 @@ def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
 
 def _settings(record: Record) -> Iterator[tuple[str, str]]:
-    yield from _flat(record.config, "")
+    yield from flat(record.config)
     replicas = record.summary["replicas"]
     yield "KV blocks", f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
     yield "times", "; ".join(dict.fromkeys(replica.get("predictor") or "measured" for replica in replicas))
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Names and values of nested settings: an inner name comes after its outer one and a dot."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
-        for i, inner in enumerate(value):
-            yield from _flat(inner, f"{name}.{i}")
-    else:
-        yield name, _words(value)
-
-
-def _words(value: Any) -> str:
-    if value in (None, "", []):
-        return NOT_SET
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def headline(sides: Sequence[Side]) -> list[Headline]:

@@ -96,10 +96,19 @@ def value_axis(values: Array, logarithmic: bool = False) -> dict[str, Any]:
     }
 
 
-def share_axis(figure: go.Figure) -> None:
-    """The vertical axis of a cumulative distribution."""
-    figure.update_yaxes(title_text="Share (%)", range=[0, 102], tickvals=[0, 25, 50, 75, 100])
-    figure.update_layout(hovermode="closest")
+def time_unit(longest_s: float) -> tuple[float, str]:
+    """Return seconds and name of the unit that suits an axis of time."""
+    return next((each for each in ((3600.0, "h"), (60.0, "min")) if longest_s >= 10 * each[0]), (1.0, "s"))
+
+
+def add_line(
+    figure: go.Figure, x: Any, y: Any, name: str, colour: str, hover: str, *, width: float = 2, dash: str = "solid",
+    mode: str = "lines", **more: Any,
+) -> None:  # fmt: skip
+    """Draw a line; `hover` is what is shown of a point, and "" shows nothing."""
+    how = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
+    line = {"color": colour, "width": width, "dash": dash}
+    figure.add_scatter(x=x, y=y, name=name, mode=mode, line=line, **how, **more)
 
 
 def predicted_by_measured(groups: Sequence[Points], logarithmic: bool = False) -> go.Figure:

@@ -21,6 +21,7 @@ from typing import Literal
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from engine.results.files import write_whole
 from studies.pages.figures import Panel, series_style
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -62,9 +63,8 @@ class Page:
     def write(self, path: Path) -> Path:
         """Write the page to `path`, whole or not at all, and return it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.write_text(self.html(), encoding="utf-8")
-        return unfinished.replace(path)
+        write_whole(path, self.html())
+        return path
 
     def _panel(self, panel: Panel) -> str:
         name = f"figure-{self._panels}"
@@ -141,11 +141,21 @@ def _cell(cell: Cell) -> str:
     return f"<td class='{tone}'>{text(words)}</td>"
 
 
+def coloured(words: str, met: bool | None) -> Cell:
+    """Return a cell that shows whether a target is met; None: there is none."""
+    return words if met is None else ("good" if met else "bad", words)
+
+
 def facts_table(rows: Iterable[tuple[str, str]], code: bool = False) -> str:
     """A table of names, which may be shown as code, and what there is to say about each."""
     opened, closed = ("<code>", "</code>") if code else ("", "")
     body = "".join(f"<tr><th scope='row'>{opened}{escape(k)}{closed}</th><td>{text(v)}</td></tr>" for k, v in rows)
     return f"<div class='scroll'><table><tbody>{body}</tbody></table></div>"
+
+
+def about(words: str) -> str:
+    """Return a paragraph below a heading."""
+    return f"<p class='source' style='margin:0 0 10px'>{text(words)}</p>"
 
 
 def details(summary: str, html: str) -> str:

@@ -8,7 +8,7 @@ It reads a run's folder, and reads nothing else: what is drawn is in `studies.pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from engine.results.metric_table import METRICS
 from engine.results.metrics import describe_slo, summary_key
 from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.run_figures import panels
-from studies.pages.run_record import Record, read_record
+from studies.pages.run_record import Record, flat, read_record
 from studies.words import number, seconds
 
 _STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
@@ -50,9 +50,6 @@ def render(record: Record) -> Page:
             page.add(_latency_table(record.summary))
     page.add(_about(record))
     return page
-
-
-# -- the header ----------------------------------------------------------------------------------------------------
 
 
 def _header(record: Record) -> str:
@@ -131,9 +128,6 @@ def times_source(record: Record) -> tuple[Tone, str, str]:
     return ("unsure" if timeline.outside_range else "good"), "Predicted", text
 
 
-# -- numbers -------------------------------------------------------------------------------------------------------
-
-
 def _cards(record: Record) -> str:
     summary = record.summary
     finished = f"{summary['completed']:,} finished in {seconds(summary['duration'])}"
@@ -180,9 +174,6 @@ def _latency_table(summary: Mapping[str, Any]) -> str:
     return details("Every latency in numbers", numbers_table(heads, rows) + note)
 
 
-# -- the rest ------------------------------------------------------------------------------------------------------
-
-
 def _about(record: Record) -> str:
     simulator = record.summary.get("simulator", {})
     took = ""
@@ -203,22 +194,11 @@ windtunnel simulate --config config.yaml --output-dir ../simulated</pre>"""
     return "\n".join(
         [
             "<h2>The run</h2>",
-            details("Configuration", facts_table(_flat(record.config), code=True)),
+            details("Configuration", facts_table(flat(record.config), code=True)),
             details("Files and how to reproduce", facts_table(files, code=True) + again),
             footer(f"{f' {version}' if version else ''}{took}"),
         ]
     )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Names and values of a nested configuration; an inner name comes after its outer one and a dot."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            yield prefix + name, ", ".join(map(str, value)) or "none"
-        else:
-            yield prefix + name, "not set" if value is None else str(value)
 
 
 def _size(num_bytes: int) -> str:

@@ -11,7 +11,7 @@ value of a bin is the mean over the time in it that a batch was running; a bin w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ STALL_FACTOR = 5.0  # a gap this many times the run's median is a generation sta
 MOST_BINS = 240
 FEWEST_BINS = 24
 CHUNK_ROWS = 1 << 17
+NOT_SET = "not set"
 
 _COLUMNS = ["replica", "stage", "start_s", "duration_s", "num_tokens", "num_decodes", "kv_blocks", "num_running",
             "num_waiting", "max_tbt_s", "predicted", "in_range"]  # fmt: skip
@@ -100,6 +101,20 @@ def read_record(folder: Path) -> Record:
     )
 
 
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield names and values of nested settings: an inner name comes after its outer one and a dot."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+        for i, inner in enumerate(value):
+            yield from flat(inner, f"{name}.{i}")
+    elif value in (None, "", []):
+        yield name, NOT_SET
+    else:
+        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: float) -> Timeline:
     """Fold `iterations.parquet` into time bins between two times on the run's own clock."""
     blocks = np.array([replica["num_gpu_blocks"] for replica in summary["replicas"]], dtype=float)
@@ -109,7 +124,8 @@ def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: fl
     with pq.ParquetFile(path) as file:
         num_bins = int(np.clip(file.metadata.num_rows / stages.sum(), FEWEST_BINS, MOST_BINS))
         edges = np.linspace(0.0, max(end_s - start_s, 1e-9), num_bins + 1)
-        names = ("busy", "decode", "tokens", "kv", "running", "waiting")
+        busy = _TimeMean(len(blocks), edges)
+        names = ("num_decodes", "num_tokens", "kv_blocks", "num_running", "num_waiting")
         states = {name: _TimeMean(len(blocks), edges) for name in names}
         gaps = _Gaps(edges)
         batches = predicted = outside = stalled = 0
@@ -125,24 +141,20 @@ def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: fl
             kv = rows["kv_blocks"][first_stage] / blocks[replica]
             peak_kv = max(peak_kv, float(kv.max(initial=0.0)))
             place = _Place(replica, begin[first_stage], end[first_stage], edges)
-            states["busy"].add(place, np.ones(len(replica)))
-            states["decode"].add(place, rows["num_decodes"][first_stage])
-            states["tokens"].add(place, rows["num_tokens"][first_stage])
-            states["kv"].add(place, rows["kv_blocks"][first_stage])
-            states["running"].add(place, rows["num_running"][first_stage])
-            states["waiting"].add(place, rows["num_waiting"][first_stage])
+            busy.add(place, np.ones(len(replica)))
+            for name, state in states.items():
+                state.add(place, rows[name][first_stage])
             ended = rows["max_tbt_s"] > 0  # false for NaN, which the other stages have
             gaps.add(end[ended], rows["max_tbt_s"][ended])
             stalled += 0 if threshold is None else int((rows["max_tbt_s"][ended] > threshold).sum())
-    busy = states["busy"]
-    decode = states["decode"].over(busy, all_replicas=True)
+    decode = states["num_decodes"].over(busy, all_replicas=True)
     return Timeline(
         edges_s=edges,
         decode_tokens=decode,
-        prefill_tokens=np.maximum(0.0, states["tokens"].over(busy, all_replicas=True) - decode),
-        kv_percent=100 * states["kv"].over(busy) / blocks[:, None],
-        num_running=states["running"].over(busy),
-        num_waiting=states["waiting"].over(busy),
+        prefill_tokens=np.maximum(0.0, states["num_tokens"].over(busy, all_replicas=True) - decode),
+        kv_percent=100 * states["kv_blocks"].over(busy) / blocks[:, None],
+        num_running=states["num_running"].over(busy),
+        num_waiting=states["num_waiting"].over(busy),
         max_tbt_s=gaps.longest,
         median_tbt_s=gaps.medians(),
         stall_threshold_s=threshold,

@@ -25,10 +25,7 @@ def stage_shares(record: Record) -> list[tuple[str, Array]]:
     if sum(map(len, shares)) <= _MOST_BARS:
         several, pipelined = len(shares) > 1, max(map(len, shares)) > 1
         return [
-            (
-                ", ".join([f"replica {i}"] * several + [f"stage {j}"] * pipelined) or "replica 0",
-                share[:, None],
-            )
+            (", ".join([f"replica {i}"] * several + [f"stage {j}"] * pipelined) or "replica 0", share[:, None])
             for i, stages in enumerate(shares)
             for j, share in enumerate(stages)
         ]

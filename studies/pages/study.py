@@ -150,9 +150,6 @@ def choices_table(table: Sequence[Choice]) -> str:
     return numbers_table(heads, rows)
 
 
-# -- Markdown and JSON ---------------------------------------------------------------------------------------------
-
-
 def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:
     """The study's section of a page in Markdown."""
     verdicts = judged(experiment, records)

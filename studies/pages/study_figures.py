@@ -5,13 +5,13 @@ The published numbers that a claim states for a point's value stand beside it as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from studies.pages.figures import BAD, BLUE, GOOD, GREY, ORANGE, Panel, new_figure, value_axis
+from studies.pages.figures import BAD, BLUE, GOOD, GREY, ORANGE, Panel, add_line, new_figure, value_axis
 from studies.published.experiment import Experiment
 from studies.published.judge import Records
 
@@ -20,45 +20,36 @@ COLOURS = {"sarathi": ORANGE, "vllm": BLUE, "orca": GREY, "both": ORANGE, "hybri
 COLOURS |= {"linear": BLUE, "attention": GREY, "communication": GOOD, "other": PURPLE, "host": ORANGE}
 PALETTE = (BLUE, GREY, GOOD, PURPLE, ORANGE, BAD, BROWN)
 
+PARTS = ("linear", "attention", "communication", "other", "host")
+_TAILS = (("p99_tbt", "P99 TBT"), ("p50_ttft", "Median TTFT"))
+
 Series = Mapping[str, tuple[Sequence[Any], Sequence[float]]]  # x and y by name
+Published = Mapping[str, float]  # by POINT:METRIC
 
 
 def panels(experiment: Experiment, records: Records) -> list[Panel]:
-    """The panels of a study for one host overhead."""
+    """Return the panels of a study for one host overhead."""
     published = {claim.of[0]: claim.published for claim in experiment.claims if claim.compare == "value"}
-    draw: dict[str, Callable[[Records, Mapping[str, float | None]], list[Panel]]] = {
-        "capacity": _capacity,
-        "completions": _completions,
-        "over_rate": _over_rate,
-        "over_chunk": _over_chunk,
-        "parallelism": _parallelism,
-        "chunking": _chunking,
-        "operators": _operators,
-        "piggyback": _piggyback,
-        "table": _ablation,
-    }
-    return draw[experiment.drawing](records, published)
+    return _DRAWINGS[experiment.drawing](
+        records, {name: value for name, value in published.items() if value is not None}
+    )
 
 
-# -- figures -------------------------------------------------------------------------------------------------------
-
-
-def lines(series: Series, x_title: str, y_title: str, categories: bool = False, log: bool = False) -> go.Figure:
-    """A line with markers for each name."""
+def lines(series: Series, x_title: str, y_title: str, log: bool = False) -> go.Figure:
+    """Draw a line with markers for each name."""
     figure = new_figure()
     for i, (name, (xs, ys)) in enumerate(series.items()):
-        figure.add_scatter(
-            x=[str(x) for x in xs] if categories else xs, y=ys, name=name, mode="lines+markers",
-            line={"color": _colour(name, i), "width": 2.2}, marker={"size": 6}, hovertemplate="%{y:.3~r}",
-        )  # fmt: skip
+        colour = _colour(name, i)
+        add_line(figure, xs, ys, name, colour, "%{y:.3~r}", width=2.2, mode="lines+markers", marker={"size": 6})
     values = np.array([y for _, ys in series.values() for y in ys])
     figure.update_yaxes(title_text=y_title, **value_axis(values[values > 0] if log else values, log))
+    categories = any(isinstance(x, str) for xs, _ in series.values() for x in xs)
     figure.update_xaxes(title_text=x_title, **({"type": "category"} if categories else {}))
     return figure
 
 
 def bars(series: Series, y_title: str, published: Series | None = None, stacked: bool = False) -> go.Figure:
-    """Bars side by side (or on top of each other) for each name, with the published values as diamonds."""
+    """Draw bars side by side (or on top of each other) for each name, with the published values as diamonds."""
     figure = new_figure()
     for i, (name, (xs, ys)) in enumerate(series.items()):
         figure.add_bar(
@@ -68,9 +59,7 @@ def bars(series: Series, y_title: str, published: Series | None = None, stacked:
     for i, (name, (xs, ys)) in enumerate((published or {}).items()):
         figure.add_scatter(
             x=list(xs), y=list(ys), mode="markers", name="published", legendgroup="published", showlegend=not i,
-            offsetgroup=name, hovertemplate="%{y:.3~r} published", marker={
-                "symbol": "diamond", "size": 10, "color": _colour(name, i), "line": {"color": "white", "width": 1.5}
-            },
+            offsetgroup=name, hovertemplate="%{y:.3~r} published", marker=_diamond(_colour(name, i)),
         )  # fmt: skip
     figure.update_layout(barmode="stack" if stacked else "group", scattermode="group", bargap=0.25)
     figure.update_yaxes(title_text=y_title, rangemode="tozero")
@@ -82,125 +71,115 @@ def _colour(name: str, i: int) -> str:
     return COLOURS.get(name, PALETTE[i % len(PALETTE)])
 
 
-# -- what each study draws -----------------------------------------------------------------------------------------
+def _diamond(colour: str) -> dict[str, Any]:
+    return {"symbol": "diamond", "size": 10, "color": colour, "line": {"color": "white", "width": 1.5}}
 
 
-def _split(records: Records) -> list[tuple[list[str], Mapping[str, Any]]]:
-    return [(point.split("/"), record) for point, record in records.items()]
+def _series(rows: Iterable[tuple[str, Any, float]]) -> Series:
+    """Collect the x and y of each name."""
+    found: dict[str, tuple[list[Any], list[float]]] = {}
+    for name, x, y in rows:
+        xs, ys = found.setdefault(name, ([], []))
+        xs.append(x)
+        ys.append(y)
+    return found
 
 
-def _unique(values: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(values))
+def _places(records: Records, depth: int) -> list[tuple[tuple[str, ...], list[tuple[list[str], Mapping[str, float]]]]]:
+    """Group the points by the first `depth` parts of their names: the other parts, and the values."""
+    found: dict[tuple[str, ...], list[tuple[list[str], Mapping[str, float]]]] = {}
+    for point, record in records.items():
+        parts = point.split("/")
+        found.setdefault(tuple(parts[:depth]), []).append((parts[depth:], record["values"]))
+    return list(found.items())
 
 
-def _capacity(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
-    """Capacity of each model's schedulers, for each workload and objective."""
-    found = [parts for parts, record in _split(records) if "qps" in record["values"]]
+def _capacity(records: Records, published: Published) -> list[Panel]:
+    """Draw the capacity of each model's schedulers, for each workload and objective."""
+    found = [
+        (point.split("/"), record["values"]["qps"], published.get(f"{point}:qps"))
+        for point, record in records.items()
+        if "qps" in record["values"]
+    ]
     result = []
-    for workload, slo in dict.fromkeys((parts[1], parts[2]) for parts in found):
-        here = [parts for parts in found if parts[1:3] == [workload, slo]]
-        setups = _unique([parts[0] for parts in here])
-        ours, theirs = {}, {}
-        for scheduler in _unique([parts[3] for parts in here]):
-            points = {parts[0]: records["/".join(parts)]["values"]["qps"] for parts in here if parts[3] == scheduler}
-            known = {
-                setup: value
-                for setup in setups
-                if (value := published.get(f"{setup}/{workload}/{slo}/{scheduler}:qps")) is not None
-            }
-            ours[scheduler] = (list(points), list(points.values()))
-            if known:
-                theirs[scheduler] = (list(known), list(known.values()))
+    for place in dict.fromkeys((parts[1], parts[2]) for parts, _, _ in found):
+        here = [(parts[3], parts[0], *qps) for parts, *qps in found if (parts[1], parts[2]) == place]
+        ours = _series((scheduler, setup, qps) for scheduler, setup, qps, _ in here)
+        theirs = _series((scheduler, setup, qps) for scheduler, setup, _, qps in here if qps is not None)
         figure = bars(ours, "Capacity (requests/s)", theirs)
         caption = "Highest request rate within the objectives." + " Diamonds: published." * bool(theirs)
-        result.append(Panel(f"{workload}, {slo}", caption, figure, "half", 300))
+        result.append(Panel(", ".join(place), caption, figure, "half", 300))
     return result
 
 
-def _completions(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
+def _completions(records: Records, published: Published) -> list[Panel]:
+    """Draw the decodes completed over time."""
     figure = new_figure()
-    for i, (parts, record) in enumerate(_split(records)):
-        line = record["timeline"]
-        figure.add_scatter(
-            x=line["seconds"], y=line["decodes"], name=parts[-1], mode="lines",
-            line={"color": _colour(parts[-1], i), "width": 2}, hovertemplate="%{y:,.0f}",
-        )  # fmt: skip
+    gaps = []
+    for i, (point, record) in enumerate(records.items()):
+        scheduler, line = point.split("/")[-1], record["timeline"]
+        add_line(figure, line["seconds"], line["decodes"], scheduler, _colour(scheduler, i), "%{y:,.0f}")
+        gaps.append(f"{scheduler} {record['values']['max_tbt']:.3g} s")
     figure.update_xaxes(title_text="Time since the first arrival (s)")
     figure.update_yaxes(title_text="Decodes completed", rangemode="tozero")
-    gaps = "; ".join(f"{parts[-1]} {record['values']['max_tbt']:.3g} s" for parts, record in _split(records))
-    caption = f"A flat step is a stall. The longest gap between a request's tokens (median of the draws): {gaps}."
-    return [Panel("Decodes completed over time", caption, figure, "half", 340)]
+    longest = f"The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
+    return [Panel("Decodes completed over time", f"A flat step is a stall. {longest}", figure, "half", 340)]
 
 
-def _over_rate(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
-    """P99 TBT and median TTFT over the request rate, for each setup and workload."""
+def _over_rate(records: Records, published: Published) -> list[Panel]:
+    """Draw P99 TBT and median TTFT over the request rate, for each setup and workload."""
     result = []
-    for setup, workload in dict.fromkeys((parts[0], parts[1]) for parts, _ in _split(records)):
-        here = [(parts, record) for parts, record in _split(records) if parts[:2] == [setup, workload]]
-        for metric, name in (("p99_tbt", "P99 TBT"), ("p50_ttft", "Median TTFT")):
-            series = {
-                scheduler: (
-                    [float(parts[2]) for parts, _ in here if parts[3] == scheduler],
-                    [record["values"][metric] for parts, record in here if parts[3] == scheduler],
-                )
-                for scheduler in _unique([parts[3] for parts, _ in here])
-            }
+    for place, rows in _places(records, 2):
+        for metric, name in _TAILS:
+            series = _series((scheduler, float(rate), values[metric]) for (rate, scheduler), values in rows)
             figure = lines(series, "Request rate (requests/s)", f"{name} (s)", log=True)
-            result.append(
-                Panel(f"{setup}, {workload}: {name} over the load", "Each point is a run.", figure, "half", 300)
-            )
+            title = f"{', '.join(place)}: {name} over the load"
+            result.append(Panel(title, "Each point is a run.", figure, "half", 300))
     return result
 
 
-def _over_chunk(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
-    """P99 TBT and median TTFT over the chunk size, a line for each model and rate."""
+def _over_chunk(records: Records, published: Published) -> list[Panel]:
+    """Draw P99 TBT and median TTFT over the chunk size, a line for each model and rate."""
     result = []
-    for metric, name in (("p99_tbt", "P99 TBT"), ("p50_ttft", "Median TTFT")):
-        series: dict[str, tuple[list[str], list[float]]] = {}
-        for parts, record in _split(records):
-            xs, ys = series.setdefault(f"{parts[0]}, {parts[2]}/s", ([], []))
-            xs.append(parts[3])
-            ys.append(record["values"][metric])
-        figure = lines(series, "Token budget (tokens)", f"{name} (s)", categories=True, log=True)
+    for metric, name in _TAILS:
+        series = _series(
+            (f"{setup}, {rate}/s", chunk, values[metric])
+            for (setup, _, rate), rows in _places(records, 3)
+            for (chunk,), values in rows
+        )
+        figure = lines(series, "Token budget (tokens)", f"{name} (s)", log=True)
         result.append(Panel(f"{name} by token budget", "Each point is a run.", figure, "half", 300))
     return result
 
 
-def _parallelism(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
-    """TBT of decodes alone over the batch, and the capacities."""
-    series: dict[str, tuple[list[str], list[float]]] = {}
-    for parts, record in _split(records):
-        if "tbt" in record["values"]:
-            xs, ys = series.setdefault(parts[0], ([], []))
-            xs.append(parts[1])
-            ys.append(record["values"]["tbt"])
-    figure = lines(series, "Decodes in the batch", "TBT (s)", categories=True)
+def _parallelism(records: Records, published: Published) -> list[Panel]:
+    """Draw the TBT of decodes alone over the batch, and the capacities."""
+    tbt = {point: record["values"]["tbt"] for point, record in records.items() if "tbt" in record["values"]}
+    series = _series((*point.split("/"), value) for point, value in tbt.items())
+    figure = lines(series, "Decodes in the batch", "TBT (s)")
+    theirs = _series(
+        (*name.removesuffix(":tbt").split("/"), value)  # type: ignore[misc]
+        for name, value in published.items()
+        if name.endswith(":tbt") and name.split("/")[0] in series
+    )
     for i, setup in enumerate(series):
-        known = {
-            name.split("/")[1].split(":")[0]: value
-            for name, value in published.items()
-            if name.startswith(f"{setup}/") and name.endswith(":tbt")
-        }
-        if known:
-            figure.add_scatter(
-                x=list(known), y=list(known.values()), mode="markers", name=f"{setup}, published",
-                marker={"symbol": "diamond", "size": 10, "color": PALETTE[i], "line": {"color": "white", "width": 1.5}},
-            )  # fmt: skip
+        if setup in theirs:
+            xs, ys = theirs[setup]
+            figure.add_scatter(x=xs, y=ys, mode="markers", name=f"{setup}, published", marker=_diamond(PALETTE[i]))
             figure.update_yaxes(range=None, rangemode="tozero")
     about = "A batch of decodes alone, once through all stages. Diamonds: published, read off."
-    searched = {point: record for point, record in records.items() if "qps" in record["values"]}
-    return [Panel("TBT of decodes alone", about, figure, "half", 300), *_capacity(searched, published)]
+    return [Panel("TBT of decodes alone", about, figure, "half", 300), *_capacity(records, published)]
 
 
-def _chunking(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
+def _chunking(records: Records, published: Published) -> list[Panel]:
+    """Draw the time of prompts in chunks over that of whole ones."""
     result = []
-    for setup in _unique([parts[0] for parts, _ in _split(records)]):
-        series: dict[str, tuple[list[str], list[float]]] = {}
-        for parts, record in _split(records):
-            if parts[0] == setup and parts[2] != "whole":
-                xs, ys = series.setdefault(f"chunks of {parts[2]}", ([], []))
-                xs.append(f"{int(parts[1]):,}")
-                ys.append(record["values"]["overhead"])
+    for (setup,), rows in _places(records, 1):
+        series = _series(
+            (f"chunks of {chunk}", f"{int(prompt):,}", values["overhead"])
+            for (prompt, chunk), values in rows
+            if chunk != "whole"
+        )
         figure = bars(series, "Time, relative to whole")
         figure.add_hline(y=1, line={"color": GREY, "width": 1, "dash": "dash"})
         figure.update_xaxes(title_text="Prompt (tokens)")
@@ -208,16 +187,11 @@ def _chunking(records: Records, published: Mapping[str, float | None]) -> list[P
     return result
 
 
-PARTS = ("linear", "attention", "communication", "other", "host")
-
-
-def _operators(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
-    """The time of prompts and of decode batches by kind of operator."""
+def _operators(records: Records, published: Published) -> list[Panel]:
+    """Draw the time of prompts and of decode batches by kind of operator."""
     result = []
-    for setup, phase in dict.fromkeys((parts[0], parts[1]) for parts, _ in _split(records)):
-        here = [(parts[2], record) for parts, record in _split(records) if parts[:2] == [setup, phase]]
-        sizes = [f"{int(size):,}" for size, _ in here]
-        series = {part: (sizes, [1e3 * record["values"][part] for _, record in here]) for part in PARTS}
+    for (setup, phase), rows in _places(records, 2):
+        series = _series((part, f"{int(size):,}", 1e3 * values[part]) for part in PARTS for (size,), values in rows)
         figure = bars({name: points for name, points in series.items() if any(points[1])}, "Time (ms)", stacked=True)
         figure.update_xaxes(title_text="Prompt (tokens)" if phase == "prefill" else "Decodes")
         title = f"{setup}: {'a whole prompt' if phase == 'prefill' else 'a batch of decodes'}"
@@ -225,33 +199,45 @@ def _operators(records: Records, published: Mapping[str, float | None]) -> list[
     return result
 
 
-def _piggyback(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
+def _piggyback(records: Records, published: Published) -> list[Panel]:
+    """Draw the time of decode batches alone, with a chunk and with a whole prompt."""
     result = []
     words = {"with_prompt": "with a whole prompt", "with_chunk": "with a chunk", "alone": "decodes alone"}
-    for setup in _unique([parts[0] for parts, _ in _split(records)]):
-        here = [(parts[1], record) for parts, record in _split(records) if parts[0] == setup]
-        series = {
-            words[name]: ([size for size, _ in here], [1e3 * record["values"][name] for _, record in here])
-            for name in words
-        }
-        figure = lines(series, "Decodes in the batch", "Iteration (ms)", categories=True, log=True)
+    for (setup,), rows in _places(records, 1):
+        series = _series((words[name], size, 1e3 * values[name]) for name in words for (size,), values in rows)
+        figure = lines(series, "Decodes in the batch", "Iteration (ms)", log=True)
         result.append(Panel(f"{setup}: an iteration of decodes", "What its company costs.", figure, "half", 300))
     return result
 
 
-def _ablation(records: Records, published: Mapping[str, float | None]) -> list[Panel]:
-    """P99 TBT and median TTFT of each scheduler, for each workload."""
+def _ablation(records: Records, published: Published) -> list[Panel]:
+    """Draw P99 TBT and median TTFT of each scheduler, for each workload."""
     result = []
-    for metric, name in (("p99_tbt", "P99 TBT"), ("p50_ttft", "Median TTFT")):
-        series: dict[str, tuple[list[str], list[float]]] = {}
-        theirs: dict[str, tuple[list[str], list[float]]] = {}
-        for point, record in records.items():
-            _, workload, _, scheduler = point.split("/")
-            for into, value in ((series, record["values"][metric]), (theirs, published.get(f"{point}:{metric}"))):
-                if value is not None:
-                    xs, ys = into.setdefault(scheduler, ([], []))
-                    xs.append(workload)
-                    ys.append(value)
-        figure = bars(series, f"{name} (s)", theirs)
+    for metric, name in _TAILS:
+        ours, theirs = (
+            _series(
+                (point.split("/")[3], point.split("/")[1], value)
+                for point, value in values.items()
+                if value is not None
+            )
+            for values in (
+                {point: record["values"][metric] for point, record in records.items()},
+                {point: published.get(f"{point}:{metric}") for point in records},
+            )
+        )
+        figure = bars(ours, f"{name} (s)", theirs)
         result.append(Panel(f"{name} of each scheduler", "Diamonds: published.", figure, "half", 300))
     return result
+
+
+_DRAWINGS: dict[str, Callable[[Records, Published], list[Panel]]] = {
+    "capacity": _capacity,
+    "completions": _completions,
+    "over_rate": _over_rate,
+    "over_chunk": _over_chunk,
+    "parallelism": _parallelism,
+    "chunking": _chunking,
+    "operators": _operators,
+    "piggyback": _piggyback,
+    "table": _ablation,
+}

@@ -13,8 +13,20 @@ from typing import Any
 
 from studies.calibration.kinds import PAGES
 from studies.pages.figures import Panel
-from studies.pages.page import Cell, Page, Tone, cards, details, facts_table, footer, header, numbers_table, text
-from studies.pages.validation_figures import ERROR_HEADS, coloured, error_cells, panels
+from studies.pages.page import (
+    Cell,
+    Page,
+    Tone,
+    about,
+    cards,
+    coloured,
+    details,
+    facts_table,
+    footer,
+    header,
+    numbers_table,
+)
+from studies.pages.validation_figures import ERROR_HEADS, error_cells, panels
 from studies.validation.record import Judgement, judge
 from studies.words import number, percent, seconds
 
@@ -48,9 +60,6 @@ def write_validation(results: Mapping[str, Any], path: Path) -> Path:
     page.add(details("What ran", facts_table(_facts(results))))
     page.add(footer(f" {results['version']}" if "version" in results else ""))
     return page.write(path)
-
-
-# -- the header ----------------------------------------------------------------------------------------------------
 
 
 def _header(results: Mapping[str, Any]) -> str:
@@ -125,9 +134,6 @@ def _among(load: Mapping[str, Any], loads: Sequence[Mapping[str, Any]]) -> str:
     return _where(load) if load["load"] is None else f"at {100 * load['load']:g} % load"
 
 
-# -- numbers -------------------------------------------------------------------------------------------------------
-
-
 def _cards(results: Mapping[str, Any]) -> str:
     loads, capacity = results["loads"], results["capacity"]
     iterations = [load["iterations"] for load in loads]
@@ -165,7 +171,7 @@ def _by_load(loads: Sequence[Mapping[str, Any]]) -> Panel:
 
 def _about(load: Mapping[str, Any]) -> str:
     words = f"{load['requests']:,} requests in {seconds(load['engine_s'])}. {_capital(load['largest'])}."
-    return f"<p class='source' style='margin:0 0 10px'>{text(words)}</p>"
+    return about(words)
 
 
 def _operators(operators: Mapping[str, Mapping[str, Any]]) -> Panel:

@@ -9,22 +9,14 @@ import numpy as np
 
 from engine.results.metric_table import Metric, drawn_metrics
 from engine.results.metrics import QUANTILES
-from studies.pages.figures import (
-    BLUE,
-    GOOD,
-    ORANGE,
-    Panel,
-    Points,
-    new_figure,
-    predicted_by_measured,
-    share_axis,
-    value_axis,
-)
-from studies.pages.page import Cell, numbers_table
+from studies.pages.figures import BLUE, GOOD, ORANGE, Panel, Points, predicted_by_measured
+from studies.pages.latency_figures import Curve, latency_cdf
+from studies.pages.page import Cell, coloured, numbers_table
 from studies.validation.compare import BATCH_KINDS, STATISTICS
 from studies.validation.record import judge
 from studies.words import percent, seconds
 
+_NO_GAPS = "No request has more than one output token on both sides."
 _COLOURS = dict(zip(BATCH_KINDS, (BLUE, ORANGE, GOOD), strict=True))
 _STATISTICS = {name: name if name == "mean" else name.upper() for name in STATISTICS}
 ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
@@ -32,29 +24,18 @@ ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 
 def panels(load: Mapping[str, Any]) -> list[Panel]:
     """All panels of a load."""
-    distributions = [latency_cdf(load, metric) for metric in drawn_metrics()]
+    distributions = [_latency(load, metric) for metric in drawn_metrics()]
     return [*distributions, iteration_times(load), latency_table(load), iteration_table(load), batch_order(load)]
 
 
-def latency_cdf(load: Mapping[str, Any], metric: Metric) -> Panel:
-    """The share of requests (or token gaps) within each latency, on the engine and simulated."""
-    name = metric.title or metric.name
-    drawn = load["curves"].get(metric.key)
-    if drawn is None:
-        return Panel(name, "No request has more than one output token on both sides.", width="third")
-    curves = {"engine": (BLUE, "solid"), "simulated": (ORANGE, "dash")}
-    every = np.concatenate([drawn[run] for run in curves])
-    scale, unit = (1.0, "s") if every.max() >= 1 else (1e3, "ms")
-    figure = new_figure()
-    for run, (colour, dash) in curves.items():
-        figure.add_scatter(
-            x=scale * np.array(drawn[run]), y=100 * QUANTILES, name=run, mode="lines",
-            line={"color": colour, "width": 2.5, "dash": dash},
-            hovertemplate=f"{run}: %{{y:.4~r}} % within %{{x:.3~r}} {unit}<extra></extra>",
-        )  # fmt: skip
-    figure.update_xaxes(title_text=f"{metric.name} ({unit})", **value_axis(scale * every[every > 0]))
-    share_axis(figure)
-    return Panel(name, f"Height: share of {metric.things} within this time.", figure, "third", 290)
+def _latency(load: Mapping[str, Any], metric: Metric) -> Panel:
+    drawn = load["curves"].get(metric.key, {})
+    curves = [
+        Curve(run, QUANTILES, np.array(drawn[run]), colour, dash)
+        for run, colour, dash in (("engine", BLUE, "solid"), ("simulated", ORANGE, "dash"))
+        if drawn
+    ]
+    return latency_cdf(metric, curves, nothing=_NO_GAPS, height_px=290)
 
 
 def iteration_times(load: Mapping[str, Any]) -> Panel:
@@ -122,14 +103,6 @@ def iteration_table(load: Mapping[str, Any]) -> Panel:
 def error_cells(found: Mapping[str, Any]) -> list[str]:
     """The cells under ERROR_HEADS."""
     return [percent(found.get(name), sign=name == "bias") for name in ("mape", "p50", "p95", "bias")]
-
-
-def coloured(words: str, met: bool | None) -> Cell:
-    """A cell that shows whether a target is met; None: there is none."""
-    return words if met is None else ("good" if met else "bad", words)
-
-
-# -- the order of the batches --------------------------------------------------------------------------------------
 
 
 def batch_order(load: Mapping[str, Any]) -> Panel:

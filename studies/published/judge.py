@@ -78,10 +78,9 @@ def _judge(claim: Claim, records: Records, known: Mapping[str, float | None]) ->
         ours_value = _number(claim, given)
         assert claim.published is not None
         off = ours_value / claim.published - 1 if claim.compare in ("value", "ratio", "up_to") else None
-        agrees = {
-            "at_least": ours_value >= claim.published,
-            "at_most": ours_value <= claim.published,
-        }.get(claim.compare, off is not None and abs(off) <= claim.tolerance)
+        agrees = {"at_least": ours_value >= claim.published, "at_most": ours_value <= claim.published}.get(
+            claim.compare, off is not None and abs(off) <= claim.tolerance
+        )
         times = "" if claim.compare == "value" else " times"
         ours = f"{number(ours_value)}{times}" if np.isfinite(ours_value) else "without a bound: the other is 0"
         off = off if off is None or np.isfinite(off) else None
@@ -144,9 +143,6 @@ def tally(judgements: Sequence[Judgement]) -> list[tuple[str, int, int]]:
         if judged:
             counts.append((kind, sum(bool(each.agrees) for each in judged), len(judged)))
     return counts
-
-
-# -- the accuracy of the choice ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,6 @@ def compute(point: Point) -> dict[str, Any]:
     return TASKS[point.task](point, point.deployment())
 
 
-# -- simulated -----------------------------------------------------------------------------------------------------
-
-
 def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     """The capacity, and the batches of the run at it."""
     slos = [SLO.parse(text) for text in point.slos]
@@ -143,9 +140,6 @@ def completions(iterations: Columns | None, deployment: Deployment) -> dict[str,
     total = np.concatenate([[0], np.cumsum(counts)])
     done = total[np.searchsorted(ends, moments, side="right")]
     return {"seconds": moments.round(3).tolist(), "decodes": done.astype(float).tolist()}
-
-
-# -- predicted -----------------------------------------------------------------------------------------------------
 
 
 def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
