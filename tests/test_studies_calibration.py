@@ -103,7 +103,7 @@ def test_record_holds_what_was_measured_and_predicted(calibration: Calibration, 
     assert record.lacking == []
     for kind in record.kinds:
         rows = frame[frame["kind"] == kind.kind]
-        assert kind.rows == len(rows) and not kind.carried_over
+        assert kind.record["provenance"]["rows"] == len(rows) and not kind.carried_over
         assert kind.scatter is not None and kind.by_size is not None
         assert kind.scatter.total == kind.scatter.fitted == len(rows)
         assert sorted(kind.scatter.measured_s) == pytest.approx(sorted(rows["time_ms"] / 1e3))

@@ -23,7 +23,7 @@ from studies.capacity.search import find_capacity
 from studies.capacity.trial import at_rate, simulated_trial
 from studies.pages.capacity_figures import MOST_BARS, capacity_bars, speed_front, trials
 from studies.pages.capacity_record import Point, Search, read_search, read_sweep, responses, threshold
-from studies.pages.compare_figures import run_panels
+from studies.pages.compare import run_panels
 from studies.pages.compare_record import (
     bubbles,
     differing_settings,

@@ -162,44 +162,38 @@ def _notes(calibration: Calibration) -> list[str]:
 
 
 def _by_model(calibrations: Sequence[Calibration]) -> Iterable[str]:
-    some = False
-    for calibration in calibrations:
-        each = _groups(calibration, "gemm").get("each")
-        if each:
-            some = True
-            ordered = sorted(each.items(), key=lambda item: -item[1])
-            yield _table([f"left out, on {calibration.device}", "mean over 20 us"],
-                         [[name, percent(value)] for name, value in ordered], left=1)  # fmt: skip
-            fresh = calibration.records["gemm"].get("held_out_new_shapes", {}).get("groups_over_20us", {})
-            if fresh.get("each"):
-                worst = max(fresh["each"], key=lambda name: fresh["each"][name])
-                yield _wrap(
-                    f"Models share weight shapes (half of CodeLlama-34b's are the 70B models' too, and those share "
-                    f"all theirs), so a model left out is partly known. With its shapes out of the fit too the mean is "
-                    f"{percent(fresh['mean'])}, the worst {percent(fresh['each'][worst])} ({worst}): what to expect of "
-                    f"a model unlike those measured, and what the intervals are made from."
-                )
-    if not some:
+    grouped = [(each, groups["each"]) for each in calibrations if (groups := _groups(each, "gemm")).get("each")]
+    if not grouped:
         yield "No calibration was held out by few enough groups to list."
+    for calibration, each in grouped:
+        ordered = sorted(each.items(), key=lambda item: -item[1])
+        heads = [f"left out, on {calibration.device}", "mean over 20 us"]
+        yield _table(heads, [[name, percent(value)] for name, value in ordered], left=1)
+        fresh = _groups(calibration, "gemm", "held_out_new_shapes")
+        if fresh.get("each"):
+            worst = max(fresh["each"], key=lambda name: fresh["each"][name])
+            yield _wrap(
+                f"Models share weight shapes (half of CodeLlama-34b's are the 70B models' too, and those share "
+                f"all theirs), so a model left out is partly known. With its shapes out of the fit too the mean is "
+                f"{percent(fresh['mean'])}, the worst {percent(fresh['each'][worst])} ({worst}): what to expect of "
+                f"a model unlike those measured, and what the intervals are made from."
+            )
 
 
 def _learners(calibrations: Sequence[Calibration]) -> str:
-    means = [
-        f"{percent(mean)} on {calibration.device}"
-        for calibration in calibrations
-        if calibration.device in GEMM_MEAN and (mean := _groups(calibration, "gemm").get("mean")) is not None
-    ]
-    worst = [
-        f"{groups['worst_is']} is the worst on {calibration.device} with {percent(groups['worst'])}"
-        for calibration in calibrations
-        if (groups := _groups(calibration, "gemm")).get("worst") is not None
-    ]
+    means, picks = [], []
+    for calibration in calibrations:
+        groups, device = _groups(calibration, "gemm"), calibration.device
+        if device in GEMM_MEAN and groups.get("mean") is not None:
+            means.append(f"{percent(groups['mean'])} on {device}")
+        if groups.get("worst") is not None:
+            picks.append(f"{groups['worst_is']} is the worst on {device} with {percent(groups['worst'])}")
     ships = f"; what ships averages the two ({' and '.join(means)})" if means else ""
-    return _LEARNERS.format(ships=ships, picks="; ".join(worst) or "no model was held out")
+    return _LEARNERS.format(ships=ships, picks="; ".join(picks) or "no model was held out")
 
 
-def _groups(calibration: Calibration, kind: str) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = calibration.records.get(kind, {}).get("held_out", {}).get("groups_over_20us", {})
+def _groups(calibration: Calibration, kind: str, held_out: str = "held_out") -> Mapping[str, Any]:
+    found: Mapping[str, Any] = calibration.records.get(kind, {}).get(held_out, {}).get("groups_over_20us", {})
     return found
 
 
@@ -207,20 +201,12 @@ def _provenance(calibration: Calibration) -> str:
     rows = []
     for kind, record in calibration.records.items():
         facts = record["provenance"]
-        origins = sorted({_origin(source) for source in facts["sources"]})
+        count = len(facts["sources"])
+        origins = sorted({re.split(r"[\s@]", source, maxsplit=1)[0] for source in facts["sources"]})  # repositories
         words = [", ".join(facts[name]) or "unknown" for name in ("measured_on", "software", "kernels", "dates")]
-        rows.append([page_of(kind).name, *words, f"{', '.join(origins)} ({_tables(len(facts['sources']))})"])
+        rows.append([page_of(kind).name, *words, f"{', '.join(origins)} ({count} table{'s' * (count != 1)})"])
     table = _table(["operator", "measured on", "software", "kernels", "dates", "source"], rows, left=6)
     return f"### Sources of {calibration.device}\n\n{table}"
-
-
-def _tables(count: int) -> str:
-    return f"{count} table{'s' * (count != 1)}"
-
-
-def _origin(source: str) -> str:
-    """The repository that a source lies in."""
-    return re.split(r"[\s@]", source, maxsplit=1)[0]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -16,7 +16,7 @@ from engine.results.tables import Array
 from engine.specs import DeviceSpec
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.kind import KindModel
-from studies.calibration.kinds import PAGES, page_of
+from studies.calibration.kinds import PAGES, KindPage, page_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,18 +63,12 @@ class Efficiency:
 
 @dataclass(frozen=True, eq=False)
 class KindRecord:
-    """One kind of operator. `held_out` is the calibration's own record of errors."""
+    """One kind of operator. `record` is the calibration's own, `page` what there is to say about the kind."""
 
     kind: str
-    name: str
-    learned_on: str
+    page: KindPage
+    record: Mapping[str, Any]
     carried_over: bool
-    rows: int
-    held_out: Mapping[str, Any]
-    left_out: str
-    covers: float
-    meant_to_cover: float
-    provenance: Mapping[str, Any]
     range_words: list[str]
     scatter: Scatter | None = None
     by_size: SizeErrors | None = None
@@ -111,27 +105,11 @@ def read_calibration(
             )
             by_size = errors_by_size(measured, predicted)
             efficiency = efficiencies(*page.limits(model, rows, columns), measured, predicted)
-        kinds.append(
-            KindRecord(
-                kind=kind,
-                name=page.name,
-                learned_on=record["learned_on"],
-                carried_over=record["learned_on"] != calibration.device,
-                rows=record["provenance"]["rows"],
-                held_out=record["held_out"],
-                left_out=page.left_out(record),
-                covers=record["interval"]["covers"],
-                meant_to_cover=record["interval"]["meant_to_cover"],
-                provenance=record["provenance"],
-                range_words=page.range_words(model),
-                scatter=scatter,
-                by_size=by_size,
-                efficiency=efficiency,
-            )
-        )
-    return CalibrationRecord(
-        device, kinds, [page.name for kind, page in PAGES.items() if kind not in calibration.models]
-    )
+        carried_over = record["learned_on"] != calibration.device
+        ranges = page.range_words(model)
+        kinds.append(KindRecord(kind, page, record, carried_over, ranges, scatter, by_size, efficiency))
+    lacking = [page.name for kind, page in PAGES.items() if kind not in calibration.models]
+    return CalibrationRecord(device, kinds, lacking)
 
 
 def comparable(model: KindModel[Any], record: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from engine.errors import unknown
 from studies.pages.capacity_record import Point, Search, Tried, threshold
 from studies.pages.compare_record import not_dominated
-from studies.pages.figures import GOOD, GREY, Panel, faded, new_figure, series_style, value_axis
+from studies.pages.figures import GOOD, GREY, Panel, add_line, faded, new_figure, series_style, value_axis
 from studies.words import number
 
 MOST_BARS = 40
@@ -36,7 +36,8 @@ def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = N
 
     `colours`: of the searches by their names, where they are not all to have the same one.
     """
-    shown = _most(points, lambda point: point.qps)
+    highest_first = sorted(points, key=lambda point: -(point.qps or 0.0))
+    shown = list(points) if len(points) <= MOST_BARS else highest_first[:MOST_BARS]
     series: list[tuple[str, str, list[float | None]]] = [
         (f"simulated{f', {group}' if group else ''}", series_style(i)[0],
          [point.qps if point.group == group else None for point in shown])
@@ -78,11 +79,7 @@ def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = N
 
 def _words(point: Point) -> str:
     """What stands beside a capacity."""
-    if point.outcome == "none":
-        return "none"
-    if point.outcome == "all":
-        return f"{number(point.qps or 0.0)}, all at once"
-    return number(point.qps or 0.0)
+    return "none" if point.outcome == "none" else number(point.qps) + ", all at once" * (point.outcome == "all")
 
 
 def _ranked(points: Sequence[Point], title: str, axis: str, value: Callable[[Point], float | None]) -> Panel:
@@ -140,10 +137,8 @@ def speed_front(points: Sequence[Point], title: str, unit: str, metric: str, sta
         )  # fmt: skip
     steps = [k for k in np.argsort(values[:, 0], kind="stable") if front[k]]
     if len(steps) > 1:
-        figure.add_scatter(
-            x=values[steps, 0], y=values[steps, 1], ids=[names[k] for k in steps], name="front", mode="lines",
-            hoverinfo="skip", line={"color": GREY, "width": 1.5, "dash": "dot", "shape": "vh"},
-        )  # fmt: skip
+        x, y, ids = values[steps, 0], values[steps, 1], [names[k] for k in steps]
+        add_line(figure, x, y, "front", GREY, "", width=1.5, dash="dot", line_shape="vh", ids=ids)
         caption += " Dotted: those that no other beats in both."
     figure.update_layout(hovermode="closest")
     figure.update_xaxes(title_text=unit, **(value_axis(values[:, 0]) | {"type": "linear", "range": [0, right]}))
@@ -167,11 +162,9 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
         for i, (slo, found) in enumerate(lines.items()):
             colour = own[search.name] if several else series_style(i)[0]
             rates, values = zip(*found, strict=True)
-            figure.add_scatter(
-                x=rates, y=values, name=slo, mode="lines+markers", marker={"size": 7, "color": colour},
-                line={"color": colour, "width": 1.8},
-                hovertemplate="%{x:.4~r} requests/s: %{y:.3~r} times the threshold",
-            )  # fmt: skip
+            hover = "%{x:.4~r} requests/s: %{y:.3~r} times the threshold"
+            marker = {"size": 7, "color": colour}
+            add_line(figure, rates, values, slo, colour, hover, width=1.8, mode="lines+markers", marker=marker)
     given_up = [(search, trial) for search in searches for trial in search.trials if trial.stopped_early]
     if given_up:
         figure.add_scatter(
@@ -182,12 +175,10 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
         )  # fmt: skip
     for search in searches:
         if search.point.outcome == "found" and search.point.qps:
-            figure.add_scatter(
-                x=[search.point.qps] * 2, y=[top / _SPAN / 2, 2 * top], mode="lines",
-                name=f"capacity of {search.name}" if several else "capacity", showlegend=not several,
-                line={"color": own[search.name] if several else GREY, "width": 1.5, "dash": "dash"},
-                hovertemplate=f"capacity: {search.point.qps:.4g} requests/s<extra></extra>",
-            )  # fmt: skip
+            name, colour = (f"capacity of {search.name}", own[search.name]) if several else ("capacity", GREY)
+            hover = f"capacity: {search.point.qps:.4g} requests/s<extra></extra>"
+            ends = [search.point.qps] * 2, [top / _SPAN / 2, 2 * top]
+            add_line(figure, *ends, name, colour, hover, width=1.5, dash="dash", showlegend=not several)
     shown = np.array([*(max(each, top / _SPAN) for each in finite), 1.0, top])
     tried = np.array([trial.rate for search in searches for trial in search.trials])
     near = [search.point.qps for search in searches if search.point.outcome == "found" and search.point.qps]
@@ -210,13 +201,6 @@ def _margins(trial: Tried, together: str | None) -> dict[str, float]:
     """The finite margins of a trial; with a name only the worst of all, by that name."""
     margins = trial.margins if together is None else {together: max(trial.margins.values())}
     return {slo: margin for slo, margin in margins.items() if isfinite(margin)}
-
-
-def _most(points: Sequence[Point], value: Callable[[Point], float | None]) -> list[Point]:
-    """The points in their order, or where there are too many the highest of them, from the highest on."""
-    if len(points) <= MOST_BARS:
-        return list(points)
-    return sorted(points, key=lambda point: -(value(point) or 0.0))[:MOST_BARS]
 
 
 def _left_out(points: Sequence[Point], shown: Sequence[Point]) -> str:

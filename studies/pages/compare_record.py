@@ -170,7 +170,7 @@ def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 
 
 def _settings(record: Record) -> Iterator[tuple[str, str]]:
-    yield from flat(record.config)
+    yield from flat(record.config, number="{:.6g}".format)
     replicas = record.summary["replicas"]
     yield "KV blocks", f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
     yield "times", "; ".join(dict.fromkeys(replica.get("predictor") or "measured" for replica in replicas))

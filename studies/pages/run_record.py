@@ -11,7 +11,7 @@ value of a bin is the mean over the time in it that a batch was running; a bin w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,18 +101,20 @@ def read_record(folder: Path) -> Record:
     )
 
 
-def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def flat(value: Any, name: str = "", number: Callable[[float], str] = str) -> Iterator[tuple[str, str]]:
     """Yield names and values of nested settings: an inner name comes after its outer one and a dot."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from flat(inner, f"{name}.{key}" if name else str(key))
+            yield from flat(inner, f"{name}.{key}" if name else str(key), number)
     elif isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
         for i, inner in enumerate(value):
-            yield from flat(inner, f"{name}.{i}")
+            yield from flat(inner, f"{name}.{i}", number)
     elif value in (None, "", []):
         yield name, NOT_SET
+    elif isinstance(value, list):
+        yield name, ", ".join(map(str, value))
     else:
-        yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield name, number(value) if isinstance(value, float) else str(value)
 
 
 def read_timeline(path: Path, summary: dict[str, Any], start_s: float, end_s: float) -> Timeline:

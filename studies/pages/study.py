@@ -6,6 +6,7 @@ write_page("capacity", experiment, records, Path("report.html"))
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -69,11 +70,7 @@ def host_name(host: str) -> str:
 
 
 def _named(drawn: Sequence[Panel], host: str) -> list[Panel]:
-    words = HOSTS.get(host, host)
-    return [
-        Panel(f"{panel.title}, {words}", panel.caption, panel.figure, panel.width, panel.height_px, panel.table)
-        for panel in drawn
-    ]
+    return [replace(panel, title=f"{panel.title}, {HOSTS.get(host, host)}") for panel in drawn]
 
 
 def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
@@ -117,35 +114,32 @@ def _cell(judgement: Judgement) -> Cell:
     return ("good" if judgement.agrees else "bad", f"{judgement.ours}{off}")
 
 
-def _about_choices(table: Sequence[Choice], host: str) -> str:
-    known = [choice.spearman for choice in table if choice.spearman is not None]
-    worst = max(choice.regret for choice in table)
+def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str | None]:
+    """Return in how many places the best was chosen, the largest regret and error, and the lowest correlation."""
     right = sum(choice.chosen == choice.best for choice in table)
+    known = [choice.spearman for choice in table if choice.spearman is not None]
+    regret, error = (max(getattr(choice, name) for choice in table) for name in ("regret", "worst_error"))
+    return f"{right} of {len(table)} places", regret, error, f"{min(known):.2f}" if known else None
+
+
+def _about_choices(table: Sequence[Choice], host: str) -> str:
+    right, regret, _, correlation = _choices_in_numbers(table)
     words = (
         f"The scheduler with the highest capacity at the search's usual tolerance, against every scheduler's capacity "
         f"to 0.5 % with each trial run to its end, as {host_name(host)}: the best one is "
-        f"chosen in {right} of {len(table)} places; the largest regret is {percent(worst)}"
+        f"chosen in {right}; the largest regret is {percent(regret)}"
     )
-    if known:
-        words += f", the lowest rank correlation {min(known):.2f}"
-    return f"<p>{escape(words)}.</p>"
+    lowest = f", the lowest rank correlation {correlation}" if correlation else ""
+    return f"<p>{escape(words + lowest)}.</p>"
 
 
 def choices_table(table: Sequence[Choice]) -> str:
-    """A row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
-    rows: list[tuple[str, list[Cell]]] = [
-        (
-            choice.place,
-            [
-                choice.chosen,
-                choice.best,
-                "-" if choice.spearman is None else f"{choice.spearman:.2f}",
-                percent(choice.regret),
-                percent(choice.worst_error),
-            ],
-        )
-        for choice in table
-    ]
+    """Return a row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
+    rows: list[tuple[str, list[Cell]]] = []
+    for choice in table:
+        correlation = "-" if choice.spearman is None else f"{choice.spearman:.2f}"
+        costs = percent(choice.regret), percent(choice.worst_error)
+        rows.append((choice.place, [choice.chosen, choice.best, correlation, *costs]))
     heads = ("Place", "Chosen", "Best", "Rank correlation", "Regret", "Largest error of a capacity")
     return numbers_table(heads, rows)
 
@@ -182,14 +176,11 @@ def _markdown_cell(judgement: Judgement) -> str:
 
 
 def _markdown_choices(table: Sequence[Choice], host: str) -> str:
-    known = [choice.spearman for choice in table if choice.spearman is not None]
-    right = sum(choice.chosen == choice.best for choice in table)
-    regret, error = (max(getattr(choice, name) for choice in table) for name in ("regret", "worst_error"))
-    correlation = f"; rank correlation {min(known):.2f} or more" if known else ""
+    right, regret, error, lowest = _choices_in_numbers(table)
+    correlation = f"; rank correlation {lowest} or more" if lowest else ""
     return (
         f"The search's choice of a scheduler against an exhaustive one at 0.5 % ({host_name(host)}): the best in "
-        f"{right} of {len(table)} places, regret at most {percent(regret)}, capacities off by at most "
-        f"{percent(error)}{correlation}."
+        f"{right}, regret at most {percent(regret)}, capacities off by at most {percent(error)}{correlation}."
     )
 
 

@@ -92,8 +92,7 @@ def _number(claim: Claim, values: Sequence[float]) -> float:
     """What a claim's values come to."""
     if claim.compare == "value":
         return values[0]
-    pairs = zip(values[::2], values[1::2], strict=True) if claim.compare == "up_to" else [(values[0], values[1])]
-    return max(above / below if below else float("inf") if above else float("nan") for above, below in pairs)
+    return max(_ratios(values if claim.compare == "up_to" else values[:2]))
 
 
 def _published(claim: Claim) -> str:
@@ -109,8 +108,7 @@ def _explain(claim: Claim, values: Sequence[float], records: Records, known: Map
     """Why ours differs, as far as the runs say."""
     parts = [claim.if_missed] if claim.if_missed else []
     shown: dict[str, None] = {}
-    names = _extreme_pair(claim, values)
-    for name in names:
+    for name in _extreme_pair(claim, values):
         point, _, metric = name.rpartition(":")
         ours, published = value_of(records, name), known.get(name)
         words = f"{point} has {metric} {number(ours or 0.0)}"
@@ -127,22 +125,23 @@ def _explain(claim: Claim, values: Sequence[float], records: Records, known: Map
 
 
 def _extreme_pair(claim: Claim, values: Sequence[float]) -> Sequence[str]:
-    """The values that a verdict is about: of several pairs the one with the largest ratio."""
+    """Return the values that a verdict is about: of several pairs the one with the largest ratio."""
     if claim.compare != "up_to":
         return claim.of
-    ratios = [above / below if below else float("inf") for above, below in zip(values[::2], values[1::2], strict=True)]
-    best = int(np.argmax(ratios))
+    best = int(np.argmax(_ratios(values)))
     return claim.of[2 * best : 2 * best + 2]
+
+
+def _ratios(values: Sequence[float]) -> list[float]:
+    """Return the ratio of each pair: without a bound where the second is 0, and no number where both are."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return [above / below if below else float("inf") if above else float("nan") for above, below in pairs]
 
 
 def tally(judgements: Sequence[Judgement]) -> list[tuple[str, int, int]]:
     """For each kind of claim that was judged: its name, how many agree, of how many."""
-    counts = []
-    for kind in KINDS:
-        judged = [each for each in judgements if each.kind == kind and each.agrees is not None]
-        if judged:
-            counts.append((kind, sum(bool(each.agrees) for each in judged), len(judged)))
-    return counts
+    verdicts = {kind: [e.agrees for e in judgements if e.kind == kind and e.agrees is not None] for kind in KINDS}
+    return [(kind, sum(agrees), len(agrees)) for kind, agrees in verdicts.items() if agrees]
 
 
 @dataclass(frozen=True)

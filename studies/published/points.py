@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
@@ -116,47 +117,31 @@ def expand(experiment: Experiment, host: str) -> list[Point]:
 
 
 def _of_block(block: Block, name: str, experiment: Experiment, host: str) -> list[Point]:
-    common = Point(
-        name,
-        block.task,
-        host,
-        experiment.setups[name],
-        exact=block.exact,
-        timeline=block.timeline,
-        context=block.context,
-    )
+    """Return the points of a block on one of its setups."""
+    common = Point(name, block.task, host, experiment.setups[name], exact=block.exact, timeline=block.timeline,
+                   context=block.context)  # fmt: skip
+    return [replace(common, id=f"{name}/{place}", **given) for place, given in _combinations(block, experiment)]
+
+
+def _combinations(block: Block, experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each of a block's points below its setup, and what it is given."""
     if block.task in ("search", "run"):
-        common = replace(common, num_prompts=block.num_prompts, draws=block.draws)
-        loads: list[tuple[str, dict[str, Any]]]
-        if block.task == "search":
-            loads = [(slo, {"slos": tuple(texts)}) for slo, texts in block.slos.items()]
-        else:
+        loads: list[tuple[str, dict[str, Any]]] = [(slo, {"slos": tuple(texts)}) for slo, texts in block.slos.items()]
+        if block.task == "run":
             loads = [(f"{rate:g}", {"rate": rate}) for rate in block.rates]
-        return [
-            replace(
-                common,
-                id=f"{name}/{workload}/{load}/{scheduler}",
-                requests=experiment.workloads[workload],
-                scheduling=scheduling,
-                **given,
-            )
-            for workload, (load, given), (scheduler, scheduling) in product(
-                block.workloads, loads, block.schedulers.items()
-            )
-        ]
-    if block.task == "prefill":
-        return [
-            replace(common, id=f"{name}/{prompt}/{chunk or 'whole'}", prompt=prompt, chunk=chunk)
-            for prompt, chunk in product(block.prompts, [0, *block.chunks])
-            if chunk < prompt
-        ]
-    if block.task == "operators":
-        prompts = [replace(common, id=f"{name}/prefill/{prompt}", prompt=prompt) for prompt in block.prompts]
-        decodes = [replace(common, id=f"{name}/decode/{batch}", batch=batch) for batch in block.batches]
-        return prompts + decodes
-    if block.task == "piggyback":
-        return [
-            replace(common, id=f"{name}/{batch}", batch=batch, chunk=block.chunks[0], prompt=block.prompts[0])
-            for batch in block.batches
-        ]
-    return [replace(common, id=f"{name}/{batch}", batch=batch) for batch in block.batches]
+        shared = {"num_prompts": block.num_prompts, "draws": block.draws}
+        for workload, (load, given), (scheduler, scheduling) in product(
+            block.workloads, loads, block.schedulers.items()
+        ):
+            served = {"requests": experiment.workloads[workload], "scheduling": scheduling}
+            yield f"{workload}/{load}/{scheduler}", {**shared, **served, **given}
+    elif block.task == "prefill":
+        for prompt, chunk in product(block.prompts, [0, *block.chunks]):
+            if chunk < prompt:
+                yield f"{prompt}/{chunk or 'whole'}", {"prompt": prompt, "chunk": chunk}
+    elif block.task == "operators":
+        yield from ((f"prefill/{prompt}", {"prompt": prompt}) for prompt in block.prompts)
+        yield from ((f"decode/{batch}", {"batch": batch}) for batch in block.batches)
+    else:
+        beside = {"chunk": block.chunks[0], "prompt": block.prompts[0]} if block.task == "piggyback" else {}
+        yield from ((f"{batch}", {"batch": batch, **beside}) for batch in block.batches)

@@ -70,17 +70,8 @@ def run_pair(
     for each in folders:
         if each is not None:
             each.mkdir(parents=True)
-    engine = serve(
-        workload,
-        deployment.replica,
-        executor,
-        seed=seed,
-        slos=slos,
-        folder=folders[0],
-        on_progress=on_progress,
-        on_batch=on_batch,
-        clock=clock,
-    )
+    engine = serve(workload, deployment.replica, executor, seed=seed, slos=slos, folder=folders[0],
+                   on_progress=on_progress, on_batch=on_batch, clock=clock)  # fmt: skip
     simulated = simulate(workload, [deployment], seed=seed, slos=slos, folder=folders[1])
     measured, predicted = (_iterations(run, place) for run, place in zip((engine, simulated), folders, strict=True))
     return Pair(engine, simulated, measured, predicted, shapes, np.array(compute))
@@ -144,14 +135,12 @@ def _iteration_errors(pair: Pair, deployment: Deployment) -> dict[str, Any]:
                for name in BATCH_KINDS if (kinds == name).any()}  # fmt: skip
     total = float(actual.sum())
     host = deployment.host
-    added = _added(host, shapes, deployment) if stages == 1 and host is not None else None
-    if added is None:
-        off = (predicted - actual).sum(axis=0)
-        contributions = {name: float(off[kinds == name].sum()) / total for name in by_kind}
-    else:
+    off, of_host = (predicted - actual).sum(axis=0), {}
+    if stages == 1 and host is not None:
+        added = _added(host, shapes, deployment)
         off = predicted[0] - added - pair.compute_s
-        contributions = {name: float(off[kinds == name].sum()) / total for name in by_kind}
-        contributions["host"] = float((added - (actual[0] - pair.compute_s)).sum()) / total
+        of_host = {"host": float((added - (actual[0] - pair.compute_s)).sum()) / total}
+    contributions = {name: float(off[kinds == name].sum()) / total for name in by_kind} | of_host
     return {
         **errors(actual.ravel(), predicted.ravel()),
         "bias_of_time": float(predicted.sum()) / total - 1,

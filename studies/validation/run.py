@@ -22,7 +22,7 @@ from engine.specs.device_folder import PROFILE_FILE, folder_of, profile_settings
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment
 from simulator.predictor import calibration as store
-from studies.validation.compare import compare, run_pair
+from studies.validation.compare import Pair, compare, run_pair
 from studies.validation.record import curves
 
 
@@ -52,42 +52,28 @@ class Validation:
         check_machine(self.deployment.replica, executor)
         deployment = replace(self.deployment, replica=self.deployment.replica.with_blocks(executor.num_blocks))
         results = self._describe(deployment, executor)
+
+        def pair_of(spec: WorkloadSpec, name: str) -> tuple[Workload, Pair]:
+            workload = make_workload(spec)
+            place = folder / name if folder is not None else None
+            return workload, run_pair(
+                workload, deployment, executor, place, seed=self.seed, slos=self.slos, clock=self.clock,
+                on_progress=lambda finished: on_progress(name, finished, len(workload)),
+            )  # fmt: skip
+
         rates: list[tuple[float | None, float | None]] = [(None, self.workload.request_rate)]
         if self.loads:
-            burst = replace(self.workload, request_rate=None, arrival="burst")
-            pair = self._pair(make_workload(burst), deployment, executor, folder, "burst", on_progress)
+            _, pair = pair_of(replace(self.workload, request_rate=None, arrival="burst"), "burst")
             real, simulated = (run.summary["request_throughput"] for run in (pair.engine, pair.simulated))
             results["capacity"] = {"engine": real, "simulated": simulated, "error": simulated / real - 1}
             rates = [(load, load * simulated) for load in self.loads]
         for load, rate in rates:
             spec = self.workload if load is None else replace(self.workload, request_rate=rate, arrival=None)
-            workload = make_workload(spec)
-            name = "run" if load is None else f"load-{load:g}"
-            pair = self._pair(workload, deployment, executor, folder, name, on_progress)
+            workload, pair = pair_of(spec, "run" if load is None else f"load-{load:g}")
             result = {"load": load, "request_rate": rate, **compare(pair, deployment, workload)}
             results["loads"].append({**result, "curves": curves(pair, deployment)})
             on_result(results)
         return results
-
-    def _pair(
-        self,
-        workload: Workload,
-        deployment: Deployment,
-        executor: Executor,
-        folder: Path | None,
-        name: str,
-        on_progress: Callable[[str, int, int], None],
-    ) -> Any:
-        return run_pair(
-            workload,
-            deployment,
-            executor,
-            folder / name if folder is not None else None,
-            seed=self.seed,
-            slos=self.slos,
-            on_progress=lambda finished: on_progress(name, finished, len(workload)),
-            clock=self.clock,
-        )
 
     def _describe(self, deployment: Deployment, executor: Executor) -> dict[str, Any]:
         """What was validated on what, and how well the calibration predicts operators."""
