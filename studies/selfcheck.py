@@ -96,7 +96,7 @@ def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, 
 
 
 def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[str, Any]:
-    """A step as a process that is killed when its time is up; what came of it in a line."""
+    """Run a step as a process that is killed when its time is up; return what came of it in a line."""
     commands: dict[str, list[str]] = {
         "tests": ["-m", "pytest", "-m", "gpu" if device == "cuda" else "not gpu", "-p", "no:cacheprovider",
                   "tests/test_gpu_engine.py", "tests/test_worker_attention.py"],
@@ -180,7 +180,7 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
 
 
 def this_device(device: str) -> DeviceSpec:
-    """The catalog's device for this machine."""
+    """Return the catalog's device for this machine."""
     from profiler.profile import device_here
 
     return device_here("cuda" if device == "cuda" else "cpu")
@@ -190,7 +190,7 @@ STEP_FUNCTIONS: dict[str, Callable[[str, float, Path], str]] = {"profile": profi
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 if every step went well."""
+    """Run the command line; return 0 if every step went well."""
     parser = argparse.ArgumentParser(
         prog="windtunnel selfcheck",
         description="Profile, validate and test this machine within a budget of time, each step on its own.",

@@ -71,7 +71,7 @@ def write_accuracy(path: Path | None) -> None:
 
 
 def accuracy_markdown(calibrations: Sequence[Calibration]) -> str:
-    """The page, from the records alone."""
+    """Return the page, from the records alone."""
     parts = [
         "# Accuracy of the runtime predictor",
         "<!-- written by `windtunnel calibrate accuracy`: change studies/calibration/accuracy.py instead -->",
@@ -98,7 +98,7 @@ def _targets(calibrations: Sequence[Calibration]) -> str:
 
 
 def targets(calibrations: Sequence[Calibration]) -> list[tuple[str, str, str, float, float]]:
-    """Device, kind, which error, its value and what was aimed at."""
+    """Return device, kind, which error, its value and what was aimed at."""
     found: list[tuple[str, str, str, float | None, float]] = []
     for calibration in calibrations:
         device = calibration.device
@@ -140,7 +140,7 @@ def _kinds(calibration: Calibration) -> str:
 
 
 def _notes(calibration: Calibration) -> list[str]:
-    """What the table does not say: what was carried over, and what is wide of the mark."""
+    """Return what the table does not say: what was carried over, and what is wide of the mark."""
     notes = []
     for device in sorted({record["learned_on"] for record in calibration.records.values()} - {calibration.device}):
         notes.append(
@@ -210,7 +210,7 @@ def _provenance(calibration: Calibration) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table whose first `left` columns are aligned to the left."""
+    """Return a Markdown table whose first `left` columns are aligned to the left."""
     if not rows:
         return "None of these was measured."
     marks = ["---" if i < left else "---:" for i in range(len(head))]

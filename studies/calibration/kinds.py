@@ -33,23 +33,23 @@ class KindPage:
     cached: ClassVar[bool] = False  # whether times may lie below the roofline
 
     def left_out(self, record: Mapping[str, Any]) -> str:
-        """What was held out together, in words."""
+        """Return what was held out together, in words."""
         raise NotImplementedError
 
     def comparable(self, model: Any, rows: pd.DataFrame) -> pd.DataFrame:
-        """The rows, of those of this kind, that the model predicts as they are."""
+        """Return the rows, of those of this kind, that the model predicts as they are."""
         return rows
 
     def columns(self, model: KindModel[Any], rows: pd.DataFrame) -> dict[str, Array]:
-        """The model's columns, each row with the kernel that it was measured with."""
+        """Return the model's columns, each row with the kernel that it was measured with."""
         return model.columns_of(rows)
 
     def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
-        """What the curves of efficiency are drawn from."""
+        """Return what the curves of efficiency are drawn from."""
         raise NotImplementedError
 
     def range_words(self, model: Any) -> list[str]:
-        """The sizes that the model was learned from, a line for each kernel or layout."""
+        """Return the sizes that the model was learned from, a line for each kernel or layout."""
         raise NotImplementedError
 
 
@@ -107,7 +107,7 @@ class _Attention(KindPage):
         return limit, *self.sizes_and_labels(numbers, heads)
 
     def sizes_and_labels(self, numbers: Mapping[str, Array], heads: Array) -> tuple[Array, Array]:
-        """Sizes and curves of rows with these heads."""
+        """Return sizes and curves of rows with these heads."""
         raise NotImplementedError
 
     def range_words(self, model: Any) -> list[str]:
@@ -160,7 +160,7 @@ class _Message(KindPage):
         return {**model.columns_of(rows), "kernel": rows["backend"].astype(str).to_numpy(object)}
 
     def share(self, ranks: Array) -> Array:
-        """The share of the message that each of so many ranks sends."""
+        """Return the share of the message that each of so many ranks sends."""
         return np.ones(len(ranks))
 
     def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
@@ -202,19 +202,19 @@ PAGES: dict[str, KindPage] = {
 
 
 def page_of(kind: str) -> KindPage:
-    """What there is to say of a kind. Raises LookupError for one that is not in PAGES."""
+    """Return what there is to say of a kind. Raises LookupError for one that is not in PAGES."""
     if kind not in PAGES:
         raise LookupError(f"nothing to say of operators of kind {kind!r}: enter it in studies.calibration_kinds.PAGES")
     return PAGES[kind]
 
 
 def _worst(record: Mapping[str, Any]) -> str:
-    """The group with the largest held-out error."""
+    """Return the group with the largest held-out error."""
     return str(record["held_out"].get("groups_over_20us", {}).get("worst_is", ""))
 
 
 def _richest(groups: Array, sizes: Array) -> float:
-    """The largest group among those with about as many different sizes as any."""
+    """Return the largest group among those with about as many different sizes as any."""
     counts = {float(group): len(np.unique(sizes[groups == group])) for group in np.unique(groups)}
     return max(group for group, count in counts.items() if count >= max(counts.values()) / 2)
 

@@ -87,7 +87,7 @@ class CalibrationRecord:
 def read_calibration(
     calibration: Calibration, device: DeviceSpec, frames: Sequence[pd.DataFrame] = ()
 ) -> CalibrationRecord:
-    """The record of a calibration; `frames` are measured tables to hold beside its predictions."""
+    """Return the record of a calibration; `frames` are measured tables to hold beside its predictions."""
     kinds = []
     for kind, model in calibration.models.items():
         record, page = calibration.records[kind], page_of(kind)
@@ -113,7 +113,7 @@ def read_calibration(
 
 
 def comparable(model: KindModel[Any], record: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:
-    """The rows of `frames` that a model predicts as they are: of its kind, its devices and its networks."""
+    """Return the rows of `frames` that a model predicts as they are: of its kind, its devices and its networks."""
     import pandas as pd
 
     parts = [frame[frame["kind"] == model.kind] for frame in frames]
@@ -124,7 +124,7 @@ def comparable(model: KindModel[Any], record: Mapping[str, Any], frames: Sequenc
 
 
 def spread_evenly(values: Array, most: int = MOST_POINTS) -> Array:
-    """Indices of at most `most` values, evenly among all in rising order."""
+    """Return indices of at most `most` values, evenly among all in rising order."""
     order: Array = np.argsort(values, kind="stable")
     if len(values) <= most:
         return order
@@ -133,7 +133,7 @@ def spread_evenly(values: Array, most: int = MOST_POINTS) -> Array:
 
 
 def errors_by_size(measured: Array, predicted: Array) -> SizeErrors:
-    """Errors in bins of equal width in the logarithm of the measured time; sparse bins are left out."""
+    """Return errors in bins of equal width in the logarithm of the measured time; sparse bins are left out."""
     relative = predicted / measured - 1
     logs = np.log(measured)
     edges = np.linspace(logs.min(), logs.max() + 1e-9, MOST_BINS + 1)
@@ -153,7 +153,7 @@ def errors_by_size(measured: Array, predicted: Array) -> SizeErrors:
 
 
 def efficiencies(limit: Array, size: Array, labels: Array, measured: Array, predicted: Array) -> list[Efficiency]:
-    """A few shapes by size: the limit over the time (the roofline, or for collectives bytes/s on the bus).
+    """Return a few shapes by size: the limit over the time (the roofline, or for collectives bytes/s on the bus).
 
     All are (rows,): what to divide by a row's time, its size, and the name of its curve ("": none).
     """

@@ -47,7 +47,7 @@ _IN_SAMPLE = (
 
 
 def report(device_name: str, frames: Sequence[pd.DataFrame], path: Path) -> Path:
-    """The page of a device's calibration: what ships, or a folder's."""
+    """Write the page of a device's calibration: what ships, or a folder's."""
     device = catalog.device(device_name)
     return write_calibration_report(store.load_of(device), device, frames, path)
 
@@ -60,7 +60,7 @@ def write_calibration_report(
 
 
 def render(record: CalibrationRecord) -> Page:
-    """The page."""
+    """Make the page."""
     page = Page(f"Calibration of {record.device.name}")
     page.add(_header(record), _cards(record), _table(record))
     for kind in record.kinds:
@@ -166,7 +166,7 @@ _COLOURS = (BLUE, ORANGE, GOOD, "#8e6bbf")
 
 
 def panels(kind: KindRecord) -> list[Panel]:
-    """The figures of a kind; none where nothing measured is at hand."""
+    """Return the figures of a kind; none where nothing measured is at hand."""
     if kind.scatter is None or kind.by_size is None:
         return []
     found = [_scatter(kind), _by_size(kind, kind.by_size)]
@@ -237,7 +237,7 @@ def _efficiency(kind: KindRecord) -> Panel:
 
 
 def _size_axis(values: Any) -> dict[str, Any]:
-    """A logarithmic axis of counts, with short tick labels."""
+    """Return a logarithmic axis of counts, with short tick labels."""
     low, high = np.log10(float(values.min()) / 1.2), np.log10(float(values.max()) * 1.2)
     decades = np.arange(np.ceil(low), np.floor(high) + 1)
     step = max(1, round(len(decades) / 5))

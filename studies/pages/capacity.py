@@ -27,7 +27,7 @@ from studies.words import number, percent, seconds
 
 
 def search_page(search: Search) -> Page:
-    """A search: its capacity, its trials, and the report of the run at the capacity."""
+    """Make the page of a search: its capacity, its trials, and the report of the run at the capacity."""
     page = Page(f"Capacity of {search.name}")
     record = None
     if search.best is not None:
@@ -62,7 +62,7 @@ def _search_header(search: Search, record: Record | None) -> str:
 
 
 def _conditions(points: Sequence[Point]) -> str:
-    """What holds at a capacity: the SLOs where they are the same for all points."""
+    """Return what holds at a capacity: the SLOs where they are the same for all points."""
     slos = {point.slos for point in points if point.slos}
     return " and ".join(slos.pop()) if len(slos) == 1 else "its SLOs hold"
 
@@ -108,7 +108,7 @@ def _trials_table(search: Search) -> Panel:
 
 
 def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page:
-    """The points of sweeps and searches side by side."""
+    """Make the page of the points of sweeps and searches side by side."""
     points = [point for sweep in sweeps for point in sweep.points] + [search.point for search in searches]
     every: list[Sweep | Search] = [*sweeps, *searches]
     names = [each.name for each in every]
@@ -142,7 +142,7 @@ def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
 
 
 def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
-    """Which point is the best in what."""
+    """Return which point is the best in what."""
     ranks: list[tuple[str, str, Callable[[Point], float | None]]] = [
         ("Highest capacity", "requests/s", lambda point: point.qps),
         ("Most per GPU", "requests/s", lambda point: point.per_gpu),

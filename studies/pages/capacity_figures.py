@@ -9,8 +9,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from engine.errors import unknown
+from studies.capacity.sweep import not_dominated
 from studies.pages.capacity_record import Point, Search, Tried, threshold
-from studies.pages.compare_record import not_dominated
 from studies.pages.figures import GOOD, GREY, Panel, add_line, faded, new_figure, series_style, value_axis
 from studies.words import number
 
@@ -22,7 +22,7 @@ _LONGEST_NAME = 30  # characters beside a bar
 
 
 def capacity_panels(points: Sequence[Point]) -> list[Panel]:
-    """Capacities as bars: in all, by GPU, and by dollar where a price is known."""
+    """Return capacities as bars: in all, by GPU, and by dollar where a price is known."""
     panels = [capacity_bars(points)]
     if any(point.gpus != points[0].gpus for point in points) or len({point.group for point in points}) > 1:
         panels.append(_ranked(points, "Capacity per GPU", "Requests/s and GPU", lambda point: point.per_gpu))
@@ -32,7 +32,7 @@ def capacity_panels(points: Sequence[Point]) -> list[Panel]:
 
 
 def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = None) -> Panel:
-    """A bar for each capacity, with the published and the confirmed one beside it where there is one.
+    """Draw a bar for each capacity, with the published and the confirmed one beside it where there is one.
 
     `colours`: of the searches by their names, where they are not all to have the same one.
     """
@@ -78,12 +78,12 @@ def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = N
 
 
 def _words(point: Point) -> str:
-    """What stands beside a capacity."""
+    """Return what stands beside a capacity."""
     return "none" if point.outcome == "none" else number(point.qps) + ", all at once" * (point.outcome == "all")
 
 
 def _ranked(points: Sequence[Point], title: str, axis: str, value: Callable[[Point], float | None]) -> Panel:
-    """Bars from the best to the worst."""
+    """Draw bars from the best to the worst."""
     having = [point for point in points if value(point) is not None]
     ranked = sorted(having, key=lambda point: -(value(point) or 0.0))[:MOST_BARS]
     groups = list(dict.fromkeys(point.group for point in points))
@@ -102,7 +102,7 @@ def _ranked(points: Sequence[Point], title: str, axis: str, value: Callable[[Poi
 
 
 def speed_front(points: Sequence[Point], title: str, unit: str, metric: str, statistic: str) -> Panel:
-    """Output tokens/s of a GPU against those that a user sees: 1 over a statistic of the time of a token."""
+    """Draw output tokens/s of a GPU against those that a user sees: 1 over a statistic of the time of a token."""
     known: list[tuple[Point, float, float]] = []
     for point in points:
         times = {"tbt": point.tbt_s, "tpot": point.tpot_s}
@@ -147,7 +147,7 @@ def speed_front(points: Sequence[Point], title: str, unit: str, metric: str, sta
 
 
 def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None) -> Panel:
-    """Value over threshold at each rate: of each SLO for one search, of the binding one for several."""
+    """Draw value over threshold at each rate: of each SLO for one search, of the binding one for several."""
     figure = new_figure()
     own = colours or {search.name: series_style(i)[0] for i, search in enumerate(searches)}
     several = len(searches) > 1
@@ -198,7 +198,7 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
 
 
 def _margins(trial: Tried, together: str | None) -> dict[str, float]:
-    """The finite margins of a trial; with a name only the worst of all, by that name."""
+    """Return the finite margins of a trial; with a name only the worst of all, by that name."""
     margins = trial.margins if together is None else {together: max(trial.margins.values())}
     return {slo: margin for slo, margin in margins.items() if isfinite(margin)}
 
@@ -208,13 +208,13 @@ def _left_out(points: Sequence[Point], shown: Sequence[Point]) -> str:
 
 
 def names_of_points(points: Sequence[Point]) -> list[str]:
-    """Each point's name; with its sweep's where several sweeps have points."""
+    """Return each point's name; with its sweep's where several sweeps have points."""
     several = len({point.group for point in points}) > 1
     return [f"{point.group}: {point.name}" if several and point.group else point.name for point in points]
 
 
 def _name_axis(figure: go.Figure, points: Sequence[Point]) -> None:
-    """The names of the bars, from top to bottom; long ones without their middle. What has no bar says why."""
+    """Label the bars, from top to bottom; long names without their middle. What has no bar says why."""
     names = names_of_points(points)
     half = _LONGEST_NAME // 2
     words = [

@@ -128,7 +128,9 @@ def read_sweep(folder: Path, name: str) -> Sweep:
 
 
 def responses(side: Side, search: Search | None) -> list[Response]:
-    """Of a run, and of the other trials of the search whose capacity it is, by their rate; none without a gap."""
+    """Return how quickly a run answers, and the other trials of the search whose capacity it is, by their rate.
+
+    None without a gap between tokens."""
     summary = side.record.summary
     ttft, tbt = _seconds(summary, _TTFT), _seconds(summary, _TBT)
     if ttft is None or tbt is None:
@@ -146,7 +148,7 @@ def responses(side: Side, search: Search | None) -> list[Response]:
 
 
 def threshold(points: Sequence[Point], metric: str, statistic: str) -> float | None:
-    """The bound (s) on a statistic of a metric, the loosest if the points have several; None without one."""
+    """Return the bound (s) on a statistic of a metric, the loosest if the points have several; None without one."""
     slos = [SLO.parse(text) for point in points for text in point.slos]
     found = [slo.threshold_s for slo in slos if (slo.metric, slo.statistic) == (metric, statistic)]
     return max(found, default=None)
@@ -166,7 +168,7 @@ def _trial(entry: Mapping[str, Any], search: Path) -> Tried:
 
 
 def _trial_folder(written: str | None, search: Path) -> Path | None:
-    """Where a trial's run is, also after the search's folder was moved; None if it is gone."""
+    """Return where a trial's run is, also after the search's folder was moved; None if it is gone."""
     if written is None:
         return None
     places = (search / "trials" / Path(written).name, Path(written))

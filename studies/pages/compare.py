@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.results.metric_table import Metric, drawn_metrics
+from studies.capacity.sweep import not_dominated
 from studies.pages.capacity_figures import capacity_bars, trials
 from studies.pages.capacity_record import Search, responses
 from studies.pages.compare_record import (
@@ -16,7 +17,6 @@ from studies.pages.compare_record import (
     bubbles,
     differing_settings,
     headline,
-    not_dominated,
     num_gpus,
     read_json,
     readable,
@@ -60,7 +60,7 @@ def _title(names: Sequence[str]) -> str:
 
 
 def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
-    """Of each run whether it is sustained and meets its SLOs; then whether all served the same requests."""
+    """Say of each run whether it is sustained and meets its SLOs; then whether all served the same requests."""
     found: list[tuple[Tone, str]] = []
     for side in sides:
         missed = [str(slo) for slo, _, met in side.record.slos if not met]
@@ -75,7 +75,7 @@ def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
 
 
 def _describe(record: Record) -> str:
-    """A run in a line."""
+    """Return a run in a line."""
     first = record.summary["replicas"][0]
     summary, others = record.summary, len({str(each.get("device")) for each in record.summary["replicas"]}) > 1
     device = "devices" if others else first["device"]
@@ -104,7 +104,7 @@ def _headline_table(sides: Sequence[Side]) -> Panel:
 
 
 def _cells(line: Headline) -> list[Cell]:
-    """The values, each but the first with its distance from the first."""
+    """Return the values, each but the first with its distance from the first."""
     base = line.values[0]
     cells: list[Cell] = []
     for i, value in enumerate(line.values):
@@ -123,7 +123,7 @@ def _settings_table(sides: Sequence[Side]) -> Panel:
 
 
 def validations_page(names: dict[Path, str]) -> Page:
-    """The errors of each load of validations side by side, held against their targets."""
+    """Make the page of the errors of each load of validations side by side, held against their targets."""
     page = Page(_title(list(names.values())))
     page.add(header("Windtunnel · validations side by side", page.title, "How far the simulator is off.", [], []))
     facts: list[tuple[str, str]] = []
@@ -150,7 +150,7 @@ def validations_page(names: dict[Path, str]) -> Page:
 
 
 def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tuple[str, list[Panel]]]:
-    """The sections about runs: a heading and its panels. Each of `searches` is of the side of its name."""
+    """Return the sections about runs, a heading and its panels. Each of `searches` is of the side of its name."""
     return [
         ("Latency", [_latency(sides, metric) for metric in drawn_metrics()]),
         ("First token against the next", [frontier(sides, searches)]),
@@ -169,7 +169,7 @@ def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
 
 
 def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
-    """Median TTFT against P99 TBT: a dot for each run, lines through the trials of searches, and the runs' front."""
+    """Draw median TTFT against P99 TBT: a dot for each run, lines through trials of searches, and the runs' front."""
     title = "Median TTFT against P99 TBT"
     every = [(i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides)]
     every = [each for each in every if each[2]]
@@ -203,7 +203,7 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
 
 
 def output_over_time(sides: Sequence[Side]) -> Panel:
-    """Output tokens that were there by each time, of each run."""
+    """Draw output tokens that were there by each time, of each run."""
     longest = max(float(side.output_s[-1]) for side in sides)
     unit_s, unit = time_unit(longest)
     figure = new_figure()
@@ -218,7 +218,7 @@ def output_over_time(sides: Sequence[Side]) -> Panel:
 
 
 def stage_bubbles(sides: Sequence[Side]) -> Panel:
-    """The share of the time with requests that each pipeline stage idled, of each run."""
+    """Draw the share of the time with requests that each pipeline stage idled, of each run."""
     figure = new_figure()
     highest = 0.0
     for i, side in enumerate(sides):
@@ -240,5 +240,5 @@ def stage_bubbles(sides: Sequence[Side]) -> Panel:
 
 
 def _height(height_px: int, sides: Sequence[Side]) -> int:
-    """Room for the lines of a legend."""
+    """Return room for the lines of a legend."""
     return height_px + 18 * (sum(len(side.name) + 8 for side in sides) // 40)

@@ -78,7 +78,7 @@ class Headline:
 
 
 def kind_of(folder: Path) -> Kind:
-    """What a folder is of. InputError for one that is no result of Windtunnel's, or an unfinished one."""
+    """Return what a folder is of. Raises InputError for one that is no result of Windtunnel's, or unfinished."""
     if not folder.exists():
         raise InputError(f"there is no folder {folder}: give one that a run, a search or a study has written")
     if not folder.is_dir():
@@ -100,7 +100,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """A short name for each folder, as much of its path as tells it from the others; letters where that is long."""
+    """Return a short name for each folder: as much of its path as it takes to see it apart, else a letter."""
     paths = [folder.resolve() for folder in folders]
     if twice := next((str(f) for f, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None):
         raise InputError(f"{twice} is there twice: give each folder once")
@@ -115,7 +115,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file holds."""
+    """Return the object that a file holds."""
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
 
@@ -146,7 +146,7 @@ def read_side(folder: Path, name: str) -> Side:
 
 
 def _decoded(folder: Path, stages: Array, start_s: float, times_s: Array) -> Array:
-    """How many tokens had been decoded by each time: by the batches that had left the last stage of their replica."""
+    """Return how many tokens had been decoded by each time: by batches that had left their last stage."""
     counts = np.zeros(len(times_s))
     with pq.ParquetFile(folder / "iterations.parquet") as file:
         for chunk in file.iter_batches(
@@ -162,7 +162,7 @@ def _decoded(folder: Path, stages: Array, start_s: float, times_s: Array) -> Arr
 
 
 def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
-    """Each setting that is not the same in all runs, and its value in each."""
+    """Return each setting that is not the same in all runs, and its value in each."""
     every = [dict(_settings(side.record)) for side in sides]
     names = dict.fromkeys(name for settings in every for name in settings)
     rows = [(name, [settings.get(name, NOT_SET) for settings in every]) for name in names]
@@ -177,7 +177,7 @@ def _settings(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def headline(sides: Sequence[Side]) -> list[Headline]:
-    """The numbers to see first, of each run."""
+    """Return the numbers to see first, of each run."""
     summaries = [side.record.summary for side in sides]
     timelines = [side.record.timeline for side in sides]
     rows = []
@@ -194,25 +194,17 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
 
 
 def num_gpus(record: Record) -> int:
-    """Devices of all replicas."""
+    """Return devices of all replicas."""
     return sum(replica["num_gpus"] for replica in record.summary["replicas"])
 
 
 def same_requests(sides: Sequence[Side]) -> bool:
-    """Whether all served as many requests, with as many tokens in and out."""
+    """Return whether all served as many requests, with as many tokens in and out."""
     keys = ("workload", "completed", "total_input_tokens", "total_output_tokens")
     return len({tuple(side.record.summary.get(key) for key in keys) for side in sides}) == 1
 
 
 def bubbles(record: Record) -> Array:
-    """(stages,) the share of the time with requests that each stage idled, mean over the replicas that have it."""
+    """Return (stages,) the share of the time with requests that each stage idled, mean over its replicas."""
     shares = [replica["stage_bubbles"] for replica in record.summary["replicas"]]
     return np.array([np.mean([each[j] for each in shares if len(each) > j]) for j in range(max(map(len, shares)))])
-
-
-def not_dominated(costs: Array) -> Array:
-    """Which of the points (n, 2) are on the front: no other is as low in both and lower in one."""
-    no_higher = np.all(costs[:, None] >= costs[None], axis=2)
-    lower = np.any(costs[:, None] > costs[None], axis=2)
-    dominated: Array = np.any(no_higher & lower, axis=1)
-    return ~dominated

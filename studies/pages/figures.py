@@ -45,7 +45,7 @@ class Points:
 
 
 def new_figure(legend: bool = True) -> go.Figure:
-    """A figure without data in the pages' style."""
+    """Return a figure without data in the pages' style."""
     figure = go.Figure()
     figure.update_layout(
         template="none",
@@ -71,7 +71,7 @@ def new_figure(legend: bool = True) -> go.Figure:
 
 
 def style_axes(figure: go.Figure) -> None:
-    """The pages' style for every axis that the figure has."""
+    """Give every axis that the figure has the pages' style."""
     for axis in (figure.update_xaxes, figure.update_yaxes):
         axis(zeroline=False, title={"standoff": 8, "font": {"size": 12.5}})
     figure.update_xaxes(showgrid=False, showline=True, ticks="outside", ticklen=4, hoverformat=".4~r")
@@ -79,7 +79,7 @@ def style_axes(figure: go.Figure) -> None:
 
 
 def value_axis(values: Array, logarithmic: bool = False) -> dict[str, Any]:
-    """An axis for positive values: from 0, but logarithmic where they span more than a factor of 20 or if asked."""
+    """Return an axis for positive values: from 0, but logarithmic where they span a factor over 20 or if asked."""
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     if not len(values) or (high <= 20 * low and not logarithmic):
         return {"range": [0, 1.06 * high], "nticks": 6}
@@ -112,7 +112,7 @@ def add_line(
 
 
 def predicted_by_measured(groups: Sequence[Points], logarithmic: bool = False) -> go.Figure:
-    """Each group's predicted values over the measured ones, with the line on which they are the same."""
+    """Return each group's predicted values over the measured ones, with the line on which they are the same."""
     axis = value_axis(np.concatenate([each for g in groups for each in (g.measured_ms, g.predicted_ms)]), logarithmic)
     low, high = (10.0**edge if axis.get("type") == "log" else edge for edge in axis["range"])
     figure = new_figure(legend=any(group.name for group in groups))
@@ -137,11 +137,11 @@ def predicted_by_measured(groups: Sequence[Points], logarithmic: bool = False) -
 
 
 def series_style(index: int) -> tuple[str, str]:
-    """Colour and dash of one of several runs."""
+    """Return colour and dash of one of several runs."""
     return SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)]
 
 
 def faded(colour: str, opacity: float) -> str:
-    """The colour with some of the ground showing through."""
+    """Return the colour with some of the ground showing through."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity:g})"

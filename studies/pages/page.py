@@ -50,7 +50,7 @@ class Page:
             self.add("<div class='panels'>", *map(self._panel, panels), "</div>")
 
     def html(self) -> str:
-        """The whole page."""
+        """Return the whole page."""
         # "<" could end the script element early, and in JSON may be written otherwise
         data = ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in self._figures.items())
         return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -88,7 +88,7 @@ def header(
     verdicts: Iterable[tuple[Tone, str]],
     sources: Iterable[tuple[Tone, str, str]],
 ) -> str:
-    """The top of a page; a source is a tone, a word and a sentence about where the numbers come from."""
+    """Return the top of a page; a source is a tone, a word and a sentence about where the numbers come from."""
     chips = "".join(f"<li class='{tone}'>{text(words)}</li>" for tone, words in verdicts)
     lines = "\n".join(
         f"<p class='source'><b class='{tone}'>{escape(word)}</b> {text(words)}</p>" for tone, word, words in sources
@@ -103,7 +103,7 @@ def header(
 
 
 def cards(entries: Iterable[tuple[str, str, str]]) -> str:
-    """Numbers to see first: a name, the number and its unit after a space, and a note."""
+    """Return numbers to see first: a name, the number and its unit after a space, and a note."""
     return "<dl class='cards'>" + "".join(map(_card, entries)) + "</dl>"
 
 
@@ -117,7 +117,7 @@ def _card(entry: tuple[str, str, str]) -> str:
 
 
 def key(entries: Iterable[tuple[str, str]]) -> str:
-    """What is laid side by side, in the colours of its lines: a name, and what there is to say about it."""
+    """Return what is laid side by side, in the colours of its lines: a name, and what there is to say about it."""
     lines = (
         f"<li style='border-color:{series_style(i)[0]}'>{escape(name)}<br><span>{text(words)}</span></li>"
         for i, (name, words) in enumerate(entries)
@@ -126,7 +126,7 @@ def key(entries: Iterable[tuple[str, str]]) -> str:
 
 
 def numbers_table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]]) -> str:
-    """A table of numbers: the first of `heads` is above the rows' names, the others above their cells."""
+    """Return a table of numbers: the first of `heads` is above the rows' names, the others above their cells."""
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads)
     body = "".join(f"<tr><th scope='row'>{escape(name)}</th>{''.join(map(_cell, cells))}</tr>" for name, cells in rows)
     return (
@@ -147,7 +147,7 @@ def coloured(words: str, met: bool | None) -> Cell:
 
 
 def facts_table(rows: Iterable[tuple[str, str]], code: bool = False) -> str:
-    """A table of names, which may be shown as code, and what there is to say about each."""
+    """Return a table of names, which may be shown as code, and what there is to say about each."""
     opened, closed = ("<code>", "</code>") if code else ("", "")
     body = "".join(f"<tr><th scope='row'>{opened}{escape(k)}{closed}</th><td>{text(v)}</td></tr>" for k, v in rows)
     return f"<div class='scroll'><table><tbody>{body}</tbody></table></div>"
@@ -159,12 +159,12 @@ def about(words: str) -> str:
 
 
 def details(summary: str, html: str) -> str:
-    """HTML that is shown when its summary is opened."""
+    """Return HTML that is shown when its summary is opened."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def footer(words: str = "") -> str:
-    """The end of a page."""
+    """Return the end of a page."""
     return f"<footer>Windtunnel{text(words)}</footer>"
 
 

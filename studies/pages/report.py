@@ -28,13 +28,6 @@ _TOGETHER: tuple[frozenset[Kind], ...] = (
     frozenset({"search", "sweep"}),
     frozenset({"validation"}),
 )
-_OWN_PAGES: dict[Kind, str] = {
-    "run": "report.html",
-    "search": "report.html",
-    "sweep": "report.html",
-    "study": "report.html",
-    "validation": "validation.html",
-}
 
 
 def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -75,15 +68,15 @@ def _check_together(kinds: dict[Path, Kind]) -> None:
 
 
 def _own_page(folder: Path, kind: Kind) -> Path:
-    """The page that a folder has or gets."""
-    page = folder / _OWN_PAGES[kind]
+    """Return the page that a folder has or gets."""
+    page = folder / ("validation.html" if kind == "validation" else "report.html")
     if kind == "study" and not page.is_file():
         raise InputError(f"{folder} is an unfinished study: the same command again goes on with it")
     return page
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file is a page of ours."""
+    """Return whether a file is a page of ours."""
     return path.is_file() and b"\xc2\xb7 Windtunnel</title>" in path.read_bytes()
 
 

@@ -41,7 +41,7 @@ def write_report(folder: Path) -> Path:
 
 
 def render(record: Record) -> Page:
-    """The page."""
+    """Make the page."""
     page = Page(_served(record))
     page.add(_header(record), _cards(record))
     for heading, group in panels(record):
@@ -58,7 +58,7 @@ def _header(record: Record) -> str:
 
 
 def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
-    """Each kind of replica and how many there are of it."""
+    """Return each kind of replica and how many there are of it."""
     kinds: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
     names = ("model", "device", "network", "parallel", "scheduler", "max_num_batched_tokens", "max_model_len")
     for replica in record.summary["replicas"]:
@@ -69,7 +69,7 @@ def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _served(record: Record) -> str:
-    """Which model on how many devices."""
+    """Return which model on how many devices."""
     parts = []
     for count, replica in _kinds(record):
         devices = count * replica["num_gpus"]
@@ -78,7 +78,7 @@ def _served(record: Record) -> str:
 
 
 def _setting(record: Record) -> str:
-    """The parallelism, the scheduler, the workload and its rate."""
+    """Return the parallelism, the scheduler, the workload and its rate."""
     parts = []
     for count, replica in _kinds(record):
         budget = replica.get("max_num_batched_tokens")
@@ -101,7 +101,7 @@ def _setting(record: Record) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> list[tuple[Tone, str]]:
-    """The verdict and each SLO in words, each with its tone: good, bad or unsure."""
+    """Return the verdict and each SLO in words, each with its tone: good, bad or unsure."""
     growing = summary["saturation"]["growing"]
     tone: Tone = "unsure" if growing is None else "bad" if growing else "good"
     lines = [(tone, summary["saturation"]["verdict"])]
@@ -112,7 +112,7 @@ def verdict(summary: Mapping[str, Any]) -> list[tuple[Tone, str]]:
 
 
 def times_source(record: Record) -> tuple[Tone, str, str]:
-    """Tone, a word and a sentence about where the batches' times came from."""
+    """Return tone, a word and a sentence about where the batches' times came from."""
     timeline = record.timeline
     predictors = list(dict.fromkeys(replica.get("predictor", "") for replica in record.summary["replicas"]))
     text = "Times come from: " + "; ".join(filter(None, predictors)) + "."

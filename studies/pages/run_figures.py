@@ -28,7 +28,7 @@ from studies.words import number, seconds
 
 
 def panels(record: Record) -> list[tuple[str, list[Panel]]]:
-    """The sections of a report: a heading and its panels."""
+    """Return the sections of a report: a heading and its panels."""
     return [
         ("Latency", [_latency(record, metric) for metric in drawn_metrics()]),
         ("Over time", [tbt_over_time(record), batch_composition(record), kv_use(record), queue(record)]),
@@ -43,7 +43,7 @@ def _latency(record: Record, metric: Metric) -> Panel:
 
 
 def tbt_over_time(record: Record) -> Panel:
-    """The longest and the typical gap between tokens in each time bin, with the stalls marked."""
+    """Draw the longest and the typical gap between tokens in each time bin, with the stalls marked."""
     timeline, title = record.timeline, "Time between tokens over time"
     some = ~np.isnan(timeline.max_tbt_s)
     threshold = timeline.stall_threshold_s
@@ -85,7 +85,7 @@ def tbt_over_time(record: Record) -> Panel:
 
 
 def batch_composition(record: Record) -> Panel:
-    """Decode and prefill tokens in a batch, stacked, with the token budget; below it the decode tokens alone."""
+    """Draw decode and prefill tokens in a batch, stacked, with the token budget; below it the decodes alone."""
     timeline = record.timeline
     figure = new_figure()
     figure.set_subplots(rows=2, shared_xaxes=True, row_heights=[0.64, 0.36], vertical_spacing=0.09)
@@ -119,7 +119,7 @@ def batch_composition(record: Record) -> Panel:
 
 
 def kv_use(record: Record) -> Panel:
-    """KV blocks in use, as a share of the replica's."""
+    """Draw KV blocks in use, as a share of the replica's."""
     timeline = record.timeline
     several = len(timeline.kv_percent) > 1
     figure = new_figure(legend=several)
@@ -177,14 +177,14 @@ _MOST_BARS = 16
 
 
 def stage_shares(record: Record) -> list[tuple[str, Array]]:
-    """A label and the shares (3, replicas) of the run that each stage worked, was a bubble, and had no request.
+    """Return a label and the shares (3, replicas) of the run that each stage worked, was a bubble, had no request.
 
     One entry for each stage of each replica; where those are too many to show, one for each stage of all replicas.
     """
     shares: list[list[Array]] = []
     for replica in record.summary["replicas"]:
         busy, bubbles = np.array(replica["stage_utilization"]), np.array(replica["stage_bubbles"])
-        # a bubble is told as a share of the time with requests, of which the stage works the rest
+        # a bubble is given as a share of the time with requests, of which the stage works the rest
         bubble = np.where(bubbles < 1, busy * bubbles / np.where(bubbles < 1, 1 - bubbles, 1.0), 0.0)
         shares.append(list(np.clip([busy, bubble, 1 - busy - bubble], 0.0, 1.0).T))
     if sum(map(len, shares)) <= _MOST_BARS:
@@ -205,7 +205,7 @@ def stage_shares(record: Record) -> list[tuple[str, Array]]:
 
 
 def stage_use(record: Record) -> Panel:
-    """Work, bubbles and idle time of each stage."""
+    """Draw work, bubbles and idle time of each stage."""
     entries = stage_shares(record)
     labels = [label for label, _ in entries]
     together = any(shares.shape[1] > 1 for _, shares in entries)

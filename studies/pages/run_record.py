@@ -174,7 +174,7 @@ def _chunks(file: pq.ParquetFile) -> Iterator[Columns]:
 
 
 def _bins(times: Array, edges: Array) -> tuple[Array, Array]:
-    """The bin of each time, and the share of that bin that is still to come."""
+    """Return the bin of each time, and the share of that bin that is still to come."""
     place = times * ((len(edges) - 1) / edges[-1])
     index = np.clip(place.astype(np.int64), 0, len(edges) - 2)
     return index, np.clip(index + 1 - place, 0.0, 1.0)
@@ -215,7 +215,7 @@ class _TimeMean:
         return self.inside.reshape(self.shape) + np.cumsum(step, axis=1) - step
 
     def over(self, busy: _TimeMean, all_replicas: bool = False) -> Array:
-        """The mean over the time that is `busy`, (replicas, bins) or for all of them together (bins,)."""
+        """Return the mean over the time that is `busy`, (replicas, bins) or for all of them together (bins,)."""
         total, time = self.integral(), busy.integral()
         if all_replicas:
             total, time = total.sum(axis=0), time.sum(axis=0)
@@ -240,7 +240,7 @@ class _Gaps:
         self.counts += np.bincount(cell, minlength=len(self.counts))
 
     def medians(self) -> Array:
-        """(bins,) the middle of the bucket that the median falls in; NaN without a gap."""
+        """Return (bins,) the middle of the bucket that the median falls in; NaN without a gap."""
         below = np.cumsum(self.counts.reshape(-1, self.buckets), axis=1)
         total = below[:, -1:]
         bucket = np.argmax(below >= np.ceil(total / 2), axis=1)

@@ -25,7 +25,7 @@ Judged = Mapping[str, Sequence[Judgement]]  # by host overhead
 
 
 def judged(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, list[Judgement]]:
-    """The verdicts on every claim under each host overhead."""
+    """Return the verdicts on every claim under each host overhead."""
     return {host: judge(experiment, found) for host, found in records.items()}
 
 
@@ -65,7 +65,7 @@ def write_page(
 
 
 def host_name(host: str) -> str:
-    """A host overhead in words."""
+    """Return a host overhead in words."""
     return f"{HOSTS[host]} ({host})" if host in HOSTS else host
 
 
@@ -74,7 +74,7 @@ def _named(drawn: Sequence[Panel], host: str) -> list[Panel]:
 
 
 def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
-    """How many claims of each kind agree, under each host overhead."""
+    """Return how many claims of each kind agree, under each host overhead."""
     chips: list[tuple[Tone, str]] = []
     for host, judgements in verdicts.items():
         for kind, agree, count in tally(judgements):
@@ -93,7 +93,7 @@ def _sources(records: Mapping[str, Records], reduced: str) -> list[tuple[Tone, s
 
 
 def claims_table(verdicts: Judged) -> str:
-    """A row for each claim: published, and ours under each host overhead."""
+    """Return a row for each claim: published, and ours under each host overhead."""
     hosts = list(verdicts)
     parts = []
     for kind in KINDS:
@@ -145,7 +145,7 @@ def choices_table(table: Sequence[Choice]) -> str:
 
 
 def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:
-    """The study's section of a page in Markdown."""
+    """Return the study's section of a page in Markdown."""
     verdicts = judged(experiment, records)
     hosts = list(verdicts)
     lines = [f"## {experiment.title}", "", f"`windtunnel study run {name}` · {experiment.source}.", ""]
@@ -165,7 +165,7 @@ def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) 
 
 
 def in_words(judgements: Sequence[Judgement]) -> str:
-    """How many claims of each kind agree."""
+    """Return how many claims of each kind agree."""
     parts = [f"{agree} of {count} {kind}" for kind, agree, count in tally(judgements)]
     return ", ".join(parts) + " agree" if parts else "nothing of what was published was run"
 
@@ -185,7 +185,7 @@ def _markdown_choices(table: Sequence[Choice], host: str) -> str:
 
 
 def to_json(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, Any]:
-    """Everything as plain data: records, verdicts and choices."""
+    """Return everything as plain data: records, verdicts and choices."""
     return {
         "title": experiment.title,
         "source": experiment.source,
@@ -198,7 +198,7 @@ def to_json(experiment: Experiment, records: Mapping[str, Records]) -> dict[str,
 
 
 def summary_lines(experiment: Experiment, records: Mapping[str, Records]) -> list[str]:
-    """What to print: a line for each host overhead, and the claims that don't agree."""
+    """Return what to print: a line for each host overhead, and the claims that don't agree."""
     lines = []
     for host, judgements in judged(experiment, records).items():
         lines.append(f"{host_name(host)}: {in_words(judgements)}")

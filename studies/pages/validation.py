@@ -79,7 +79,7 @@ def _header(results: Mapping[str, Any]) -> str:
 
 
 def verdicts(results: Mapping[str, Any]) -> list[tuple[Tone, str]]:
-    """For each target the load that is furthest from it, and whether a replay forms the same batches."""
+    """Say for each target which load is furthest from it, and whether a replay forms the same batches."""
     loads = results["loads"]
     of_whom = "target for GPUs:" if results["device"] == "cpu" else "target"
     chips: list[tuple[Tone, str]] = []
@@ -118,7 +118,7 @@ def _capital(words: str) -> str:
 
 
 def _where(load: Mapping[str, Any]) -> str:
-    """Which load it is, in words."""
+    """Return which load it is, in words."""
     rate = load["request_rate"]
     parts = [
         "" if load["load"] is None else f"{100 * load['load']:g} % load",
@@ -128,7 +128,7 @@ def _where(load: Mapping[str, Any]) -> str:
 
 
 def _among(load: Mapping[str, Any], loads: Sequence[Mapping[str, Any]]) -> str:
-    """Which of several loads it is; nothing where there is only one."""
+    """Return which of several loads it is; nothing where there is only one."""
     if len(loads) == 1:
         return ""
     return _where(load) if load["load"] is None else f"at {100 * load['load']:g} % load"

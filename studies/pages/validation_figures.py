@@ -23,7 +23,7 @@ ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 
 
 def panels(load: Mapping[str, Any]) -> list[Panel]:
-    """All panels of a load."""
+    """Return all panels of a load."""
     distributions = [_latency(load, metric) for metric in drawn_metrics()]
     return [*distributions, iteration_times(load), latency_table(load), iteration_table(load), batch_order(load)]
 
@@ -39,7 +39,7 @@ def _latency(load: Mapping[str, Any], metric: Metric) -> Panel:
 
 
 def iteration_times(load: Mapping[str, Any]) -> Panel:
-    """Predicted over measured times of the engine's batches."""
+    """Draw predicted over measured times of the engine's batches."""
     drawn = load["curves"]["iterations"]
     measured, predicted = np.array(drawn["measured_ms"]), np.array(drawn["predicted_ms"])
     kinds = np.array(drawn["kind"])
@@ -59,7 +59,7 @@ def iteration_times(load: Mapping[str, Any]) -> Panel:
 
 
 def latency_table(load: Mapping[str, Any]) -> Panel:
-    """Each statistic of each latency on both sides; those that have a target are coloured."""
+    """Draw each statistic of each latency on both sides; those that have a target are coloured."""
     met = {(each.what, each.statistic): each.met for each in judge(load)}
     rows: list[tuple[str, list[Cell]]] = []
     for metric in drawn_metrics():
@@ -83,7 +83,7 @@ def latency_table(load: Mapping[str, Any]) -> Panel:
 
 
 def iteration_table(load: Mapping[str, Any]) -> Panel:
-    """Errors of the batches' times by kind, and what each kind adds to the error of their sum."""
+    """Draw errors of the batches' times by kind, and what each kind adds to the error of their sum."""
     iterations = load["iterations"]
     parts = iterations["contributions"]
     rows: list[tuple[str, list[Cell]]] = [
@@ -101,12 +101,12 @@ def iteration_table(load: Mapping[str, Any]) -> Panel:
 
 
 def error_cells(found: Mapping[str, Any]) -> list[str]:
-    """The cells under ERROR_HEADS."""
+    """Return the cells under ERROR_HEADS."""
     return [percent(found.get(name), sign=name == "bias") for name in ("mape", "p50", "p95", "bias")]
 
 
 def batch_order(load: Mapping[str, Any]) -> Panel:
-    """Where the two runs' batches first differ, in words."""
+    """Draw where the two runs' batches first differ, in words."""
     return Panel("Order of the batches", f"{_order(load['batches'])} {_replay(load['replay'])}", width="half")
 
 

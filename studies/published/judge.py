@@ -42,7 +42,7 @@ class Judgement:
     explanation: str = ""
 
     def sentence(self) -> str:
-        """The verdict in words."""
+        """Return the verdict in words."""
         if self.agrees is None:
             return f"{self.claim}: not run"
         off = "" if self.off is None else f" ({percent(self.off, sign=True)})"
@@ -51,13 +51,13 @@ class Judgement:
 
 
 def judge(experiment: Experiment, records: Records) -> list[Judgement]:
-    """Every claim of a study against the records of one host overhead."""
+    """Return every claim of a study against the records of one host overhead."""
     known = {claim.of[0]: claim.published for claim in experiment.claims if claim.compare == "value"}
     return [_judge(claim, records, known) for claim in experiment.claims]
 
 
 def value_of(records: Records, name: str) -> float | None:
-    """The value `POINT:METRIC`, or None where the point was not run."""
+    """Return the value `POINT:METRIC`, or None where the point was not run."""
     point, _, metric = name.rpartition(":")
     record = records.get(point)
     return None if record is None else float(record["values"][metric])
@@ -89,7 +89,7 @@ def _judge(claim: Claim, records: Records, known: Mapping[str, float | None]) ->
 
 
 def _number(claim: Claim, values: Sequence[float]) -> float:
-    """What a claim's values come to."""
+    """Return what a claim's values come to."""
     if claim.compare == "value":
         return values[0]
     return max(_ratios(values if claim.compare == "up_to" else values[:2]))
@@ -105,7 +105,7 @@ def _published(claim: Claim) -> str:
 
 
 def _explain(claim: Claim, values: Sequence[float], records: Records, known: Mapping[str, float | None]) -> str:
-    """Why ours differs, as far as the runs say."""
+    """Say why ours differs, as far as the runs tell."""
     parts = [claim.if_missed] if claim.if_missed else []
     shown: dict[str, None] = {}
     for name in _extreme_pair(claim, values):
@@ -139,7 +139,7 @@ def _ratios(values: Sequence[float]) -> list[float]:
 
 
 def tally(judgements: Sequence[Judgement]) -> list[tuple[str, int, int]]:
-    """For each kind of claim that was judged: its name, how many agree, of how many."""
+    """Return for each kind of claim that was judged: its name, how many agree, of how many."""
     verdicts = {kind: [e.agrees for e in judgements if e.kind == kind and e.agrees is not None] for kind in KINDS}
     return [(kind, sum(agrees), len(agrees)) for kind, agrees in verdicts.items() if agrees]
 
@@ -162,7 +162,7 @@ class Choice:
 
 
 def choices(records: Records) -> list[Choice]:
-    """The choice at each place (setup, workload, SLO) where every scheduler was searched twice."""
+    """Return the choice at each place (setup, workload, SLO) where every scheduler was searched twice."""
     places: dict[str, dict[str, Mapping[str, Any]]] = {}
     for point, record in records.items():
         if "fine_qps" in record:
@@ -189,7 +189,7 @@ def _choice(place: str, found: Mapping[str, Mapping[str, Any]]) -> Choice:
 
 
 def spearman(first: Array, second: Array) -> float | None:
-    """Rank correlation (Spearman), equal values sharing their mean rank; None where either has no spread."""
+    """Return the rank correlation (Spearman), equal values sharing their mean rank; None where either has no spread."""
     ranks = [_ranks(values) for values in (first, second)]
     centred = [rank - rank.mean() for rank in ranks]
     norm = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))

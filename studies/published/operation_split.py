@@ -23,7 +23,7 @@ from simulator.predictor.tables import TableMaker
 
 
 def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict[str, float]:
-    """Seconds by kind of operator of a whole prompt of `prompt` tokens, or (0) of `batch` decodes of `context` tokens.
+    """Return seconds by kind of operator of a whole prompt (tokens), or (0) of `batch` decodes of `context` tokens.
 
     `linear_per_token` is the linear layers' time over the batch's tokens; `host` is what the host adds. Raises
     InputError for a pipeline or a device without a calibration.

@@ -31,12 +31,12 @@ TIMELINE_POINTS = 400
 
 
 def compute(point: Point) -> dict[str, Any]:
-    """The record of a point."""
+    """Compute the record of a point."""
     return TASKS[point.task](point, point.deployment())
 
 
 def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """The capacity, and the batches of the run at it."""
+    """Compute the capacity, and the batches of the run at it."""
     slos = [SLO.parse(text) for text in point.slos]
     spec, kinds = point.workload(), [deployment]
     start = guess(spec, kinds)
@@ -62,7 +62,7 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
 
 
 def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """A load at a rate: its latencies and batches, and if asked when its tokens came.
+    """Return a load at a rate: its latencies and batches, and if asked when its tokens came.
 
     Of several draws of the requests (seeds from 0) the values are the medians, `draws` has each and the rest is of the
     first.
@@ -81,7 +81,7 @@ def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
 
 
 def _latencies(summary: dict[str, Any]) -> dict[str, float]:
-    """The values of a run (s; throughput in requests/s)."""
+    """Return the values of a run (s; throughput in requests/s)."""
     return {
         name: summary["request_throughput"]
         if name == "throughput"
@@ -97,7 +97,7 @@ def _last_stage(iterations: Columns | None, deployment: Deployment) -> Columns:
 
 
 def batches(iterations: Columns | None, deployment: Deployment) -> dict[str, float]:
-    """What the batches of a run were like: durations (s) on the last stage, tokens, and the KV cache at its fullest."""
+    """Describe a run's batches: durations (s) on the last stage, tokens, and the KV cache at its fullest."""
     rows = _last_stage(iterations, deployment)
     prefills = rows["num_prefills"] > 0
     with_prompts = rows["duration_s"][prefills]
@@ -117,7 +117,7 @@ def batches(iterations: Columns | None, deployment: Deployment) -> dict[str, flo
 
 
 def in_words(summary: dict[str, Any], shown: dict[str, float]) -> str:
-    """The facts of a run that bear on why it is as fast as it is."""
+    """Return the facts of a run that bear on why it is as fast as it is."""
     gap_s, delay_s = (summary[summary_key(*each)] / 1e3 for each in (("p99", "tbt"), ("p50", "scheduling_delay")))
     return (
         f"P99 TBT {gap_s:.3g} s, median scheduling delay {delay_s:.2g} s; a batch takes "
@@ -131,7 +131,7 @@ def in_words(summary: dict[str, Any], shown: dict[str, float]) -> str:
 
 
 def completions(iterations: Columns | None, deployment: Deployment) -> dict[str, list[float]]:
-    """Decodes completed by each of some moments, evenly spread over the run."""
+    """Return decodes completed by each of some moments, evenly spread over the run."""
     rows = _last_stage(iterations, deployment)
     ends = rows["start_s"] + rows["duration_s"]
     order = np.argsort(ends, kind="stable")
@@ -143,7 +143,7 @@ def completions(iterations: Columns | None, deployment: Deployment) -> dict[str,
 
 
 def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """A prompt alone, in chunks, against the same one whole."""
+    """Compute a prompt alone, in chunks, against the same one whole."""
     whole = _latency(deployment, _prompt(point.prompt, 0, ends=True))
     if not point.chunk:
         return {"values": {"seconds": whole, "overhead": 1.0}, "facts": ""}
@@ -157,7 +157,7 @@ def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
 
 
 def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """A decode batch alone; with a chunk that fills the token budget; with a whole prompt."""
+    """Compute a decode batch alone; with a chunk that fills the token budget; with a whole prompt."""
     chunk = point.chunk - point.batch
     alone = _latency(deployment, _decodes(point.batch, point.context))
 
@@ -170,7 +170,7 @@ def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
 
 
 def _decode(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """The time between tokens of decodes alone: one pass through all stages."""
+    """Compute the time between tokens of decodes alone: one pass through all stages."""
     shape = _decodes(point.batch, point.context)
     stages = range(deployment.parallel.pipeline_parallel_size)
     parts = [deployment.predictor.stage_time(shape, stage) for stage in stages]
@@ -197,14 +197,14 @@ def _decodes(batch: int, context: int) -> BatchShape:
 
 
 def _latency(deployment: Deployment, shape: BatchShape) -> float:
-    """Seconds from a batch's start on the first stage to its end on the last."""
+    """Return seconds from a batch's start on the first stage to its end on the last."""
     predictor, count = deployment.predictor, deployment.parallel.pipeline_parallel_size
     stages = sum(predictor.stage_time(shape, stage) for stage in range(count))
     return stages + sum(predictor.send_time(shape, stage) for stage in range(count - 1))
 
 
 def _operators(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """A prompt or a decode batch by kind of operator."""
+    """Compute a prompt or a decode batch by kind of operator."""
     return {"values": split(deployment, point.prompt, point.batch, point.context), "facts": ""}
 
 

@@ -78,7 +78,7 @@ def run_pair(
 
 
 def compare(pair: Pair, deployment: Deployment, workload: Workload) -> dict[str, Any]:
-    """Every comparison of a pair of runs, as plain numbers (shares are fractions, times seconds)."""
+    """Make every comparison of a pair of runs, as plain numbers (shares are fractions, times seconds)."""
     measured, simulated = pair.iterations, pair.simulated_iterations
     result = {
         "requests": len(workload),
@@ -94,7 +94,7 @@ def compare(pair: Pair, deployment: Deployment, workload: Workload) -> dict[str,
 
 
 def in_words(result: dict[str, Any]) -> str:
-    """What contributes most to the error of the iterations' time, in a sentence."""
+    """Return what contributes most to the error of the iterations' time, in a sentence."""
     parts = result["iterations"]["contributions"]
     name = max(parts, key=lambda each: abs(parts[each]))
     total = result["iterations"]["bias_of_time"]
@@ -109,7 +109,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def iteration_times(pair: Pair, deployment: Deployment) -> tuple[Array, Array, Array]:
-    """Measured and predicted durations (stages, batches) in s of the engine's own batches, and each batch's kind."""
+    """Return measured and predicted durations (stages, batches) in s of the engine's batches, and each one's kind."""
     measured, stages = pair.iterations, range(deployment.parallel.pipeline_parallel_size)
     actual = np.stack([measured["duration_s"][measured["stage"] == stage] for stage in stages])
     stage_time = deployment.predictor.stage_time
@@ -118,7 +118,7 @@ def iteration_times(pair: Pair, deployment: Deployment) -> tuple[Array, Array, A
 
 
 def _iterations(run: Run, folder: Path | None) -> Columns:
-    """A run's iterations, from memory or from its folder."""
+    """Return a run's iterations, from memory or from its folder."""
     if run.iterations is not None:
         return run.iterations
     import pyarrow.parquet as pq  # a node that only measures may lack it
@@ -128,7 +128,7 @@ def _iterations(run: Run, folder: Path | None) -> Columns:
 
 
 def _iteration_errors(pair: Pair, deployment: Deployment) -> dict[str, Any]:
-    """Errors of the engine's own batches' times on each stage, and which kinds make up the error of their sum."""
+    """Return errors of the engine's own batches' times on each stage, and which kinds make up that of their sum."""
     actual, predicted, kinds = iteration_times(pair, deployment)
     predictor, shapes, stages = deployment.predictor, pair.shapes, len(actual)
     by_kind = {name: errors(actual[:, kinds == name].ravel(), predicted[:, kinds == name].ravel())
@@ -157,13 +157,13 @@ def _kind(shape: BatchShape) -> str:
 
 
 def _added(host: HostOverhead, shapes: list[BatchShape], deployment: Deployment) -> Array:
-    """What the host is predicted to add to each batch."""
+    """Return what the host is predicted to add to each batch."""
     ranks, layers = deployment.parallel.world_size, deployment.model.num_layers
     return np.array([host.times(layers, shape.num_decodes + len(shape.prefills), ranks, 0)[1] for shape in shapes])
 
 
 def _batch_sequences(measured: Columns, simulated: Columns) -> dict[str, Any]:
-    """Where the two runs' batches first differ: an earlier or later end may let another request in."""
+    """Find where the two runs' batches first differ: an earlier or later end may let another request in."""
     ours, theirs = (
         np.stack([table[name][table["stage"] == 0] for name in _SEQUENCE]) for table in (measured, simulated)
     )
@@ -181,7 +181,7 @@ def _batch_sequences(measured: Columns, simulated: Columns) -> dict[str, Any]:
 
 
 def _replay(deployment: Deployment, workload: Workload, measured: Columns) -> dict[str, Any]:
-    """Whether the simulator forms the engine's batches when it is given the engine's durations."""
+    """Return whether the simulator forms the engine's batches when it is given the engine's durations."""
     replayed = replace(deployment, predictor=Measured(measured, deployment.parallel.pipeline_parallel_size))
     try:
         run = simulate(workload, [replayed], repeats=False)
@@ -191,7 +191,7 @@ def _replay(deployment: Deployment, workload: Workload, measured: Columns) -> di
 
 
 def _latencies(pair: Pair) -> dict[str, Any]:
-    """Each metric's statistics on the engine and simulated (s), and how the requests' own values go together."""
+    """Return each metric's statistics on both sides (s), and how the requests' own values go together."""
     ours, theirs = (latencies(_by_id(run.requests)) for run in (pair.engine, pair.simulated))
     result: dict[str, Any] = {}
     for metric in [drawn.key for drawn in drawn_metrics()]:
@@ -214,7 +214,7 @@ def _by_id(requests: Columns) -> Columns:
 
 
 def _ratios(pair: Pair, keys: Sequence[str]) -> dict[str, Any]:
-    """Keys of the summaries on both sides, and the simulated one's error."""
+    """Return keys of the summaries on both sides, and the simulated one's error."""
     found = {}
     for key in keys:
         real, predicted = (run.summary[key] for run in (pair.engine, pair.simulated))

@@ -43,7 +43,7 @@ class Judgement:
 
 
 def judge(load: Mapping[str, Any]) -> list[Judgement]:
-    """The errors of one load that have a target: always the same ones, in the same order."""
+    """Return the errors of one load that have a target: always the same ones, in the same order."""
     near = load["load"] is not None and load["load"] >= NEAR_CAPACITY
     target = NEAR_CAPACITY_TARGET if near else LATENCY_TARGET
     found = [Judgement("Iterations", "mean error", load["iterations"].get("mape"), ITERATION_TARGET)]
@@ -56,7 +56,7 @@ def judge(load: Mapping[str, Any]) -> list[Judgement]:
 
 
 def curves(pair: Pair, deployment: Deployment) -> dict[str, Any]:
-    """What there is to draw of a pair of runs, with five digits.
+    """Return what there is to draw of a pair of runs, with five digits.
 
     Each drawn metric has the `engine` and the `simulated` quantiles (s) at `metrics.QUANTILES`; tbt is
     absent where no request has two tokens. `iterations` has the measured_ms, predicted_ms and kind of the engine's

@@ -44,9 +44,9 @@ class Validation:
         on_progress: Callable[[str, int, int], None] = lambda what, finished, of: None,
         on_result: Callable[[Mapping[str, Any]], None] = lambda result: None,
     ) -> dict[str, Any]:
-        """Everything, as plain numbers; with a folder the runs' tables go there.
+        """Serve and simulate every load and return plain numbers; with a folder the runs' tables go there.
 
-        `on_progress` is told what is served, how many requests are finished, and of how many; `on_result` all there is
+        `on_progress` gets what is served, how many requests are finished, and of how many; `on_result` all there is
         after each load. Raises InputError if the calibration is of another machine than the executor's.
         """
         check_machine(self.deployment.replica, executor)
@@ -76,7 +76,7 @@ class Validation:
         return results
 
     def _describe(self, deployment: Deployment, executor: Executor) -> dict[str, Any]:
-        """What was validated on what, and how well the calibration predicts operators."""
+        """Return what was validated on what, and how well the calibration predicts operators."""
         folder = folder_of(deployment.device)
         learned = store.load(folder, deployment.device).records if folder is not None else {}
         host, torch = deployment.host, version("torch")
