@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.executors.start import start
 from engine.results.recorder import Recorder
 from engine.runtime.driver import Driver
-from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import LAST_SAMPLED, Executor, NewBlocks, RankTime, Result, Step
 from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import resolve

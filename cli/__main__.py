@@ -3,11 +3,10 @@
 Small, so that Ctrl-C is answered in words from the first moment on; everything else is imported inside.
 """
 
+import cli.clock  # noqa: F401, I001  # first: it reads the clock
+
 import signal
 import sys
-import time
-
-STARTED = time.perf_counter()  # before the imports, which are most of the start-up time
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,8 +12,9 @@ from rich.console import Console
 from cli.engine import engine_spec
 from cli.output import default_folder, print_summary, progress_bar
 from engine.errors import InputError, unknown
+from engine.executors.start import start
 from engine.results.run_folder import keep_incomplete, run_folder, write_chrome_trace, write_config, write_summary
-from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import Executor, WorkerError
 from engine.runtime.serve import serve
 from engine.workload.workload import make_workload
@@ -67,7 +68,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
         write_summary(folder, summary)
         if chrome_trace:
             write_chrome_trace(folder)
-        from studies.report import write_report
+        from studies.pages.run import write_report
 
         write_report(folder)
     print_summary(summary, [1], target, console)

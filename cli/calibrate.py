@@ -21,7 +21,7 @@ from simulator.predictor import calibration as store
 from simulator.predictor import calibration_errors, calibration_fit
 from simulator.predictor.check import check_iterations, profiled_device
 from simulator.predictor.kinds import KINDS
-from studies.calibration_kinds import page_of
+from studies.calibration.kinds import page_of
 
 if TYPE_CHECKING:
     import pandas as pd

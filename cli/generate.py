@@ -9,9 +9,10 @@ from typing import Any
 
 from cli.engine import engine_device, engine_spec
 from engine.errors import InputError
+from engine.executors.start import need, start
 from engine.results.recorder import Recorder
 from engine.runtime.driver import Driver
-from engine.runtime.engine_spec import EngineSpec, need, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import SamplingParams
 from engine.runtime.sequences import Sequence
 from engine.scheduling.request import Request

@@ -90,7 +90,7 @@ def simulate(
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
-    from cli.__main__ import STARTED
+    from cli.clock import STARTED
     from cli.simulate import run
 
     run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
@@ -316,7 +316,7 @@ def _report(
     """Write a page about a device's calibration: held-out errors, measured and predicted."""
     from cli.calibrate import read
     from engine.specs import catalog
-    from studies.calibration_report import report
+    from studies.pages.calibration import report
 
     known = catalog.device(device)
     print(f"report: {report(device, [read(text, known) for text in source or []], output)}")
@@ -327,7 +327,7 @@ def _accuracy(
     output: Annotated[Path | None, typer.Option(help="Markdown file; by default it is printed.")] = None,
 ) -> None:
     """Print or write how well the calibrations that ship predict data that was held out."""
-    from studies.accuracy import write_accuracy
+    from studies.calibration.accuracy import write_accuracy
 
     write_accuracy(output)
 

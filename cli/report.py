@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from studies.compare_report import write_page
+from studies.pages.report import write_page
 
 
 def run(folders: list[Path], output: Path | None) -> Path:

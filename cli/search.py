@@ -21,10 +21,12 @@ from cli.engine import engine_spec
 from cli.output import progress_bar
 from cli.search_point import confirm_point, search_point
 from engine.errors import InputError, unknown
+from engine.results.files import write_json
 from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
-from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray, write_json
+from studies.capacity.sweep import mark_pareto, name_of, points
+from studies.jobs.pool import work_off, work_off_on_ray
 from windtunnel.capacity import check_tolerance, checked, deployed, open_search
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE

@@ -11,11 +11,11 @@ from typing import Any
 
 from cli.bench import only_group
 from cli.engine import engine_spec
-from engine.runtime.engine_spec import start
+from engine.executors.start import start
 from engine.runtime.serve import serve
-from studies.confirm import confirm, gpu_hours
-from studies.search import Trial, at_rate
-from studies.validation_run import check_machine
+from studies.capacity.confirm import confirm, gpu_hours
+from studies.capacity.trial import Trial, at_rate
+from studies.validation.run import check_machine
 from windtunnel.capacity import checked, kept, search_capacity
 from windtunnel.plugins import load_plugin
 from windtunnel.settings import BenchConfig, load

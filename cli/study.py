@@ -12,8 +12,10 @@ from rich.console import Console
 
 from cli.output import progress_bar
 from engine.errors import InputError
-from studies import experiment as studies
-from studies.experiments_run import StudyCrashedError, claim_folder, run, write_whole
+from engine.results.files import write_whole
+from studies.jobs.cache import claim_folder
+from studies.published import library as studies
+from studies.published.run import StudyCrashedError, run
 
 
 def show() -> None:
@@ -74,7 +76,7 @@ def run_study(
                 f"error: {len(error.crashes)} points of {name} crashed: no page was written ({kept})", file=sys.stderr
             )
             raise typer.Exit(1) from None
-    from studies.experiments_page import markdown, summary_lines, to_json, write_page
+    from studies.pages.study import markdown, summary_lines, to_json, write_page
 
     results = {"study": name, "reduced": left_out, **to_json(experiment, records)}
     write_whole(target / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")

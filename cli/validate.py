@@ -16,14 +16,14 @@ from cli.bench import only_group
 from cli.engine import engine_spec
 from cli.output import progress_bar
 from engine.errors import InputError
+from engine.executors.start import start
 from engine.results.metric_table import drawn_metrics
 from engine.results.run_folder import keep_incomplete, run_folder, write_config, write_summary
-from engine.runtime.engine_spec import start
 from engine.runtime.executor import WorkerError
 from engine.workload.workload import make_workload
 from simulator.cluster import Deployment
-from studies.validation import STATISTICS
-from studies.validation_run import Validation
+from studies.validation.compare import STATISTICS
+from studies.validation.run import Validation
 from windtunnel.plugins import load_plugin
 from windtunnel.run_config import resolved
 from windtunnel.settings import BenchConfig
@@ -84,7 +84,7 @@ def run(
         results["version"] = version("windtunnel")
         write_config(folder, resolved(config, [replica.with_blocks(executor.num_blocks)], num_prompts))
         write_summary(folder, results, "validation.json")
-        from studies.validation_report import write_validation
+        from studies.pages.validation import write_validation
 
         write_validation(results, folder / "validation.html")
     if (capacity := results["capacity"]) is not None:

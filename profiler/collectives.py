@@ -11,8 +11,8 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+from engine.executors.multiprocess import free_port
 from engine.runtime.executor import WorkerError
-from engine.runtime.multiprocess import free_port
 from profiler.kinds import KINDS, Message
 from profiler.timing import Timing
 

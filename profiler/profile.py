@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 
 from engine.errors import InputError
+from engine.executors.start import start
 from engine.replica_spec import ReplicaSpec, resolve
-from engine.runtime.engine_spec import DECODE_GRAPHS, EngineSpec, start
+from engine.runtime.engine_spec import DECODE_GRAPHS, EngineSpec
 from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec, catalog
 from engine.worker.attention import BACKENDS, select
 from engine.worker.attention.base import AttentionShape

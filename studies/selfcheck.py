@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.executors.start import start
 from engine.replica_spec import resolve
 from engine.results.run_folder import write_summary
-from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec, catalog
 from engine.workload.workload import WorkloadSpec, make_workload
 from profiler.points import Limits
@@ -95,7 +96,7 @@ def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, 
 
 
 def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[str, Any]:
-    """A step as a process that is killed when its time is up; what came of it in a line."""
+    """Run a step as a process that is killed when its time is up; return what came of it in a line."""
     commands: dict[str, list[str]] = {
         "tests": ["-m", "pytest", "-m", "gpu" if device == "cuda" else "not gpu", "-p", "no:cacheprovider",
                   "tests/test_gpu_engine.py", "tests/test_worker_attention.py"],
@@ -149,7 +150,7 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
     from simulator.cluster import Deployment, simulate
     from simulator.predictor import calibration as store
     from simulator.predictor import calibration_fit
-    from studies.validation_run import Validation
+    from studies.validation.run import Validation
 
     began = time.perf_counter()
     case, profile = CASES[device], output_dir / "profile"
@@ -179,7 +180,7 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
 
 
 def this_device(device: str) -> DeviceSpec:
-    """The catalog's device for this machine."""
+    """Return the catalog's device for this machine."""
     from profiler.profile import device_here
 
     return device_here("cuda" if device == "cuda" else "cpu")
@@ -189,7 +190,7 @@ STEP_FUNCTIONS: dict[str, Callable[[str, float, Path], str]] = {"profile": profi
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; 0 if every step went well."""
+    """Run the command line; return 0 if every step went well."""
     parser = argparse.ArgumentParser(
         prog="windtunnel selfcheck",
         description="Profile, validate and test this machine within a budget of time, each step on its own.",

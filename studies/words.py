@@ -4,24 +4,28 @@ from __future__ import annotations
 
 
 def statistic_name(statistic: str) -> str:
-    """The name of a statistic: median for p50, P99 for p99; mean and max stay."""
+    """Return the name of a statistic: median for p50, P99 for p99; mean and max stay."""
     return {"mean": "mean", "max": "max", "p50": "median"}.get(statistic, statistic.upper())
 
 
-def number(value: float) -> str:
-    """Three digits, and no exponent unless there is no other way to be brief."""
+def number(value: float | None) -> str:
+    """Return three digits, and no exponent unless there is no other way to be brief; "-" for none."""
+    if value is None:
+        return "-"
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
-def seconds(value: float) -> str:
-    """A time in the unit that suits it."""
+def seconds(value: float | None) -> str:
+    """Return a time in the unit that suits it; "-" for none."""
+    if value is None:
+        return "-"
     if value == 0 or value >= 1:
         return f"{number(value)} s"
     return f"{number(1e3 * value)} ms" if value >= 1e-3 else f"{number(1e6 * value)} µs"
 
 
 def percent(value: float | None, sign: bool = False) -> str:
-    """A fraction as a percentage with two or three digits; "-" for none."""
+    """Return a fraction as a percentage with two or three digits; "-" for none."""
     if value is None:
         return "-"
     return f"{100 * value:{'+' if sign else ''}.{1 if abs(value) < 0.9995 else 0}f} %"

@@ -6,19 +6,20 @@ Prints the word "serving" when the first requests are finished. Its process has 
 import sys
 from pathlib import Path
 
+from engine.executors.start import start
 from engine.results.recorder import Recorder
 from engine.runtime.driver import Driver
-from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import resolve
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
-from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec
+from engine.specs import ParallelSpec, SchedulerSpec, hf_config
 
 
 def main(folder: str, tp: int, pp: int, executor_name: str = "multiprocess") -> None:
     spec = EngineSpec(
-        model=ModelSpec.from_hf(Path(folder)).in_dtype("float32"),
+        model=hf_config.read(Path(folder)).in_dtype("float32"),
         folder=Path(folder),
         device="cpu",
         max_num_seqs=4,

@@ -16,7 +16,7 @@ from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import resolve
 from engine.scheduling.request import Batch, Request
 from engine.scheduling.scheduler import Scheduler
-from engine.specs import ModelSpec, ParallelSpec, SchedulerSpec
+from engine.specs import ParallelSpec, SchedulerSpec, hf_config
 
 MAX_LEN = 44  # tokens of a request
 FEW_BLOCKS = 24  # so few that some of LENGTHS are preempted
@@ -30,7 +30,7 @@ class Oracle:
     def __init__(self, folder: Path, name: str) -> None:
         self.model = checkpoints.write(folder, name)
         self.folder = folder
-        self.spec = ModelSpec.from_hf(folder).in_dtype("float32")
+        self.spec = hf_config.read(folder).in_dtype("float32")
         generator = torch.Generator().manual_seed(11)
         self.prompts = [
             torch.randint(checkpoints.VOCABULARY, (prompt,), generator=generator).tolist() for prompt, _ in LENGTHS

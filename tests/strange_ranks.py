@@ -1,4 +1,4 @@
-"""Ranks that are not as they should be: each function may take the place of engine.runtime.multiprocess._run_rank.
+"""Ranks that are not as they should be: each function may take the place of engine.executors.multiprocess._run_rank.
 
 monkeypatch.setattr(multiprocess, "_run_rank", partial(strange_ranks.dies_computing, victim=1))
 """

@@ -28,6 +28,8 @@ def work(point: dict[str, Any]) -> dict[str, Any]:
             with run_folder(Path(point["folder"])) as partial:
                 (partial / "begun").touch()
                 time.sleep(120)
+        case "pid":
+            return {"status": "done", "value": os.getpid()}
         case "slot":
             return {"status": "done", "value": os.environ["SLOT"]}
         case number:

@@ -11,7 +11,7 @@ from simulator.cluster import deploy
 from simulator.predictor import calibration as store
 from simulator.predictor import calibration_errors
 from simulator.predictor.kinds import KINDS
-from studies.accuracy import accuracy_markdown
+from studies.calibration.accuracy import accuracy_markdown
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

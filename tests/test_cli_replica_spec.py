@@ -16,7 +16,7 @@ from engine.replica_spec import ReplicaSpec
 from engine.runtime.engine_spec import EngineSpec
 from engine.specs import HostOverhead, catalog
 from simulator.cluster import Deployment
-from studies.validation_run import Validation
+from studies.validation.run import Validation
 from windtunnel.settings import BenchConfig, FileConfig, GenerateConfig, from_flags, load
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,

@@ -21,8 +21,8 @@ import torch
 from replaying import assert_same_times, composition, replay
 from serving import LENGTHS, MAX_LEN, Oracle, Served, serve
 
-from engine.runtime import multiprocess
-from engine.runtime.engine_spec import start
+from engine.executors import multiprocess
+from engine.executors.start import start
 from engine.runtime.executor import Executor, SamplingParams, WorkerError
 from engine.scheduling.policies import POLICIES
 

@@ -19,12 +19,13 @@ import torch
 from serving import Oracle, Served, serve
 
 from engine.errors import InputError
+from engine.executors import multiprocess
+from engine.executors.in_process import InProcessExecutor
+from engine.executors.multiprocess import MultiprocessExecutor, free_port
+from engine.executors.start import start
 from engine.results.recorder import Recorder
-from engine.runtime import multiprocess
-from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import Result, WorkerError
-from engine.runtime.multiprocess import MultiprocessExecutor, free_port
-from engine.worker.in_process import InProcessExecutor
 
 SOON_S = 10.0
 CUTS = [(2, 1), (1, 2)]

@@ -23,8 +23,8 @@ from engine.specs import SchedulerSpec
 from engine.workload.workload import Workload
 from simulator.cluster import deploy, simulate
 from simulator.predictor.base import FixedTable
-from studies.report import write_report
-from studies.search import Hopeless, simulated_trial
+from studies.capacity.trial import Hopeless, simulated_trial
+from studies.pages.run import write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
 RNG = np.random.default_rng(5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.errors import InputError
 from engine.results.metric_table import METRICS
 from engine.results.slo import SLO
-from engine.specs import Link, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec
+from engine.specs import Link, NetworkSpec, ParallelSpec, SchedulerSpec, hf_config
 
 LLAMA_7B: dict[str, Any] = {
     "model_type": "llama",
@@ -118,58 +118,58 @@ def test_a_published_config_gives_the_published_size(
     folder = tmp_path / "some-model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    model = ModelSpec.from_hf(folder)
+    model = hf_config.read(folder)
     assert (model.num_parameters, model.kv_bytes_per_token) == (parameters, kv_bytes)
     assert model.name == "some-model"
-    assert ModelSpec.from_hf(folder / "config.json") == model == ModelSpec.from_hf(config, name="some-model")
+    assert hf_config.read(folder / "config.json") == model == hf_config.read(config, name="some-model")
 
 
 def test_each_family_has_its_blocks() -> None:
-    falcon, small = ModelSpec.from_hf(FALCON_40B), ModelSpec.from_hf(FALCON_7B)
+    falcon, small = hf_config.read(FALCON_40B), hf_config.read(FALCON_7B)
     assert (falcon.parallel_block, falcon.norms_per_layer, falcon.tie_word_embeddings) == (True, 2, True)
     assert (small.norms_per_layer, small.num_key_value_heads) == (1, 1)
-    assert ModelSpec.from_hf(FALCON_40B | {"num_ln_in_parallel_attn": 1}).norms_per_layer == 1
-    classic = ModelSpec.from_hf(FALCON_7B | {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True})
+    assert hf_config.read(FALCON_40B | {"num_ln_in_parallel_attn": 1}).norms_per_layer == 1
+    classic = hf_config.read(FALCON_7B | {"parallel_attn": False, "multi_query": False, "alibi": True, "bias": True})
     assert (classic.parallel_block, classic.norms_per_layer, classic.num_key_value_heads) == (False, 2, 71)
     assert (classic.rotary_fraction, classic.qkv_bias, classic.mlp_bias) == (0.0, True, True)
-    phi = ModelSpec.from_hf(PHI_2)
+    phi = hf_config.read(PHI_2)
     assert (phi.gated_mlp, phi.lm_head_bias, phi.rotary_fraction, phi.norm) == (False, True, 0.4, "layer")
-    qwen = ModelSpec.from_hf(QWEN_72B)
+    qwen = hf_config.read(QWEN_72B)
     assert (qwen.intermediate_size, qwen.qkv_bias, qwen.mlp_bias) == (24576, True, False)
     assert qwen.max_position_embeddings == 32768
-    internlm_7b = ModelSpec.from_hf(INTERNLM_20B | {"bias": True})
+    internlm_7b = hf_config.read(INTERNLM_20B | {"bias": True})
     assert (internlm_7b.qkv_bias, internlm_7b.attention_output_bias, internlm_7b.mlp_bias) == (True, True, False)
-    assert ModelSpec.from_hf(LLAMA_7B | {"attention_bias": True, "mlp_bias": True}).mlp_bias
+    assert hf_config.read(LLAMA_7B | {"attention_bias": True, "mlp_bias": True}).mlp_bias
 
 
 def test_a_window_counts_only_where_it_is_used() -> None:
-    assert ModelSpec.from_hf(QWEN25_7B).sliding_window is None
+    assert hf_config.read(QWEN25_7B).sliding_window is None
     used = QWEN25_7B | {"use_sliding_window": True, "sliding_window": 2048}
-    assert ModelSpec.from_hf(used | {"max_window_layers": 0}).sliding_window == 2048
-    assert ModelSpec.from_hf(used).sliding_window is None  # its 28 layers come before the default's first with one
-    assert ModelSpec.from_hf(used | {"layer_types": ["sliding_attention"] * 28}).sliding_window == 2048
-    assert ModelSpec.from_hf(used | {"layer_types": ["full_attention"] * 28}).sliding_window is None
-    assert ModelSpec.from_hf(LLAMA_7B | {"sliding_window": 2048}).sliding_window is None
-    assert ModelSpec.from_hf(LLAMA_7B | {"model_type": "novel", "sliding_window": 2048}).sliding_window == 2048
-    assert ModelSpec.from_hf(LLAMA_7B | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
-    assert ModelSpec.from_hf(LLAMA_7B | {"model_type": "mistral"}).sliding_window == 4096
+    assert hf_config.read(used | {"max_window_layers": 0}).sliding_window == 2048
+    assert hf_config.read(used).sliding_window is None  # its 28 layers come before the default's first with one
+    assert hf_config.read(used | {"layer_types": ["sliding_attention"] * 28}).sliding_window == 2048
+    assert hf_config.read(used | {"layer_types": ["full_attention"] * 28}).sliding_window is None
+    assert hf_config.read(LLAMA_7B | {"sliding_window": 2048}).sliding_window is None
+    assert hf_config.read(LLAMA_7B | {"model_type": "novel", "sliding_window": 2048}).sliding_window == 2048
+    assert hf_config.read(LLAMA_7B | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
+    assert hf_config.read(LLAMA_7B | {"model_type": "mistral"}).sliding_window == 4096
 
 
 def test_an_explicit_head_dim_is_taken() -> None:
-    model = ModelSpec.from_hf(LLAMA_7B | {"head_dim": 256})
+    model = hf_config.read(LLAMA_7B | {"head_dim": 256})
     assert (model.q_size, model.kv_size) == (32 * 256, 32 * 256)
 
 
 def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
-    assert ModelSpec.from_hf(LLAMA_7B | {"model_type": "novel"}).num_parameters == 6_738_415_616
+    assert hf_config.read(LLAMA_7B | {"model_type": "novel"}).num_parameters == 6_738_415_616
     untied = {key: value for key, value in LLAMA_7B.items() if key != "tie_word_embeddings"}
-    assert ModelSpec.from_hf(untied | {"model_type": "novel"}).tie_word_embeddings
-    assert not ModelSpec.from_hf(untied).tie_word_embeddings
+    assert hf_config.read(untied | {"model_type": "novel"}).tie_word_embeddings
+    assert not hf_config.read(untied).tie_word_embeddings
     del untied["rms_norm_eps"]
     with pytest.raises(InputError, match=r"'gpt2' are not known"):
-        ModelSpec.from_hf({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257})
+        hf_config.read({"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257})
     with pytest.raises(InputError, match=r"'rms_norm_eps' is missing.*'novel'"):
-        ModelSpec.from_hf(untied | {"model_type": "novel"})
+        hf_config.read(untied | {"model_type": "novel"})
 
 
 @pytest.mark.parametrize(
@@ -196,23 +196,23 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
 )
 def test_what_is_no_dense_decoder_is_refused(extra: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        ModelSpec.from_hf(LLAMA_7B | extra)
+        hf_config.read(LLAMA_7B | extra)
 
 
 def test_a_missing_key_is_named_with_its_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({key: value for key, value in LLAMA_7B.items() if key != "vocab_size"}))
     with pytest.raises(InputError, match=r"config\.json: the key 'vocab_size' is missing"):
-        ModelSpec.from_hf(path)
+        hf_config.read(path)
     path.write_text("{")
     with pytest.raises(InputError, match=r"config\.json is not JSON"):
-        ModelSpec.from_hf(path)
+        hf_config.read(path)
     with pytest.raises(InputError, match="can't read"):
-        ModelSpec.from_hf(tmp_path / "nowhere")
+        hf_config.read(tmp_path / "nowhere")
 
 
 def test_flops_of_a_token() -> None:
-    model = ModelSpec.from_hf(LLAMA_7B)
+    model = hf_config.read(LLAMA_7B)
     matrices = 6_738_415_616 - 32000 * 4096 - 65 * 4096  # all parameters but the embedding and 65 norms
     assert model.flops_per_token(0) == 2 * matrices
     assert model.flops_per_token(1000) - model.flops_per_token(0) == 4 * 1000 * 4096 * 32
@@ -238,7 +238,7 @@ def test_stages_are_even_and_the_last_has_no_more_than_any(layers: int, stages: 
 
 
 def test_tensor_parallelism_that_does_not_divide_says_what_would() -> None:
-    qwen = ModelSpec.from_hf(QWEN25_7B)  # 28 heads, 4 KV heads
+    qwen = hf_config.read(QWEN25_7B)  # 28 heads, 4 KV heads
     with pytest.raises(InputError, match=r"tensor_parallel_size=8: .*28 attention heads.*: use 1, 2, 4$"):
         ParallelSpec(tensor_parallel_size=8).validate(qwen)
     even = replace(qwen, intermediate_size=28 * 512)
@@ -254,7 +254,7 @@ def test_tensor_parallelism_that_does_not_divide_says_what_would() -> None:
 
 
 def test_kv_heads_are_copied_where_there_are_fewer_than_ranks() -> None:
-    falcon = ModelSpec.from_hf(FALCON_40B)
+    falcon = hf_config.read(FALCON_40B)
     assert [ParallelSpec(tensor_parallel_size=tp).kv_heads_per_rank(falcon) for tp in (1, 4, 8, 16)] == [8, 2, 1, 1]
     assert ParallelSpec(tensor_parallel_size=4, pipeline_parallel_size=2).world_size == 8
 

@@ -22,15 +22,16 @@ from numpy.typing import NDArray
 from stand_in_cuda import stand_in
 
 from engine.errors import InputError
+from engine.executors.start import start
 from engine.results.recorder import Recorder
 from engine.runtime.driver import Driver
-from engine.runtime.engine_spec import GRAPH_BACKENDS, EngineSpec, start
+from engine.runtime.engine_spec import GRAPH_BACKENDS, EngineSpec
 from engine.runtime.executor import Executor, Result
 from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import resolve
 from engine.scheduling.request import Batch, Request
 from engine.scheduling.scheduler import Scheduler
-from engine.specs import ModelSpec, SchedulerSpec
+from engine.specs import ModelSpec, SchedulerSpec, hf_config
 from engine.specs.memory import kv_bytes_per_block
 from engine.worker import layers
 from engine.worker.attention import BACKENDS
@@ -91,7 +92,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 def spec_of(folder: Path | None, device: str, model: ModelSpec | None = None, **changes: Any) -> EngineSpec:
     """Of a checkpoint, or of a model's shapes with dummy weights, in bfloat16."""
-    model = model or ModelSpec.from_hf(folder or Path())
+    model = model or hf_config.read(folder or Path())
     settings: dict[str, Any] = {
         "max_num_seqs": 8,
         "max_model_len": MAX_LEN,
@@ -299,7 +300,7 @@ LARGE = ModelSpec(name="large", model_type="llama", num_layers=6, hidden_size=20
                   max_position_embeddings=8192)  # fmt: skip
 
 
-SMALL = ModelSpec.from_hf({"model_type": "llama", "max_position_embeddings": 256, **SIZES})
+SMALL = hf_config.read({"model_type": "llama", "max_position_embeddings": 256, **SIZES})
 
 
 @gpu_only

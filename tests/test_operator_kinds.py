@@ -27,7 +27,7 @@ from simulator.predictor.attention import AttentionDecode
 from simulator.predictor.kind import BatchModel, RowsModel
 from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline
-from studies.calibration_kinds import PAGES, page_of
+from studies.calibration.kinds import PAGES, page_of
 
 DEVICE = catalog.device("a100_pcie")
 NETWORK = catalog.network("pairwise_nvlink")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.runtime.engine_spec import EngineSpec
-from engine.specs import ModelSpec, ParallelSpec
+from engine.specs import ModelSpec, ParallelSpec, hf_config
 from profiler.collectives import Ranks
 from profiler.in_situ import InSitu, Reference
 from profiler.points import Limits, points
@@ -31,7 +31,7 @@ def _one_thread() -> Iterable[None]:
 
 def model_of(name: str, folder: Path) -> ModelSpec:
     checkpoints.write(folder, name)
-    return ModelSpec.from_hf(folder).in_dtype("float32")
+    return hf_config.read(folder).in_dtype("float32")
 
 
 def rows_of(point: dict[str, Any]) -> int:

@@ -27,7 +27,7 @@ from simulator.cluster import deploy
 from simulator.predictor import calibration as store
 from simulator.predictor import calibration_fit
 from simulator.predictor.check import check_iterations
-from studies.validation import compare, run_pair
+from studies.validation.compare import compare, run_pair
 
 MODEL = replace(catalog.model("Meta-Llama-3-8B"), num_layers=4)
 DEVICE = catalog.device("h100")

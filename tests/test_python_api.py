@@ -14,7 +14,7 @@ import pytest
 
 import windtunnel as wt
 from cli.main import run as command
-from studies import search as studies_search
+from studies.capacity import search as studies_search
 from windtunnel.settings import FileConfig
 
 ROOT = Path(__file__).parents[1]

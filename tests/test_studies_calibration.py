@@ -14,10 +14,10 @@ from engine.specs import catalog
 from profiler import table
 from simulator.predictor.calibration import Calibration
 from simulator.predictor.calibration_fit import fit
-from studies.accuracy import accuracy_markdown, targets
-from studies.calibration_kinds import page_of
-from studies.calibration_record import errors_by_size, read_calibration, spread_evenly
-from studies.calibration_report import write_calibration_report
+from studies.calibration.accuracy import accuracy_markdown, targets
+from studies.calibration.kinds import page_of
+from studies.calibration.record import errors_by_size, read_calibration, spread_evenly
+from studies.pages.calibration import write_calibration_report
 from studies.words import percent
 
 DEVICE = catalog.device("a40")
@@ -103,7 +103,7 @@ def test_record_holds_what_was_measured_and_predicted(calibration: Calibration, 
     assert record.lacking == []
     for kind in record.kinds:
         rows = frame[frame["kind"] == kind.kind]
-        assert kind.rows == len(rows) and not kind.carried_over
+        assert kind.record["provenance"]["rows"] == len(rows) and not kind.carried_over
         assert kind.scatter is not None and kind.by_size is not None
         assert kind.scatter.total == kind.scatter.fitted == len(rows)
         assert sorted(kind.scatter.measured_s) == pytest.approx(sorted(rows["time_ms"] / 1e3))

@@ -14,26 +14,27 @@ import pytest
 import yaml
 
 from engine.errors import InputError
+from engine.results.files import write_json
 from engine.results.slo import SLO
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
-from studies.compare_capacity import Point, Search, read_search, read_sweep, responses, threshold
-from studies.compare_capacity_figures import MOST_BARS, capacity_bars, speed_front, trials
-from studies.compare_figures import run_panels
-from studies.compare_record import (
+from studies.capacity.search import find_capacity
+from studies.capacity.sweep import not_dominated
+from studies.capacity.trial import at_rate, simulated_trial
+from studies.pages.capacity_figures import MOST_BARS, capacity_bars, speed_front, trials
+from studies.pages.capacity_record import Point, Search, read_search, read_sweep, responses, threshold
+from studies.pages.compare import run_panels
+from studies.pages.compare_record import (
     bubbles,
     differing_settings,
     headline,
     kind_of,
     names_of,
-    not_dominated,
     read_side,
     same_requests,
 )
-from studies.compare_report import write_page
-from studies.search import at_rate, find_capacity, simulated_trial
-from studies.sweep import write_json
+from studies.pages.report import write_page
 
 SLOS = ("p99_tbt<=0.03", "p50_ttft<=0.1")
 LOAD = WorkloadSpec(lengths="azure_conv", num_prompts=60, max_model_len=2048, request_rate=12.0)
@@ -109,7 +110,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(place / "sarathi")
     make_run(place / "piped", policy="vllm", stages=2, replicas=2, request_rate=12.5)
     make_search(place / "s-sarathi", "sarathi")
-    make_search(place / "s-vllm", "vllm")
+    make_search(place / "s-vllm", "vllm_v0")
     made = [entry("a100", 2.0), entry("h100", 5.0, 2, 20.0, published=4.5), entry("tpu", None)]
     made.append(entry("l4", 0.0, outcome="none", output_throughput=None, p99_tbt_ms=None))
     make_sweep(place / "sweep", *made)

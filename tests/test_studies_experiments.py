@@ -19,12 +19,15 @@ from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload.workload import Workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
-from studies import experiment as studies
-from studies.experiment import Claim, Experiment, load, names, read, reduced
-from studies.experiments_judge import choices, judge, spearman, tally
-from studies.experiments_points import Point, expand
-from studies.experiments_run import StudyCrashedError, claim_folder, run
-from studies.experiments_work import FINE, batches, completions, compute, exhaustive
+from studies.capacity.search import FINE, exhaustive
+from studies.jobs.cache import claim_folder
+from studies.published import library as studies
+from studies.published.experiment import Claim, Experiment
+from studies.published.judge import choices, judge, spearman, tally
+from studies.published.library import load, names, read, reduced
+from studies.published.points import Point, expand
+from studies.published.run import StudyCrashedError, run
+from studies.published.tasks import batches, completions, compute
 
 SMALL = """
 title: Small
@@ -145,14 +148,14 @@ def two_requests() -> Workload:
 
 
 def test_completions_count_every_decode() -> None:
-    deployment = toy("vllm")
+    deployment = toy("vllm_v0")
     line = completions(simulate(two_requests(), [deployment]).iterations, deployment)
     assert line["decodes"][0] == 0 and line["decodes"][-1] == 39 + 1  # all but the first tokens
     assert np.all(np.diff(line["decodes"]) >= 0)
 
 
 def test_the_batches_of_a_run_are_described() -> None:
-    deployment = toy("vllm")
+    deployment = toy("vllm_v0")
     shown = batches(simulate(two_requests(), [deployment]).iterations, deployment)
     assert shown["count"] == 2 + 39 and shown["with_prompts"] == pytest.approx(2 / 41)
     assert shown["mean_tokens"] == pytest.approx((110 + 40) / 41)
@@ -316,7 +319,7 @@ def test_a_crash_is_a_crash_and_the_others_are_kept(tmp_path: Path, workers: int
 
 def test_a_worker_that_is_killed_is_a_crash_too(tmp_path: Path) -> None:
     study = read(written(tmp_path, SMALL))
-    with pytest.raises(StudyCrashedError, match="a worker process died"):
+    with pytest.raises(StudyCrashedError, match="its process ended with SIGKILL"):
         run(study, ["eager"], tmp_path / "run", workers=2, work=broken)
 
 

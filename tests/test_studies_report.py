@@ -18,10 +18,9 @@ from engine.results.slo import SLO
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
-from studies.report import times_source, verdict, write_report
-from studies.report_figures import panels
-from studies.report_record import STALL_FACTOR, read_record, read_timeline
-from studies.report_stages import stage_shares
+from studies.pages.run import times_source, verdict, write_report
+from studies.pages.run_figures import panels, stage_shares
+from studies.pages.run_record import STALL_FACTOR, read_record, read_timeline
 
 SLOS = ("p99_tbt<=0.02", "p99_ttft<=100", "mean_e2e<=0.001", "p50_scheduling_delay<=2")
 

@@ -1,6 +1,7 @@
 """The capacity search against queues whose capacity is known, the verdicts of trials, and confirming on 'hardware'."""
 
 from dataclasses import replace
+from itertools import repeat
 from math import inf, log2
 from typing import Any
 
@@ -17,8 +18,9 @@ from engine.specs import SchedulerSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
-from studies.confirm import confirm, gpu_hours
-from studies.search import Capacity, Trial, at_rate, find_capacity, guess, judged, simulated_trial
+from studies.capacity.confirm import confirm, gpu_hours
+from studies.capacity.search import Capacity, bracket, find_capacity
+from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
 
 SECONDS = 0.01  # of a batch of one token
 
@@ -101,6 +103,38 @@ def test_a_crash_is_no_missed_slo() -> None:
 def test_a_wrong_tolerance_is_told() -> None:
     with pytest.raises(InputError, match=r"tolerance 0\.0"):
         find_capacity(lambda rate: trial(rate, True), 1.0, 0.0)
+
+
+@given(st.floats(1e-3, 1e3), st.sampled_from([1.05, 1.5, 2.0]), st.sampled_from([0.5, 0.05, 0.005]))
+def test_a_bracket_is_as_tight_as_its_tolerance_or_open(edge: float, step: float, tolerance: float) -> None:
+    tried: list[float] = []
+
+    def met(rate: float) -> bool:
+        tried.append(rate)
+        return rate <= edge
+
+    low, high = bracket(met, 1.0, steps=repeat(step), far=50.0, tolerance=tolerance)
+    assert len(set(tried)) == len(tried) and min(tried) >= 1 / 50 and max(tried) <= 50
+    if low is None or high is None:
+        assert (low, high) == ((50.0, None) if edge >= 50 else (None, 1 / 50))
+    else:
+        assert low <= edge < high <= low * (1 + tolerance) * (1 + 1e-9)
+        assert low in tried and high in tried
+    few = bracket(met, 1.0, steps=repeat(step), far=50.0, tolerance=tolerance, most=3)
+    assert few.low is None or few.low <= edge
+    assert few.high is None or few.high > edge
+
+
+@pytest.mark.parametrize("edge", [1e-9, 0.97, 1.02, 1e9])
+def test_a_bracket_tries_no_more_rates_than_it_may(edge: float) -> None:
+    tried: list[float] = []
+
+    def met(rate: float) -> bool:
+        tried.append(rate)
+        return rate <= edge
+
+    bracket(met, 1.0, steps=repeat(1.01), far=9.0, tolerance=1e-6, most=7)
+    assert len(tried) == 7
 
 
 # -- verdicts --------------------------------------------------------------------------------------------------------

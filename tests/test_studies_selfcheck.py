@@ -72,7 +72,7 @@ def test_profile_fit_and_validation_fit_into_a_budget_and_a_few_files(tmp_path: 
     results = json.loads((tmp_path / "out" / "validation.json").read_text())
     assert [load["load"] for load in results["loads"]] == [0.5, 0.85, 0.95]
     assert all(load["replay"]["same"] for load in results["loads"])
-    from studies.validation_report import write_validation  # back home, where plotly is
+    from studies.pages.validation import write_validation  # back home, where plotly is
 
     assert "</html>" in write_validation(results, tmp_path / "page.html").read_text()
 

@@ -15,7 +15,8 @@ import sweep_work
 import yaml
 
 from engine.errors import InputError
-from studies.sweep import mark_pareto, name_of, points, work_off, work_off_on_ray
+from studies.capacity.sweep import mark_pareto, name_of, points
+from studies.jobs.pool import work_off, work_off_on_ray
 
 MODEL = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--num-prompts", "200"]
 PRICES = ["--gpu-price", "a100=2,h100=4"]

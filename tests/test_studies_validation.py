@@ -10,18 +10,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from engine.executors.start import start
 from engine.results.metrics import QUANTILES
 from engine.results.recorder import Run
 from engine.results.tables import Columns
-from engine.runtime.engine_spec import EngineSpec, start
+from engine.runtime.engine_spec import EngineSpec
 from engine.scheduling.request import BatchShape
 from engine.specs import HostOverhead, SchedulerSpec, catalog
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import RuntimePredictor
-from studies.validation import Pair, compare, in_words, run_pair
-from studies.validation_record import MOST_POINTS, curves, judge
-from studies.validation_report import verdicts, write_validation
+from studies.pages.validation import verdicts, write_validation
+from studies.validation.compare import Pair, compare, in_words, run_pair
+from studies.validation.record import MOST_POINTS, curves, judge
 
 SCHEDULER = SchedulerSpec(max_num_batched_tokens=32, max_num_seqs=8, max_model_len=64)
 HOST = HostOverhead(name="made_up", iteration_s=0.002, sequence_s=0.0, layer_s=0.0, source="made up")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from engine.errors import InputError
-from engine.specs import ModelSpec, ParallelSpec, RopeScaling, catalog
+from engine.specs import ModelSpec, ParallelSpec, RopeScaling, catalog, hf_config
 from engine.specs.memory import weight_bytes
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend, AttentionBatch, AttentionShape
@@ -46,7 +46,7 @@ class Oracle:
 
     def __init__(self, folder: Path, name: str) -> None:
         model = checkpoints.write(folder, name)
-        self.folder, self.spec = folder, ModelSpec.from_hf(folder)
+        self.folder, self.spec = folder, hf_config.read(folder)
         generator = torch.Generator().manual_seed(3)
         self.tokens = {
             name: torch.randint(checkpoints.VOCABULARY, (length,), generator=generator)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.errors import InputError
-from engine.specs import ModelSpec, ParallelSpec
+from engine.specs import ModelSpec, ParallelSpec, hf_config
 from engine.worker.model import Decoder
 from engine.worker.parallel import Links, Rank
 from engine.worker.weights import INDEX, WHOLE, dummy, load
@@ -33,7 +33,7 @@ def empty(spec: ModelSpec, tp: int = 1, pp: int = 1, rank: int = 0, dtype: torch
 
 
 def loaded(folder: Path, tp: int = 1, pp: int = 1, rank: int = 0, dtype: torch.dtype = torch.float32) -> Decoder:
-    decoder = empty(ModelSpec.from_hf(folder), tp, pp, rank, dtype)
+    decoder = empty(hf_config.read(folder), tp, pp, rank, dtype)
     load(decoder, folder)
     return decoder
 
@@ -79,7 +79,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
 
 def refused(folder: Path, *messages: str) -> None:
     """Loading fails with each of `messages` said, and leaves the parameters as they were."""
-    decoder = empty(ModelSpec.from_hf(folder))
+    decoder = empty(hf_config.read(folder))
     dummy(decoder, 0)
     before = parameters(decoder)
     with pytest.raises(InputError) as error:
@@ -108,7 +108,7 @@ def test_ranks_hold_each_checkpoint_number_once_and_copies_where_they_must(
     name: str, saved: Callable[[str], Path]
 ) -> None:
     source = load_file(saved(name) / WHOLE)
-    spec = ModelSpec.from_hf(saved(name))
+    spec = hf_config.read(saved(name))
     unique = torch.cat([tensor.flatten() for tensor in source.values()]).sort().values
     ranks = [loaded(saved(name), tp=2, rank=rank) for rank in range(2)]
     held = torch.cat([parameter.flatten() for decoder in ranks for parameter in decoder.parameters()])
@@ -274,7 +274,7 @@ def test_an_index_that_lists_what_a_shard_has_not(sharded: Path) -> None:
 
 
 def test_dummy_weights_are_seeded_and_of_the_usual_size(saved: Callable[[str], Path]) -> None:
-    spec = replace(ModelSpec.from_hf(saved("phi")), hidden_size=128, head_dim=16)
+    spec = replace(hf_config.read(saved("phi")), hidden_size=128, head_dim=16)
     decoders = [empty(spec) for _ in range(3)]
     for decoder, seed in zip(decoders, (1, 1, 2), strict=True):
         dummy(decoder, seed)
@@ -288,7 +288,7 @@ def test_dummy_weights_are_seeded_and_of_the_usual_size(saved: Callable[[str], P
 
 
 def test_dummy_weights_of_a_layer_are_the_same_on_any_stage(saved: Callable[[str], Path]) -> None:
-    spec = ModelSpec.from_hf(saved("llama_tied"))
+    spec = hf_config.read(saved("llama_tied"))
     whole, last = empty(spec), empty(spec, pp=3, rank=2)
     dummy(whole, 5)
     dummy(last, 5)
@@ -297,7 +297,7 @@ def test_dummy_weights_of_a_layer_are_the_same_on_any_stage(saved: Callable[[str
 
 
 def test_dummy_ranks_differ_but_share_norms(saved: Callable[[str], Path]) -> None:
-    spec = ModelSpec.from_hf(saved("falcon_new"))
+    spec = hf_config.read(saved("falcon_new"))
     a, b = empty(spec, tp=2, rank=0), empty(spec, tp=2, rank=1)
     dummy(a, 5)
     dummy(b, 5)

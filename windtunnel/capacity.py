@@ -13,14 +13,15 @@ from typing import Any
 
 from engine.errors import InputError
 from engine.replica_spec import ReplicaSpec
+from engine.results.files import write_json
 from engine.results.metrics import summary_key
 from engine.results.run_folder import run_folder, write_config, write_summary
 from engine.results.slo import SLO
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment
-from studies.confirm import gpu_hours
-from studies.search import Trial, at_rate, find_capacity, guess, judged, simulated_trial
-from studies.sweep import write_json
+from studies.capacity.confirm import gpu_hours
+from studies.capacity.search import find_capacity
+from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
 from windtunnel.run_config import resolved

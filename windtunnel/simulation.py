@@ -81,7 +81,7 @@ class Simulation:
             write_summary(folder, summary)
             if chrome_trace:
                 write_chrome_trace(folder)
-            from studies.report import write_report  # plotly takes longer to import than everything else
+            from studies.pages.run import write_report  # plotly takes longer to import than everything else
 
             write_report(folder)
         return summary

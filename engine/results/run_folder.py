@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.results.files import write_json
 
 
 class _TakenError(InputError):
@@ -79,10 +80,8 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any], name: str = "summary.json") -> None:
-    """The file of results, whole or not at all."""
-    unfinished = folder / f"{name}.part"
-    unfinished.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(folder / name)
+    """Write the file of results, whole or not at all."""
+    write_json(folder / name, summary)
 
 
 def write_chrome_trace(folder: Path) -> None:

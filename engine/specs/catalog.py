@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import InputError, unknown
-from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec
+from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec, hf_config
 from engine.specs.checks import field_types
 
 GIB = 1 << 30
@@ -326,7 +326,7 @@ def model(name_or_path: str) -> ModelSpec:
     """The model of that Hugging Face name, or of a folder or config.json; InputError if there is neither."""
     found = _find(MODELS, _short_names(), name_or_path)
     if found is None and _is_file(name_or_path, (".json",)):
-        return ModelSpec.from_hf(name_or_path)
+        return hf_config.read(name_or_path)
     if found is None:
         raise InputError(
             f"{unknown('model', name_or_path, MODELS)}; or give a folder with a config.json (here is none)"

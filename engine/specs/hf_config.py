@@ -5,7 +5,7 @@ A config writes down only what differs from the defaults of its model class, so 
 `configuration_*.py` beside the weights). Any other type is read as Llama-like if it has Llama's keys. Served in
 bfloat16 whatever the checkpoint's dtype, unless another is asked for.
 
-    python -c "from engine.specs import ModelSpec; print(ModelSpec.from_hf('path/to/model'))"
+    python -c "from engine.specs import hf_config; print(hf_config.read('path/to/model'))"
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.specs import ModelSpec, RopeScaling
+from engine.specs.model import ModelSpec, RopeScaling
 
 _UNTIED = ("llama", "mistral", "qwen2", "qwen3", "qwen", "internlm", "phi")  # elsewhere the default is tied
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
@@ -57,7 +57,10 @@ class _Config:
 
 
 def read(source: str | Path | Mapping[str, Any], name: str | None = None) -> ModelSpec:
-    """The ModelSpec of a config file, of a folder that holds a config.json, or of a config's contents."""
+    """Return the ModelSpec of a config file, of a folder that holds a config.json, or of a config's contents.
+
+    Raises InputError for what is not a dense decoder, and for a missing key.
+    """
     if isinstance(source, Mapping):
         values, where = source, "config"
         name = name or str(source.get("_name_or_path") or source.get("model_type") or "model")

@@ -5,10 +5,8 @@ python -c "from engine.specs import catalog; print(catalog.model('Mistral-7B-v0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from engine.errors import InputError, unknown
 from engine.specs.checks import check_fields
@@ -175,13 +173,3 @@ class ModelSpec:
         """
         attended = context if self.sliding_window is None else min(context, self.sliding_window)
         return 2 * self.matmul_parameters + 4 * attended * self.q_size * self.num_layers
-
-    @classmethod
-    def from_hf(cls, source: str | Path | Mapping[str, Any], name: str | None = None) -> ModelSpec:
-        """The spec of a Hugging Face `config.json`: the file, a folder that holds it, or its contents.
-
-        Raises InputError for what is not a dense decoder, and for a missing key. See `engine.specs.hf_config`.
-        """
-        from engine.specs import hf_config  # it imports this module
-
-        return hf_config.read(source, name)

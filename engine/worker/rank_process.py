@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from engine.errors import InputError
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import freeze_start_up
-from engine.runtime.multiprocess import end_with_parent
+from engine.runtime.processes import end_with_parent
 from engine.worker.rank import join, leave
 from engine.worker.runner import ModelRunner, Pending
 

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InputError, unknown
+from engine.workload.traces import MAX_TOKENS, read_trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-MAX_TOKENS = 10_000_000  # a longer request is a mistake in the input, and sums of lengths stay far from overflow
 _BUILTIN = Path(__file__).with_name("length_distributions")
 _TAIL = (0.001, 0.002, 0.005, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
 _LEVELS = np.union1d(np.linspace(0, 1, 101).round(2), _TAIL)
@@ -184,8 +184,6 @@ def _main(argv: list[str] | None = None) -> int:
     fit.add_argument("--source", help="where the trace comes from (default: its file name)")
     fit.add_argument("--max-total", type=int, help="cap on prompt + output tokens that the trace was cut at")
     args = parser.parse_args(argv)
-    from engine.workload.traces import read_trace  # only needed here
-
     try:
         trace = read_trace(args.trace)
         source = f"{args.source or args.trace.name}; {len(trace.prompt)} rows, fitted {datetime.date.today()}"

@@ -23,8 +23,8 @@ from engine.scheduling.content import Content, own
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
 from engine.workload.client import Client, ClientSpec, Turn
-from engine.workload.lengths import MAX_TOKENS, builtin_names, draw_lengths, load
-from engine.workload.traces import Trace, read_trace
+from engine.workload.lengths import builtin_names, draw_lengths, load
+from engine.workload.traces import MAX_TOKENS, Trace, read_trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

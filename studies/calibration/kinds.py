@@ -1,0 +1,235 @@
+"""What the pages about calibrations say of each kind of operator: names, what was held out, curves, measured ranges.
+
+page_of("gemm").range_words(calibration.models["gemm"])
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from engine.results.tables import Array
+from simulator.predictor import gemm
+from simulator.predictor.attention_model import kernel_names
+from simulator.predictor.kind import KindModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Curves = tuple[Array, Array, Array]  # of each row: what to divide by its time, its size, and its curve ("": none)
+
+
+class KindPage:
+    """What there is to say of a kind; the methods get its estimator."""
+
+    name: ClassVar[str]
+    size: ClassVar[str]  # the title of the axis of sizes
+    target: ClassVar[float | None] = None  # of the mean held-out error
+    shapes: ClassVar[str] = "shape"  # what tells the curves of efficiency apart
+    moved: ClassVar[str | None] = None  # where curves are of bandwidth: the bytes over the time; else of the roofline
+    cached: ClassVar[bool] = False  # whether times may lie below the roofline
+
+    def left_out(self, record: Mapping[str, Any]) -> str:
+        """Return what was held out together, in words."""
+        raise NotImplementedError
+
+    def comparable(self, model: Any, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return the rows, of those of this kind, that the model predicts as they are."""
+        return rows
+
+    def columns(self, model: KindModel[Any], rows: pd.DataFrame) -> dict[str, Array]:
+        """Return the model's columns, each row with the kernel that it was measured with."""
+        return model.columns_of(rows)
+
+    def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
+        """Return what the curves of efficiency are drawn from."""
+        raise NotImplementedError
+
+    def range_words(self, model: Any) -> list[str]:
+        """Return the sizes that the model was learned from, a line for each kernel or layout."""
+        raise NotImplementedError
+
+
+class _Gemm(KindPage):
+    name, size, shapes = "Dense layers (GEMM)", "Rows m", "k and n"
+
+    def left_out(self, record: Mapping[str, Any]) -> str:
+        return "whole weight shapes (k, n)" if re.fullmatch(r"\d+x\d+", _worst(record)) else "whole models"
+
+    def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
+        m, k, n = (np.asarray(columns[name], float) for name in ("m", "k", "n"))
+        labels = [f"{of_k:.0f} \N{MULTIPLICATION SIGN} {of_n:.0f}" for of_k, of_n in zip(k, n, strict=True)]
+        return gemm.roofline(m, k, n, model.device), m, np.array(labels, dtype=object)
+
+    def range_words(self, model: Any) -> list[str]:
+        return [", ".join(f"{name} {_span(limits)}" for name, limits in zip("mkn", model.limits_, strict=True))]
+
+
+class _Elementwise(KindPage):
+    name, size, shapes, cached = "Elementwise", "Bytes moved", "operator", True
+
+    def left_out(self, record: Mapping[str, Any]) -> str:
+        return "whole models" if "/" in _worst(record) else "whole operators"
+
+    def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
+        moved = np.asarray(columns["rows"], float) * np.asarray(columns["bytes_per_row"], float)
+        labels = [str(name).replace("_", " ") for name in columns["operator"]]
+        return moved / model.device.memory_bandwidth, moved, np.array(labels, dtype=object)
+
+    def range_words(self, model: Any) -> list[str]:
+        return [f"{name.replace('_', ' ')}: {_bytes(limits)}" for name, limits in model.range_.items()]
+
+
+class _Attention(KindPage):
+    shapes = "query/KV heads and kernel"
+    held_out: ClassVar[str]  # sizes, where a kernel was measured with one head configuration
+
+    def left_out(self, record: Mapping[str, Any]) -> str:
+        if len(record["provenance"]["sources"]) > 1:
+            return f"head configurations; {self.held_out} of a source that has only one"
+        return "head configurations" if re.fullmatch(r"\d+/\d+( heads)?", _worst(record)) else self.held_out
+
+    def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
+        numbers = {name: np.asarray(columns[name], float) for name in model.columns}
+        flops, traffic = model.work(numbers)
+        limit = np.maximum(flops / model.device.peak_flops, traffic / model.device.memory_bandwidth)
+        kernels = [name.split("/")[0] for name in kernel_names(rows)]
+        heads: Array = np.array(
+            [
+                f"{h:.0f}/{kv:.0f} heads, {kernel.replace('_', ' ')}"
+                for h, kv, kernel in zip(numbers["num_heads"], numbers["num_kv_heads"], kernels, strict=True)
+            ],
+            dtype=object,
+        )
+        return limit, *self.sizes_and_labels(numbers, heads)
+
+    def sizes_and_labels(self, numbers: Mapping[str, Array], heads: Array) -> tuple[Array, Array]:
+        """Return sizes and curves of rows with these heads."""
+        raise NotImplementedError
+
+    def range_words(self, model: Any) -> list[str]:
+        words = {"kv_bytes": "KV cache", "length": "KV tokens a request", "tokens": "new tokens in all"}
+        heads = [f"{name.replace('_', ' ')} {', '.join(map(str, values))}" for name, values in model.heads_.items()]
+        lines = ["; ".join(heads)]
+        for kernel, known in model.kernels_.items():
+            sizes = [
+                f"{words.get(name, name.replace('_', ' '))} {(_bytes if name == 'kv_bytes' else _span)(limits)}"
+                for name, limits in known["range"].items()
+            ]
+            count = known["configurations"]
+            several = f"{count} head configuration{'s' * (count != 1)}"
+            lines.append(f"{kernel.replace('_', ' ')} ({several}): {', '.join(sizes)}")
+        return lines
+
+
+class _AttentionPrefill(_Attention):
+    name, size, target = "Attention, prefill", "Chunk (tokens)", 0.05
+    held_out = "chunk lengths"
+
+    def sizes_and_labels(self, numbers: Mapping[str, Array], heads: Array) -> tuple[Array, Array]:
+        return numbers["chunk"], np.where((numbers["prefix"] > 0) | (numbers["batch_size"] > 1), "", heads)
+
+
+class _AttentionDecode(_Attention):
+    name, size, target = "Attention, decode", "KV tokens of the batch", 0.04
+    held_out = "batch sizes"
+
+    def sizes_and_labels(self, numbers: Mapping[str, Array], heads: Array) -> tuple[Array, Array]:
+        batch, kv_tokens = numbers["batch_size"], numbers["kv_tokens"]
+        shown = np.full(len(heads), "", dtype=object)
+        for name in set(heads.tolist()):
+            usual = _richest(batch[heads == name], kv_tokens[heads == name])
+            shown[(heads == name) & (batch == usual)] = f"{name}, batch {usual:.0f}"
+        return kv_tokens, shown
+
+
+class _Message(KindPage):
+    target = 0.10
+
+    def left_out(self, record: Mapping[str, Any]) -> str:
+        return "message sizes"
+
+    def comparable(self, model: Any, rows: pd.DataFrame) -> pd.DataFrame:
+        layouts = zip(rows["network"].astype(str), rows["backend"].astype(str), strict=True)
+        return rows[[bool(model.rows_.get(kernel, {}).get(network)) for network, kernel in layouts]]
+
+    def columns(self, model: KindModel[Any], rows: pd.DataFrame) -> dict[str, Array]:
+        return {**model.columns_of(rows), "kernel": rows["backend"].astype(str).to_numpy(object)}
+
+    def share(self, ranks: Array) -> Array:
+        """Return the share of the message that each of so many ranks sends."""
+        return np.ones(len(ranks))
+
+    def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
+        sizes, ranks, on_node = (np.asarray(columns[name], float) for name in model.columns if name != "network")
+        names = [
+            f"{int(n)} ranks{'' if on >= n else f', {int(on)} a node'}, {str(network).replace('_', ' ')}, {kernel}"
+            for n, on, network, kernel in zip(ranks, on_node, columns["network"], columns["kernel"], strict=True)
+        ]
+        return self.share(ranks) * sizes, sizes, np.array(names, dtype=object)
+
+    def range_words(self, model: Any) -> list[str]:
+        return [
+            f"{kernel.replace('_', ' ')}, {layout.num_ranks} ranks with {layout.ranks_per_node} a node on "
+            f"{layout.network.replace('_', ' ')}: {_bytes(limits)}"
+            for kernel, layouts in model.range_.items()
+            for layout, limits in layouts.items()
+        ]
+
+
+class _AllReduce(_Message):
+    name, size, moved = "All-reduce", "Bytes on each rank", "bytes that each rank sends in a ring"
+
+    def share(self, ranks: Array) -> Array:
+        return np.asarray(2 * (ranks - 1) / ranks)
+
+
+class _Send(_Message):
+    name, size, moved = "Send", "Bytes", "bytes"
+
+
+PAGES: dict[str, KindPage] = {
+    "gemm": _Gemm(),
+    "elementwise": _Elementwise(),
+    "attention_prefill": _AttentionPrefill(),
+    "attention_decode": _AttentionDecode(),
+    "all_reduce": _AllReduce(),
+    "send": _Send(),
+}
+
+
+def page_of(kind: str) -> KindPage:
+    """Return what there is to say of a kind. Raises LookupError for one that is not in PAGES."""
+    if kind not in PAGES:
+        raise LookupError(f"nothing to say of operators of kind {kind!r}: enter it in studies.calibration_kinds.PAGES")
+    return PAGES[kind]
+
+
+def _worst(record: Mapping[str, Any]) -> str:
+    """Return the group with the largest held-out error."""
+    return str(record["held_out"].get("groups_over_20us", {}).get("worst_is", ""))
+
+
+def _richest(groups: Array, sizes: Array) -> float:
+    """Return the largest group among those with about as many different sizes as any."""
+    counts = {float(group): len(np.unique(sizes[groups == group])) for group in np.unique(groups)}
+    return max(group for group, count in counts.items() if count >= max(counts.values()) / 2)
+
+
+def _span(limits: Sequence[float]) -> str:
+    low, high = limits
+    return f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}"
+
+
+def _bytes(limits: Sequence[float]) -> str:
+    return " to ".join(_size(value) for value in limits)
+
+
+def _size(num_bytes: float) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,131 @@
+"""The capacity search: the highest request rate at which every SLO holds, to a tolerance.
+
+A search brackets the capacity by doubling and halving, then bisects in the logarithm of the rate.
+
+    capacity = find_capacity(lambda rate: simulated_trial(workload_at(rate), deployments, slos, rate), start=1.0)
+    print(capacity.qps, capacity.binding)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice, repeat
+from math import inf, sqrt
+from typing import Any, Literal, NamedTuple
+
+from engine.errors import InputError
+from studies.capacity.trial import Trial
+
+TOLERANCE = 0.025
+FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
+FINE = 0.005  # tolerance of the exhaustive search that a choice is held against
+_FINE_STEP = 1.08  # of its bracket
+
+
+class Bracket(NamedTuple):
+    """The highest rate that is known to meet the SLOs, and the lowest that misses one; None where none was seen."""
+
+    low: float | None
+    high: float | None
+
+
+def bracket(
+    met: Callable[[float], bool],
+    start: float,
+    *,
+    steps: Iterable[float],
+    far: float,
+    tolerance: float,
+    most: int | None = None,
+) -> Bracket:
+    """Bracket the highest rate at which `met` holds, from the rate `start` on.
+
+    Each of `steps` is a factor that the rate goes up by while it is met, down while it is not, to `far` times the start
+    or its `far`-th part; then the bracket is halved in the logarithm until it is within `tolerance`. At most `most`
+    rates are tried, if given.
+    """
+    tried = 1
+    up = met(start)
+    low, high = (start, None) if up else (None, start)
+    rate, last = start, start * far if up else start / far
+    for step in islice(steps, None if most is None else most - 1):
+        if rate == last or (low and high):
+            break
+        rate = min(rate * step, last) if up else max(rate / step, last)
+        tried += 1
+        low, high = (rate, high) if met(rate) else (low, rate)
+    while low and high and high > low * (1 + tolerance) * (1 + 1e-9) and (most is None or tried < most):
+        rate = sqrt(low * high)
+        tried += 1
+        low, high = (rate, high) if met(rate) else (low, rate)
+    return Bracket(low, high)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a search found.
+
+    `outcome` "found": `qps` meets every SLO and at most `tolerance` more misses one, `binding`. "none": not even a
+    trickle meets them, `qps` is 0. "all": even all requests at once meet them, and `qps` is the throughput of that.
+    """
+
+    outcome: Literal["found", "none", "all"]
+    qps: float
+    binding: str | None
+    tolerance: float
+    trials: tuple[Trial, ...]  # in the order they were made
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial at the capacity."""
+        return max((trial for trial in self.trials if trial.met), key=lambda trial: trial.rate, default=None)
+
+    def describe(self) -> str:
+        """Return the outcome in words."""
+        if self.outcome == "none":
+            return f"no rate meets {self.binding}, not even one request at a time"
+        if self.outcome == "all":
+            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} requests/s)"
+        return f"{self.qps:.3g} requests/s within the SLOs; beyond it {self.binding} is missed"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers; `max_qps_under_slo` is the capacity."""
+        trials = [{**each.to_json(), "stopped_early": each.summary.get("stopped_early")} for each in self.trials]
+        return {
+            "max_qps_under_slo": self.qps,
+            "outcome": self.outcome,
+            "binding_slo": self.binding,
+            "tolerance": self.tolerance,
+            "trials": trials,
+        }
+
+
+def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float = TOLERANCE) -> Capacity:
+    """Search from the guess `start` (requests/s): `run` makes the trial at a rate.
+
+    Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
+    """
+    if not 0 < tolerance < 1:
+        raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
+    trials: list[Trial] = []
+
+    def met(rate: float) -> bool:
+        trials.append(run(rate))
+        return trials[-1].met
+
+    low, high = bracket(met, start, steps=(2.0, 2.0, inf), far=FAR, tolerance=tolerance)
+    if high is None:
+        return Capacity("all", trials[-1].summary["request_throughput"], None, tolerance, tuple(trials))
+    if low is None:
+        return Capacity("none", 0.0, trials[-1].binding, tolerance, tuple(trials))
+    over = min((trial for trial in trials if not trial.met and trial.rate >= high), key=lambda trial: trial.rate)
+    return Capacity("found", low, over.binding, tolerance, tuple(trials))
+
+
+def exhaustive(met: Callable[[float], bool], start: float) -> float:
+    """Return the capacity at a fine tolerance near `start`, a rate above 0; 0 if a thousandth of it is too much.
+
+    Meant for trials that run to their end. The bracket is found in steps of 8 %.
+    """
+    return bracket(met, start, steps=repeat(_FINE_STEP), far=FAR, tolerance=FINE).low or 0.0

@@ -1,0 +1,69 @@
+"""Sweeps: many points, each its own settings, and which of them no other beats.
+
+A sweep's file holds settings like any run's, and under `sweep` lists of what varies; the points are their product. An
+entry that is a mapping sets several keys at once:
+
+    model: 01-ai/Yi-34B
+    workload: openchat_sharegpt4
+    sweep:
+      deployment:
+        - {device: a100, tensor_parallel_size: 2}
+        - {device: h100, tensor_parallel_size: 1}
+      scheduler: [sarathi, vllm]
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.errors import InputError
+from engine.results.tables import Array
+
+
+def points(varied: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return the product of what varies, as the settings that each point changes."""
+    if not isinstance(varied, Mapping) or not varied:
+        raise InputError(f"{where}: sweep: give what varies as lists, such as scheduler: [sarathi, vllm]")
+    axes = []
+    for key, values in varied.items():
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: sweep: {key}: {values!r}: give a list of values")
+        axes.append([value if isinstance(value, Mapping) else {key: value} for value in values])
+    found = [dict(itertools.chain.from_iterable(each.items() for each in point)) for point in itertools.product(*axes)]
+    names = [name_of(point) for point in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{where}: sweep: the point {twice} is there twice: remove one")
+    return found
+
+
+def name_of(changed: Mapping[str, Any]) -> str:
+    """Return a point's name, fit for a folder: the values that it changes."""
+    parts = []
+    for value in changed.values():
+        text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        parts.append("".join(c if c.isalnum() or c in ".+-" else "_" for c in text.split("/")[-1]))
+    return ",".join(parts)
+
+
+def mark_pareto(rows: Sequence[dict[str, Any]], more: Sequence[str], less: Sequence[str]) -> None:
+    """Set "pareto" on each row: whether no other is at least as good in everything and better in something.
+
+    Rows without one of the keys are not on the front.
+    """
+    known = [row for row in rows if all(row.get(key) is not None for key in (*more, *less))]
+    costs = [[*(-row[key] for key in more), *(row[key] for key in less)] for row in known]
+    front = {id(row) for row, on in zip(known, not_dominated(np.array(costs)), strict=True) if on} if known else set()
+    for row in rows:
+        row["pareto"] = id(row) in front
+
+
+def not_dominated(costs: Array) -> Array:
+    """Return which of the points (n, costs) are on the front: no other is as low in all and lower in one."""
+    no_higher = np.all(costs[:, None] >= costs[None], axis=2)
+    lower = np.any(costs[:, None] > costs[None], axis=2)
+    dominated: Array = np.any(no_higher & lower, axis=1)
+    return ~dominated

@@ -1,0 +1,166 @@
+"""Jobs shared out to processes or to a Ray cluster, and what becomes of one that fails.
+
+A job's result is what `work` returns for it. A job that can't be run (it does not fit, its settings contradict each
+other) is {"status": "refused", "error"}; one that fails, or whose process dies, {"status": "crashed", "error"}, with a
+"traceback" where there is one. Neither is ever taken for a result.
+
+    for number, result in work_off(compute, jobs, workers=8): ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple, TypeVar
+
+from engine.errors import InputError
+from engine.runtime.processes import end_with_parent
+
+ENDING_S = 10.0  # for processes to end by themselves
+
+Job = TypeVar("Job")
+Result = dict[str, Any]
+Work = Callable[[Job], Result]  # importable by name
+Results = Iterator[tuple[int, Result]]  # numbers of jobs and their results, as they come
+
+
+class _Worker(NamedTuple):
+    process: Any
+    pipe: Connection
+
+
+def in_turn(work: Work[Job], jobs: Sequence[Job]) -> Results:
+    """Yield each job's number and result, computed in this process."""
+    for number, job in enumerate(jobs):
+        yield number, answered(work, job)
+
+
+def work_off(
+    work: Work[Job],
+    jobs: Sequence[Job],
+    workers: int,
+    environment: Callable[[int], dict[str, str]] | None = None,
+    reuse: bool = False,
+) -> Results:
+    """Yield each job's number and result as they come, from `workers` processes at a time.
+
+    `environment` gives the variables of the process in slot 0 .. workers - 1. Each job has a process of its own unless
+    they are reused, for jobs that gain from what earlier ones have loaded.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    waiting = list(enumerate(jobs))[::-1]
+    busy: dict[int, tuple[int, _Worker]] = {}  # by slot: the number of its job
+    idle: dict[int, _Worker] = {}
+
+    def start(slot: int) -> _Worker:
+        ours, theirs = context.Pipe()
+        variables = environment(slot) if environment is not None else {}
+        process = context.Process(target=_serve, args=(work, variables, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    try:
+        while waiting or busy:
+            for slot in range(workers):
+                if slot not in busy and waiting:
+                    number, job = waiting.pop()
+                    busy[slot] = number, idle.pop(slot) if slot in idle else start(slot)
+                    with contextlib.suppress(OSError):  # it has died: its pipe ends, which is read below
+                        busy[slot][1].pipe.send(job)
+            ready = wait([worker.pipe for _, worker in busy.values()])
+            for slot, (number, worker) in list(busy.items()):
+                if worker.pipe not in ready:
+                    continue
+                result = _received(worker)
+                del busy[slot]
+                if reuse and worker.process.exitcode is None:
+                    idle[slot] = worker
+                else:
+                    worker.pipe.close()
+                    worker.process.join()
+                yield number, result
+    finally:
+        _end([*idle.values(), *(worker for _, worker in busy.values())])
+
+
+def work_off_on_ray(work: Work[Job], jobs: Sequence[Job], address: str) -> Results:
+    """Yield as `work_off` does, from a Ray cluster: `address` is the cluster's, or "auto". One CPU a job."""
+    import logging
+
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise InputError(f"no Ray cluster at {address!r} ({error}): start one with 'ray start --head'") from None
+    try:
+        remote: Any = ray.remote(max_retries=0)(answered)
+        numbers = {remote.remote(work, job): number for number, job in enumerate(jobs)}
+        left = list(numbers)
+        while left:
+            done, left = ray.wait(left, num_returns=1)
+            try:
+                result = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                result = {"status": "crashed", "error": str(error)}
+            yield numbers[done[0]], result
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def answered(work: Work[Job], job: Job) -> Result:
+    """Return what `work` returns, or what it fails with."""
+    try:
+        return work(job)
+    except InputError as error:
+        return {"status": "refused", "error": str(error)}
+    except Exception as error:
+        return {"status": "crashed", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def _serve(work: Work[Job], variables: dict[str, str], pipe: Connection) -> None:
+    """Answer the jobs that come through the pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it,
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and it leaves nothing half-written
+    threading.Thread(target=end_with_parent, daemon=True).start()  # or it would race with whoever resumes
+    multiprocessing.current_process().daemon = False  # a daemon may not start an engine's ranks
+    os.environ.update(variables)
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(answered(work, pipe.recv()))
+
+
+def _received(worker: _Worker) -> Result:
+    """Return a worker's answer, or how its process ended."""
+    try:
+        result: Result = worker.pipe.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        code = worker.process.exitcode
+        ending = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return {"status": "crashed", "error": f"its process ended with {ending}"}
+    return result
+
+
+def _end(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.process.terminate()
+    end = time.monotonic() + ENDING_S
+    for worker in workers:
+        worker.process.join(max(0.0, end - time.monotonic()))
+        worker.process.kill()
+        worker.process.join()
+        worker.pipe.close()

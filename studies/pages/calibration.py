@@ -1,0 +1,247 @@
+"""The page about a device's calibration: held-out errors, and measurements beside predictions. One offline HTML file.
+
+What is drawn is extracted in `studies.calibration.record`.
+
+    windtunnel calibrate report --device a40 --source vidur:DIR --output a40.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.specs import DeviceSpec, catalog
+from simulator.predictor import calibration as store
+from simulator.predictor.calibration import Calibration
+from studies.calibration.record import CalibrationRecord, KindRecord, SizeErrors, read_calibration
+from studies.pages.figures import (
+    BAD,
+    BLUE,
+    GOOD,
+    GREY,
+    ORANGE,
+    Panel,
+    Points,
+    add_line,
+    new_figure,
+    predicted_by_measured,
+    value_axis,
+)
+from studies.pages.page import Page, Tone, about, cards, details, facts_table, footer, header, numbers_table, text
+from studies.words import percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_HELD_OUT = (
+    "The errors in the table and on the cards are of data that was held out: each part was left out of the fit, and "
+    "predicted by what was learned from the rest."
+)
+_IN_SAMPLE = (
+    "The figures show the calibration as it is used, which was fitted to everything: points from tables that it was "
+    "fitted to are in-sample, and lie closer to the line than those of a shape that it never saw."
+)
+
+
+def report(device_name: str, frames: Sequence[pd.DataFrame], path: Path) -> Path:
+    """Write the page of a device's calibration: what ships, or a folder's."""
+    device = catalog.device(device_name)
+    return write_calibration_report(store.load_of(device), device, frames, path)
+
+
+def write_calibration_report(
+    calibration: Calibration, device: DeviceSpec, frames: Sequence[pd.DataFrame], path: Path
+) -> Path:
+    """Write the page to `path` and return it; `frames` are measured tables to draw, and may be none."""
+    return render(read_calibration(calibration, device, frames)).write(path)
+
+
+def render(record: CalibrationRecord) -> Page:
+    """Make the page."""
+    page = Page(f"Calibration of {record.device.name}")
+    page.add(_header(record), _cards(record), _table(record))
+    for kind in record.kinds:
+        page.add_panels(kind.page.name, panels(kind), _about(kind))
+    page.add(_provenance(record))
+    return page
+
+
+def _header(record: CalibrationRecord) -> str:
+    here = [kind.page.name for kind in record.kinds if not kind.carried_over]
+    lines: list[tuple[Tone, str]] = [("good", f"Measured on {record.device.name}: {_lower(here)}")] if here else []
+    for device in sorted({kind.record["learned_on"] for kind in record.kinds if kind.carried_over}):
+        names = [kind.page.name for kind in record.kinds if kind.carried_over and kind.record["learned_on"] == device]
+        lines.append(("unsure", f"Carried over from {device}, by the ratio of the rooflines: {_lower(names)}"))
+    if record.lacking:
+        lines.append(("bad", f"Not measured, estimated from the data sheet: {_lower(record.lacking)}"))
+    rows = sum(kind.record["provenance"]["rows"] for kind in record.kinds)
+    software = sorted({name for kind in record.kinds for name in kind.record["provenance"]["software"]})
+    from_ = sorted({source.split(" ")[0] for kind in record.kinds for source in kind.record["provenance"]["sources"]})
+    setting = f"""How long its operators take, learned from {rows:,} measurements of
+{" and ".join(from_)} ({"; ".join(software) or "software unknown"})."""
+    sources: list[tuple[Tone, str, str]] = [("good", "Held out", _HELD_OUT)]
+    if any(kind.scatter for kind in record.kinds):
+        sources.append(("unsure", "In-sample", _IN_SAMPLE))
+    kicker = f"Windtunnel · calibration of {record.device.name}"
+    return header(kicker, record.device.description, setting, lines, sources)
+
+
+def _lower(names: Sequence[str]) -> str:
+    return ", ".join(name[0].lower() + name[1:].replace(", ", " ") for name in names)
+
+
+def _cards(record: CalibrationRecord) -> str:
+    return cards(
+        (
+            kind.page.name,
+            percent(kind.record["held_out"].get("mape")),
+            f"mean held-out error; {kind.page.left_out(kind.record).split(';')[0]} left out",
+        )
+        for kind in record.kinds
+    )
+
+
+def _table(record: CalibrationRecord) -> str:
+    heads = ("Operator", "Measured on", "Rows", "Mean", "Median", "P95", "Bias", "Mean over 20 µs", "Interval covers")
+    rows = []
+    for kind in record.kinds:
+        held_out, interval = kind.record["held_out"], kind.record["interval"]
+        cells = [
+            kind.record["learned_on"],
+            f"{kind.record['provenance']['rows']:,}",
+            *(percent(held_out.get(name), name == "bias") for name in ("mape", "p50", "p95", "bias")),
+            percent(held_out.get("over_20us", {}).get("mape")),
+            f"{100 * interval['covers']:.0f} of {100 * interval['meant_to_cover']:.0f} %",
+        ]
+        rows.append((kind.page.name, cells))
+    return f"""<h2>Errors on held-out data</h2>
+<section class='panel'><p>Absolute error of the predicted time as a share of the measured one; the bias keeps its sign
+(positive: predicted too long). Interval: how many of the held-out measurements lie in their prediction interval, and
+how many are meant to.</p>
+{numbers_table(heads, rows)}</section>"""
+
+
+def _about(kind: KindRecord) -> str:
+    held_out, provenance, device = kind.record["held_out"], kind.record["provenance"], kind.record["learned_on"]
+    where = f"{'Carried over from' if kind.carried_over else 'Measured on'} {device}"
+    others = [name for name in provenance["measured_on"] if name != device]
+    where += f" and {', '.join(others)}" if others else ""
+    groups = held_out.get("groups_over_20us", {})
+    folds = f"{kind.page.left_out(kind.record)}, in {held_out['folds']} folds"
+    words = [f"{where}: {provenance['rows']:,} rows. Held out: {folds}."]
+    if groups.get("worst") is not None:
+        words.append(f"The worst of {groups['count']:,} is {groups['worst_is']}, with {percent(groups['worst'])}.")
+    if len(kind.range_words) == 1:
+        words.append(f"Calibrated range: {kind.range_words[0]}.")
+        return about(" ".join(words))
+    lines = "".join(f"<li>{text(line)}</li>" for line in kind.range_words)
+    return (
+        f"{about(' '.join(words))}<details style='margin:0 0 12px'>"
+        f"<summary>Calibrated range</summary><ul style='margin:8px 0 0;padding-left:20px'>{lines}</ul></details>"
+    )
+
+
+def _provenance(record: CalibrationRecord) -> str:
+    blocks = []
+    for kind in record.kinds:
+        facts = kind.record["provenance"]
+        spread = facts["median_relative_spread"]
+        lines = [
+            ("measured on", ", ".join(facts["measured_on"])),
+            ("software", "; ".join(facts["software"]) or "unknown"),
+            ("kernels", ", ".join(facts["kernels"]) or "unknown"),
+            ("numbers", ", ".join(facts["dtypes"]) or "unknown"),
+            ("dates", ", ".join(facts["dates"]) or "unknown"),
+            ("spread of repeats", "unknown" if spread is None else f"{percent(spread)} (median)"),
+            ("sources", "; ".join(facts["sources"])),
+        ]
+        blocks.append(details(kind.page.name, facts_table(lines)))
+    return f"<h2>Where the numbers come from</h2>{''.join(blocks)}{footer()}"
+
+
+_COLOURS = (BLUE, ORANGE, GOOD, "#8e6bbf")
+
+
+def panels(kind: KindRecord) -> list[Panel]:
+    """Return the figures of a kind; none where nothing measured is at hand."""
+    if kind.scatter is None or kind.by_size is None:
+        return []
+    found = [_scatter(kind), _by_size(kind, kind.by_size)]
+    return [*found, _efficiency(kind)] if kind.efficiency else found
+
+
+def _scatter(kind: KindRecord) -> Panel:
+    points = kind.scatter
+    assert points is not None
+    figure = predicted_by_measured([Points("", BLUE, 1e3 * points.measured_s, 1e3 * points.predicted_s)])
+    shown = len(points.measured_s)
+    some = "" if shown == points.total else f", {shown:,} of them drawn"
+    share = points.fitted / points.total
+    origin = (
+        "all in-sample"
+        if share == 1
+        else "none used in the fit" if share == 0 else f"{percent(share)} of them in-sample"
+    )  # fmt: skip
+    caption = f"{points.total:,} rows of {' and '.join(points.devices)}{some}: {origin}. Dashed: predicted as measured."
+    return Panel("Measured and predicted", caption, figure, "third", 320)
+
+
+def _by_size(kind: KindRecord, errors: SizeErrors) -> Panel:
+    figure = new_figure()
+    for name, values, colour in (
+        ("P95", errors.p95, GREY),
+        ("median", errors.median, BLUE),
+        ("bias", errors.bias, BAD),
+    ):
+        how: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 6}}
+        dash = "dot" if name == "bias" else "solid"
+        add_line(figure, 1e3 * errors.centre_s, 100 * values, name, colour, "%{y:.3~r} %", dash=dash, **how)
+    figure.add_hline(y=0, line={"color": GREY, "width": 1})
+    figure.update_xaxes(title_text="Measured time (ms)", **value_axis(1e3 * errors.centre_s))
+    figure.update_yaxes(title_text="Error (%)", nticks=7)
+    points = kind.scatter
+    rows = "the same rows" if points is None or points.fitted < points.total else "the same rows, in-sample"
+    fewest, most = errors.count.min(), errors.count.max()
+    caption = f"Absolute error, median and P95, and signed mean of {rows}; {fewest:,.0f} to {most:,.0f} a point."
+    return Panel("Error by size", caption, figure, "third", 320)
+
+
+def _efficiency(kind: KindRecord) -> Panel:
+    page = kind.page
+    collective = page.moved is not None
+    scale = 1e-9 if collective else 100.0
+    figure = new_figure()
+    for curve, colour in zip(kind.efficiency, _COLOURS, strict=False):
+        label, hover = curve.label, "%{y:.3~r} predicted"
+        add_line(figure, curve.size, scale * curve.predicted, label, colour, hover, legendgroup=label)
+        figure.add_scatter(
+            x=curve.size, y=scale * curve.measured, name=label, mode="markers", marker={"color": colour, "size": 4.5},
+            showlegend=False, hovertemplate="%{y:.3~r} measured", legendgroup=label,
+        )  # fmt: skip
+    every = np.concatenate([curve.size for curve in kind.efficiency])
+    top = scale * max(float(max(curve.measured.max(), curve.predicted.max())) for curve in kind.efficiency)
+    figure.update_xaxes(title_text=page.size, **_size_axis(every))
+    title = "Bandwidth (GB/s)" if collective else "Share of the roofline (%)"
+    figure.update_yaxes(title_text=title, range=[0, 1.06 * top])
+    figure.update_layout(hovermode="closest", legend={"font": {"size": 11}})
+    if collective:
+        title, caption = "Bandwidth by size", f"Points: measured; lines: predicted. Height: {page.moved} over the time."
+    else:
+        title = "Efficiency by size"
+        caption = f"The roofline over the time, for a few shapes ({page.shapes}). Points: measured; lines: predicted."
+        caption += " Above 100 %: data that the cache still held." * (page.cached and top > 100)
+    return Panel(title, caption, figure, "third", 320)
+
+
+def _size_axis(values: Any) -> dict[str, Any]:
+    """Return a logarithmic axis of counts, with short tick labels."""
+    low, high = np.log10(float(values.min()) / 1.2), np.log10(float(values.max()) * 1.2)
+    decades = np.arange(np.ceil(low), np.floor(high) + 1)
+    step = max(1, round(len(decades) / 5))
+    ticks = decades[::step]
+    units = {0: "", 1: "k", 2: "M", 3: "G"}
+    words = [f"{10 ** (tick % 3):g}{units[int(tick // 3)]}" for tick in ticks]
+    return {"type": "log", "range": [low, high], "tickvals": list(10.0**ticks), "ticktext": words}

@@ -1,0 +1,205 @@
+"""What is shown of searches and sweeps, as plain numbers: their trials, their capacities, and what those cost.
+
+search = read_search(Path("searches/yi"), "yi")
+print(search.point.qps, [trial.rate for trial in search.trials])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from engine.errors import InputError
+from engine.results.metrics import summary_key
+from engine.results.slo import SLO
+from studies.pages.compare_record import Side, read_json, readable
+
+_TTFT, _TBT = summary_key("p50", "ttft"), summary_key("p99", "tbt")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial. `margins` is value / threshold of each SLO that is known of it, infinite for one it was given up for."""
+
+    rate: float
+    met: bool
+    binding: str
+    margins: dict[str, float]
+    stopped_early: str | None
+    ttft_s: float | None  # median; None for a trial that was given up, whose values are not the whole run's
+    tbt_s: float | None  # P99
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A capacity (requests/s) and what it takes. `group` is the sweep that it is of, "" for a search."""
+
+    name: str
+    group: str
+    status: str  # done, refused or crashed
+    error: str
+    settings: dict[str, str]
+    qps: float | None  # None unless done
+    outcome: str  # found, none or all
+    binding: str
+    slos: tuple[str, ...]
+    gpus: int | None
+    tokens: float | None  # output tokens/s at the capacity
+    ttft_s: float | None  # median there
+    tbt_s: float | None  # P99 there
+    tpot_s: float | None  # mean there
+    per_dollar: float | None  # requests
+    published: float | None  # requests/s, by somebody else's measurement
+    confirmed: float | None  # requests/s, on hardware
+
+    @property
+    def per_gpu(self) -> float | None:
+        """Requests/s and GPU."""
+        return None if self.qps is None or not self.gpus else self.qps / self.gpus
+
+    @property
+    def tokens_per_gpu(self) -> float | None:
+        """Output tokens/s and GPU."""
+        return None if self.tokens is None or not self.gpus else self.tokens / self.gpus
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search: the capacity, and the trials by their rate."""
+
+    name: str
+    folder: Path
+    point: Point
+    words: str
+    tolerance: float
+    trials: list[Tried]
+
+    @property
+    def best(self) -> Path | None:
+        """The folder of the run at the capacity, if it is still there."""
+        met = [trial for trial in self.trials if trial.met]
+        return max(met, key=lambda trial: trial.rate).folder if met else None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep and its points, in the order of its file."""
+
+    name: str
+    folder: Path
+    points: list[Point]
+
+
+@dataclass(frozen=True)
+class Response:
+    """How quickly a run answers: P99 TBT and median TTFT. `is_run`: it is laid beside others, and no mere trial."""
+
+    words: str
+    tbt_s: float
+    ttft_s: float
+    is_run: bool
+
+
+def read_search(folder: Path, name: str) -> Search:
+    """Read a search's folder. InputError where it can't be read."""
+    with readable(folder, "search"):
+        values = read_json(folder / "search.json")
+        trials = sorted((_trial(entry, folder) for entry in values["trials"]), key=lambda trial: trial.rate)
+        if not trials:
+            raise InputError(f"{folder / 'search.json'} has no trial: search again into another folder")
+        if (folder / "confirmation.json").is_file():
+            values["confirmed"] = read_json(folder / "confirmation.json")
+        point = _point({"status": "done", **values}, name, "")
+        return Search(name, folder, point, values.get("words", ""), float(values["tolerance"]), trials)
+
+
+def read_sweep(folder: Path, name: str) -> Sweep:
+    """Read a sweep's folder. InputError where it can't be read."""
+    with readable(folder, "sweep"):
+        values = read_json(folder / "sweep.json")
+        points = [_point(entry, str(entry["name"]), name) for entry in values["points"]]
+        if not points:
+            raise InputError(f"{folder / 'sweep.json'} has no point: sweep again into another folder")
+        return Sweep(name, folder, points)
+
+
+def responses(side: Side, search: Search | None) -> list[Response]:
+    """Return how quickly a run answers, and the other trials of the search whose capacity it is, by their rate.
+
+    None without a gap between tokens."""
+    summary = side.record.summary
+    ttft, tbt = _seconds(summary, _TTFT), _seconds(summary, _TBT)
+    if ttft is None or tbt is None:
+        return []
+    own = Response(side.name, tbt, ttft, is_run=True)
+    if search is None:
+        return [own]
+    return [
+        own
+        if trial.folder == search.best
+        else Response(f"{side.name} at {trial.rate:.3g} requests/s", trial.tbt_s, trial.ttft_s, is_run=False)
+        for trial in search.trials
+        if trial.tbt_s is not None and trial.ttft_s is not None
+    ]
+
+
+def threshold(points: Sequence[Point], metric: str, statistic: str) -> float | None:
+    """Return the bound (s) on a statistic of a metric, the loosest if the points have several; None without one."""
+    slos = [SLO.parse(text) for point in points for text in point.slos]
+    found = [slo.threshold_s for slo in slos if (slo.metric, slo.statistic) == (metric, statistic)]
+    return max(found, default=None)
+
+
+def _trial(entry: Mapping[str, Any], search: Path) -> Tried:
+    stopped = entry.get("stopped_early")
+    margin = entry.get("margin")
+    margins = {entry["binding_slo"]: inf if stopped or margin is None else float(margin)}
+    folder = _trial_folder(entry.get("folder"), search)
+    summary = {} if folder is None else read_json(folder / "summary.json")
+    if not stopped:
+        for each in summary.get("slos", ()):
+            margins[each["slo"]] = (each["value_s"] or 0.0) / SLO.parse(each["slo"]).threshold_s
+    ttft, tbt = (None if stopped else _seconds(summary, key) for key in (_TTFT, _TBT))
+    return Tried(float(entry["rate"]), entry["met"], entry["binding_slo"], margins, stopped, ttft, tbt, folder)
+
+
+def _trial_folder(written: str | None, search: Path) -> Path | None:
+    """Return where a trial's run is, also after the search's folder was moved; None if it is gone."""
+    if written is None:
+        return None
+    places = (search / "trials" / Path(written).name, Path(written))
+    return next((place for place in places if (place / "summary.json").is_file()), None)
+
+
+def _point(entry: Mapping[str, Any], name: str, group: str) -> Point:
+    done = entry["status"] == "done"
+    confirmed = entry.get("confirmed") or {}
+    published = entry.get("published")
+    return Point(
+        name=name,
+        group=group,
+        status=entry["status"],
+        error=str(entry.get("error") or ""),
+        settings={key: str(value) for key, value in (entry.get("settings") or {}).items()},
+        qps=float(entry["max_qps_under_slo"]) if done else None,
+        outcome=entry.get("outcome") or "",
+        binding=entry.get("binding_slo") or "",
+        slos=tuple(entry.get("slos") or ()),
+        gpus=entry.get("num_gpus"),
+        tokens=entry.get("output_throughput"),
+        ttft_s=_seconds(entry, "p50_ttft_ms"),
+        tbt_s=_seconds(entry, "p99_tbt_ms"),
+        tpot_s=_seconds(entry, "mean_tpot_ms"),
+        per_dollar=entry.get("requests_per_dollar"),
+        published=float(published) if isinstance(published, int | float) else None,
+        confirmed=confirmed.get("confirmed_qps"),
+    )
+
+
+def _seconds(values: Mapping[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    return None if value is None else value / 1e3

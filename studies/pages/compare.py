@@ -1,0 +1,244 @@
+"""The pages of runs side by side, and of validations side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from engine.results.metric_table import Metric, drawn_metrics
+from studies.capacity.sweep import not_dominated
+from studies.pages.capacity_figures import capacity_bars, trials
+from studies.pages.capacity_record import Search, responses
+from studies.pages.compare_record import (
+    Headline,
+    Side,
+    bubbles,
+    differing_settings,
+    headline,
+    num_gpus,
+    read_json,
+    readable,
+    same_requests,
+)
+from studies.pages.figures import GREY, Panel, add_line, faded, new_figure, series_style, time_unit, value_axis
+from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
+from studies.pages.page import Cell, Page, Tone, coloured, facts_table, footer, header, key, numbers_table
+from studies.pages.run_record import Record
+from studies.validation.record import judge
+from studies.words import number, percent, seconds
+
+
+def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
+    """Runs side by side, with the capacities of those that are the best of a search."""
+    order = list(dict.fromkeys([*(side.name for side in sides), *searches]))  # not every search has a run
+    page = Page(_title(order))
+    verdicts = _verdicts(sides)
+    for name, search in searches.items():
+        if search.best is None:
+            verdicts.append(("unsure", f"{name}: no run at a capacity ({search.words})"))
+    what = "Runs" if not searches else "Runs at the capacity" if len(searches) == len(sides) else "Runs and searches"
+    page.add(header("Windtunnel · side by side", page.title, f"{what}, laid side by side.", verdicts, []))
+    folders = {side.name: side.folder for side in sides} | {name: search.folder for name, search in searches.items()}
+    page.add(key((side.name, f"{_describe(side.record)} · {folders[side.name]}") for side in sides))
+    if searches:
+        colours = {name: series_style(order.index(name))[0] for name in searches}
+        points = [search.point for search in searches.values()]
+        page.add_panels("Capacity", [capacity_bars(points, colours), trials(list(searches.values()), colours)])
+    page.add_panels("Numbers", [_headline_table(sides), _settings_table(sides)])
+    for heading, panels in run_panels(sides, searches):
+        page.add_panels(heading, panels)
+    page.add(footer())
+    return page
+
+
+def _title(names: Sequence[str]) -> str:
+    if len(names) > 4:
+        return f"{', '.join(names[:3])} and {len(names) - 3} others"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
+    """Say of each run whether it is sustained and meets its SLOs; then whether all served the same requests."""
+    found: list[tuple[Tone, str]] = []
+    for side in sides:
+        missed = [str(slo) for slo, _, met in side.record.slos if not met]
+        saturated = side.record.summary["saturation"]["growing"]
+        words = f"misses {' and '.join(missed)}" if missed else "meets every SLO" if side.record.slos else "no SLO"
+        load = {None: "", True: ", saturated", False: ", sustained"}[saturated]
+        tone: Tone = "bad" if missed or saturated else "good" if side.record.slos else "unsure"
+        found.append((tone, f"{side.name}: {words}{load}"))
+    if not same_requests(sides):
+        found.append(("unsure", "These did not serve the same requests"))
+    return found
+
+
+def _describe(record: Record) -> str:
+    """Return a run in a line."""
+    first = record.summary["replicas"][0]
+    summary, others = record.summary, len({str(each.get("device")) for each in record.summary["replicas"]}) > 1
+    device = "devices" if others else first["device"]
+    rate = record.config.get("request_rate") or record.arrival_rate
+    came = "all at once" if rate is None else f"at {number(rate)} requests/s"
+    return (
+        f"{str(first['model']).split('/')[-1]} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {device}, "
+        f"{first['parallel']}, {first['scheduler']}; {summary['completed']:,} requests "
+        f"({summary.get('workload', 'no named workload')}) {came}"
+    )
+
+
+def _headline_table(sides: Sequence[Side]) -> Panel:
+    rows: list[tuple[str, list[Cell]]] = [
+        (f"{line.name} ({line.unit})" if line.unit not in ("", "s") else line.name, _cells(line))
+        for line in headline(sides)
+    ]
+    every: dict[str, list[Cell]] = {}
+    for i, side in enumerate(sides):
+        for slo, value, met in side.record.slos:
+            cells = every.setdefault(str(slo), ["-"] * len(sides))
+            cells[i] = coloured("no value" if value is None else seconds(value), met)
+    rows += every.items()
+    caption = "In brackets: the difference to the first."
+    return Panel("What came out", caption, table=numbers_table(("", *(side.name for side in sides)), rows))
+
+
+def _cells(line: Headline) -> list[Cell]:
+    """Return the values, each but the first with its distance from the first."""
+    base = line.values[0]
+    cells: list[Cell] = []
+    for i, value in enumerate(line.values):
+        words = seconds(value) if line.unit == "s" else number(value)
+        far = f" ({percent(value / base - 1, sign=True)})" if i and base and value not in (None, base) else ""
+        cells.append(words + far)
+    return cells
+
+
+def _settings_table(sides: Sequence[Side]) -> Panel:
+    rows = differing_settings(sides)
+    if not rows:
+        return Panel("Settings that differ", "None: the runs have the same settings.")
+    table = numbers_table(("Setting", *(side.name for side in sides)), rows)
+    return Panel("Settings that differ", "All others are the same.", table=table)
+
+
+def validations_page(names: dict[Path, str]) -> Page:
+    """Make the page of the errors of each load of validations side by side, held against their targets."""
+    page = Page(_title(list(names.values())))
+    page.add(header("Windtunnel · validations side by side", page.title, "How far the simulator is off.", [], []))
+    facts: list[tuple[str, str]] = []
+    columns: list[str] = []
+    rows: dict[str, list[Cell]] = {}
+    for folder, name in names.items():
+        with readable(folder, "validation"):
+            results = read_json(folder / "validation.json")
+            facts.append((name, f"{results['model']} on {results['device']} ({results['hardware']}) · {folder}"))
+            for load in results["loads"]:
+                for each in judge(load):
+                    cells = rows.setdefault(f"{each.what} {each.statistic}".strip(), [])
+                    cells += ["-"] * (len(columns) - len(cells))
+                    cells.append(coloured(percent(each.error, sign=each.statistic != "mean error"), each.met))
+                columns.append(name if load["load"] is None else f"{name}, {100 * load['load']:g} % load")
+    for cells in rows.values():
+        cells += ["-"] * (len(columns) - len(cells))
+    caption = "Simulated over measured, less 1; green within the target of GPUs, red beyond."
+    table = numbers_table(("Error", *columns), rows.items())
+    page.add_panels("What was validated", [Panel("Runs", "", table=facts_table(facts))])
+    page.add_panels("Errors", [Panel("Held against the targets", caption, table=table)])
+    page.add(footer())
+    return page
+
+
+def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tuple[str, list[Panel]]]:
+    """Return the sections about runs, a heading and its panels. Each of `searches` is of the side of its name."""
+    return [
+        ("Latency", [_latency(sides, metric) for metric in drawn_metrics()]),
+        ("First token against the next", [frontier(sides, searches)]),
+        ("Over time, and by stage", [output_over_time(sides), stage_bubbles(sides)]),
+    ]
+
+
+def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
+    curves = [
+        Curve(side.name, curve.quantiles, curve.values_s, *series_style(i))
+        for i, side in enumerate(sides)
+        if (curve := side.record.latencies.get(metric.key))
+    ]
+    slos = [judged for side in sides for judged in side.record.slos]
+    return latency_cdf(metric, curves, slos, height_px=_height(270, sides))
+
+
+def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
+    """Draw median TTFT against P99 TBT: a dot for each run, lines through trials of searches, and the runs' front."""
+    title = "Median TTFT against P99 TBT"
+    every = [(i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides)]
+    every = [each for each in every if each[2]]
+    if not every:
+        return Panel(title, NO_GAPS)
+    figure = new_figure()
+    for i, side, points in every:
+        colour, dash = series_style(i)
+        sizes = [11 if point.is_run else 6 for point in points]
+        figure.add_scatter(
+            x=[point.tbt_s for point in points], y=[point.ttft_s for point in points], name=side.name,
+            ids=[point.words for point in points], mode="lines+markers" if len(points) > 1 else "markers",
+            line={"color": faded(colour, 0.6), "width": 1.5, "dash": dash},
+            marker={"color": colour, "opacity": 1, "size": sizes, "line": {"color": "white", "width": 1}},
+            hovertemplate="%{id}<br>median TTFT %{y:.3~r} s<br>P99 TBT %{x:.3~r} s<extra></extra>",
+        )  # fmt: skip
+    caption = "Lower left is better."
+    runs = np.array([(point.tbt_s, point.ttft_s) for _, _, points in every for point in points if point.is_run])
+    front = runs[not_dominated(runs)]
+    if len(front) > 1:
+        front = front[np.argsort(front[:, 0])]
+        add_line(figure, front[:, 0], front[:, 1], "front", GREY, "", width=1.5, dash="dot", line_shape="hv")
+        caption += " Dotted: the runs that none of the others beats in both."
+    if searches:
+        caption += " Large: the run at the capacity; small: the other trials that ran to their end."
+    values = np.array([(point.tbt_s, point.ttft_s) for _, _, points in every for point in points])
+    figure.update_xaxes(title_text="P99 TBT (s)", **value_axis(values[:, 0]))
+    figure.update_yaxes(title_text="Median TTFT (s)", **value_axis(values[:, 1]))
+    figure.update_layout(hovermode="closest")
+    return Panel(title, caption, figure, height_px=_height(380, sides))
+
+
+def output_over_time(sides: Sequence[Side]) -> Panel:
+    """Draw output tokens that were there by each time, of each run."""
+    longest = max(float(side.output_s[-1]) for side in sides)
+    unit_s, unit = time_unit(longest)
+    figure = new_figure()
+    for i, side in enumerate(sides):
+        colour, dash = series_style(i)
+        x, y = side.output_s / unit_s, side.output_tokens
+        add_line(figure, x, y, side.name, colour, "%{y:,.4~r} tokens", dash=dash)
+    figure.update_yaxes(title_text="Output tokens", rangemode="tozero")
+    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", rangemode="tozero")
+    caption = "First tokens and decoded ones, added up. A flat piece is a time in which no request went on."
+    return Panel("Output tokens over time", caption, figure, "half", _height(330, sides))
+
+
+def stage_bubbles(sides: Sequence[Side]) -> Panel:
+    """Draw the share of the time with requests that each pipeline stage idled, of each run."""
+    figure = new_figure()
+    highest = 0.0
+    for i, side in enumerate(sides):
+        colour, _ = series_style(i)
+        shares = 100 * bubbles(side.record)
+        highest = max(highest, float(shares.max()))
+        figure.add_bar(
+            x=[f"stage {j}" for j in range(len(shares))], y=shares, name=side.name,
+            marker={"color": colour, "line": {"width": 0}},
+            hovertemplate=f"{side.name}: %{{y:.3~r}} %<extra></extra>",
+        )  # fmt: skip
+    figure.update_layout(barmode="group", bargap=0.3, hovermode="closest")
+    figure.update_yaxes(title_text="Bubbles (%)", range=[0, max(1.0, 1.08 * highest)])
+    caption = (
+        "A bubble is time that a stage idles while requests are at its replica: a share of the time that there are "
+        "any, mean over the replicas."
+    )
+    return Panel("Pipeline bubbles", caption, figure, "half", _height(330, sides))
+
+
+def _height(height_px: int, sides: Sequence[Side]) -> int:
+    """Return room for the lines of a legend."""
+    return height_px + 18 * (sum(len(side.name) + 8 for side in sides) // 40)

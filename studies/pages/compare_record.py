@@ -1,0 +1,210 @@
+"""What is laid side by side of several runs, as small arrays and rows: read from their folders, nothing drawn.
+
+sides = [read_side(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+print(differing_settings(sides), headline(sides))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from engine.errors import InputError
+from engine.results.metric_table import find_metric
+from engine.results.metrics import summary_key
+from engine.results.tables import Array, to_numpy
+from studies.pages.run_record import CHUNK_ROWS, NOT_SET, Record, flat, read_record
+from studies.words import statistic_name
+
+Kind = Literal["run", "search", "sweep", "study", "validation"]
+RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
+OUTPUT_BINS = 400
+LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
+_MARKS: dict[str, Kind] = {
+    "validation.json": "validation",
+    "sweep.json": "sweep",
+    "search.json": "search",
+    "study.json": "study",
+}
+_UNFINISHED = {".partial-": "half-written: what wrote it was killed", ".incomplete": "what a failed run left behind"}
+_LATENCIES = (("ttft", "p50"), ("ttft", "p99"), ("tbt", "p50"), ("tbt", "p99"), ("tbt", "max"), ("e2e", "p50"),
+              ("e2e", "p99"), ("scheduling_delay", "p50"))  # fmt: skip
+
+
+def _latency(statistic: str, metric: str) -> tuple[str, str, str]:
+    name = find_metric(metric).name
+    return f"{name[0].upper()}{name[1:]}, {statistic_name(statistic)}", "s", summary_key(statistic, metric)
+
+
+# each headline number: its name, its unit (s, %, or a word), and its key in a summary (ms for the unit s)
+_HEADLINES = (
+    ("Requests finished", "", "completed"),
+    ("Throughput", "requests/s", "request_throughput"),
+    ("Goodput", "requests/s", "request_goodput"),
+    ("Output", "tokens/s", "output_throughput"),
+    *(_latency(statistic, metric) for metric, statistic in _LATENCIES),
+    ("Preemptions", "", "preemptions"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the runs. `output_tokens[i]` tokens were there by `output_s[i]` after the first arrival."""
+
+    name: str
+    folder: Path
+    record: Record
+    output_s: Array
+    output_tokens: Array
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A number that every run has, or lacks (None)."""
+
+    name: str
+    unit: str  # s, %, or a word
+    values: list[float | None]
+
+
+def kind_of(folder: Path) -> Kind:
+    """Return what a folder is of. Raises InputError for one that is no result of Windtunnel's, or unfinished."""
+    if not folder.exists():
+        raise InputError(f"there is no folder {folder}: give one that a run, a search or a study has written")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file: give the folder that it is in")
+    for mark, what in _UNFINISHED.items():
+        if mark in folder.resolve().name:
+            raise InputError(f"{folder} is {what}: give a finished one")
+    for mark, kind in _MARKS.items():
+        if (folder / mark).is_file():
+            return kind
+    missing = [name for name in RUN_FILES if not (folder / name).is_file()]
+    if not missing:
+        return "run"
+    if len(missing) < len(RUN_FILES):
+        raise InputError(f"{folder} is no finished run: it lacks {' and '.join(missing)}")
+    if (folder / "settings.json").is_file():
+        raise InputError(f"{folder} is an unfinished search: the same command again goes on with it")
+    raise InputError(f"{folder} is no folder of a run, search, sweep, study or validation: it has none of their files")
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return a short name for each folder: as much of its path as it takes to see it apart, else a letter."""
+    paths = [folder.resolve() for folder in folders]
+    if twice := next((str(f) for f, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None):
+        raise InputError(f"{twice} is there twice: give each folder once")
+    if len(folders) > len(ascii_uppercase):
+        raise InputError(f"{len(folders)} folders are too many to see apart: give at most {len(ascii_uppercase)}")
+    names = [path.name for path in paths]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names if max(map(len, names)) <= LONGEST_NAME else list(ascii_uppercase[: len(names)])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a file holds."""
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+@contextmanager
+def readable(folder: Path, kind: str) -> Iterator[None]:
+    """Say of what goes wrong while a folder is read that it can't be read."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{folder} can't be read as a {kind} ({why}): is all of it there?") from error
+
+
+def read_side(folder: Path, name: str) -> Side:
+    """Read a run's folder. InputError where its files can't be read."""
+    with readable(folder, "run"):
+        record = read_record(folder)
+        requests = to_numpy(pq.ParquetFile(folder / "requests.parquet").read(["arrived_s", "first_token_s"]))
+        stages = np.array([len(replica["stage_utilization"]) for replica in record.summary["replicas"]])
+        output_s = record.timeline.edges_s[-1] * np.linspace(0, 1, OUTPUT_BINS + 1)
+        start_s = float(requests["arrived_s"].min())
+        first = np.sort(requests["first_token_s"] - start_s)
+        tokens = np.searchsorted(first, output_s, side="right") + _decoded(folder, stages, start_s, output_s)
+        return Side(name, folder, record, output_s, tokens)
+
+
+def _decoded(folder: Path, stages: Array, start_s: float, times_s: Array) -> Array:
+    """Return how many tokens had been decoded by each time: by batches that had left their last stage."""
+    counts = np.zeros(len(times_s))
+    with pq.ParquetFile(folder / "iterations.parquet") as file:
+        for chunk in file.iter_batches(
+            CHUNK_ROWS, columns=["replica", "stage", "start_s", "duration_s", "num_decodes"]
+        ):
+            rows = to_numpy(pa.Table.from_batches([chunk]))
+            last = rows["stage"] == stages[rows["replica"]] - 1
+            ended = (rows["start_s"] + rows["duration_s"])[last] - start_s
+            # the first of the times by which it had ended; rounding must not put the run's last batch after its end
+            index = np.minimum(np.searchsorted(times_s, ended, side="left"), len(times_s) - 1)
+            counts += np.bincount(index, rows["num_decodes"][last], len(times_s))
+    return np.cumsum(counts)
+
+
+def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
+    """Return each setting that is not the same in all runs, and its value in each."""
+    every = [dict(_settings(side.record)) for side in sides]
+    names = dict.fromkeys(name for settings in every for name in settings)
+    rows = [(name, [settings.get(name, NOT_SET) for settings in every]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _settings(record: Record) -> Iterator[tuple[str, str]]:
+    yield from flat(record.config, number="{:.6g}".format)
+    replicas = record.summary["replicas"]
+    yield "KV blocks", f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
+    yield "times", "; ".join(dict.fromkeys(replica.get("predictor") or "measured" for replica in replicas))
+
+
+def headline(sides: Sequence[Side]) -> list[Headline]:
+    """Return the numbers to see first, of each run."""
+    summaries = [side.record.summary for side in sides]
+    timelines = [side.record.timeline for side in sides]
+    rows = []
+    for name, unit, key in _HEADLINES:
+        found = [summary.get(key) for summary in summaries]
+        rows.append(Headline(name, unit, [each / 1e3 if unit == "s" and each is not None else each for each in found]))
+    devices = [num_gpus(side.record) for side in sides]
+    per_device = [summary["output_throughput"] / count for summary, count in zip(summaries, devices, strict=True)]
+    rows.insert(4, Headline("Output per device", "tokens/s", list(per_device)))
+    stalls = [100 * timeline.stalled_batches / timeline.batches for timeline in timelines]
+    rows.append(Headline("Batches that ended a stall", "%", list(stalls)))
+    rows.append(Headline("KV cache, peak use", "%", [timeline.peak_kv_percent for timeline in timelines]))
+    return rows
+
+
+def num_gpus(record: Record) -> int:
+    """Return devices of all replicas."""
+    return sum(replica["num_gpus"] for replica in record.summary["replicas"])
+
+
+def same_requests(sides: Sequence[Side]) -> bool:
+    """Return whether all served as many requests, with as many tokens in and out."""
+    keys = ("workload", "completed", "total_input_tokens", "total_output_tokens")
+    return len({tuple(side.record.summary.get(key) for key in keys) for side in sides}) == 1
+
+
+def bubbles(record: Record) -> Array:
+    """Return (stages,) the share of the time with requests that each stage idled, mean over its replicas."""
+    shares = [replica["stage_bubbles"] for replica in record.summary["replicas"]]
+    return np.array([np.mean([each[j] for each in shares if len(each) > j]) for j in range(max(map(len, shares)))])

@@ -1,0 +1,147 @@
+"""What the figures of every page share: colours, an empty figure, axes, and measured values beside predicted ones.
+
+Colours of text and grid are left to the page, which knows whether it is light or dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+
+from engine.results.tables import Array
+
+# told apart with any colour vision, and on a light ground as on a dark one
+BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"
+GOOD, BAD = "#1f9e77", "#d6453d"
+# of several runs, one after the other; when they are used up, the next dash
+SERIES = (BLUE, ORANGE, GOOD, "#b0559b", "#b8960c", "#7a6ad8")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A figure or a table (HTML) with its words. Without either the caption stands alone."""
+
+    title: str
+    caption: str
+    figure: go.Figure | None = None
+    width: Literal["third", "half", "full"] = "full"
+    height_px: int = 300
+    table: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """A group of measured values (ms), the predicted ones beside them, and how they are drawn ("": without a name)."""
+
+    name: str
+    colour: str
+    measured_ms: Array
+    predicted_ms: Array
+
+
+def new_figure(legend: bool = True) -> go.Figure:
+    """Return a figure without data in the pages' style."""
+    figure = go.Figure()
+    figure.update_layout(
+        template="none",
+        margin={"l": 44, "r": 14, "t": 34 if legend else 10, "b": 46},
+        showlegend=legend,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "itemclick": False,
+            "itemdoubleclick": False,
+            "traceorder": "normal",
+        },
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        hovermode="x unified",
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12.5},
+    )
+    style_axes(figure)
+    return figure
+
+
+def style_axes(figure: go.Figure) -> None:
+    """Give every axis that the figure has the pages' style."""
+    for axis in (figure.update_xaxes, figure.update_yaxes):
+        axis(zeroline=False, title={"standoff": 8, "font": {"size": 12.5}})
+    figure.update_xaxes(showgrid=False, showline=True, ticks="outside", ticklen=4, hoverformat=".4~r")
+    figure.update_yaxes(automargin=True)
+
+
+def value_axis(values: Array, logarithmic: bool = False) -> dict[str, Any]:
+    """Return an axis for positive values: from 0, but logarithmic where they span a factor over 20 or if asked."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    if not len(values) or (high <= 20 * low and not logarithmic):
+        return {"range": [0, 1.06 * high], "nticks": 6}
+    low, high = low / 1.15, high * 1.15
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    steps = (1,) if high / low > 2e3 else (1, 3) if high / low > 100 else (1, 2, 5)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    return {
+        "type": "log",
+        "range": [np.log10(low), np.log10(high)],
+        "tickvals": shown,
+        "ticktext": [f"{tick:g}" if tick < 1e5 else f"{tick:.0e}" for tick in shown],
+    }
+
+
+def time_unit(longest_s: float) -> tuple[float, str]:
+    """Return seconds and name of the unit that suits an axis of time."""
+    return next((each for each in ((3600.0, "h"), (60.0, "min")) if longest_s >= 10 * each[0]), (1.0, "s"))
+
+
+def add_line(
+    figure: go.Figure, x: Any, y: Any, name: str, colour: str, hover: str, *, width: float = 2, dash: str = "solid",
+    mode: str = "lines", **more: Any,
+) -> None:  # fmt: skip
+    """Draw a line; `hover` is what is shown of a point, and "" shows nothing."""
+    how = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
+    line = {"color": colour, "width": width, "dash": dash}
+    figure.add_scatter(x=x, y=y, name=name, mode=mode, line=line, **how, **more)
+
+
+def predicted_by_measured(groups: Sequence[Points], logarithmic: bool = False) -> go.Figure:
+    """Return each group's predicted values over the measured ones, with the line on which they are the same."""
+    axis = value_axis(np.concatenate([each for g in groups for each in (g.measured_ms, g.predicted_ms)]), logarithmic)
+    low, high = (10.0**edge if axis.get("type") == "log" else edge for edge in axis["range"])
+    figure = new_figure(legend=any(group.name for group in groups))
+    for group in groups:
+        figure.add_scatter(
+            x=group.measured_ms, y=group.predicted_ms, mode="markers", showlegend=False,
+            marker={"color": faded(group.colour, 0.45), "size": 4},
+            hovertemplate="measured %{x:.3~r} ms<br>predicted %{y:.3~r} ms<extra></extra>",
+        )  # fmt: skip
+        if group.name:  # in the legend a marker that can be seen
+            figure.add_scatter(
+                x=[None], y=[None], name=group.name, mode="markers", marker={"color": group.colour, "size": 8}
+            )
+    figure.add_scatter(
+        x=[low, high], y=[low, high], mode="lines", line={"color": GREY, "width": 1.2, "dash": "dash"},
+        hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
+    figure.update_layout(hovermode="closest")
+    figure.update_xaxes(title_text="Measured (ms)", **axis)
+    figure.update_yaxes(title_text="Predicted (ms)", **axis)
+    return figure
+
+
+def series_style(index: int) -> tuple[str, str]:
+    """Return colour and dash of one of several runs."""
+    return SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)]
+
+
+def faded(colour: str, opacity: float) -> str:
+    """Return the colour with some of the ground showing through."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity:g})"

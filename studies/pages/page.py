@@ -1,0 +1,173 @@
+"""What the HTML pages share: they open offline, on a phone as on a desktop, and fetch nothing.
+
+`template.html` has the style, plotly.js and the script that draws; a Page is filled from top to bottom.
+
+    page = Page("Title")
+    page.add(header("Windtunnel", "Title", "On what", [("good", "It works")], []), cards([("Speed", "3 tokens/s", "")]))
+    page.add_panels("Figures", [Panel("Sine", "A caption.", figure)])
+    page.write(Path("page.html"))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Literal
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from engine.results.files import write_whole
+from studies.pages.figures import Panel, series_style
+
+TEMPLATE = Path(__file__).with_name("template.html")
+
+Tone = Literal["good", "bad", "unsure"]
+Cell = str | tuple[Tone, str]  # of a table; with a tone it is coloured
+
+
+class Page:
+    """A page that is filled from top to bottom."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._body: list[str] = []
+        self._figures: dict[str, go.Figure] = {}
+        self._panels = 0
+
+    def add(self, *blocks: str) -> None:
+        """Add HTML."""
+        self._body += filter(None, blocks)
+
+    def add_panels(self, heading: str, panels: Sequence[Panel], about: str = "") -> None:
+        """Add a section: a heading, HTML about it, and panels."""
+        self.add(f"<h2>{escape(heading)}</h2>{about}")
+        if panels:
+            self.add("<div class='panels'>", *map(self._panel, panels), "</div>")
+
+    def html(self) -> str:
+        """Return the whole page."""
+        # "<" could end the script element early, and in JSON may be written otherwise
+        data = ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in self._figures.items())
+        return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+            title=escape(f"{self.title} · Windtunnel"),
+            body="\n".join(self._body),
+            figures="{" + data.replace("<", "\\u003c") + "}",
+            plotly=get_plotlyjs(),
+        )
+
+    def write(self, path: Path) -> Path:
+        """Write the page to `path`, whole or not at all, and return it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, self.html())
+        return path
+
+    def _panel(self, panel: Panel) -> str:
+        name = f"figure-{self._panels}"
+        self._panels += 1
+        words = f"<h3>{escape(panel.title)}</h3><p>{text(panel.caption)}</p>"
+        figure = ""
+        if panel.figure is not None:
+            self._figures[name] = panel.figure
+            label = f"role='img' aria-label='{escape(panel.title)}'"
+            figure = (
+                f"<div class='figure' id='{name}' {label} style='height:{panel.height_px}px'></div>"
+                f"<button type='button' class='csv' data-figure='{name}'>Data as CSV</button>"
+            )
+        return f"<section class='panel {panel.width}'>{words}{figure}{panel.table}</section>"
+
+
+def header(
+    kicker: str,
+    title: str,
+    setting: str,
+    verdicts: Iterable[tuple[Tone, str]],
+    sources: Iterable[tuple[Tone, str, str]],
+) -> str:
+    """Return the top of a page; a source is a tone, a word and a sentence about where the numbers come from."""
+    chips = "".join(f"<li class='{tone}'>{text(words)}</li>" for tone, words in verdicts)
+    lines = "\n".join(
+        f"<p class='source'><b class='{tone}'>{escape(word)}</b> {text(words)}</p>" for tone, word, words in sources
+    )
+    return f"""<header>
+<p class='kicker'>{escape(kicker)}</p>
+<h1>{escape(title)}</h1>
+<p class='setting'>{escape(setting)}</p>
+<ul class='verdicts'>{chips}</ul>
+{lines}
+</header>"""
+
+
+def cards(entries: Iterable[tuple[str, str, str]]) -> str:
+    """Return numbers to see first: a name, the number and its unit after a space, and a note."""
+    return "<dl class='cards'>" + "".join(map(_card, entries)) + "</dl>"
+
+
+def _card(entry: tuple[str, str, str]) -> str:
+    name, value, note = entry
+    number, _, unit = value.partition(" ")
+    return (
+        f"<div class='card'><dt>{escape(name)}</dt><dd>{escape(number)} <span>{escape(unit)}</span></dd>"
+        f"<p>{escape(note)}</p></div>"
+    )
+
+
+def key(entries: Iterable[tuple[str, str]]) -> str:
+    """Return what is laid side by side, in the colours of its lines: a name, and what there is to say about it."""
+    lines = (
+        f"<li style='border-color:{series_style(i)[0]}'>{escape(name)}<br><span>{text(words)}</span></li>"
+        for i, (name, words) in enumerate(entries)
+    )
+    return f"<ul class='key'>{''.join(lines)}</ul>"
+
+
+def numbers_table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]]) -> str:
+    """Return a table of numbers: the first of `heads` is above the rows' names, the others above their cells."""
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads)
+    body = "".join(f"<tr><th scope='row'>{escape(name)}</th>{''.join(map(_cell, cells))}</tr>" for name, cells in rows)
+    return (
+        f"<div class='scroll'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{text(cell)}</td>"
+    tone, words = cell
+    return f"<td class='{tone}'>{text(words)}</td>"
+
+
+def coloured(words: str, met: bool | None) -> Cell:
+    """Return a cell that shows whether a target is met; None: there is none."""
+    return words if met is None else ("good" if met else "bad", words)
+
+
+def facts_table(rows: Iterable[tuple[str, str]], code: bool = False) -> str:
+    """Return a table of names, which may be shown as code, and what there is to say about each."""
+    opened, closed = ("<code>", "</code>") if code else ("", "")
+    body = "".join(f"<tr><th scope='row'>{opened}{escape(k)}{closed}</th><td>{text(v)}</td></tr>" for k, v in rows)
+    return f"<div class='scroll'><table><tbody>{body}</tbody></table></div>"
+
+
+def about(words: str) -> str:
+    """Return a paragraph below a heading."""
+    return f"<p class='source' style='margin:0 0 10px'>{text(words)}</p>"
+
+
+def details(summary: str, html: str) -> str:
+    """Return HTML that is shown when its summary is opened."""
+    return f"<details><summary>{escape(summary)}</summary>{html}</details>"
+
+
+def footer(words: str = "") -> str:
+    """Return the end of a page."""
+    return f"<footer>Windtunnel{text(words)}</footer>"
+
+
+def text(words: str) -> str:
+    """Escaped, and with each number on the line of its unit."""
+    return escape(re.sub(r"(\d) (%|s|ms|µs)(?!\w)", "\\1\u00a0\\2", words))

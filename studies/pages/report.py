@@ -1,0 +1,122 @@
+"""One page from the folder of any run, search, sweep, study or validation, or from several side by side.
+
+A run and a validation have pages of their own, which are written again; a study's is only copied. Runs and searches go
+together (a search by the run at its capacity), searches and sweeps, and validations among themselves.
+
+    windtunnel report runs/sarathi runs/vllm --output both.html
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import InputError
+from studies.pages.capacity import capacities_page, search_page
+from studies.pages.capacity_record import read_search, read_sweep
+from studies.pages.compare import runs_page, validations_page
+from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
+from studies.pages.page import Page
+from studies.pages.run import render
+from studies.pages.run_record import read_record
+from studies.pages.validation import write_validation
+
+COMPARISON = Path("comparison.html")  # of several folders
+_TOGETHER: tuple[frozenset[Kind], ...] = (
+    frozenset({"run", "search"}),
+    frozenset({"search", "sweep"}),
+    frozenset({"validation"}),
+)
+
+
+def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
+    """Write the page of the folders to `output`, by default into the only folder, and return its path.
+
+    Raises InputError for a folder that can't be read, folders that don't go together, and an output that is there
+    already, unless it is the folder's own page.
+    """
+    kinds = {folder: kind_of(folder) for folder in folders}
+    names = dict(zip(folders, names_of(folders), strict=True))
+    if len(folders) > 1:
+        _check_together(kinds)
+    own = _own_page(folders[0], kinds[folders[0]]) if len(folders) == 1 else None
+    if output is None and own is None and _is_page(COMPARISON):
+        own = COMPARISON  # made again
+    path = _checked(output or own or COMPARISON, own)
+    try:
+        if len(folders) == 1:
+            return _write_one(folders[0], kinds[folders[0]], path)
+        return _side_by_side(names, kinds).write(path)
+    except OSError as error:
+        raise InputError(f"can't write {path} ({error.strerror or error}): give another --output") from error
+
+
+def _check_together(kinds: dict[Path, Kind]) -> None:
+    for folder, kind in kinds.items():
+        if kind == "study":
+            raise InputError(f"{folder} is a study, whose page stands alone ({_own_page(folder, kind)}): leave it out")
+    if not any(set(kinds.values()) <= together for together in _TOGETHER):
+        first: dict[Kind, Path] = {}
+        for folder, kind in kinds.items():
+            first.setdefault(kind, folder)
+        what = ", ".join(f"{folder} (a {kind})" for kind, folder in first.items())
+        raise InputError(
+            f"these can't be laid side by side: {what}. Runs go with runs and searches, sweeps with sweeps and "
+            "searches, validations with validations"
+        )
+
+
+def _own_page(folder: Path, kind: Kind) -> Path:
+    """Return the page that a folder has or gets."""
+    page = folder / ("validation.html" if kind == "validation" else "report.html")
+    if kind == "study" and not page.is_file():
+        raise InputError(f"{folder} is an unfinished study: the same command again goes on with it")
+    return page
+
+
+def _is_page(path: Path) -> bool:
+    """Return whether a file is a page of ours."""
+    return path.is_file() and b"\xc2\xb7 Windtunnel</title>" in path.read_bytes()
+
+
+def _checked(path: Path, own: Path | None) -> Path:
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to write {path.name} to: make it, or give another --output")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give an --output file such as {path / 'report.html'}")
+    is_own = own is not None and path.resolve() == own.resolve()
+    if path.exists() and not is_own:
+        raise InputError(f"{path} exists: give another --output")
+    return path
+
+
+def _write_one(folder: Path, kind: Kind, path: Path) -> Path:
+    if kind == "study":
+        own = _own_page(folder, kind)
+        return path if path.resolve() == own.resolve() else Path(shutil.copyfile(own, path))
+    if kind == "validation":
+        with readable(folder, kind):
+            return write_validation(read_json(folder / "validation.json"), path)
+    name = folder.resolve().name
+    if kind == "search":
+        return search_page(read_search(folder, name)).write(path)
+    if kind == "sweep":
+        return capacities_page([read_sweep(folder, name)], []).write(path)
+    with readable(folder, kind):
+        page = render(read_record(folder))
+    return page.write(path)
+
+
+def _side_by_side(names: dict[Path, str], kinds: dict[Path, Kind]) -> Page:
+    if "validation" in kinds.values():
+        return validations_page(names)
+    searches = {name: read_search(folder, name) for folder, name in names.items() if kinds[folder] == "search"}
+    if "sweep" in kinds.values():
+        sweeps = [read_sweep(folder, name) for folder, name in names.items() if kinds[folder] == "sweep"]
+        return capacities_page(sweeps, list(searches.values()))
+    if len(searches) == len(names) and not any(search.best for search in searches.values()):
+        return capacities_page([], list(searches.values()))
+    places = {name: searches[name].best if name in searches else folder for folder, name in names.items()}
+    sides = [read_side(place, name) for name, place in places.items() if place is not None]
+    return runs_page(sides, searches)

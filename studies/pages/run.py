@@ -1,0 +1,208 @@
+"""The report of a run: one HTML file that opens offline, on a phone as on a desktop.
+
+It reads a run's folder, and reads nothing else: what is drawn is in `studies.pages.run_record`, how in
+`studies.pages.run_figures`, and the page around it in `studies.pages.page`.
+
+    python -c "from pathlib import Path; from studies.pages.run import write_report; write_report(Path('runs/first'))"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from engine.results.metric_table import METRICS
+from engine.results.metrics import describe_slo, summary_key
+from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
+from studies.pages.run_figures import panels
+from studies.pages.run_record import Record, flat, read_record
+from studies.words import number, seconds
+
+_STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
+_FILES = {
+    "config.yaml": "the configuration, complete",
+    "summary.json": "every number of this report",
+    "requests.parquet": "one row a request",
+    "iterations.parquet": "one row a batch and stage",
+    "ranks.parquet": "one row a batch and rank: when it computed",
+    "trace.json": "Chrome trace",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a finished run's folder and return its path.
+
+    Raises FileNotFoundError when the folder lacks one of config.yaml, summary.json, requests.parquet and
+    iterations.parquet.
+    """
+    return render(read_record(folder)).write(folder / "report.html")
+
+
+def render(record: Record) -> Page:
+    """Make the page."""
+    page = Page(_served(record))
+    page.add(_header(record), _cards(record))
+    for heading, group in panels(record):
+        page.add_panels(heading, group)
+        if heading == "Latency":
+            page.add(_latency_table(record.summary))
+    page.add(_about(record))
+    return page
+
+
+def _header(record: Record) -> str:
+    kicker = "Windtunnel · report of a run"
+    return header(kicker, _served(record), _setting(record), verdict(record.summary), [times_source(record)])
+
+
+def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
+    """Return each kind of replica and how many there are of it."""
+    kinds: dict[tuple[Any, ...], tuple[int, dict[str, Any]]] = {}
+    names = ("model", "device", "network", "parallel", "scheduler", "max_num_batched_tokens", "max_model_len")
+    for replica in record.summary["replicas"]:
+        key = tuple(replica.get(name) for name in names)
+        count, _ = kinds.get(key, (0, replica))
+        kinds[key] = (count + 1, replica)
+    return list(kinds.values())
+
+
+def _served(record: Record) -> str:
+    """Return which model on how many devices."""
+    parts = []
+    for count, replica in _kinds(record):
+        devices = count * replica["num_gpus"]
+        parts.append(f"{replica['model'].split('/')[-1]} on {devices} \N{MULTIPLICATION SIGN} {replica['device']}")
+    return " and ".join(parts)
+
+
+def _setting(record: Record) -> str:
+    """Return the parallelism, the scheduler, the workload and its rate."""
+    parts = []
+    for count, replica in _kinds(record):
+        budget = replica.get("max_num_batched_tokens")
+        copies = "one replica" if count == 1 else f"{count} replicas"
+        limit = f" (token budget {budget:,})" if budget else ""
+        parts.append(f"{copies} of {replica['parallel']} under the {replica['scheduler']} scheduler{limit}")
+    asked = record.config.get("request_rate")
+    if asked:
+        rate = f"at {number(asked)} request{'s' * (asked != 1)}/s"
+    elif record.arrival_rate is not None:
+        rate = f"that came at {number(record.arrival_rate)} requests/s"
+    else:
+        rate = "that came at once"
+    requests = record.summary["completed"] + record.summary["failed"]
+    how = "; ".join(parts)
+    return (
+        f"{how[0].upper()}{how[1:]}, serving {requests:,} {'request' if requests == 1 else 'requests'} "
+        f"({record.summary.get('workload', 'no named workload')}) {rate}."
+    )
+
+
+def verdict(summary: Mapping[str, Any]) -> list[tuple[Tone, str]]:
+    """Return the verdict and each SLO in words, each with its tone: good, bad or unsure."""
+    growing = summary["saturation"]["growing"]
+    tone: Tone = "unsure" if growing is None else "bad" if growing else "good"
+    lines = [(tone, summary["saturation"]["verdict"])]
+    lines += [("good" if slo["met"] else "bad", describe_slo(slo)) for slo in summary["slos"]]
+    if not summary["slos"]:
+        lines.append(("unsure", "No SLO was set"))
+    return [(tone, text[:1].upper() + text[1:] if i == 0 else text) for i, (tone, text) in enumerate(lines)]
+
+
+def times_source(record: Record) -> tuple[Tone, str, str]:
+    """Return tone, a word and a sentence about where the batches' times came from."""
+    timeline = record.timeline
+    predictors = list(dict.fromkeys(replica.get("predictor", "") for replica in record.summary["replicas"]))
+    text = "Times come from: " + "; ".join(filter(None, predictors)) + "."
+    if not timeline.predicted_batches:
+        return "good", "Measured", text
+    if timeline.outside_range:
+        share = 100 * timeline.outside_range / timeline.batches
+        text += (
+            f" {timeline.outside_range:,} batches ({number(share)} %) are outside what the predictor was calibrated on."
+        )
+    if any("estimate" in predictor for predictor in predictors):
+        return "unsure", "An estimate", text
+    return ("unsure" if timeline.outside_range else "good"), "Predicted", text
+
+
+def _cards(record: Record) -> str:
+    summary = record.summary
+    finished = f"{summary['completed']:,} finished in {seconds(summary['duration'])}"
+    share = 100 * summary["requests_meeting_slos"] / summary["completed"]
+    met = f"{number(share)} % met every SLO" if summary["slos"] else "no SLO set"
+    blocks = sum(replica["num_gpu_blocks"] for replica in summary["replicas"])
+    many = len(summary["replicas"]) > 1
+    entries = [
+        ("Throughput", f"{number(summary['request_throughput'])} requests/s", finished),
+        ("Output", f"{number(summary['output_throughput'])} tokens/s", f"{summary['total_output_tokens']:,} tokens"),
+        ("Goodput", f"{number(summary['request_goodput'])} requests/s", met),
+        ("TTFT, median", _latency(summary, "p50", "ttft"), "arrival to first token"),
+        ("TTFT, P99", _latency(summary, "p99", "ttft"), "arrival to first token"),
+        ("TBT, median", _latency(summary, "p50", "tbt"), "between output tokens"),
+        ("TBT, P99", _latency(summary, "p99", "tbt"), "between output tokens"),
+        ("E2E, P99", _latency(summary, "p99", "e2e"), "arrival to last token"),
+        ("Sched. delay, median", _latency(summary, "p50", "scheduling_delay"), "arrival to first batch"),
+        (
+            "KV cache, peak use",
+            f"{number(record.timeline.peak_kv_percent)} %",
+            f"of {blocks:,} blocks" if not many else "of the fullest replica",
+        ),
+        ("Preemptions", f"{summary['preemptions']:,}", "for want of KV blocks"),
+        ("Dropped requests", f"{summary['dropped']:,}", "too long to be served"),
+    ]
+    if summary["failed"]:
+        entries.append(("Failed requests", f"{summary['failed']:,}", "never finished"))
+    return cards(entries)
+
+
+def _latency(summary: Mapping[str, Any], statistic: str, metric: str) -> str:
+    value = summary.get(summary_key(statistic, metric))
+    return "none" if value is None else seconds(value / 1e3)
+
+
+def _latency_table(summary: Mapping[str, Any]) -> str:
+    heads = ("", *(name.capitalize() for name in _STATISTICS))
+    rows = [
+        (metric.name, [_latency(summary, statistic, key) for statistic in _STATISTICS])
+        for key, metric in METRICS.items()
+    ]
+    how = summary.get("token_percentiles", "exact")
+    note = "" if how == "exact" else f"<p>Percentiles of TBT: {escape(how)}.</p>"
+    return details("Every latency in numbers", numbers_table(heads, rows) + note)
+
+
+def _about(record: Record) -> str:
+    simulator = record.summary.get("simulator", {})
+    took = ""
+    if simulator:
+        took = f" · {simulator['batches']:,} batches simulated in {seconds(simulator['loop_seconds'])}"
+    version = record.summary.get("version")
+    files = [(name, f"{_size(size)} · {_FILES[name]}") for name, size in record.files.items() if name in _FILES]
+    if simulator:
+        again = """
+<p style='margin-top:12px'>In the run's folder, the same configuration gives the same run:</p>
+<pre>windtunnel simulate --config config.yaml --output-dir ../again</pre>"""
+    else:
+        again = """
+<p style='margin-top:12px'>In the run's folder, the same configuration runs on this machine's engine again, or in the
+simulator:</p>
+<pre>windtunnel bench --config config.yaml --output-dir ../again
+windtunnel simulate --config config.yaml --output-dir ../simulated</pre>"""
+    return "\n".join(
+        [
+            "<h2>The run</h2>",
+            details("Configuration", facts_table(flat(record.config), code=True)),
+            details("Files and how to reproduce", facts_table(files, code=True) + again),
+            footer(f"{f' {version}' if version else ''}{took}"),
+        ]
+    )
+
+
+def _size(num_bytes: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {unit}"
+    return f"{num_bytes} B"

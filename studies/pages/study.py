@@ -1,0 +1,206 @@
+"""The page of a study, and its section in Markdown: what was published, beside ours under each host overhead.
+
+write_page("capacity", experiment, records, Path("report.html"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from studies.pages.figures import Panel
+from studies.pages.page import Cell, Page, Tone, details, facts_table, footer, header, numbers_table
+from studies.pages.study_figures import panels
+from studies.published.experiment import MODERN_HOST, PAPER_HOST, Experiment
+from studies.published.judge import KINDS, Choice, Judgement, Records, choices, judge, tally
+from studies.words import percent
+
+HOSTS = {PAPER_HOST: "the paper's engine", MODERN_HOST: "a modern engine"}
+NARROW = "<style>.claims th[scope=row] { min-width: 10rem; }</style>"  # on a phone the numbers scroll, not the words
+Judged = Mapping[str, Sequence[Judgement]]  # by host overhead
+
+
+def judged(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, list[Judgement]]:
+    """Return the verdicts on every claim under each host overhead."""
+    return {host: judge(experiment, found) for host, found in records.items()}
+
+
+def write_page(
+    name: str, experiment: Experiment, records: Mapping[str, Records], path: Path, reduced: str = ""
+) -> Path:
+    """Write the page; `reduced` says what was left out of the study, if anything was."""
+    verdicts = judged(experiment, records)
+    page = Page(experiment.title)
+    page.add(
+        header(
+            f"Study {name} · Sarathi-Serve (OSDI 2024), {experiment.source[0].lower()}{experiment.source[1:]}",
+            experiment.title,
+            experiment.shows,
+            _chips(verdicts),
+            _sources(records, reduced),
+        )
+    )
+    if experiment.claims:
+        page.add("<h2>Published, and ours</h2>", NARROW, "<div class='claims'>", claims_table(verdicts), "</div>")
+    for host, judgements in verdicts.items():
+        missed = [each for each in judgements if each.agrees is False]
+        if missed:
+            rows = [(each.claim, f"{each.ours} for {each.published}: {each.explanation}") for each in missed]
+            count = f"{len(missed)} claim{'s' * (len(missed) > 1)}"
+            page.add(details(f"Why ours differs as {host_name(host)}: {count}", facts_table(rows)))
+    beside = [_named(panels(experiment, found), host) for host, found in records.items() if found]
+    page.add_panels("Figures", [panel for row in zip_longest(*beside) for panel in row if panel is not None])
+    for host, found in records.items():
+        if table := choices(found):
+            page.add("<h2>How good is the choice?</h2>", _about_choices(table, host), choices_table(table))
+    if experiment.choices:
+        page.add("<h2>What the paper leaves open</h2><ul>")
+        page.add(*(f"<li>{escape(line)}</li>" for line in experiment.choices), "</ul>")
+    page.add(footer(f" · study {name}"))
+    return page.write(path)
+
+
+def host_name(host: str) -> str:
+    """Return a host overhead in words."""
+    return f"{HOSTS[host]} ({host})" if host in HOSTS else host
+
+
+def _named(drawn: Sequence[Panel], host: str) -> list[Panel]:
+    return [replace(panel, title=f"{panel.title}, {HOSTS.get(host, host)}") for panel in drawn]
+
+
+def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
+    """Return how many claims of each kind agree, under each host overhead."""
+    chips: list[tuple[Tone, str]] = []
+    for host, judgements in verdicts.items():
+        for kind, agree, count in tally(judgements):
+            tone: Tone = "good" if agree == count else "bad" if not agree else "unsure"
+            chips.append((tone, f"{HOSTS.get(host, host)}: {agree} of {count} {kind}"))
+    return chips
+
+
+def _sources(records: Mapping[str, Records], reduced: str) -> list[tuple[Tone, str, str]]:
+    lines: list[tuple[Tone, str, str]] = []
+    if reduced:
+        lines.append(("bad", "reduced", f"{reduced}: these figures are not the study's."))
+    both = " and ".join(host_name(host) for host in records)
+    lines.append(("unsure", "simulated", f"with the host overhead of {both}; nothing here was run on a GPU."))
+    return lines
+
+
+def claims_table(verdicts: Judged) -> str:
+    """Return a row for each claim: published, and ours under each host overhead."""
+    hosts = list(verdicts)
+    parts = []
+    for kind in KINDS:
+        rows: list[tuple[str, list[Cell]]] = []
+        for judgements in zip(*verdicts.values(), strict=True):
+            if judgements[0].kind == kind:
+                rows.append((judgements[0].claim, [judgements[0].published, *map(_cell, judgements)]))
+        if rows:
+            heads = (kind.capitalize(), "Published", *(HOSTS.get(host, host).capitalize() for host in hosts))
+            parts.append(numbers_table(heads, rows))
+    return "".join(parts)
+
+
+def _cell(judgement: Judgement) -> Cell:
+    if judgement.agrees is None:
+        return "not run"
+    off = "" if judgement.off is None else f" ({percent(judgement.off, sign=True)})"
+    return ("good" if judgement.agrees else "bad", f"{judgement.ours}{off}")
+
+
+def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str | None]:
+    """Return in how many places the best was chosen, the largest regret and error, and the lowest correlation."""
+    right = sum(choice.chosen == choice.best for choice in table)
+    known = [choice.spearman for choice in table if choice.spearman is not None]
+    regret, error = (max(getattr(choice, name) for choice in table) for name in ("regret", "worst_error"))
+    return f"{right} of {len(table)} places", regret, error, f"{min(known):.2f}" if known else None
+
+
+def _about_choices(table: Sequence[Choice], host: str) -> str:
+    right, regret, _, correlation = _choices_in_numbers(table)
+    words = (
+        f"The scheduler with the highest capacity at the search's usual tolerance, against every scheduler's capacity "
+        f"to 0.5 % with each trial run to its end, as {host_name(host)}: the best one is "
+        f"chosen in {right}; the largest regret is {percent(regret)}"
+    )
+    lowest = f", the lowest rank correlation {correlation}" if correlation else ""
+    return f"<p>{escape(words + lowest)}.</p>"
+
+
+def choices_table(table: Sequence[Choice]) -> str:
+    """Return a row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
+    rows: list[tuple[str, list[Cell]]] = []
+    for choice in table:
+        correlation = "-" if choice.spearman is None else f"{choice.spearman:.2f}"
+        costs = percent(choice.regret), percent(choice.worst_error)
+        rows.append((choice.place, [choice.chosen, choice.best, correlation, *costs]))
+    heads = ("Place", "Chosen", "Best", "Rank correlation", "Regret", "Largest error of a capacity")
+    return numbers_table(heads, rows)
+
+
+def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:
+    """Return the study's section of a page in Markdown."""
+    verdicts = judged(experiment, records)
+    hosts = list(verdicts)
+    lines = [f"## {experiment.title}", "", f"`windtunnel study run {name}` · {experiment.source}.", ""]
+    lines += [experiment.shows.strip(), ""]
+    lines += [f"- {host_name(host)}: {in_words(verdicts[host])}" for host in hosts]
+    heads = ["claim", "published", *(HOSTS.get(host, host) for host in hosts)]
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in zip(*verdicts.values(), strict=True):
+        cells = [_markdown_cell(judgement) for judgement in row]
+        lines.append(f"| {' | '.join([row[0].claim, row[0].published, *cells])} |")
+    for host in hosts:
+        if table := choices(records[host]):
+            lines += ["", _markdown_choices(table, host)]
+    if experiment.choices:
+        lines += ["", *(f"- {line}" for line in experiment.choices)]
+    return "\n".join(lines) + "\n"
+
+
+def in_words(judgements: Sequence[Judgement]) -> str:
+    """Return how many claims of each kind agree."""
+    parts = [f"{agree} of {count} {kind}" for kind, agree, count in tally(judgements)]
+    return ", ".join(parts) + " agree" if parts else "nothing of what was published was run"
+
+
+def _markdown_cell(judgement: Judgement) -> str:
+    cell = _cell(judgement)
+    return cell if isinstance(cell, str) else f"{cell[1]}{'' if cell[0] == 'good' else ' ✗'}"
+
+
+def _markdown_choices(table: Sequence[Choice], host: str) -> str:
+    right, regret, error, lowest = _choices_in_numbers(table)
+    correlation = f"; rank correlation {lowest} or more" if lowest else ""
+    return (
+        f"The search's choice of a scheduler against an exhaustive one at 0.5 % ({host_name(host)}): the best in "
+        f"{right}, regret at most {percent(regret)}, capacities off by at most {percent(error)}{correlation}."
+    )
+
+
+def to_json(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, Any]:
+    """Return everything as plain data: records, verdicts and choices."""
+    return {
+        "title": experiment.title,
+        "source": experiment.source,
+        "judgements": {
+            host: [vars(each) for each in judgements] for host, judgements in judged(experiment, records).items()
+        },
+        "choices": {host: [vars(each) for each in choices(found)] for host, found in records.items()},
+        "records": {host: dict(found) for host, found in records.items()},
+    }
+
+
+def summary_lines(experiment: Experiment, records: Mapping[str, Records]) -> list[str]:
+    """Return what to print: a line for each host overhead, and the claims that don't agree."""
+    lines = []
+    for host, judgements in judged(experiment, records).items():
+        lines.append(f"{host_name(host)}: {in_words(judgements)}")
+        lines += [f"  {each.sentence()}" for each in judgements if each.agrees is False]
+    return lines

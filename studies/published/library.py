@@ -1,0 +1,164 @@
+"""The published experiments there are: YAML files in `studies/published/experiments`, read and checked.
+
+experiment = load("capacity")
+print(experiment.title, len(experiment.claims))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engine.errors import InputError, unknown
+from engine.results.slo import SLO
+from engine.scheduling.policies import POLICIES
+from engine.specs import catalog
+from studies.published.experiment import (
+    METRICS,
+    MODERN_HOST,
+    NEEDS,
+    PAPER_HOST,
+    Block,
+    Claim,
+    Experiment,
+    Requests,
+    Scheduling,
+    Setup,
+    Strict,
+)
+from studies.published.points import expand
+
+FOLDER = Path(__file__).with_name("experiments")
+_ORDER = (  # of the paper
+    "generation_stalls",
+    "tail_latency",
+    "operation_split",
+    "piggybacking",
+    "capacity",
+    "iso_qps",
+    "hybrid_parallelism",
+    "chunking_overhead",
+    "chunk_size_tradeoff",
+    "scheduler_ablation",
+)
+
+
+def names() -> list[str]:
+    """Return the names of the studies there are, in the order of the paper."""
+    there = {path.stem for path in FOLDER.glob("*.yaml")}
+    return [name for name in _ORDER if name in there] + sorted(there - set(_ORDER))
+
+
+def load(name: str) -> Experiment:
+    """Return the study of that name."""
+    if name not in names():
+        raise unknown("study", name, names())
+    return read(FOLDER / f"{name}.yaml")
+
+
+def read(path: Path) -> Experiment:
+    """Read the study in a YAML file; InputError says which key is wrong, and how."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"can't read the study {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no study: give the keys {', '.join(Experiment.model_fields)}")
+    values = {key: value for key, value in values.items() if not key.startswith("_")}  # anchors to share
+    try:
+        experiment = Experiment.model_validate(values)
+    except ValidationError as error:
+        raise _in_words(error, path) from None
+    try:
+        _check(experiment)
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from None
+    return experiment
+
+
+def _in_words(error: ValidationError, path: Path) -> InputError:
+    """Word the first error, with its place in the file; an unknown key comes first, for another is then missing."""
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        sections: dict[str, type[Strict]] = {
+            "setups": Setup,
+            "workloads": Requests,
+            "blocks": Scheduling if "schedulers" in first["loc"] else Block,
+            "claims": Claim,
+        }
+        kind = sections.get(str(first["loc"][0]), Experiment) if len(first["loc"]) > 1 else Experiment
+        return unknown(f"key in {path.name}, {place}:", str(first["loc"][-1]), kind.model_fields)
+    given = "" if first["type"] == "missing" else f" {first['input']!r}"
+    return InputError(f"{path.name}: {place}{given}: {first['msg']}")
+
+
+def _check(experiment: Experiment) -> None:
+    """Raise InputError for a name that nothing has."""
+    for setup in experiment.setups.values():
+        catalog.model(setup.model)
+        catalog.network(setup.network or catalog.device(setup.device).network, setup.internode_network)
+    for i, block in enumerate(experiment.blocks):
+        for name in block.setups:
+            if name not in experiment.setups:
+                raise unknown(f"setup in blocks.{i}", name, experiment.setups)
+        for name in block.workloads:
+            if name not in experiment.workloads:
+                raise unknown(f"workload in blocks.{i}", name, experiment.workloads)
+        for name in NEEDS[block.task]:
+            if not getattr(block, name):
+                raise InputError(f"blocks.{i}: a block of task {block.task!r} needs {name}")
+        for scheduling in block.schedulers.values():
+            if scheduling.policy not in POLICIES:
+                raise unknown(f"policy in blocks.{i}", scheduling.policy, POLICIES)
+        for text in [text for slos in block.slos.values() for text in slos]:
+            SLO.parse(text)
+    _check_claims(experiment)
+
+
+def _check_claims(experiment: Experiment) -> None:
+    known = {point.id: point.task for point in expand(experiment, PAPER_HOST)}
+    for claim in experiment.claims:
+        least = {"value": 1, "order": 2}.get(claim.compare, 2)
+        pairs = claim.compare == "up_to" and len(claim.of) % 2 == 1
+        if len(claim.of) < least or pairs or (claim.published is None) != (claim.compare == "order"):
+            raise InputError(
+                f"claim {claim.says!r}: {claim.compare} needs "
+                + ("two values or more, and no published number" if claim.compare == "order" else
+                   f"{least} value{'s' * (least > 1)} and a published number")
+            )  # fmt: skip
+        for each in claim.of:
+            point, _, metric = each.rpartition(":")
+            if point not in known:
+                raise unknown(f"point in claim {claim.says!r}:", point, known)
+            if metric not in METRICS[known[point]]:
+                raise unknown(f"metric in claim {claim.says!r}:", metric, METRICS[known[point]])
+
+
+def hosts(given: str | None) -> list[str]:
+    """Return the host overheads to run on: the one asked for, else the paper's engine's and a modern one's."""
+    return [PAPER_HOST, MODERN_HOST] if given is None else [catalog.host_overhead(given).name]
+
+
+def reduced(experiment: Experiment, model: str | None, num_prompts: int | None) -> Experiment:
+    """Return the study of only the models whose name has `model` in it, with that many requests a run."""
+    if num_prompts is not None and num_prompts < 2:
+        raise InputError(f"--num-prompts {num_prompts}: give 2 or more")
+    kept = {
+        name
+        for name, setup in experiment.setups.items()
+        if model is None or model.casefold() in f"{name}\n{setup.model}".casefold()
+    }
+    if not kept:
+        raise InputError(f"--model {model}: this study has {', '.join(experiment.setups)}")
+    blocks = []
+    for block in experiment.blocks:
+        if setups := [name for name in block.setups if name in kept]:
+            changed = {"setups": setups, "num_prompts": num_prompts or block.num_prompts}
+            blocks.append(block.model_copy(update=changed))
+    return experiment.model_copy(update={"blocks": blocks})

@@ -1,0 +1,147 @@
+"""The points of a study: every combination of what its file lists.
+
+A point is plain data, so that it can be computed by any process and its record be kept under a name that says
+everything it depends on.
+
+    points = expand(load("scheduler_ablation"), "sarathi_osdi24")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from engine.specs import ParallelSpec, SchedulerSpec, catalog
+from engine.specs.device_folder import folder_of
+from engine.workload.workload import WorkloadSpec
+from simulator.cluster import Deployment, deploy
+from simulator.predictor.calibration import fingerprint
+from studies.published.experiment import PAPER_HOST, Block, Experiment, Requests, Scheduling, Setup, Task
+
+ROOT = Path(__file__).parents[2]
+CODE = (  # that a record comes from
+    "engine",
+    "profiler/operators.py",
+    "simulator",
+    "studies/capacity",
+    *(f"studies/published/{name}.py" for name in ("points", "tasks", "operation_split")),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to compute. `id` is its place in the study, `SETUP/WORKLOAD/...`; the rest is what it depends on."""
+
+    id: str
+    task: Task
+    host: str
+    setup: Setup
+    requests: Requests | None = None
+    scheduling: Scheduling | None = None
+    slos: tuple[str, ...] = ()
+    rate: float | None = None
+    num_prompts: int = 0
+    draws: int = 1
+    exact: bool = False
+    timeline: bool = False
+    prompt: int = 0
+    chunk: int = 0  # 0: whole
+    batch: int = 0
+    context: int = 0
+
+    def key(self) -> str:
+        """Return a hash of all that its record depends on: the point, the calibration and the code."""
+        parts = {name: _plain(value) for name, value in asdict(self).items()}
+        calibration = folder_of(catalog.device(self.setup.device))
+        text = json.dumps([parts, calibration and fingerprint(calibration), _code()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def deployment(self) -> Deployment:
+        """Return the deployment it is about."""
+        setup, scheduling, requests = self.setup, self.scheduling, self.requests
+        scheduler = SchedulerSpec() if scheduling is None else SchedulerSpec(**scheduling.model_dump())
+        if requests is not None:
+            scheduler = replace(scheduler, max_model_len=requests.max_model_len)
+        return deploy(
+            setup.model,
+            setup.device,
+            network=setup.network,
+            internode_network=setup.internode_network,
+            parallel=ParallelSpec(
+                tensor_parallel_size=setup.tensor_parallel_size, pipeline_parallel_size=setup.pipeline_parallel_size
+            ),
+            scheduler=scheduler,
+            host_overhead=self.host,
+            # no scheduler, no KV cache: an operator's time depends on neither
+            num_gpu_blocks_override=None if scheduling is not None else 1,
+        )
+
+    def workload(self) -> WorkloadSpec:
+        """Return the requests, at its rate or at one request/s."""
+        assert self.requests is not None
+        return WorkloadSpec(
+            lengths=self.requests.lengths,
+            max_model_len=self.requests.max_model_len,
+            arrival=self.requests.arrival,
+            request_rate=self.rate or 1.0,
+            num_prompts=self.num_prompts,
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, Setup | Requests | Scheduling) else value
+
+
+@cache
+def _code() -> str:
+    places = [ROOT / place for place in CODE]
+    files = [path for place in places for path in (sorted(place.rglob("*.py")) if place.is_dir() else [place])]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def expand(experiment: Experiment, host: str) -> list[Point]:
+    """Return every point of a study on a host overhead, in order; only the paper's is searched at a fine tolerance."""
+    points = [
+        replace(point, exact=point.exact and host == PAPER_HOST)
+        for block in experiment.blocks
+        for name in block.setups
+        for point in _of_block(block, name, experiment, host)
+    ]
+    return list({point.id: point for point in points}.values())
+
+
+def _of_block(block: Block, name: str, experiment: Experiment, host: str) -> list[Point]:
+    """Return the points of a block on one of its setups."""
+    common = Point(name, block.task, host, experiment.setups[name], exact=block.exact, timeline=block.timeline,
+                   context=block.context)  # fmt: skip
+    return [replace(common, id=f"{name}/{place}", **given) for place, given in _combinations(block, experiment)]
+
+
+def _combinations(block: Block, experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each of a block's points below its setup, and what it is given."""
+    if block.task in ("search", "run"):
+        loads: list[tuple[str, dict[str, Any]]] = [(slo, {"slos": tuple(texts)}) for slo, texts in block.slos.items()]
+        if block.task == "run":
+            loads = [(f"{rate:g}", {"rate": rate}) for rate in block.rates]
+        shared = {"num_prompts": block.num_prompts, "draws": block.draws}
+        for workload, (load, given), (scheduler, scheduling) in product(
+            block.workloads, loads, block.schedulers.items()
+        ):
+            served = {"requests": experiment.workloads[workload], "scheduling": scheduling}
+            yield f"{workload}/{load}/{scheduler}", {**shared, **served, **given}
+    elif block.task == "prefill":
+        for prompt, chunk in product(block.prompts, [0, *block.chunks]):
+            if chunk < prompt:
+                yield f"{prompt}/{chunk or 'whole'}", {"prompt": prompt, "chunk": chunk}
+    elif block.task == "operators":
+        yield from ((f"prefill/{prompt}", {"prompt": prompt}) for prompt in block.prompts)
+        yield from ((f"decode/{batch}", {"batch": batch}) for batch in block.batches)
+    else:
+        beside = {"chunk": block.chunks[0], "prompt": block.prompts[0]} if block.task == "piggyback" else {}
+        yield from ((f"{batch}", {"batch": batch, **beside}) for batch in block.batches)

@@ -1,0 +1,76 @@
+"""Runs the points of a study on every core, keeps each finished record, and resumes where it was stopped.
+
+A record is kept under a hash of all it depends on, so that one of another version of the code or calibration is never
+taken for this one's. A point that crashes is a crash of the study, with its error; the others are kept.
+
+    records = run(load("capacity"), ["sarathi_osdi24"], Path("runs/capacity"))
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studies.jobs.cache import Cache
+from studies.jobs.pool import in_turn, work_off
+from studies.published.experiment import Experiment
+from studies.published.points import Point, expand
+from studies.published.tasks import compute
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A point that raised: its place, the error in a line, and the traceback."""
+
+    point: str
+    host: str
+    error: str
+    trace: str
+
+
+class StudyCrashedError(RuntimeError):
+    """Points crashed; the others' records are kept."""
+
+    def __init__(self, crashes: list[Crash]) -> None:
+        self.crashes = crashes
+        super().__init__(f"{len(crashes)} points crashed, first {crashes[0].point}: {crashes[0].error}")
+
+
+def run(
+    experiment: Experiment,
+    hosts: list[str],
+    folder: Path,
+    workers: int | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    work: Callable[[Point], dict[str, Any]] = compute,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the records of every point, by host overhead and point; the same whatever the number of workers.
+
+    Raises StudyCrashedError when a point crashes, once all the others are done.
+    """
+    points = [point for host in hosts for point in expand(experiment, host)]
+    cache = Cache(folder / "points")
+    records = {point: record for point in points if (record := cache.read(_name(point))) is not None}
+    missing = [point for point in points if point not in records]
+    crashes: dict[int, Crash] = {}
+    on_progress("", len(records), len(points))
+    workers = min(workers or os.cpu_count() or 1, len(missing))
+    for number, record in work_off(work, missing, workers, reuse=True) if workers > 1 else in_turn(work, missing):
+        point = missing[number]
+        if "status" in record:
+            error = record["error"].replace("\n", " ")
+            crashes[number] = Crash(point.id, point.host, error, record.get("traceback", ""))
+            continue
+        records[point] = record
+        cache.write(_name(point), record)
+        on_progress(f"{point.id} ({point.host})", len(records), len(points))
+    if crashes:
+        raise StudyCrashedError([crashes[number] for number in sorted(crashes)])
+    return {host: {point.id: records[point] for point in points if point.host == host} for host in hosts}
+
+
+def _name(point: Point) -> str:
+    return f"{point.host}--{point.id.replace('/', '--')}-{point.key()}"

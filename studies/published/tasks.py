@@ -1,0 +1,218 @@
+"""Computes the points of a study: a capacity search, a load, or a few predictions, and the small record each leaves.
+
+A record is plain data: `values` by metric, `facts` in words that say why they are so, and what a figure draws.
+
+    record = compute(expand(load("scheduler_ablation"), "sarathi_osdi24")[0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from engine.results.metrics import summary_key
+from engine.results.slo import SLO
+from engine.results.tables import Columns
+from engine.scheduling.request import BatchShape
+from engine.workload.workload import make_workload
+from profiler.kinds import AllReduce
+from profiler.operators import inventory
+from simulator.cluster import Deployment, simulate
+from studies.capacity.search import TOLERANCE, exhaustive, find_capacity
+from studies.capacity.trial import at_rate, guess, judged, simulated_trial
+from studies.published.experiment import METRICS, Task
+from studies.published.operation_split import split
+from studies.published.points import Point
+
+TIMELINE_POINTS = 400
+
+
+def compute(point: Point) -> dict[str, Any]:
+    """Compute the record of a point."""
+    return TASKS[point.task](point, point.deployment())
+
+
+def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
+    """Compute the capacity, and the batches of the run at it."""
+    slos = [SLO.parse(text) for text in point.slos]
+    spec, kinds = point.workload(), [deployment]
+    start = guess(spec, kinds)
+    found = find_capacity(lambda rate: simulated_trial(at_rate(spec, rate), kinds, slos, rate), start)
+    record: dict[str, Any] = {
+        "values": {"qps": found.qps},
+        "outcome": found.outcome,
+        "binding": found.binding,
+        "trials": len(found.trials),
+        "tolerance": TOLERANCE,
+    }
+    if found.outcome == "found":
+        run = simulate(at_rate(spec, found.qps), kinds, slos=slos)
+        record["batches"] = batches(run.iterations, deployment)
+        record["facts"] = f"{found.describe()}; at it, {in_words(run.summary, record['batches'])}"
+    else:
+        record["facts"] = found.describe()
+    if point.exact:
+        record["fine_qps"] = exhaustive(
+            lambda rate: judged(simulate(at_rate(spec, rate), kinds, slos=slos).summary, rate).met, found.qps or start
+        )
+    return record
+
+
+def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
+    """Return a load at a rate: its latencies and batches, and if asked when its tokens came.
+
+    Of several draws of the requests (seeds from 0) the values are the medians, `draws` has each and the rest is of the
+    first.
+    """
+    runs = [simulate(make_workload(replace(point.workload(), seed=seed)), [deployment]) for seed in range(point.draws)]
+    draws = [_latencies(run.summary) for run in runs]
+    values = {name: float(np.median([draw[name] for draw in draws])) for name in draws[0]}
+    summary, iterations = runs[0].summary, runs[0].iterations
+    shown = batches(iterations, deployment)
+    record = {"values": values, "batches": shown, "facts": in_words(summary, shown)}
+    if point.draws > 1:
+        record["draws"] = {name: [draw[name] for draw in draws] for name in values}
+    if point.timeline:
+        record["timeline"] = completions(iterations, deployment)
+    return record
+
+
+def _latencies(summary: dict[str, Any]) -> dict[str, float]:
+    """Return the values of a run (s; throughput in requests/s)."""
+    return {
+        name: summary["request_throughput"]
+        if name == "throughput"
+        else summary[summary_key(*name.split("_", maxsplit=1))] / 1e3
+        for name in METRICS["run"]
+    }
+
+
+def _last_stage(iterations: Columns | None, deployment: Deployment) -> Columns:
+    assert iterations is not None
+    last = iterations["stage"] == deployment.parallel.pipeline_parallel_size - 1
+    return {name: column[last] for name, column in iterations.items()}
+
+
+def batches(iterations: Columns | None, deployment: Deployment) -> dict[str, float]:
+    """Describe a run's batches: durations (s) on the last stage, tokens, and the KV cache at its fullest."""
+    rows = _last_stage(iterations, deployment)
+    prefills = rows["num_prefills"] > 0
+    with_prompts = rows["duration_s"][prefills]
+    return {
+        "count": len(rows["duration_s"]),
+        "p50_s": float(np.median(rows["duration_s"])),
+        "p99_s": float(np.percentile(rows["duration_s"], 99)),
+        "p50_with_prompts_s": float(np.median(with_prompts)) if len(with_prompts) else 0.0,
+        "with_prompts": float(prefills.mean()),
+        "mean_tokens": float(rows["num_tokens"].mean()),
+        "mean_decodes": float(rows["num_decodes"].mean()),
+        "peak_kv": float(rows["kv_blocks"].max() / deployment.num_kv_blocks),
+        "peak_running": float(rows["num_running"].max()),
+        "max_num_seqs": float(deployment.scheduler.max_num_seqs),
+        "kv_cache_tokens": float(deployment.num_kv_blocks * deployment.scheduler.block_size),
+    }
+
+
+def in_words(summary: dict[str, Any], shown: dict[str, float]) -> str:
+    """Return the facts of a run that bear on why it is as fast as it is."""
+    gap_s, delay_s = (summary[summary_key(*each)] / 1e3 for each in (("p99", "tbt"), ("p50", "scheduling_delay")))
+    return (
+        f"P99 TBT {gap_s:.3g} s, median scheduling delay {delay_s:.2g} s; a batch takes "
+        f"{1e3 * shown['p50_s']:.3g} ms (median; "
+        f"P99 {1e3 * shown['p99_s']:.3g} ms; {shown['with_prompts']:.0%} have prompts in them, median "
+        f"{1e3 * shown['p50_with_prompts_s']:.3g} ms) and has {shown['mean_decodes']:.0f} decodes on average; KV "
+        f"cache at most {shown['peak_kv']:.0%} full, {shown['peak_running']:.0f} of "
+        f"{shown['max_num_seqs']:.0f} requests running; stages busy "
+        f"{' and '.join(f'{busy:.0%}' for busy in summary['replicas'][0]['stage_utilization'])} of the time"
+    )
+
+
+def completions(iterations: Columns | None, deployment: Deployment) -> dict[str, list[float]]:
+    """Return decodes completed by each of some moments, evenly spread over the run."""
+    rows = _last_stage(iterations, deployment)
+    ends = rows["start_s"] + rows["duration_s"]
+    order = np.argsort(ends, kind="stable")
+    ends, counts = ends[order], rows["num_decodes"][order]
+    moments = np.linspace(0.0, float(ends[-1]), TIMELINE_POINTS)
+    total = np.concatenate([[0], np.cumsum(counts)])
+    done = total[np.searchsorted(ends, moments, side="right")]
+    return {"seconds": moments.round(3).tolist(), "decodes": done.astype(float).tolist()}
+
+
+def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
+    """Compute a prompt alone, in chunks, against the same one whole."""
+    whole = _latency(deployment, _prompt(point.prompt, 0, ends=True))
+    if not point.chunk:
+        return {"values": {"seconds": whole, "overhead": 1.0}, "facts": ""}
+    seconds = 0.0
+    for prefix in range(0, point.prompt, point.chunk):
+        chunk = min(point.chunk, point.prompt - prefix)
+        seconds += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
+    count = -(-point.prompt // point.chunk)
+    facts = f"{1e3 * seconds:.0f} ms in {count} chunks, {1e3 * whole:.0f} ms whole"
+    return {"values": {"seconds": seconds, "overhead": seconds / whole}, "facts": facts}
+
+
+def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
+    """Compute a decode batch alone; with a chunk that fills the token budget; with a whole prompt."""
+    chunk = point.chunk - point.batch
+    alone = _latency(deployment, _decodes(point.batch, point.context))
+
+    def beside(tokens: int) -> float:
+        shape = _decodes(point.batch, point.context)
+        both = shape._replace(num_tokens=point.batch + tokens, prefills=((tokens, 0),), num_sampled=point.batch + 1)
+        return _latency(deployment, both)
+
+    return {"values": {"alone": alone, "with_chunk": beside(chunk), "with_prompt": beside(point.prompt)}, "facts": ""}
+
+
+def _decode(point: Point, deployment: Deployment) -> dict[str, Any]:
+    """Compute the time between tokens of decodes alone: one pass through all stages."""
+    shape = _decodes(point.batch, point.context)
+    stages = range(deployment.parallel.pipeline_parallel_size)
+    parts = [deployment.predictor.stage_time(shape, stage) for stage in stages]
+    reduces = [op for stage in stages for op in inventory(deployment.model, deployment.parallel, stage)]
+    tp = deployment.parallel.tensor_parallel_size
+    estimate = sum(
+        op.count * deployment.network.allreduce_time(point.batch * op.bytes_per_row, 0, tp)
+        for op in reduces
+        if isinstance(op, AllReduce)
+    )
+    facts = (
+        f"stages of {' and '.join(f'{1e3 * part:.3g}' for part in parts)} ms, with all-reduces of {1e3 * estimate:.3g} "
+        f"ms by the network's data sheet; {deployment.predictor.description}"
+    )
+    return {"values": {"tbt": _latency(deployment, shape)}, "facts": facts}
+
+
+def _prompt(chunk: int, prefix: int, ends: bool) -> BatchShape:
+    return BatchShape(chunk, 0, 0, ((chunk, prefix),), int(ends), 0)
+
+
+def _decodes(batch: int, context: int) -> BatchShape:
+    return BatchShape(batch, batch, batch * context, (), batch, batch)
+
+
+def _latency(deployment: Deployment, shape: BatchShape) -> float:
+    """Return seconds from a batch's start on the first stage to its end on the last."""
+    predictor, count = deployment.predictor, deployment.parallel.pipeline_parallel_size
+    stages = sum(predictor.stage_time(shape, stage) for stage in range(count))
+    return stages + sum(predictor.send_time(shape, stage) for stage in range(count - 1))
+
+
+def _operators(point: Point, deployment: Deployment) -> dict[str, Any]:
+    """Compute a prompt or a decode batch by kind of operator."""
+    return {"values": split(deployment, point.prompt, point.batch, point.context), "facts": ""}
+
+
+TASKS: dict[Task, Callable[[Point, Deployment], dict[str, Any]]] = {
+    "search": _search,
+    "run": _run,
+    "prefill": _prefill,
+    "operators": _operators,
+    "piggyback": _piggyback,
+    "decode": _decode,
+}
