@@ -17,6 +17,7 @@ import typer
 from pydantic import BaseModel
 
 from engine.errors import InputError
+from engine.results.run_folder import InterruptedRunError
 from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
 from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
@@ -393,6 +394,8 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
         return 2, f"{said} (see {command} --help)" if said else ""  # no words: the help was printed
     except WorkerError as error:
         return 1, str(error)
+    except InterruptedRunError as error:
+        return 130, str(error)
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
     except MemoryError as error:
