@@ -195,7 +195,7 @@ BAD = {
     "no numbers in the trace": (["--trace", "words.csv"], "words.csv"),
     "longer than the KV cache": (["--num-gpu-blocks-override", "10"], "KV cache"),
     "prompt over vllm's budget": (
-        ["--scheduler", "vllm", "--max-num-batched-tokens", "512"],
+        ["--scheduler", "vllm_v0", "--max-num-batched-tokens", "512"],
         "--max-num-batched-tokens 512",
     ),
     "budget below the sequences": (["--max-num-batched-tokens", "64"], "--max-num-seqs 128"),
