@@ -20,6 +20,7 @@ from engine.errors import InputError
 from engine.results.run_folder import InterruptedRunError
 from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
+from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
 from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
 from windtunnel.settings import load as _load_config
@@ -404,10 +405,7 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, InputError):
         return 2, in_flags(str(error))
     if isinstance(error, _UsageError):
-        context = getattr(error, "ctx", None)
-        message = error.format_message()
-        command = context.command_path if context is not None else "windtunnel"
-        return 2, f"{message} (see {command} --help)" if message else ""  # no words: the help was printed
+        return 2, _usage(error)
     if isinstance(error, WorkerError):
         return 1, str(error)
     if isinstance(error, InterruptedRunError):
@@ -417,3 +415,15 @@ def _explained(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
     raise error
+
+
+def _usage(error: Any) -> str:
+    """Return the message of a wrong command line, with the flag that an unknown one likely stands for."""
+    context = error.ctx
+    command = context.command_path if context is not None else "windtunnel"
+    message = error.format_message()
+    if context is not None and (flag := getattr(error, "option_name", None)) is not None:
+        known = {name.lstrip("-"): name for parameter in context.command.params for name in parameter.opts}
+        found = nearest(flag.lstrip("-"), known)
+        message = f"unknown flag {flag}" + (f": did you mean {known[found]}?" if found is not None else "")
+    return f"{message} (see {command} --help)" if message else ""  # no words: the help was printed
