@@ -246,7 +246,7 @@ def selfcheck(
     *,
     output_dir: Annotated[Path, typer.Option(help="Folder for the results; must be empty.")],
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    budget: Annotated[str, typer.Option(help="Time to spend: 90s, 9m.")] = "9m",
+    budget: Annotated[str, typer.Option(help="Time to spend, such as 400s or 9m.")] = "9m",
 ) -> None:
     """Profile, validate and test this machine within a budget of time, each step on its own."""
     from studies.selfcheck import main
