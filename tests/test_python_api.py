@@ -135,7 +135,7 @@ def test_the_defaults_are_the_command_lines() -> None:
         (wt.simulate, {"tolerance": 0.1}, "unknown keyword 'tolerance'"),
         (wt.search, {"ouput_dir": "x"}, "unknown keyword 'ouput_dir': did you mean 'output_dir'?"),
         (wt.simulate, {"request_rate": "fast"}, "request_rate 'fast': give a number"),
-        (wt.simulate, {"max_num_seqs": 0}, "max_num_seqs=0: give a number above 0"),
+        (wt.simulate, {"max_num_seqs": 0}, "max_num_seqs=0: give a whole number above 0"),
         (wt.simulate, {"workload": "azure_con"}, "unknown workload 'azure_con': did you mean 'azure_conv'"),
         (wt.simulate, {"device": None}, "no device given: add device NAME"),
         (wt.simulate, {"replicas": [{"devise": "h100"}]}, "unknown key in replicas[0] 'devise'"),

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from engine.errors import InputError
 
-_SYNONYMS: dict[str, tuple[str, ...]] = {  # words of other tools, and the settings they may stand for, likeliest first
+SYNONYMS: dict[str, tuple[str, ...]] = {  # words of other tools, and the settings they may stand for, likeliest first
     "tp": ("tensor_parallel_size", "tensor_parallel_sizes"),
     "tp_size": ("tensor_parallel_size", "tensor_parallel_sizes"),
     "tensor_parallel": ("tensor_parallel_size", "tensor_parallel_sizes"),
@@ -64,7 +64,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known setting that `name` most likely stands for, or None; dashes and underscores are the same."""
     folded = {each.replace("-", "_").casefold(): each for each in known}
     word = name.replace("-", "_").casefold()
-    for synonym in _SYNONYMS.get(word, ()):
+    for synonym in SYNONYMS.get(word, ()):
         if synonym in folded:
             return folded[synonym]
     near = get_close_matches(word, folded, n=1, cutoff=0.6)

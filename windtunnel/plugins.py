@@ -13,35 +13,44 @@ _LOADED: set[str] = set()  # file names as tracebacks give them
 
 
 class PluginError(RuntimeError):
-    """A plugin raised; the message has its own frames and, as the last line, the error."""
+    """A plugin raised. `frames` are the plugin's own of the traceback, as text; `code` is the exit code."""
+
+    def __init__(self, message: str, frames: str = "", code: int = 1) -> None:
+        super().__init__(message)
+        self.frames = frames
+        self.code = code
 
 
 def load_plugin(path: Path) -> None:
     """Run a Python file, which adds its names to POLICIES, ROUTERS, PREDICTORS or the metrics.
 
-    Raises InputError if it is no file or raises one itself, PluginError if it raises anything else.
+    Raises InputError if it is no file, and PluginError if it raises.
     """
     if not path.is_file():
         raise InputError(f"plugin {path} is not a file: give the path of a Python file")
     _LOADED.add(str(path))
     try:
         runpy.run_path(str(path))
-    except InputError:
-        raise
     except SyntaxError as error:
-        raise PluginError(f"plugin {path} line {error.lineno}: SyntaxError: {error.msg}") from error
+        where = f"{error.filename} line {error.lineno}"
+        raise PluginError(f"plugin {path}: SyntaxError: {error.msg} ({where})") from error
     except Exception as error:
-        raise blamed(error) or error from None
+        plugin = blamed(error)
+        if plugin is None:
+            raise
+        raise plugin from error
 
 
 def blamed(error: BaseException) -> PluginError | None:
-    """Return the error of the plugin whose code raised, with the plugin's own frames; None if no plugin's did."""
+    """Return an error as that of the plugin whose code it came through; None if it came through none's."""
     for each in _chain(error):
         frames = [frame for frame in traceback.extract_tb(each.__traceback__) if frame.filename in _LOADED]
         if frames:
+            what = " ".join(str(each).split())
+            kind = "" if isinstance(each, InputError) else f"{type(each).__name__}: "
+            message = f"plugin {frames[-1].filename} line {frames[-1].lineno}: {kind}{what}"
             shown = "".join(traceback.format_list(frames))
-            what = " ".join(f"{type(each).__name__}: {each}".split())
-            return PluginError(f"{shown}plugin {frames[-1].filename} line {frames[-1].lineno}: {what}")
+            return PluginError(message, shown, 2 if isinstance(each, InputError) else 1)
     return None
 
 

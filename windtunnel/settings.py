@@ -18,6 +18,7 @@ from engine.results.slo import SLO
 from engine.specs import DeviceSpec, ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec
 from windtunnel.names import unknown_setting
+from windtunnel.trace_check import check_no_result
 
 TOLERANCE = 0.025  # of a capacity search, a share of the capacity
 
@@ -283,6 +284,8 @@ class RunConfig(ReplicaConfig):
 
     def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
         """The workload; requests over `max_model_len` tokens are dropped. `burst`: all at once, at whatever rate."""
+        if self.trace is not None:
+            check_no_result(self.trace)
         named: dict[str, Any] = {} if self.workload is None else {"lengths": self.workload}
         lengths: dict[str, Any] = {"input_len": self.input_len, "output_len": self.output_len}
         for name in lengths:
