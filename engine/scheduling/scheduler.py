@@ -64,6 +64,7 @@ class Scheduler:
             spec.watermark,
             spec.enable_prefix_caching,
             reuse_unhashed_first=self.policy.reuse_unhashed_first,
+            null_blocks=self.policy.null_blocks,
         )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
@@ -123,10 +124,16 @@ class Scheduler:
             return None
         if self.preempted:
             self.preempted.clear()
+        running = len(self.running)
         plan = self.policy.plan(self)
         decodes, chunks = plan.decodes, plan.chunks
-        if not decodes and not chunks:
-            return None
+        while not decodes and not chunks:
+            if self._in_flight or not self.preempted or len(self.running) >= running:
+                return None
+            running = len(self.running)
+            self.preempted.clear()  # those who were to run gave up their blocks: who can run now?
+            plan = self.policy.plan(self)
+            decodes, chunks = plan.decodes, plan.chunks
         window = self.sliding_window
         everyone = len(decodes) == len(self.decoding)
         num_decodes = num_tokens = growth = len(decodes)

@@ -74,6 +74,7 @@ class Policy:
     num_draft_tokens = 0  # tokens of an entry beyond the known ones, at most (speculative decoding)
     default_watermark = 0.01
     reuse_unhashed_first = False  # KV blocks without a hash are taken before all others
+    null_blocks = 0  # KV blocks that nobody ever holds and the watermark counts, beside those that there are
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
