@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = f"{path.parent.name} {path.stem}"
         try:
             found, steps = compare(path)
-        except (ValueError, KeyError, OSError, RuntimeError, AssertionError) as error:
+        except (ValueError, KeyError, OSError, EOFError, lzma.LZMAError, RuntimeError, AssertionError) as error:
             print(f"{name}: NOT COMPARED: {type(error).__name__}: {error}", flush=True)
             continue
         equal += found is None
