@@ -21,6 +21,7 @@ class Verbs(Protocol):
     """What a policy sees of the scheduler, and what it may do with it (`engine.scheduling.scheduler`)."""
 
     kv_cache: KVCache
+    async_scheduling: bool  # whether a request in flight may be in the next batch too
     waiting: deque[Request]  # the queue
     running: list[Request]  # admitted, earliest in line first
     prefilling: list[Request]  # those of `running` with more than their last known token to compute
@@ -55,8 +56,9 @@ class BatchPlan:
 
     `decodes` are requests that `take_decodes` gave; `chunks` are entries of anything else, each a request and how many
     of its tokens are computed, in any order. `stable` promises that the policy, asked
-    again after this batch, would plan the same requests with as many tokens each, if no request arrives or ends and no
-    prompt reaches its end. It makes the simulator fast, and is never needed.
+    again after this batch, would plan the same requests with as many tokens each, if no request arrives or ends, no
+    prompt reaches its end and the first request that waits finds no more of its prefix in the cache. It makes the
+    simulator fast, and is never needed.
     """
 
     decodes: Sequence[Request] = ()

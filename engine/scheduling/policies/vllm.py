@@ -105,6 +105,7 @@ class VLLM(Policy):
         left = self.budget
         planned: dict[Request, int] = {}
         passed_over = 0
+        apart = not scheduler.async_scheduling  # batches in flight are of other requests
         for request in scheduler.running.copy():
             if left == 0:
                 break
@@ -114,7 +115,7 @@ class VLLM(Policy):
                 passed_over -= 1
                 continue
             tokens = min(request.remaining, threshold or left, left)
-            if tokens <= 0:
+            if tokens <= 0 or (apart and request.num_in_flight_tokens):
                 continue
             before = len(scheduler.preempted)
             stays = scheduler.make_room(request, request.start + tokens)
