@@ -65,6 +65,7 @@ class Scheduler:
             self.policy.watermark,
             spec.enable_prefix_caching,
             reuse_unhashed_first=self.policy.reuse_unhashed_first,
+            null_blocks=self.policy.null_blocks,
         )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
@@ -130,10 +131,16 @@ class Scheduler:
             return None
         if self.preempted:
             self.preempted.clear()
+        running = len(self.running)
         plan = self.policy.plan(self)
         decodes, chunks = plan.decodes, plan.chunks
-        if not decodes and not chunks:
-            return None
+        while not decodes and not chunks:
+            if self._in_flight or not self.preempted or len(self.running) >= running:
+                return None
+            running = len(self.running)
+            self.preempted.clear()  # those who were to run gave up their blocks: who can run now?
+            plan = self.policy.plan(self)
+            decodes, chunks = plan.decodes, plan.chunks
         window = self.sliding_window
         everyone = len(decodes) == len(self.decoding)
         num_decodes = num_tokens = growth = len(decodes)
@@ -167,8 +174,10 @@ class Scheduler:
         shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled, growth)
         # after a preemption there are free blocks, which the next plan may use for another
         stable = plan.stable and num_decodes == len(decodes) and not self.preempted
-        repeats = self._repeats(plan, left) if stable else 1
         kv_cache = self.kv_cache
+        if stable and kv_cache.prefix_caching:
+            stable = not self._cache_matters()
+        repeats = self._repeats(plan, left) if stable else 1
         kv_blocks = kv_cache.num_blocks - kv_cache.num_free
         batch = Batch(decodes, chunks, completing, shape, kv_blocks, left, repeats)
         self._in_flight.append(batch)
@@ -222,6 +231,8 @@ class Scheduler:
                 for request, tokens in chunks:
                     request.num_in_flight_tokens -= tokens
             taken = self._progress(decodes, chunks, repeats, 0)
+            if repeats > 1 and self.kv_cache.prefix_caching:
+                self._register_repeats(decodes, chunks, repeats)
             for request, _ in chunks:
                 if request.num_tokens - request.num_computed_tokens <= 1:
                     self._completed(request)
@@ -247,6 +258,8 @@ class Scheduler:
         meanwhile, the round (1, 2, ...) that took it.
         """
         taken = self._progress(batch.decodes, batch.chunks, repeats, 1)
+        if self.kv_cache.prefix_caching:
+            self._register_repeats(batch.decodes, batch.chunks, repeats)
         batch.repeats = max(1, batch.repeats - repeats)
         batch.left -= repeats
         batch.shape = batch.shape.after(repeats)
@@ -433,6 +446,36 @@ class Scheduler:
             for request, tokens in (*[(request, 1) for request in decodes], *chunks):
                 self.kv_cache.register(request, min(request.num_computed_tokens + ahead * tokens, request.num_tokens))
         return taken
+
+    def _cache_matters(self) -> bool:
+        """Whether what running requests put in the prefix cache may change the batches before one of them ends."""
+        if self.num_stages > 1:  # batches in flight fill blocks in turn, each has to be found from then on
+            return any([request.block_hashes for request in self.running])
+        if not self.waiting or not self._free_rows:
+            return False
+        first = self.waiting[0]  # it waits for KV blocks, of which it may share more soon
+        hashes = first.block_hashes
+        if not hashes:
+            return False
+        found = len(self.kv_cache.match(first))
+        return found < len(hashes) and any(
+            [r.block_hashes and r.block_hashes[found : found + 1] == hashes[found : found + 1] for r in self.running]
+        )
+
+    def _register_repeats(self, decodes: Sequence[Request], chunks: Sequence[Entry], repeats: int) -> None:
+        """Let others find the KV blocks that `repeats` runs, just counted, have filled: as they were, run by run."""
+        filled: list[tuple[int, int, Request, int]] = []
+        block_size = self.kv_cache.block_size
+        for place, (request, tokens) in enumerate([*[(request, 1) for request in decodes], *chunks]):
+            if not request.block_hashes:
+                continue
+            last = min(request.start, request.num_tokens)
+            first = last - repeats * tokens
+            for end in range((request.num_cached_blocks + 1) * block_size, last + 1, block_size):
+                filled.append((-((first - end) // tokens), place, request, end))
+        filled.sort(key=lambda item: item[:2])
+        for _, _, request, end in filled:
+            self.kv_cache.register(request, end)
 
     def _completed(self, request: Request) -> None:
         """A chunk of `request` left no more than one token, which is computed like a decode; it is counted."""
