@@ -450,7 +450,7 @@ def test_lengths_left_open_come_from_the_model_and_the_policy(policy: str, budge
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_policy_has_its_watermark_unless_one_is_given(policy: str) -> None:
-    default = 0.0 if policy in ("orca", "faster_transformer") else 0.01  # the originals of these two have none
+    default = 0.0 if policy in ("orca", "request_level", "vllm") else 0.01  # the originals of these have none
     spec = resolve(SchedulerSpec(policy=policy), 30)
     assert spec.watermark == default
     assert Scheduler(spec, 1000).kv_cache.watermark_blocks == 1000 * default

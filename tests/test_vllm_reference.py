@@ -28,7 +28,7 @@ def benchmark() -> ModuleType:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with one recording, to be altered."""
-    version, name = CASE.split("/")
+    version, _ = CASE.split("/")
     (tmp_path / version).mkdir()
     for path in RECORDED.glob(f"{CASE}.*"):
         shutil.copy(path, tmp_path / version)
@@ -104,7 +104,11 @@ def _one_step_less(rows: list[Any]) -> None:
     ],
 )
 def test_an_altered_step_is_reported(
-    benchmark: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], change: Callable[[list[Any]], None], told: str
+    benchmark: ModuleType,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[list[Any]], None],
+    told: str,
 ) -> None:
     rewrite(folder / f"{CASE}.steps.jsonl.xz", change)
     assert benchmark.main([str(folder)]) == 1

@@ -442,15 +442,12 @@ class Scheduler:
                     self._full[request] = None
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
-        if self.kv_cache.prefix_caching:  # what the runs between filled is found as well
-            for request, tokens in (*[(request, 1) for request in decodes], *chunks):
-                self.kv_cache.register(request, min(request.num_computed_tokens + ahead * tokens, request.num_tokens))
         return taken
 
     def _cache_matters(self) -> bool:
         """Whether what running requests put in the prefix cache may change the batches before one of them ends."""
         if self.num_stages > 1:  # batches in flight fill blocks in turn, each has to be found from then on
-            return any([request.block_hashes for request in self.running])
+            return any(request.block_hashes for request in self.running)
         if not self.waiting or not self._free_rows:
             return False
         first = self.waiting[0]  # it waits for KV blocks, of which it may share more soon
@@ -458,9 +455,8 @@ class Scheduler:
         if not hashes:
             return False
         found = len(self.kv_cache.match(first))
-        return found < len(hashes) and any(
-            [r.block_hashes and r.block_hashes[found : found + 1] == hashes[found : found + 1] for r in self.running]
-        )
+        following = hashes[found : found + 1]
+        return bool(following) and any((r.block_hashes or ())[found : found + 1] == following for r in self.running)
 
     def _register_repeats(self, decodes: Sequence[Request], chunks: Sequence[Entry], repeats: int) -> None:
         """Let others find the KV blocks that `repeats` runs, just counted, have filled: as they were, run by run."""
