@@ -166,7 +166,7 @@ def device_here(on: Literal["cpu", "cuda"]) -> DeviceSpec:
         return catalog.device("cpu")
     _check_gpu(on)
     found = torch.cuda.get_device_name()
-    if (name := catalog.card(found)) is not None:
+    if (name := catalog.device_of_hardware(found)) is not None:
         return catalog.device(name)
     raise InputError(f"this GPU, {found}, is not in the catalog: give --device FILE.yaml with its data sheet")
 

@@ -175,7 +175,7 @@ DEVICES = {
         ),
     )
 }
-_DEVICE_ALIASES = {"a100": "a100_pcie"}  # the card of the Sarathi-Serve paper
+_DEVICE_ALIASES = {"a100": "a100_pcie"}  # as in the Sarathi-Serve paper
 
 INTERNODES = {  # between nodes, per GPU and step of a collective; and where the numbers come from
     "ethernet_100g": (
@@ -337,7 +337,7 @@ def model(name_or_path: str) -> ModelSpec:
 def device(name_or_path: str) -> DeviceSpec:
     """The device of that name, of a YAML file with DeviceSpec's fields, or of a calibration's folder.
 
-    `a100` is the PCIe card.
+    `a100` is `a100_pcie`.
     """
     found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
     if found is None and Path(name_or_path).expanduser().is_dir():
@@ -351,7 +351,7 @@ def device(name_or_path: str) -> DeviceSpec:
     return DEVICES[found]
 
 
-def card(hardware: str) -> str | None:
+def device_of_hardware(hardware: str) -> str | None:
     """The device that a GPU's driver names so ("NVIDIA H200"); None for one that is not known."""
     for name, known in _CARDS.items():
         if re.search(rf"\b{re.escape(name)}", hardware):

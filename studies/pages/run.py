@@ -84,9 +84,13 @@ def _setting(record: Record) -> str:
         budget = replica.get("max_num_batched_tokens")
         copies = "one replica" if count == 1 else f"{count} replicas"
         limit = f" (token budget {budget:,})" if budget else ""
-        parts.append(f"{copies} of {replica['parallel']} under the {replica['scheduler']} scheduler{limit}")
+        engine = f" of {replica['engine']}" if "engine" in replica else ""
+        parts.append(f"{copies}{engine}, {replica['parallel']}, under the {replica['scheduler']} scheduler{limit}")
     asked = record.config.get("request_rate")
-    if asked:
+    closed = record.config.get("max_concurrency")
+    if closed:
+        rate = f"with at most {closed:,} in the system at once"
+    elif asked:
         rate = f"at {number(asked)} request{'s' * (asked != 1)}/s"
     elif record.arrival_rate is not None:
         rate = f"that came at {number(record.arrival_rate)} requests/s"
@@ -105,10 +109,20 @@ def verdict(summary: Mapping[str, Any]) -> list[tuple[Tone, str]]:
     growing = summary["saturation"]["growing"]
     tone: Tone = "unsure" if growing is None else "bad" if growing else "good"
     lines = [(tone, summary["saturation"]["verdict"])]
+    if (bursts := burst_finding(summary)) is not None:
+        lines.append(("unsure", bursts))
     lines += [("good" if slo["met"] else "bad", describe_slo(slo)) for slo in summary["slos"]]
     if not summary["slos"]:
         lines.append(("unsure", "No SLO was set"))
     return [(tone, text[:1].upper() + text[1:] if i == 0 else text) for i, (tone, text) in enumerate(lines)]
+
+
+def burst_finding(summary: Mapping[str, Any]) -> str | None:
+    """Return a sentence on requests that wait for long although the queue does not grow; None where none do."""
+    usual, late = (summary.get(summary_key(statistic, "scheduling_delay"), 0.0) / 1e3 for statistic in ("p50", "p99"))
+    if summary["saturation"]["growing"] is not False or late < max(1.0, 10 * usual):
+        return None
+    return f"Bursts queue: one request in a hundred waits {seconds(late)} or more for its first batch"
 
 
 def times_source(record: Record) -> tuple[Tone, str, str]:
@@ -135,9 +149,16 @@ def _cards(record: Record) -> str:
     met = f"{number(share)} % met every SLO" if summary["slos"] else "no SLO set"
     blocks = sum(replica["num_gpu_blocks"] for replica in summary["replicas"])
     many = len(summary["replicas"]) > 1
+    steady = "steady_" if "steady_window_s" in summary else ""
+    whole = [f"{number(summary[key])} over the whole run" for key in ("request_throughput", "output_throughput")]
+    notes = (
+        [f"steady window; {text}" for text in whole]
+        if steady
+        else [finished, f"{summary['total_output_tokens']:,} tokens"]
+    )
     entries = [
-        ("Throughput", f"{number(summary['request_throughput'])} requests/s", finished),
-        ("Output", f"{number(summary['output_throughput'])} tokens/s", f"{summary['total_output_tokens']:,} tokens"),
+        ("Throughput", f"{number(summary[steady + 'request_throughput'])} requests/s", notes[0]),
+        ("Output", f"{number(summary[steady + 'output_throughput'])} tokens/s", notes[1]),
         ("Goodput", f"{number(summary['request_goodput'])} requests/s", met),
         ("TTFT, median", _latency(summary, "p50", "ttft"), "arrival to first token"),
         ("TTFT, P99", _latency(summary, "p99", "ttft"), "arrival to first token"),
@@ -153,6 +174,9 @@ def _cards(record: Record) -> str:
         ("Preemptions", f"{summary['preemptions']:,}", "for want of KV blocks"),
         ("Dropped requests", f"{summary['dropped']:,}", "too long to be served"),
     ]
+    if "prefix_hit_rate" in summary:
+        found = f"{summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted"
+        entries.insert(-2, ("Prefix cache hits", f"{number(100 * summary['prefix_hit_rate'])} %", found))
     if summary["failed"]:
         entries.append(("Failed requests", f"{summary['failed']:,}", "never finished"))
     return cards(entries)

@@ -106,9 +106,9 @@ def check_machine(replica: ReplicaSpec, executor: Executor) -> None:
     """Raise InputError if the calibration was measured on other hardware, in another dtype or with other attention."""
     folder = folder_of(replica.device)
     if folder is None or not (folder / PROFILE_FILE).is_file():  # fitted to public tables, or a data sheet
-        name, card = replica.device.name, catalog.card(executor.hardware)
-        if name in catalog.DEVICES and card is not None and card != name:
-            raise InputError(f"the device is {name}, and this machine has {executor.hardware}: give --device {card}")
+        name, found = replica.device.name, catalog.device_of_hardware(executor.hardware)
+        if name in catalog.DEVICES and found is not None and found != name:
+            raise InputError(f"the device is {name}, and this machine has {executor.hardware}: give --device {found}")
         return
     measured = profile_settings(folder)["identity"]
     here = {
