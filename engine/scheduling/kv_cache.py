@@ -45,8 +45,8 @@ class KVCache:
         self._stack = list(range(num_blocks - 1, -1, -1)) if not prefix_caching else []
         self._line: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks) if prefix_caching else ())
         self._holders = [0] * num_blocks if prefix_caching else []
-        self._hash_of: dict[int, int] = {}  # of blocks with content, by block
-        self._with_hash: dict[int, dict[int, None]] = {}  # the blocks of a content, first registered first
+        self._hash_of: list[int | None] = [None] * num_blocks if prefix_caching else []
+        self._with_hash: dict[int, int | dict[int, None]] = {}  # the block of a content, or all, first registered first
 
     @property
     def num_used(self) -> int:
@@ -85,7 +85,7 @@ class KVCache:
             return False
         self.num_free -= count
         if self.prefix_caching:
-            request.blocks.extend([self._take() for _ in range(count)])
+            self._take(request.blocks, count)
         elif count == 1:
             request.blocks.append(self._stack.pop())
         else:
@@ -100,13 +100,15 @@ class KVCache:
             self._stack.extend(reversed(request.blocks))
             self.num_free += len(request.blocks)
         else:
+            holders, line, hash_of, unhashed_first = self._holders, self._line, self._hash_of, self.reuse_unhashed_first
+            before = len(line)
             for block in reversed(request.blocks):
-                self._holders[block] -= 1
-                if not self._holders[block]:
-                    self._line[block] = None
-                    self.num_free += 1
-                    if self.reuse_unhashed_first and block not in self._hash_of:
-                        self._line.move_to_end(block, last=False)
+                holders[block] = left = holders[block] - 1
+                if not left:
+                    line[block] = None
+                    if unhashed_first and hash_of[block] is None:
+                        line.move_to_end(block, last=False)
+            self.num_free += len(line) - before
         request.blocks.clear()
         request.allocated_tokens = 0
         request.num_cached_blocks = 0
@@ -123,7 +125,7 @@ class KVCache:
             blocks = self._with_hash.get(block_hash)
             if blocks is None:
                 break
-            found.append(next(iter(blocks)))
+            found.append(blocks if isinstance(blocks, int) else next(iter(blocks)))
         return found
 
     def register(self, request: Request, tokens: int) -> None:
@@ -132,24 +134,52 @@ class KVCache:
         if not hashes:
             return
         first, last = request.num_cached_blocks, min(tokens // self.block_size, len(hashes))
-        for place in range(first, last):
-            block, block_hash = request.blocks[place], hashes[place]
-            self._hash_of[block] = block_hash
-            self._with_hash.setdefault(block_hash, {})[block] = None
-        request.num_cached_blocks = max(first, last)
+        if first >= last:
+            return
+        request.num_cached_blocks = last
+        self.register_blocks(zip(request.blocks[first:last], hashes[first:last], strict=True))
 
-    def _take(self) -> int:
-        """The block at the head of the line, without the content it had."""
-        block, _ = self._line.popitem(last=False)
-        self._holders[block] = 1
-        block_hash = self._hash_of.pop(block, None)
-        if block_hash is not None:
-            self.evictions += 1
-            blocks = self._with_hash[block_hash]
-            del blocks[block]
-            if not blocks:
-                del self._with_hash[block_hash]
-        return block
+    def register_blocks(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Let others find blocks, each with the hash of its content; of equal ones the first is found."""
+        hash_of, with_hash = self._hash_of, self._with_hash
+        for block, block_hash in blocks:
+            hash_of[block] = block_hash
+            others = with_hash.setdefault(block_hash, block)
+            if others != block:  # found before: that one comes first
+                if isinstance(others, int):
+                    with_hash[block_hash] = {others: None, block: None}
+                else:
+                    others[block] = None
+
+    def register_decodes(self, requests: Iterable[Request]) -> None:
+        """Let others find the blocks that the next token of each of `requests` fills."""
+        block_size = self.block_size
+        for request in requests:
+            if request.block_hashes is not None:
+                tokens = request.num_computed_tokens + request.num_in_flight_tokens + 1
+                if tokens >= (request.num_cached_blocks + 1) * block_size:
+                    self.register(request, min(tokens, request.num_tokens))
+
+    def _take(self, blocks: list[int], count: int) -> None:
+        """Move `count` blocks from the head of the line to `blocks`, without the contents they had."""
+        holders, hash_of, with_hash = self._holders, self._hash_of, self._with_hash
+        take, evictions = self._line.popitem, 0
+        for _ in range(count):
+            block = take(False)[0]
+            blocks.append(block)
+            holders[block] = 1
+            block_hash = hash_of[block]
+            if block_hash is not None:
+                hash_of[block] = None
+                evictions += 1
+                others = with_hash[block_hash]
+                if isinstance(others, int):
+                    del with_hash[block_hash]
+                else:
+                    del others[block]
+                    if not others:
+                        del with_hash[block_hash]
+        self.evictions += evictions
 
     # -- for tests and debugging -----------------------------------------------------------------------------------
 
@@ -165,5 +195,10 @@ class KVCache:
             assert all(count == 1 for count in held.values()), "a KV block is held twice"
             return
         assert all(self._holders[block] == held[block] for block in range(self.num_blocks)), "holders are miscounted"
-        registered = {block: key for key, blocks in self._with_hash.items() for block in blocks}
-        assert registered == self._hash_of, "a KV block is found by another hash than its own"
+        registered = {
+            block: key
+            for key, blocks in self._with_hash.items()
+            for block in ([blocks] if isinstance(blocks, int) else blocks)
+        }
+        known = {block: key for block, key in enumerate(self._hash_of) if key is not None}
+        assert registered == known, "a KV block is found by another hash than its own"

@@ -183,7 +183,8 @@ class Scheduler:
         self._in_flight.append(batch)
         if kv_cache.prefix_caching:
             batch.prefix_hit_tokens, self._hits = self._hits, 0
-            for request, tokens in batch.entries:
+            kv_cache.register_decodes(decodes)
+            for request, tokens in chunks:
                 kv_cache.register(request, min(request.start + tokens, request.num_tokens))
         if self.max_in_flight > 1:
             for request, tokens in batch.entries:
@@ -232,7 +233,7 @@ class Scheduler:
                     request.num_in_flight_tokens -= tokens
             taken = self._progress(decodes, chunks, repeats, 0)
             if repeats > 1 and self.kv_cache.prefix_caching:
-                self._register_repeats(decodes, chunks, repeats)
+                self._register_repeats(decodes, chunks)
             for request, _ in chunks:
                 if request.num_tokens - request.num_computed_tokens <= 1:
                     self._completed(request)
@@ -259,7 +260,7 @@ class Scheduler:
         """
         taken = self._progress(batch.decodes, batch.chunks, repeats, 1)
         if self.kv_cache.prefix_caching:
-            self._register_repeats(batch.decodes, batch.chunks, repeats)
+            self._register_repeats(batch.decodes, batch.chunks)
         batch.repeats = max(1, batch.repeats - repeats)
         batch.left -= repeats
         batch.shape = batch.shape.after(repeats)
@@ -458,20 +459,26 @@ class Scheduler:
         following = hashes[found : found + 1]
         return bool(following) and any((r.block_hashes or ())[found : found + 1] == following for r in self.running)
 
-    def _register_repeats(self, decodes: Sequence[Request], chunks: Sequence[Entry], repeats: int) -> None:
-        """Let others find the KV blocks that `repeats` runs, just counted, have filled: as they were, run by run."""
-        filled: list[tuple[int, int, Request, int]] = []
+    def _register_repeats(self, decodes: Sequence[Request], chunks: Sequence[Entry]) -> None:
+        """Let others find the KV blocks that repeats, just counted, have filled: in the order of the runs."""
+        filled: list[tuple[int, int, int, int]] = []  # run, place in the batch, block, hash
         block_size = self.kv_cache.block_size
-        for place, (request, tokens) in enumerate([*[(request, 1) for request in decodes], *chunks]):
-            if not request.block_hashes:
+        for place, request in enumerate(decodes):
+            hashes = request.block_hashes
+            if hashes is None:
                 continue
-            last = min(request.start, request.num_tokens)
-            first = last - repeats * tokens
-            for end in range((request.num_cached_blocks + 1) * block_size, last + 1, block_size):
-                filled.append((-((first - end) // tokens), place, request, end))
-        filled.sort(key=lambda item: item[:2])
-        for _, _, request, end in filled:
-            self.kv_cache.register(request, end)
+            last = request.num_computed_tokens + request.num_in_flight_tokens
+            end = (request.num_cached_blocks + 1) * block_size
+            if end <= last:
+                _fill(filled, place, request, hashes, end, min(last, request.num_tokens), 1, block_size)
+        for place, (request, tokens) in enumerate(chunks, len(decodes)):
+            hashes = request.block_hashes
+            if hashes is not None:
+                end = (request.num_cached_blocks + 1) * block_size
+                _fill(filled, place, request, hashes, end, min(request.start, request.num_tokens), tokens, block_size)
+        if len(filled) > 1:
+            filled.sort()
+        self.kv_cache.register_blocks([(block, block_hash) for _, _, block, block_hash in filled])
 
     def _completed(self, request: Request) -> None:
         """A chunk of `request` left no more than one token, which is computed like a decode; it is counted."""
@@ -570,3 +577,22 @@ class Scheduler:
 def _output_left(request: Request) -> int:
     """Tokens that a request may still get beyond those that batches in flight will yield."""
     return request.max_total_tokens - request.num_tokens - request.num_pending_tokens
+
+
+def _fill(
+    filled: list[tuple[int, int, int, int]],
+    place: int,
+    request: Request,
+    hashes: Sequence[int],
+    end: int,
+    last: int,
+    tokens: int,
+    block_size: int,
+) -> None:
+    """Note the blocks of `request` that end at `end` or later and at `last` or before, and in which run they did."""
+    blocks, k = request.blocks, request.num_cached_blocks
+    while end <= last and k < len(hashes):
+        filled.append((-((last - end) // tokens), place, blocks[k], hashes[k]))  # the last run is 0
+        k += 1
+        end += block_size
+    request.num_cached_blocks = k

@@ -71,8 +71,7 @@ class VLLM(Policy):
             left = self.budget - len(decodes)
             chunks = []
             if scheduler.kv_cache.prefix_caching:
-                for request in decodes:
-                    self._share(scheduler, request, 1)
+                scheduler.kv_cache.register_decodes(decodes)
             for request in scheduler.unfinished_prefills():
                 tokens = min(request.remaining, left)
                 if tokens > 0 and scheduler.make_room(request, request.start + tokens):
