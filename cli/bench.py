@@ -1,4 +1,4 @@
-"""`windtunnel bench`: a workload on the engine in real time, with the flags and the folder of `simulate`."""
+"""`windtunnel bench`: serve a workload on the engine in real time, with the flags and the folder of `simulate`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from windtunnel.settings import BenchConfig, ReplicaGroup
 
 
 def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_trace: bool) -> dict[str, Any]:
-    """Serve `config`'s workload, write its folder and print what came out."""
+    """Serve `config`'s workload, write its folder, and print and return the summary."""
     for plugin in config.plugin:
         load_plugin(plugin)
     group = only_group(config)
@@ -65,7 +65,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
                 if not (folder / "ranks.parquet").exists():  # nothing was served
                     raise
                 kept = keep_incomplete(folder, target)
-                raise type(error)(f"{error}. What was finished before is in {kept}") from None
+                raise type(error)(f"{error}. What was finished is in {kept}") from None
             finally:
                 executor.close()
         summary = result.summary
@@ -85,20 +85,21 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
 
 
 def only_group(config: BenchConfig) -> ReplicaGroup:
+    """Return the one replica of the settings. Raises InputError for a cluster."""
     groups = config.groups()
     if len(groups) != 1 or groups[0].count != 1:
-        raise InputError("the engine runs one replica: give --num-replicas 1, and simulate clusters")
+        raise InputError("the engine runs one replica: give --num-replicas 1, or use simulate for a cluster")
     return groups[0]
 
 
 def _check_names(config: BenchConfig, group: ReplicaGroup) -> None:
-    """Names that only a simulation looks up; wrong ones would be found out when the run's config is simulated."""
+    """Check the names that only a simulation of the run's config looks up. Raises InputError for an unknown one."""
     for what, name, known in (("predictor", group.predictor, PREDICTORS), ("router", config.router, ROUTERS)):
         if name not in known:
             raise unknown(what, name, known)
 
 
 def _source(executor: Executor, spec: EngineSpec) -> str:
-    """Where the times come from."""
+    """Return the line that names the source of the times."""
     torch = version("torch")
     return f"measured on {executor.hardware} ({spec.dtype}, {executor.attention_backend} attention, torch {torch})"

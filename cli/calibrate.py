@@ -1,4 +1,4 @@
-"""`windtunnel calibrate fit | show | evaluate`: learn a device's calibration, look at it, try it on other tables."""
+"""`windtunnel calibrate fit | show | evaluate`: fit a device's calibration, print it, evaluate it on other tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _POOLED = [name for name, kind in KINDS.items() if kind.pooled]
 
 
 def read(text: str, device: DeviceSpec) -> pd.DataFrame:
-    """The tables of a source, `KIND:DIR` or `DIR`; of `device` where it has some, else of the one device it has."""
+    """Return the tables of a source, `KIND:DIR` or `DIR`: of `device` if it has any, else of its only device."""
     kind, colon, place = text.partition(":")
     if not colon or kind not in SOURCES:
         place = text
@@ -38,11 +38,11 @@ def read(text: str, device: DeviceSpec) -> pd.DataFrame:
     try:
         return read_source(kind, place, device=device.name)
     except OtherDeviceError:
-        return read_source(kind, place)  # of another device, which is said where it matters
+        return read_source(kind, place)  # of another device, which is reported where it matters
 
 
 def _kind_of(place: Path) -> str:
-    """What kind of source a folder or file looks like."""
+    """Return the kind of source that a folder or file looks like."""
     if (place / PROFILE_FILE).is_file():
         return "profile"
     return "aiconfigurator" if any(_files(place, ".parquet")) else "vidur"
@@ -53,7 +53,7 @@ def _has_attention(frame: pd.DataFrame) -> bool:
 
 
 def _attention_elsewhere(text: str, device: DeviceSpec) -> list[pd.DataFrame]:
-    """The attention of another device that a source has beside those of `device`: the first that there is."""
+    """Return the attention of the first other device that a source has beside the tables of `device`."""
     for other in catalog.DEVICES.values():
         frame = read(text, other)
         if frame["device"].eq(device.name).all() or not frame["device"].eq(other.name).all():
@@ -68,7 +68,7 @@ def _files(place: Path, suffix: str) -> list[Path]:
 
 
 def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None) -> None:
-    """Learn a calibration from sources and write it; a profile's says which device it is of."""
+    """Fit a calibration to sources and write it; `device_name` None is the device of a profile."""
     if not sources:
         raise InputError("no source given: add --source profile:DIR, vidur:DIR or aiconfigurator:DIR")
     profiles = [Path(text.removeprefix("profile:")) for text in sources if text.startswith("profile:")]
@@ -82,7 +82,9 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     ours = {*(f"{kind}.json" for kind in KINDS), *store.NOT_KINDS}
     if foreign := sorted(there - ours):
-        raise InputError(f"{folder} holds {foreign[0]}, which is no part of a calibration: give another --output-dir")
+        raise InputError(
+            f"{folder} holds {foreign[0]}, which does not belong to a calibration: give another --output-dir"
+        )
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     frames = [read(source, device) for source in sources]
     if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
@@ -91,7 +93,7 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
     for frame in frames:
         for note in frame.attrs.get("notes", []):
             console.print(f"note: {note}", style="dim")
-    calibration = calibration_fit.fit(device, frames, on_progress=lambda line: console.print(f"learning {line}"))
+    calibration = calibration_fit.fit(device, frames, on_progress=lambda line: console.print(f"fitting {line}"))
     if there:
         console.print(f"replacing the calibration in {folder}")
     written = store.save(calibration, folder, device if profiles else None)
@@ -111,13 +113,13 @@ def fit(device_name: str | None, sources: Sequence[str], output_dir: Path | None
 
 
 def show(device_name: str) -> None:
-    """Print what is known of a device."""
+    """Print the calibration of a device."""
     device = catalog.device(device_name)
     show_calibration(store.load_of(device))
 
 
 def show_calibration(calibration: store.Calibration) -> None:
-    """A table of the kinds: rows, origin, held-out errors, coverage of the intervals; then the sources."""
+    """Print a table of the kinds (rows, origin, held-out errors, coverage of the intervals) and the sources."""
     console = Console(highlight=False, soft_wrap=True, width=130)
     table = Table(box=None, title=f"{calibration.device}: errors on held-out data", title_justify="left")
     for column in ("operator", "measured on", "rows", "mean error", "median", "P95", "bias", "90 % interval covers"):
@@ -148,7 +150,7 @@ def show_calibration(calibration: store.Calibration) -> None:
 
 
 def evaluate(device_name: str, train: Sequence[str], test: Sequence[str], as_json: bool) -> dict[str, Any]:
-    """Learn from `train` (or take what ships), and print the errors on `test`."""
+    """Fit to `train` (or take the calibration that ships), and print and return the errors on `test`."""
     device = catalog.device(device_name)
     if not test:
         raise InputError("no tables to test on: add --test DIR")

@@ -1,4 +1,4 @@
-"""What the commands that run the engine share: this machine's device, and what a replica's workers need to know."""
+"""What the commands that run the engine share: this machine's device and the specification of a replica's workers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _SOME_GPU = replace(  # to generate takes any GPU: nothing is computed from this
 
 
 def engine_device(name: str) -> DeviceSpec:
-    """Return the device of that name; "auto" takes a GPU, whichever it is, where the machine has one."""
+    """Return the device of that name; "auto" is any GPU if the machine has one, else the CPU."""
     if name == "auto":
         return _SOME_GPU if Path("/dev/nvidiactl").exists() else catalog.device("cpu")
     return catalog.device(name)
 
 
 def engine_spec(replica: ReplicaSpec, model: str, engine: EngineSettings, seed: int) -> EngineSpec:
-    """Return what the replica's workers need to know, with `model` the setting that says where its weights are.
+    """Return the specification of the replica's workers; `model` is the setting that locates the weights.
 
-    Raises InputError for what can't be.
+    Raises InputError for an impossible setting.
     """
     if seed < 0:
         raise InputError(f"seed {seed}: give a whole number, 0 or more")
@@ -45,7 +45,7 @@ def engine_spec(replica: ReplicaSpec, model: str, engine: EngineSettings, seed: 
 
 
 def _weights(model: str, load_format: str) -> Path | None:
-    """The folder with a model's weights; None for dummies."""
+    """Return the folder with a model's weights; None for random ones."""
     if load_format not in ("auto", *LOAD_FORMATS):
         raise unknown("load format", load_format, ("auto", *LOAD_FORMATS))
     if load_format == "dummy":
@@ -53,7 +53,7 @@ def _weights(model: str, load_format: str) -> Path | None:
     folder = Path(model).expanduser()
     if catalog.is_name("model", model) and not folder.is_dir():
         raise InputError(
-            f"model {model} has no weights here: give a folder with its safetensors, or --load-format dummy"
+            f"model {model} has no weights on this machine: give a folder with its safetensors, or --load-format dummy"
         )
     return folder if folder.is_dir() else folder.parent
 

@@ -1,4 +1,4 @@
-"""`windtunnel generate`: prompts in, what the model makes of them out."""
+"""`windtunnel generate`: generate from prompts on this machine's engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from windtunnel.settings import GenerateConfig
 def run(
     config: GenerateConfig, prompts: list[str], prompt_token_ids: list[str], *, ignore_eos: bool, as_json: bool
 ) -> list[dict[str, Any]]:
-    """Generate, print, and return what is printed: for each prompt its token ids, the new ones, and their text."""
+    """Generate, print, and return for each prompt its token ids, the new ones, and their text."""
     if not prompts and not prompt_token_ids:
         raise InputError("no prompt given: add --prompt TEXT or --prompt-token-ids 1,2,3")
     if not config.model:
@@ -72,7 +72,7 @@ def run(
 
 
 def _output_tokens(config: GenerateConfig, spec: EngineSpec, number: int, prompt: list[int]) -> int:
-    """The most tokens to generate after a prompt. Raises InputError for a prompt that nothing can go on from."""
+    """Return the maximum number of tokens to generate. Raises InputError for an impossible prompt."""
     wrong = next((token for token in prompt if not 0 <= token < spec.model.vocab_size), None)
     if wrong is not None:
         raise InputError(f"token id {wrong} is not among the model's: give 0 to {spec.model.vocab_size - 1}")
@@ -107,7 +107,7 @@ def _text(tokenizer: Any, sequence: Sequence) -> str:
 
 
 class _Stream:
-    """Prints a sequence's text as it grows; a character may take several tokens, and is held back until it is whole."""
+    """Print a sequence's text as it grows; a character of several tokens is held back until it is whole."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -121,12 +121,12 @@ class _Stream:
             self._shown = len(text)
 
     def end(self, text: str) -> None:
-        """Print what was held back of the whole text, and end the line."""
+        """Print the rest of the whole text and end the line."""
         print(text[self._shown :])
 
 
 def _tokenizer(folder: Path | None) -> Any:
-    """The tokenizer in a model's folder; None if there is none."""
+    """Return the tokenizer in a model's folder; None if there is none."""
     if folder is None or not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     need("transformers", "engine")
@@ -136,7 +136,7 @@ def _tokenizer(folder: Path | None) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of many kinds, from several packages
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"can't read the tokenizer in {folder} ({what}): get its files again") from None
+        raise InputError(f"can't read the tokenizer in {folder} ({what}): download its files again") from None
 
 
 def _parse(text: str) -> list[int]:
@@ -147,14 +147,14 @@ def _parse(text: str) -> list[int]:
 
 
 def _end_tokens(folder: Path | None) -> frozenset[int]:
-    """The end-of-text tokens that a model's folder names."""
+    """Return the end-of-text tokens in a model's folder."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name if folder is not None else None
         if path is not None and path.is_file():
             try:
                 found = json.loads(path.read_text("utf-8")).get("eos_token_id")
             except (ValueError, AttributeError) as error:
-                raise InputError(f"{path} holds no JSON object ({error}): get it again") from None
+                raise InputError(f"{path} holds no JSON object ({error}): download it again") from None
             if found is not None:
                 return frozenset(found if isinstance(found, list) else [found])
     return frozenset()

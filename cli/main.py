@@ -1,6 +1,6 @@
-"""The doors of Windtunnel: `windtunnel simulate --model Mistral-7B-v0.1 --device a100 --request-rate 1`.
+"""The commands of Windtunnel: `windtunnel simulate --model Mistral-7B-v0.1 --device a100 --request-rate 1`.
 
-Thin: each command reads its settings and calls the module that does the work, importing it only then.
+Each command reads its settings and calls the module that does the work, imported only then.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _root(shown: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(shown: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if shown:
         print(version("windtunnel"))
 
 
 def _with_settings(kind: type[BaseModel], command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command` a flag for each setting of a kind; it gets them (None: not given) as the dict `flags`."""
+    """Return `command` with a flag for each setting of a kind, passed to it (None: not given) as the dict `flags`."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
     fields = {name: field for name, field in kind.model_fields.items() if field.json_schema_extra}
     settings = []
     for name, field in fields.items():
         default = field.get_default(call_default_factory=True)
-        shown = "" if default in (None, "", []) else f" (default: {default})"
+        shown = "" if default in (None, "", []) else f" (default: {str(default).lower()})"
         extra = field.json_schema_extra
         option = typer.Option(
             f"--{name.replace('_', '-')}",
@@ -76,7 +76,7 @@ def _with_settings(kind: type[BaseModel], command: Callable[..., None]) -> Calla
 
 
 def _type_name(annotation: Any) -> str:
-    """What to call a setting's type in the help."""
+    """Return the name of a setting's type in the help."""
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
     names = {int: "INTEGER", float: "NUMBER", Path: "FILE"}
     return "TEXT" if len(kinds) > 1 else names.get(kinds[0], "TEXT")
@@ -87,9 +87,13 @@ def _type_name(annotation: Any) -> str:
 def simulate(
     *,
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for the results; must not exist.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, as the last line.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
@@ -104,12 +108,16 @@ def simulate(
 def bench(
     *,
     flags: dict[str, Any],
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Folder for the results; must not exist.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, as the last line.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
 ) -> None:
-    """Serve a workload on the engine of this machine, in real time, and write a report."""
+    """Serve a workload on this machine's engine in real time and write a report."""
     from cli.bench import run
 
     run(_load_config(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)
@@ -120,17 +128,22 @@ def bench(
 def validate(
     *,
     flags: dict[str, Any],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the results; must not exist.")],
+    output_dir: Annotated[Path, typer.Option(help="New folder for the results.")],
     load: Annotated[
-        str | None, typer.Option("--load", help="Shares of the capacity, such as 0.5,0.85,0.95, instead of a rate.")
+        str | None,
+        typer.Option(
+            "--load", help="Loads as shares of the capacity, such as 0.5,0.85,0.95, in place of --request-rate."
+        ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
     against: Annotated[
-        str | None, typer.Option(help="URL of an OpenAI-compatible server to validate instead (not there yet).")
+        str | None, typer.Option(help="URL of an OpenAI-compatible server to validate against (not implemented yet).")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON, as the last line.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
-    """Run a workload on this machine's engine and in the simulator, and say how far apart they are, and why."""
+    """Run a workload on this machine's engine and in the simulator, and report the differences and their causes."""
     from cli.validate import run
 
     settings = _load_config(config, flags, BenchConfig)
@@ -142,20 +155,25 @@ def validate(
 def search(
     *,
     flags: dict[str, Any],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the results; a search that was begun goes on.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
-    sweep: Annotated[Path | None, typer.Option(help="YAML file of settings, and under `sweep` what varies.")] = None,
-    tolerance: Annotated[float, typer.Option(help="How finely to search: a share of the capacity.")] = TOLERANCE,
-    gpu_price: Annotated[
-        str | None, typer.Option(help="Dollars per GPU-hour, for requests per dollar: 2.5, or a100=2,h100=4.")
+    output_dir: Annotated[Path, typer.Option(help="Folder for the results; an interrupted search in it resumes.")],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes of a sweep; default: one a core.")] = None,
-    ray: Annotated[str | None, typer.Option(help="Spread a sweep over the Ray cluster at this address.")] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="YAML file of settings, with the varied ones under `sweep`.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Precision of the capacity, as a share of it.")] = TOLERANCE,
+    gpu_price: Annotated[
+        str | None,
+        typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of processes of a sweep. Default: one per core.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute a sweep over.")] = None,
     confirm: Annotated[
-        bool, typer.Option("--confirm", help="Run the predicted capacity on this node's engine.")
+        bool, typer.Option("--confirm", help="Also run the predicted capacity on this machine's engine.")
     ] = False,
-    top_k: Annotated[int, typer.Option(min=1, help="Points of a sweep to confirm, the best per GPU first.")] = 1,
-    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON, as the last line.")] = False,
+    top_k: Annotated[int, typer.Option(min=1, help="Number of sweep points to confirm, the best per GPU first.")] = 1,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
     """Find the highest request rate at which every SLO holds."""
     from cli.search import run
@@ -180,14 +198,14 @@ def search(
 def generate(
     *,
     flags: dict[str, Any],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt text; repeatable.")] = None,
     prompt_token_ids: Annotated[
-        list[str] | None, typer.Option(help="Token ids such as 1,2,3 to go on from; may be given several times.")
+        list[str] | None, typer.Option(help="Prompt as token ids, such as 1,2,3; repeatable.")
     ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print prompts' and generated token ids as JSON.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue past the end-of-text token.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the token ids of prompts and outputs as JSON.")] = False,
 ) -> None:
-    """Go on from some prompts with the engine of this machine."""
+    """Generate from prompts on this machine's engine."""
     from cli.generate import run
 
     run(from_flags(GenerateConfig, flags), prompt or [], prompt_token_ids or [], ignore_eos=ignore_eos, as_json=json_)
@@ -196,13 +214,14 @@ def generate(
 @app.command()
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, searches, sweeps, a study, validations.")
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders of runs, searches, sweeps, validations or of one study."),
     ],
     output: Annotated[
-        Path | None, typer.Option(help="HTML file to write. Default: in the folder; of several, comparison.html.")
+        Path | None, typer.Option(help="HTML file to write. Default: in the folder; comparison.html for several.")
     ] = None,
 ) -> None:
-    """Make one offline page of a run, search, sweep, study or validation, or of several side by side."""
+    """Write one offline page about a run, search, sweep, study or validation, or about several side by side."""
     from cli.report import run
 
     run(folders, output)
@@ -211,19 +230,41 @@ def report(
 @app.command()
 def profile(
     *,
-    models: Annotated[str, typer.Option(help="Known models or folders with a config.json, with commas between.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the measurements; one that was begun goes on.")],
-    device: Annotated[str, typer.Option(help="This machine's device: cpu, a name, a YAML file, or auto.")] = "auto",
-    tensor_parallel_sizes: Annotated[str, typer.Option(help="Ranks that share a layer, with commas between.")] = "1",
-    budget: Annotated[str, typer.Option(help="Time to spend: 90s, 8m, 1h.")] = "8m",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    attention_backend: Annotated[str | None, typer.Option(help="Default: the best that is installed.")] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens in a KV block.")] = 16,
-    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Largest batch (tokens).")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most requests in a batch.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest request (tokens).")] = None,
+    models: Annotated[
+        str, typer.Option(help="Models, separated by commas: known names or folders with a config.json.")
+    ],
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for the measurements; an interrupted profile in it resumes.")
+    ],
+    device: Annotated[
+        str, typer.Option(help="This machine's device: cpu, a known name, a YAML file, or auto.")
+    ] = "auto",
+    tensor_parallel_sizes: Annotated[
+        str, typer.Option(help="Tensor parallel sizes to profile, separated by commas.")
+    ] = "1",
+    budget: Annotated[str, typer.Option(help="Time to spend, such as 90s, 8m or 1h.")] = "8m",
+    dtype: Annotated[str, typer.Option(help="Data type: auto, bfloat16, float16 or float32.")] = "auto",
+    attention_backend: Annotated[
+        str | None, typer.Option(help="Attention backend. Default: the best one installed.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Number of tokens in a KV block.")] = 16,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest batch to profile (tokens). Default: 8192, on a CPU 512, or --max-model-len if lower."
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Largest batch to profile (requests). Default: 256, on a CPU 32.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest request to profile (tokens). Default: 32768, on a CPU 1024, or the model's if lower."
+        ),
+    ] = None,
 ) -> None:
-    """Measure this machine: the engine's operators, collectives and iterations for some models."""
+    """Measure the engine's operators, collectives and iterations on this machine for given models."""
     from cli.profile import run
 
     run(
@@ -244,11 +285,11 @@ def profile(
 @app.command()
 def selfcheck(
     *,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the results; must be empty.")],
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    output_dir: Annotated[Path, typer.Option(help="New or empty folder for the results.")],
+    device: Annotated[str, typer.Option(help="Device to check: cuda or cpu.")] = "cuda",
     budget: Annotated[str, typer.Option(help="Time to spend, such as 400s or 9m.")] = "9m",
 ) -> None:
-    """Profile, validate and test this machine within a budget of time, each step on its own."""
+    """Profile, validate, benchmark and test this machine within a time budget, each step in its own process."""
     from studies.selfcheck import main
 
     raise typer.Exit(main(["--device", device, "--budget", budget, "--output-dir", str(output_dir)]))
@@ -264,24 +305,28 @@ def engines(
     show(device)
 
 
-calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
+calibrate = typer.Typer(help="Fit a device's calibration to measurements, show it, evaluate it.", no_args_is_help=True)
 app.add_typer(calibrate, name="calibrate")
 
-_Device = Annotated[str, typer.Option(help="A known device, or a calibration's folder.")]
+_Device = Annotated[str, typer.Option(help="Known device, or the folder of a calibration.")]
 
 
 @calibrate.command("fit")
 def _fit(
     source: Annotated[
         list[str],
-        typer.Option(help="profile:DIR, vidur:DIR or aiconfigurator:DIR; the first that has a kind gives it."),
+        typer.Option(
+            help="Measurements: profile:DIR, vidur:DIR or aiconfigurator:DIR; repeatable. Each kind of operator "
+            "comes from the first source that has it."
+        ),
     ],
-    device: Annotated[str | None, typer.Option(help="A known device; a profile says by itself what it is of.")] = None,
+    device: Annotated[str | None, typer.Option(help="Known device. Default: that of the profile.")] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder; default: a profile's own, else the device's in calibration_data.")
+        Path | None,
+        typer.Option(help="Folder to write. Default: that of the profile, else the device's in calibration_data."),
     ] = None,
 ) -> None:
-    """Learn a calibration from a profile or from public tables, and write it."""
+    """Fit a calibration to a profile or to public tables, and write it."""
     from cli.calibrate import fit
 
     fit(device, source, output_dir)
@@ -289,7 +334,7 @@ def _fit(
 
 @calibrate.command("show")
 def _show(device: _Device) -> None:
-    """What is known of a device, from where, and how well it predicts."""
+    """Print a device's calibration: its sources, ranges and held-out errors."""
     from cli.calibrate import show
 
     show(device)
@@ -298,13 +343,13 @@ def _show(device: _Device) -> None:
 @calibrate.command("evaluate")
 def _evaluate(
     device: _Device,
-    test: Annotated[list[str], typer.Option(help="Tables to predict: DIR, or KIND:DIR.")],
+    test: Annotated[list[str], typer.Option(help="Tables to predict: DIR or KIND:DIR; repeatable.")],
     train: Annotated[
-        list[str] | None, typer.Option(help="Tables to learn from; by default what ships is tried.")
+        list[str] | None, typer.Option(help="Tables to fit to; repeatable. Default: the calibration that ships.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the errors as JSON, as the last line.")] = False,
 ) -> None:
-    """Errors on tables that a calibration was not fitted to."""
+    """Print the errors on tables that a calibration was not fitted to."""
     from cli.calibrate import evaluate
 
     evaluate(device, train or [], test, json_)
@@ -314,7 +359,7 @@ def _evaluate(
 def _report(
     device: _Device,
     output: Annotated[Path, typer.Option(help="HTML file to write.")],
-    source: Annotated[list[str] | None, typer.Option(help="Tables to draw beside the predictions.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="Tables to draw beside the predictions; repeatable.")] = None,
 ) -> None:
     """Write a page about a device's calibration: held-out errors, measured and predicted."""
     from cli.calibrate import read
@@ -327,21 +372,21 @@ def _report(
 
 @calibrate.command("accuracy")
 def _accuracy(
-    output: Annotated[Path | None, typer.Option(help="Markdown file; by default it is printed.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Markdown file to write. Default: print.")] = None,
 ) -> None:
-    """Print or write how well the calibrations that ship predict data that was held out."""
+    """Print or write the held-out errors of the calibrations that ship."""
     from studies.calibration.accuracy import write_accuracy
 
     write_accuracy(output)
 
 
-study = typer.Typer(help="Published experiments, simulated, beside what was published.", no_args_is_help=True)
+study = typer.Typer(help="Simulate published experiments and compare with the published numbers.", no_args_is_help=True)
 app.add_typer(study, name="study")
 
 
 @study.command("list")
 def _study_list() -> None:
-    """The studies there are."""
+    """List the studies."""
     from cli.study import show
 
     show()
@@ -349,22 +394,29 @@ def _study_list() -> None:
 
 @study.command("run")
 def _study_run(
-    name: Annotated[str, typer.Argument(help="A study of `windtunnel study list`.")],
-    model: Annotated[str | None, typer.Option(help="Only the models that have this in their name.")] = None,
-    host_overhead: Annotated[
-        str | None, typer.Option(help="Default: sarathi_osdi24, as published, and cuda_graphs, a modern engine.")
+    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`.")],
+    model: Annotated[
+        str | None, typer.Option(help="Run only the models whose name contains this. Default: all.")
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(help="Requests a run; default: the study's own.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one for each core.")] = None,
+    host_overhead: Annotated[
+        str | None,
+        typer.Option(help="Host overhead. Default: both sarathi_osdi24 (as published) and cuda_graphs."),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="Requests per run. Default: the study's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results; one that was begun goes on. Default: runs/studies/NAME."),
+        typer.Option(help="Folder for the results; an interrupted study in it resumes. Default: runs/studies/NAME."),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON, as the last line.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the study's section of docs/studies.md.")] = False,
-    confirm: Annotated[bool, typer.Option("--confirm", help="Confirm on an engine (not there for studies).")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the results as Markdown, as in docs/studies.md.")
+    ] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Confirm on an engine (not implemented for studies).")
+    ] = False,
 ) -> None:
-    """Run a published experiment in the simulator and write a page: published numbers beside ours."""
+    """Simulate a published experiment and write a page that compares it with the published numbers."""
     from cli.study import run_study
 
     run_study(
@@ -381,7 +433,7 @@ def _study_run(
 
 
 def _one_each(arguments: list[str]) -> list[str]:
-    """`--train A B --test C` as `--train A --train B --test C`: several folders may follow one flag."""
+    """Return `--train A B --test C` as `--train A --train B --test C`: several folders may follow one flag."""
     result: list[str] = []
     flag = None
     for word in arguments:

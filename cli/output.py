@@ -1,4 +1,4 @@
-"""What the doors share: the resolved settings of a run, its folder's name, its progress, and its results in words."""
+"""What the commands share: the default name of a run's folder, progress bars, and printed summaries."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ LINE_S = 30.0
 
 
 def default_folder(kind: ReplicaSpec, workload: str, prefix: str = "") -> Path:
+    """Return the folder of a run that was given none: the time, model, device, policy and workload in its name."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     model = kind.model.name.split("/")[-1]
     return Path("runs") / f"{stamp}-{prefix}{model}-{kind.device.name}-{kind.scheduler.policy}-{Path(workload).stem}"
 
 
 class ProgressBar(Progress):
-    """A bar on a terminal; in a pipe or a log a line every LINE_S seconds, of long work only."""
+    """A progress bar on a terminal; elsewhere a line every LINE_S seconds."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -57,13 +58,13 @@ class ProgressBar(Progress):
 
 
 def progress_bar(what: str) -> ProgressBar:
-    """Progress through a number of `what`."""
+    """Return a progress bar that counts `what`."""
     return ProgressBar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(what),
                        TimeRemainingColumn())  # fmt: skip
 
 
 def print_summary(summary: dict[str, Any], copies: list[int], target: Path, console: Console) -> None:
-    """What came out, for a person; `copies` says how many replicas of each kind there are."""
+    """Print a summary as text; `copies` has the number of replicas of each kind."""
     first = 0
     for count in copies:
         kind = summary["replicas"][first]
@@ -90,11 +91,7 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
     console.print(
         f"{summary['completed']:,} requests in {summary['duration']:,.1f} s {how}"
         + (f" ({summary['dropped']:,} too long, dropped)" if summary["dropped"] else "")
-        + (
-            f" ({summary['trace_failures']:,} rows of the trace are failures, left out)"
-            if summary["trace_failures"]
-            else ""
-        )
+        + (f" ({summary['trace_failures']:,} failed rows of the trace left out)" if summary["trace_failures"] else "")
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
     )
     if "prefix_hit_rate" in summary:

@@ -1,4 +1,4 @@
-"""`windtunnel profile`: measure this machine's operators, collectives and iterations for some models."""
+"""`windtunnel profile`: measure this machine's operators, collectives and iterations for given models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(
     max_num_seqs: int | None,
     max_model_len: int | None,
 ) -> None:
-    """Measure into `output_dir`, or go on with what is there, and say what to do with it."""
+    """Measure into `output_dir`, or resume the profile in it, and print the next command."""
     known = engine_device(device)
     dtype = dtype_on(known, dtype)
     names = [name.strip() for name in models.split(",") if name.strip()]
@@ -84,11 +84,11 @@ def run(
         f"({made['software']}, {made['dtype']}, {made['attention_backend']} attention)"
     )
     if session.left and not session.failures:
-        console.print(f"the budget was spent with {session.left:,} points left: a larger --budget goes on from here")
+        console.print(f"the budget is spent with {session.left:,} points left: rerun with a larger --budget to resume")
     elif not session.failures:
-        console.print("that is every point there is, within --max-num-seqs, --max-num-batched-tokens, --max-model-len")
+        console.print("every point within --max-num-seqs, --max-num-batched-tokens and --max-model-len is measured")
     if failed := [sample for sample in session.samples if "failed" in sample]:
-        console.print(f"{len(failed):,} points could not be measured, the first because: {failed[0]['failed']}")
+        console.print(f"{len(failed):,} points could not be measured; the first: {failed[0]['failed']}")
     for failure in session.failures:
         console.print(f"not measured: {failure}")
     console.print(f"next: windtunnel calibrate fit --source profile:{output_dir} --output-dir {output_dir}/calibration")

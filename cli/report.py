@@ -1,4 +1,4 @@
-"""`windtunnel report`: one page from any run, search, sweep, study or validation, or from several side by side."""
+"""`windtunnel report`: write one page about a run, search, sweep, study or validation, or several side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from studies.pages.report import write_page
 
 
 def run(folders: list[Path], output: Path | None) -> Path:
-    """Write the page and print its path."""
+    """Write the page, and print and return its path."""
     for folder in folders:
         _check_folder(folder)
     path = write_page(folders, output)

@@ -1,4 +1,4 @@
-"""`windtunnel search`: the most load that a deployment carries within its SLOs; many at once; confirmed on hardware."""
+"""`windtunnel search`: find the capacity of a deployment, or of a sweep, under SLOs, and confirm it on hardware."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def run(
         for plugin in settings.plugin:
             load_plugin(plugin)
         checked(settings)
-        if confirm_top:  # what keeps the engine from it is told before the search is made
+        if confirm_top:  # what prevents the engine is reported before the search
             group = only_group(settings)
             engine_spec(group.replica_spec(), group.model, settings, settings.seed)
-        shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
+        shared["settings"] = settings.model_dump(mode="json")  # the file may change
         for group in settings.groups():
-            deployed(group)  # says what is wrong with it, before anything is written
+            deployed(group)  # raises InputError before anything is written
         changes: list[dict[str, Any]] = [{}]
     else:
         if config is not None:
-            raise InputError(f"--config {config} and --sweep {sweep} both give settings: leave one out")
+            raise InputError(f"--config {config} and --sweep {sweep} both give settings: remove one")
         values = read_file(sweep)
         changes = points(values.pop("sweep", {}), str(sweep))
         shared["file"] = str(sweep.resolve())
@@ -79,7 +79,7 @@ def run(
     idle = sorted(set(given) & ENGINE_KEYS) if not confirm_top else []
     if idle:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        console.print(f"note: without effect: {names} (no engine runs without --confirm)", style="yellow")
+        console.print(f"note: {names} has no effect without --confirm", style="yellow")
     if sweep is not None:
         _check_keys(values, changes, given, sweep)
     for change in changes:
@@ -113,17 +113,17 @@ def run(
 def _check_keys(
     values: Mapping[str, Any], changes: list[dict[str, Any]], given: Mapping[str, Any], sweep: Path
 ) -> None:
-    """InputError for a key that no point could have, and for a flag that would win over what a sweep varies."""
+    """Raise InputError for an unknown key, and for a flag that would override what a sweep varies."""
     varied = {key: None for change in changes for key in change}
     for key in (*values, *varied):
         if key not in BenchConfig.model_fields:
             raise unknown(f"key in {sweep}", key, (*BenchConfig.model_fields, "sweep"))
     if twice := next((key for key in varied if key in given), None):
-        raise InputError(f"--{twice.replace('_', '-')} {given[twice]}: {sweep} varies {twice}: leave one out")
+        raise InputError(f"--{twice.replace('_', '-')} {given[twice]}: {sweep} varies {twice}: remove one")
 
 
 def _contents(every: list[dict[str, Any]]) -> dict[str, str]:
-    """Hashes of the files that the points rest on, which may change: calibrations, traces, lengths, plugins."""
+    """Return hashes of the files that the points depend on: calibrations, traces, lengths, plugins."""
     found = {}
     for point in every:
         flags = point["flags"]
@@ -147,7 +147,7 @@ def _search_all(
     ray_address: str | None,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """A row for each point, in order: what was finished before, and what is searched now."""
+    """Return a row for each point in order: those already finished, and those searched now."""
     rows: list[dict[str, Any]] = [{} for _ in every]
     left = []
     for i, point in enumerate(every):
@@ -161,7 +161,7 @@ def _search_all(
         task = progress.add_task("searching", total=len(every), completed=len(every) - len(left))
         if ray_address is not None:
             results = work_off_on_ray(search_point, todo, ray_address)
-        elif len(every) == 1:  # a single search runs here, and its errors are the command's
+        elif len(every) == 1:  # a single search runs in this process
             results = iter([(0, search_point(todo[0]))] if todo else [])
         else:
             results = work_off(search_point, todo, workers or os.cpu_count() or 1)
@@ -176,7 +176,7 @@ def _search_all(
 
 
 def _prices(text: str) -> dict[str, float]:
-    """Dollars per GPU-hour by device, of "2.5" (any device: "") or "a100=2,h100=4"."""
+    """Return dollars per GPU-hour by device, of "2.5" (any device: "") or "a100=2,h100=4"."""
     found = {}
     for part in text.split(","):
         name, _, price = part.rpartition("=")
@@ -187,7 +187,7 @@ def _prices(text: str) -> dict[str, float]:
 
 
 def _per_dollar(row: Mapping[str, Any], prices: Mapping[str, float] | None) -> float | None:
-    """Requests per dollar at the capacity; None without a price of its device."""
+    """Return requests per dollar at the capacity; None without a price of its device."""
     price = (prices or {}).get(row.get("device", ""), (prices or {}).get(""))
     if price is None or row["status"] != "done":
         return None
@@ -195,7 +195,7 @@ def _per_dollar(row: Mapping[str, Any], prices: Mapping[str, float] | None) -> f
 
 
 def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> None:
-    """A single search in a sentence, several as a table."""
+    """Print a single search as a sentence, several as a table."""
     if len(rows) == 1 and rows[0]["status"] == "done":
         console.print(f"capacity: {rows[0]['words']}", style="bold")
         _print_unsteady(rows, console)
@@ -235,9 +235,9 @@ def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], console: Console) -> None:
-    """Confirm each row's capacity and write it beside the search; several at once where the node has GPUs for them."""
+    """Confirm each row's capacity and write it beside the search; several at once if the node has GPUs for them."""
     if not rows:
-        raise InputError("nothing to confirm: no search found a rate above which an SLO is missed (see the outcomes)")
+        raise InputError("nothing to confirm: no search found a rate above which an SLO is missed")
     gpus = _gpus()
     needed = max(row["num_gpus"] for row in rows)
     slots = max(1, len(gpus) // needed)
@@ -263,18 +263,18 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
 
 
 def _confirmed_words(result: Mapping[str, Any]) -> str:
-    """What hardware said, in a sentence."""
+    """Return the result of a confirmation in a sentence."""
     low, high = result["confirmed_qps"], result["missed_at_qps"]
     if result["settled"]:
         found = f"confirmed {low:.3g} requests/s on {result['hardware']} (predicted {result['error']:+.1%})"
     elif not low:
         found = (
-            f"below {high:.3g} requests/s on {result['hardware']}, far from the prediction ('windtunnel validate' says "
-            "what it is wrong about)"
+            f"below {high:.3g} requests/s on {result['hardware']}, far from the prediction ('windtunnel validate' "
+            "reports where it is wrong)"
         )
     else:
         above = "above it" if high is None else f"at most {high:.3g}"
-        found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled in so many runs"
+        found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled within the runs"
     saved = result["gpu_hours_saved"]
     than = f"{abs(saved):.3g} {'fewer' if saved >= 0 else 'more'} than a plain search"
     unit = "CPU-hours" if result["on"] == "cpu" else "GPU-hours"
@@ -282,7 +282,7 @@ def _confirmed_words(result: Mapping[str, Any]) -> str:
 
 
 def _gpus() -> list[str]:
-    """This process's GPUs as CUDA_VISIBLE_DEVICES names them: from 0, whatever the numbers of the device files."""
+    """Return this process's GPUs as CUDA_VISIBLE_DEVICES names them, counted from 0."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip()]

@@ -28,7 +28,7 @@ def search_point(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
-    """Run a point's predicted capacity on this node's engine."""
+    """Run a point's predicted capacity on this node's engine and return the result."""
     settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
     for plugin in settings.plugin:
         load_plugin(plugin)
@@ -66,5 +66,5 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    """On the terminal, from whichever process."""
+    """Print to stderr, from any process."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`windtunnel study list | run`: published experiments, simulated, with what was published beside what came out."""
+"""`windtunnel study list | run`: simulate published experiments and compare with the published numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from studies.published.run import StudyCrashedError, run
 
 
 def show() -> None:
-    """Print the name, the title and the source of each study."""
+    """Print the name, title and source of each study."""
     console = Console(highlight=False, soft_wrap=True)
     width = max(map(len, studies.names()))
     for name in studies.names():
@@ -39,11 +39,11 @@ def run_study(
     as_markdown: bool,
     confirm: bool,
 ) -> None:
-    """Run a study, write its page, and say what agrees; exit code 1 if a point crashed."""
+    """Run a study, write its page and print the comparison; exit code 1 if a point crashed."""
     if confirm:
-        raise InputError("study --confirm needs a GPU node's engine: use windtunnel search --confirm")
+        raise InputError("study --confirm is not implemented: use windtunnel search --confirm")
     if as_json and as_markdown:
-        raise InputError("--json and --markdown both say what to print: leave one out")
+        raise InputError("--json and --markdown exclude each other: remove one")
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
     whole = studies.load(name)
@@ -71,7 +71,7 @@ def run_study(
             for crash in error.crashes:
                 print(crash.trace, file=sys.stderr, end="")
                 print(f"error: {crash.point} on {crash.host} crashed: {crash.error}", file=sys.stderr)
-            kept = "the points that did not are kept, and are not computed again"
+            kept = "the other points are kept: rerun to resume"
             print(
                 f"error: {len(error.crashes)} points of {name} crashed: no page was written ({kept})", file=sys.stderr
             )

@@ -1,4 +1,4 @@
-"""`windtunnel validate`: a workload on this machine's engine and in the simulator, and how far apart they are."""
+"""`windtunnel validate`: run a workload on this machine's engine and in the simulator, and compare them."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from windtunnel.plugins import load_plugin
 from windtunnel.run_config import resolved
 from windtunnel.settings import BenchConfig
 
-MOSTLY = 0.9  # of the batches within the calibrated range; with fewer it is said what to do
+MOSTLY = 0.9  # of the batches within the calibrated range; with fewer a note is printed
 
 
 def run(
     config: BenchConfig, loads: str | None, against: str | None, output_dir: Path, *, as_json: bool
 ) -> dict[str, Any]:
-    """Run both, write `validation.json` and `validation.html`, and print how far apart they are."""
+    """Run both, write `validation.json` and `validation.html`, and print and return the comparison."""
     if against is not None:
-        raise InputError("--against is not there yet: leave it out to validate this machine's engine")
+        raise InputError("--against is not implemented yet: leave it out to validate this machine's engine")
     for plugin in config.plugin:
         load_plugin(plugin)
     group = only_group(config)
     replica = group.replica_spec()
     spec = engine_spec(replica, group.model, config, config.seed)
-    # until the engine knows its KV blocks, one stands for them
+    # a placeholder until the engine has measured its KV blocks
     deployment = Deployment.of(replica.with_blocks(spec.num_blocks or 1), group.predictor)
     shares = _loads(loads)
     for flag, value in (("request-rate", config.request_rate), ("arrival", config.arrival)):
@@ -50,7 +50,7 @@ def run(
             raise InputError(f"--{flag} {value} has no meaning with --load, which sets the rate of Poisson arrivals: "
                              "leave one out")  # fmt: skip
     workload = config.workload_spec(spec.max_model_len, burst=bool(shares))
-    num_prompts = len(make_workload(workload))  # says what is wrong with it, before the wait
+    num_prompts = len(make_workload(workload))  # raises InputError before the wait
     validation = Validation(
         deployment=deployment, workload=workload, loads=shares, seed=config.seed, slos=config.slos()
     )
@@ -78,7 +78,7 @@ def run(
                 if isinstance(error, InputError) and not (folder / "validation.json").is_file():
                     raise
                 kept = keep_incomplete(folder, output_dir)
-                raise type(error)(f"{error}. What was finished before is in {kept}") from None
+                raise type(error)(f"{error}. What was finished is in {kept}") from None
             finally:
                 executor.close()
         results["version"] = version("windtunnel")
@@ -111,7 +111,7 @@ def _loads(text: str | None) -> tuple[float, ...]:
 
 
 def _print(result: Mapping[str, Any], console: Console, calibrated: bool) -> None:
-    """How far apart one pair of runs is."""
+    """Print the comparison of one pair of runs."""
     where = "" if result["load"] is None else f" at {result['load']:.0%} load"
     rate = "" if result["request_rate"] is None else f" ({result['request_rate']:.3g} requests/s)"
     iterations = result["iterations"]
@@ -122,8 +122,8 @@ def _print(result: Mapping[str, Any], console: Console, calibrated: bool) -> Non
     )
     if calibrated and iterations["in_range"] < MOSTLY:
         console.print(
-            "note: the other batches are extrapolated: something in them was not profiled, or they are larger than "
-            "what was (--max-num-seqs, --max-num-batched-tokens and --max-model-len of 'windtunnel profile')",
+            "note: the other batches are extrapolated: their operators were not profiled, or only in smaller sizes "
+            "(--max-num-seqs, --max-num-batched-tokens and --max-model-len of 'windtunnel profile')",
             style="yellow",
         )
     batches, replay = result["batches"], result["replay"]

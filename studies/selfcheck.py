@@ -236,11 +236,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 if every step went well."""
     parser = argparse.ArgumentParser(
         prog="windtunnel selfcheck",
-        description="Profile, validate and test this machine within a budget of time, each step on its own.",
+        description="Profile, validate, benchmark and test this machine within a time budget, a process for each step.",
     )
     parser.add_argument("--device", choices=sorted(CASES), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--budget", default="9m", help="time to spend, such as 400s or 9m (default: %(default)s)")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the results; must be empty")
+    parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder for the results")
     parser.add_argument("--step", choices=sorted(STEP_FUNCTIONS), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     try:

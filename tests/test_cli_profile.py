@@ -194,7 +194,7 @@ def test_bad_settings_are_told_in_a_line(folder: Path, arguments: list[str], com
     ("arguments", "complaint"),
     [
         (["--load", "half"], "--load 'half'"),
-        (["--load", "0.5", "--against", "http://localhost:8000"], "--against is not there yet"),
+        (["--load", "0.5", "--against", "http://localhost:8000"], "--against is not implemented yet"),
         (["--load", "0.5", "--request-rate", "3"], "--request-rate 3"),
         (["--load", "0.5", "--arrival", "static"], "--arrival static"),
         (["--load", "0.5", "--num-replicas", "2"], "--num-replicas 1"),

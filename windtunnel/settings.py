@@ -1,4 +1,4 @@
-"""The settings of a run, from flags and a YAML file: one pydantic model, which is also where the flags come from.
+"""The settings of a run, from flags, keywords or a YAML file: pydantic models, which the flags are generated from.
 
 Names follow vLLM where vLLM has one. In a file the same names are keys, with underscores; a flag wins over the file.
 """
@@ -51,83 +51,91 @@ Settings = TypeVar("Settings", bound=_Settings)
 class ServingSettings(_Settings):
     """A model, how it is cut over GPUs, and how its batches are formed."""
 
-    model: str = _field(
-        "", "Deployment", "A known model's Hugging Face name, or a folder or file with its config.json."
+    model: str = _field("", "Deployment", "Model: a known Hugging Face name, or a folder or file with a config.json.")
+    tensor_parallel_size: int = _field(
+        _PARALLEL.tensor_parallel_size, "Deployment", "Number of GPUs that share each layer."
     )
-    tensor_parallel_size: int = _field(_PARALLEL.tensor_parallel_size, "Deployment", "GPUs that share each layer.")
-    pipeline_parallel_size: int = _field(_PARALLEL.pipeline_parallel_size, "Deployment", "Pipeline stages.")
+    pipeline_parallel_size: int = _field(_PARALLEL.pipeline_parallel_size, "Deployment", "Number of pipeline stages.")
     dtype: str = _field(
         _REPLICA["dtype"],
         "Deployment",
-        "bfloat16, float16, float32; auto: as the device was profiled, else float32 on a CPU, else bfloat16.",
+        "Data type: bfloat16, float16, float32 or auto (the profile's, else float32 on a CPU, else bfloat16).",
     )
     engine: str = _field(
         _REPLICA["engine"],
         "Deployment",
-        "Engine whose settings hold where none is given: windtunnel, vllm@0.15, vllm@latest, vllm-v0, orca, "
-        "sarathi-osdi24 (`windtunnel engines` lists them), or a YAML file.",
+        "Engine preset, which supplies every setting that is not given: windtunnel, vllm@0.15, vllm@latest, vllm-v0, "
+        "orca, sarathi-osdi24 (list: `windtunnel engines`), or a YAML file.",
     )
     usage: Literal["server", "offline"] = _field(
-        _REPLICA["usage"], "Deployment", "server or offline: which of the engine's limits hold where they differ."
+        _REPLICA["usage"], "Deployment", "Limits of the engine preset to use: server or offline."
     )
     gpu_memory_utilization: float | None = _field(
-        None, "Deployment", "Share of the GPU's memory to use; default: the engine's, 0.9 mostly."
+        None, "Deployment", "Share of the GPU memory to use. Default: the engine's, mostly 0.9."
     )
     num_gpu_blocks_override: int | None = _field(
-        _REPLICA["num_gpu_blocks_override"], "Deployment", "KV blocks, instead of what the memory holds."
+        _REPLICA["num_gpu_blocks_override"], "Deployment", "Number of KV blocks. Default: as many as fit in the memory."
     )
     scheduler: str | None = _field(
         None,
         "Scheduler",
-        "sarathi, vllm (V1), vllm_v0, orca, request_level, chunked_only or hybrid_only; default: the engine's, of "
-        "windtunnel sarathi.",
+        "Batching policy: sarathi, vllm (V1), vllm_v0, orca, request_level, chunked_only or hybrid_only. Default: the "
+        "engine's (windtunnel: sarathi).",
     )
     max_num_batched_tokens: int | None = _field(
-        _SCHEDULER.max_num_batched_tokens, "Scheduler", "Token budget of a batch; default: the engine's, by device."
+        _SCHEDULER.max_num_batched_tokens,
+        "Scheduler",
+        "Token budget of a batch. Default: the engine's for the device, or the policy's.",
     )
     max_num_seqs: int | None = _field(
-        None, "Scheduler", "Most requests running at once; default: the engine's, of windtunnel 128."
+        None, "Scheduler", "Maximum number of requests running at once. Default: the engine's (windtunnel: 128)."
     )
     max_model_len: int | None = _field(
         _SCHEDULER.max_model_len,
         "Scheduler",
-        "Longest request (tokens); longer ones are dropped, counted.",
+        "Maximum length of a request (tokens); longer ones are dropped and counted. Default: the model's.",
     )
-    block_size: int | None = _field(None, "Scheduler", "Tokens in a KV block; default 16.")
+    block_size: int | None = _field(None, "Scheduler", "Number of tokens in a KV block. Default: the engine's, 16.")
     watermark: float | None = _field(
-        None, "Scheduler", "Share of the KV blocks that admission leaves free; default: the engine's, or the policy's."
+        None, "Scheduler", "Share of the KV blocks that admission keeps free. Default: the engine's or the policy's."
     )
     enable_prefix_caching: bool | None = _field(
-        None, "Scheduler", "true: reuse the KV blocks of prompts that begin alike; default: the engine's."
+        None, "Scheduler", "true: reuse the KV blocks of prompts with a common prefix. Default: the engine's."
     )
     async_scheduling: bool | None = _field(
         None,
         "Scheduler",
-        "true: form the next batch while one runs (one pipeline stage only); default: the engine's, of windtunnel "
-        "false.",
+        "true: schedule the next batch while one runs (one pipeline stage only). Default: the engine's (windtunnel: "
+        "false).",
     )
     scheduling_policy: Literal["fcfs", "priority"] | None = _field(
-        None, "Scheduler", "Of vllm: fcfs (default), or priority, for requests that have one."
+        None, "Scheduler", "Order of the vllm policy: fcfs or priority. Default: fcfs."
     )
     long_prefill_token_threshold: int | None = _field(
-        None, "Scheduler", "Of vllm: most tokens of one request in a batch; default 0: the budget alone."
+        None, "Scheduler", "Maximum tokens of one request in a batch of the vllm policy. Default: 0, no limit."
     )
     long_prefill_token_threshold_adaptive: bool | None = _field(
-        None, "Scheduler", "Of vllm: true raises that threshold where few requests share the budget; default false."
+        None, "Scheduler", "true: raise that threshold when few requests share the budget (vllm 0.33). Default: false."
     )
     scheduler_reserve_full_isl: bool | None = _field(
-        None, "Scheduler", "Of vllm: true admits only where the whole prompt's blocks are free; default by version."
+        None,
+        "Scheduler",
+        "true: admit a request only when blocks for its whole prompt are free (vllm). Default: by version.",
     )
-    vllm_version: str | None = _field(None, "Scheduler", "Of vllm: whose rules; default: the engine's.")
+    vllm_version: str | None = _field(
+        None, "Scheduler", "Version whose rules the vllm policy follows. Default: the engine's."
+    )
     chunk_schedule: Literal["fixed", "dynamic"] = _field(
         _SCHEDULER.chunk_schedule,
         "Scheduler",
-        "Chunk size of prompts: fixed, dynamic.",
+        "Chunk size of prompts: fixed or dynamic.",
     )
-    chunk_schedule_low: int | None = _field(None, "Scheduler", "Dynamic schedule: smallest chunk (tokens).")
-    chunk_schedule_high: int | None = _field(None, "Scheduler", "Dynamic schedule: largest chunk (tokens).")
-    chunk_schedule_stages: int | None = _field(None, "Scheduler", "Dynamic schedule: number of chunk sizes.")
-    chunk_schedule_max_tokens: int | None = _field(None, "Scheduler", "Dynamic schedule: prompt length it spans.")
+    chunk_schedule_low: int | None = _field(None, "Scheduler", "Smallest chunk of the dynamic schedule (tokens).")
+    chunk_schedule_high: int | None = _field(None, "Scheduler", "Largest chunk of the dynamic schedule (tokens).")
+    chunk_schedule_stages: int | None = _field(None, "Scheduler", "Number of chunk sizes in the dynamic schedule.")
+    chunk_schedule_max_tokens: int | None = _field(
+        None, "Scheduler", "Prompt length that the dynamic schedule spans (tokens)."
+    )
 
     def parallel_spec(self) -> ParallelSpec:
         return ParallelSpec(
@@ -154,30 +162,34 @@ class ServingSettings(_Settings):
 
 
 class ReplicaConfig(ServingSettings):
-    """What may differ between the replicas of a cluster."""
+    """Settings that may differ between the replicas of a cluster."""
 
     device: str = _field(
         "",
         "Deployment",
-        "a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, a YAML file, or a calibration's folder.",
+        "Device: a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, a YAML file or a calibration's folder.",
     )
     network: str | None = _field(
         _REPLICA["network"],
         "Deployment",
-        "Inside a node: nvswitch_a100, pairwise_nvlink, pcie, ... or a YAML file; default: the device's usual.",
+        "Network inside a node: nvswitch_a100, pairwise_nvlink, pcie, ... or a YAML file. Default: the device's.",
     )
     internode_network: str | None = _field(
         _REPLICA["internode_network"],
         "Deployment",
-        "Between nodes: ethernet_100g or infiniband_200g; by default the network's usual.",
+        "Network between nodes: ethernet_100g or infiniband_200g. Default: that of --network.",
     )
     host_overhead: str = _field(
         _REPLICA["host_overhead"],
         "Deployment",
-        "Host overhead: cuda_graphs, eager, eager_cpu, sarathi_osdi24; measured: the calibration's; auto: the measured "
-        "one if there is one, else cuda_graphs, on a CPU eager_cpu.",
+        "Host overhead of an iteration: cuda_graphs, eager, eager_cpu, sarathi_osdi24, measured (by the calibration) "
+        "or auto (measured if available, else eager_cpu on a CPU, else cuda_graphs).",
     )
-    predictor: str = _field("auto", "Deployment", "Times of batches: learned, roofline, or auto (learned if it can).")
+    predictor: str = _field(
+        "auto",
+        "Deployment",
+        "Predictor of batch times: learned, roofline, or auto (learned if the device has a calibration).",
+    )
 
     def replica_spec(self) -> ReplicaSpec:
         """Resolve the settings into the replica they describe. Raises InputError for what can't be."""
@@ -193,20 +205,28 @@ class ReplicaConfig(ServingSettings):
 
 
 class EngineSettings(_Settings):
-    """How the engine runs, where that is no part of what it is asked to do."""
+    """Settings of the engine that a simulation ignores."""
 
     attention_backend: str | None = _field(
-        None, "Engine", "flash_attn, flashinfer, torch_varlen or sdpa; default: the best that is installed."
+        None,
+        "Engine",
+        "Attention backend: flash_attn, flashinfer, torch_varlen or sdpa. Default: the best one installed.",
     )
     executor: str | None = _field(
-        None, "Engine", "in_process (one rank), multiprocess (one node) or ray; default: the first that will do."
+        None,
+        "Engine",
+        "Executor: in_process (one rank), multiprocess (one node) or ray. Default: the first that suffices.",
     )
-    load_format: str = _field("auto", "Engine", "auto or safetensors: the model folder's weights; dummy: random ones.")
-    enforce_eager: bool = _field(False, "Engine", "true: no CUDA graphs.")
+    load_format: str = _field(
+        "auto", "Engine", "Weights: auto or safetensors (from the model folder), or dummy (random)."
+    )
+    enforce_eager: bool = _field(False, "Engine", "true: disable CUDA graphs.")
     cudagraph_capture_sizes: str | int | None = _field(
-        None, "Engine", "Decode batches to capture as CUDA graphs, such as 1,2,4,8; larger ones run eagerly."
+        None,
+        "Engine",
+        "Decode batch sizes to capture as CUDA graphs, such as 1,2,4,8; others run eagerly. Default: up to 256.",
     )
-    distributed_port: int | None = _field(None, "Engine", "Port where ranks meet; default: a free one.")
+    distributed_port: int | None = _field(None, "Engine", "Port for the rendezvous of ranks. Default: a free port.")
 
 
 ENGINE_KEYS = frozenset(EngineSettings.model_fields)
@@ -215,18 +235,20 @@ ENGINE_KEYS = frozenset(EngineSettings.model_fields)
 class RunConfig(ReplicaConfig):
     """Everything that decides a run."""
 
-    num_replicas: int = _field(1, "Deployment", "Replicas behind the router.")
+    num_replicas: int = _field(1, "Deployment", "Number of replicas behind the router.")
     router: str = _field(
-        "round_robin", "Deployment", "round_robin, random, least_outstanding_requests or least_outstanding_tokens."
+        "round_robin",
+        "Deployment",
+        "Router: round_robin, random, least_outstanding_requests or least_outstanding_tokens.",
     )
     workload: str | None = _field(
         None,
         "Workload",
-        "openchat_sharegpt4 (default), arxiv_summarization, azure_code, azure_conv, fixed, uniform, zipf, random or "
-        "FILE.json",
+        "Distribution of lengths: openchat_sharegpt4 (the default), arxiv_summarization, azure_code, azure_conv, "
+        "fixed, uniform, zipf or FILE.json.",
     )
     trace: Path | None = _field(
-        None, "Workload", "Recorded trace (CSV or JSONL; docs/settings.md), instead of a distribution."
+        None, "Workload", "Recorded trace to replay (CSV or JSONL; docs/settings.md) in place of --workload."
     )
     columns: str | None = _field(
         None,
@@ -260,10 +282,10 @@ class RunConfig(ReplicaConfig):
         0.0, "Workload", "Closed loop: time from an answer to the next request that the client takes (ms)."
     )
     input_len: str | int | None = _field(
-        None, "Workload", "Prompt tokens of fixed (N), uniform and zipf (LOW:HIGH) lengths."
+        None, "Workload", "Prompt length in tokens: N for fixed, LOW:HIGH for uniform and zipf."
     )
     output_len: str | int | None = _field(
-        None, "Workload", "Output tokens of fixed (N), uniform and zipf (LOW:HIGH) lengths."
+        None, "Workload", "Output length in tokens: N for fixed, LOW:HIGH for uniform and zipf."
     )
     zipf_alpha: float = _field(1.2, "Workload", "Exponent of zipf lengths.")
     clip_tokens: int | None = _field(None, "Workload", "Shorten longer requests to this many tokens.")
@@ -272,18 +294,23 @@ class RunConfig(ReplicaConfig):
         None, "Workload", "Requests (with --turns: conversations) per second; inf: all at once."
     )
     arrival: str | None = _field(
-        None, "Workload", "poisson, gamma, static, burst (all at once) or trace (as recorded)."
+        None,
+        "Workload",
+        "Arrival process: poisson, gamma, static, burst (all at once) or trace (as recorded). Default: trace for a "
+        "--trace without --request-rate, else poisson.",
     )
     arrival_cv: float = _field(1.0, "Workload", "Coefficient of variation of gamma arrivals.")
-    rate_scale: float = _field(1.0, "Workload", "Speed-up of recorded arrivals.")
-    seed: int = _field(0, "Workload", "Seed of every random choice.")
-    plugin: list[Path] = _field([], "Extensions", "A Python file that adds policies, routers or predictors by name.")
+    rate_scale: float = _field(1.0, "Workload", "Factor by which recorded arrivals are sped up.")
+    seed: int = _field(0, "Workload", "Random seed.")
+    plugin: list[Path] = _field(
+        [], "Extensions", "Python file that registers policies, routers, predictors or metrics; repeatable."
+    )
     slo: list[str] = _field(
-        [], "Goals", "A latency goal such as 'p99_tbt<=0.1' (s) or 'mean_ttft<=300ms'; may be given several times."
+        [], "Goals", "Latency goal such as 'p99_tbt<=0.1' (seconds) or 'mean_ttft<=300ms'; repeatable."
     )
 
     def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
-        """The workload; requests over `max_model_len` tokens are dropped. `burst`: all at once, at whatever rate."""
+        """Return the workload without requests over `max_model_len` tokens. `burst`: all at once, at no rate."""
         if self.trace is not None:
             check_no_result(self.trace)
         named: dict[str, Any] = {} if self.workload is None else {"lengths": self.workload}
@@ -338,12 +365,12 @@ class FileConfig(RunConfig):
     replicas: list[dict[str, Any]] = Field([], description="Groups of replicas of different kinds.")
 
     def groups(self) -> list[ReplicaGroup]:
-        """The kinds of replica and how many there are of each."""
+        """Return the kinds of replica and the count of each."""
         shared = {key: value for key, value in self.model_dump().items() if key in ReplicaConfig.model_fields}
         if not self.replicas:
             return [ReplicaGroup(**shared, count=self.num_replicas)]
         if "num_replicas" in self.model_fields_set:
-            raise InputError("num_replicas and replicas both say how many replicas there are: leave one out")
+            raise InputError("num_replicas and replicas both set the number of replicas: remove one")
         groups = []
         for i, group in enumerate(self.replicas):
             found = _validate(ReplicaGroup, {**shared, **_underscored(group)}, f"replicas[{i}]")
@@ -358,14 +385,18 @@ class BenchConfig(FileConfig, EngineSettings):
 
 
 class GenerateConfig(EngineSettings, ServingSettings):
-    """Some prompts on the engine."""
+    """A generation from prompts on the engine."""
 
-    device: str = _field("auto", "Deployment", "cpu, a GPU's name, or auto: a GPU if there is one.")
-    max_tokens: int = _field(128, "Sampling", "Most tokens to generate for each prompt; --max-model-len bounds it too.")
-    temperature: float = _field(0.0, "Sampling", "0 takes the likeliest token each time.")
-    top_k: int = _field(0, "Sampling", "Draw from this many likeliest tokens; 0: from all.")
-    top_p: float = _field(1.0, "Sampling", "Draw from the likeliest tokens that hold this share of the probability.")
-    seed: int = _field(0, "Sampling", "Seed of every random choice.")
+    device: str = _field("auto", "Deployment", "Device: cpu, the name of a GPU, or auto (a GPU if available).")
+    max_tokens: int = _field(
+        128, "Sampling", "Maximum number of tokens to generate for each prompt, within --max-model-len."
+    )
+    temperature: float = _field(0.0, "Sampling", "Sampling temperature; 0 always takes the most likely token.")
+    top_k: int = _field(0, "Sampling", "Sample from this many most likely tokens; 0: from all.")
+    top_p: float = _field(
+        1.0, "Sampling", "Sample from the most likely tokens that hold this share of the probability."
+    )
+    seed: int = _field(0, "Sampling", "Random seed.")
 
     def replica_spec(self, device: DeviceSpec) -> ReplicaSpec:
         """Resolve the settings into the replica that generates on `device`. Raises InputError for what can't be."""
@@ -376,7 +407,7 @@ File = TypeVar("File", bound=FileConfig)
 
 
 def from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
-    """Settings of flags alone (those that are not None)."""
+    """Return the settings of flags alone (those that are not None)."""
     given = {key: value for key, value in flags.items() if value is not None}
     return _validate(kind, given, "flags", given)
 
@@ -414,6 +445,7 @@ def combined(values: dict[str, Any], given: dict[str, Any], where: str, kind: ty
 
 
 def read_file(path: Path) -> dict[str, Any]:
+    """Read a YAML file of settings. Raises InputError if it can't be read or is no mapping."""
     import yaml
 
     try:
@@ -423,12 +455,12 @@ def read_file(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds no settings: write one 'key: value' a line")
+        raise InputError(f"{path} holds no settings: write one 'key: value' per line")
     return _underscored(values)
 
 
 def _underscored(values: dict[str, Any]) -> dict[str, Any]:
-    """Keys may be written as the flags are."""
+    """Return the settings with dashes in their keys replaced by underscores."""
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
@@ -444,7 +476,7 @@ _WANTED = {  # by pydantic's name of what is wrong
 
 
 def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: Collection[str] = ()) -> Settings:
-    """`values` as settings; an error names the flag, or `where` and the key."""
+    """Return `values` as settings. Raises InputError that names the flag, or `where` and the key."""
     for key in values:
         if key not in kind.model_fields:
             raise unknown_setting(f"key in {where}", str(key), kind.model_fields)
