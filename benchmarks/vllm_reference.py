@@ -19,6 +19,7 @@ import argparse
 import json
 import lzma
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ RESULTS = {"requests", "steps", "preemptions", "hit_tokens", "prompt_tokens", "r
            "min_free", "max_running", "max_waiting", "end_ns", "ttft_p50_ns", "ttft_p99_ns", "sha256",
            "same_as"}  # fmt: skip
 OPTIONS = {"long_prefill_token_threshold", "long_prefill_token_threshold_adaptive", "scheduler_reserve_full_isl",
-           "watermark"}  # fmt: skip
+           "watermark", "policy"}  # fmt: skip
+RENAMED = {"policy": "scheduling_policy"}
 
 Row = dict[str, Any]
 
@@ -103,7 +105,7 @@ def scheduler_of(case: Row) -> Scheduler:
         max_model_len=case["max_model_len"],
         block_size=case["block_size"],
         enable_prefix_caching=case["enable_prefix_caching"],
-        **{"watermark": 0.0, **case["scheduler"]},
+        **{"watermark": 0.0, **{RENAMED.get(name, name): value for name, value in case["scheduler"].items()}},
     )
     blocks = case["num_gpu_blocks"] - 1  # one of vLLM's is never handed out
     return Scheduler(resolve(spec, case["max_model_len"]), blocks, async_scheduling=case["async_scheduling"])
@@ -114,7 +116,8 @@ def requests_of(workload: list[Row]) -> list[Request]:
     requests = []
     for row in workload:
         hashes = [first + i for first, length in row["hash_runs"] for i in range(length)]
-        requests.append(Request(row["id"], float(row["arrival_ns"]), row["prompt"], row["output"], hashes))
+        lengths = row["prompt"], row["output"]
+        requests.append(Request(row["id"], float(row["arrival_ns"]), *lengths, hashes, row.get("priority", 0)))
     return sorted(requests, key=lambda request: (request.arrived_at, request.id))
 
 
@@ -152,15 +155,17 @@ def replay(case: Row, workload: list[Row]) -> tuple[list[Row], dict[int, Row]]:
     recorder.close()
     scheduler.kv_cache.check_integrity([])
     table = recorder.requests()
-    columns = ("request_id", "first_token_s", "last_token_s", "preemptions")
+    # a recording has the preemptions of calls that gave a batch; where two are in flight, others may give none
+    preemptions = Counter(number for step in steps for number in step["pre"])
+    columns = ("request_id", "first_token_s", "last_token_s")
     rows = {
         int(number): {
             "first_ns": first,
             "last_ns": last,
-            "preemptions": int(count),
+            "preemptions": preemptions[int(number)],
             "admissions": admissions[int(number)],
         }
-        for number, first, last, count in zip(*(table[name].tolist() for name in columns), strict=True)
+        for number, first, last in zip(*(table[name].tolist() for name in columns), strict=True)
     }
     return steps, rows
 
@@ -230,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = f"{path.parent.name} {path.stem}"
         try:
             found, steps = compare(path)
-        except (ValueError, KeyError, OSError, RuntimeError, AssertionError) as error:
+        except (ValueError, KeyError, OSError, EOFError, lzma.LZMAError, RuntimeError, AssertionError) as error:
             print(f"{name}: NOT COMPARED: {type(error).__name__}: {error}", flush=True)
             continue
         equal += found is None

@@ -1,6 +1,6 @@
 """The process behind `windtunnel` (and `python -m cli`): signals, exit codes and the line that goes with them.
 
-Small, so that Ctrl-C is answered in words from the first moment on; everything else is imported inside.
+Small, so that Ctrl-C prints one line from the first moment on; everything else is imported inside.
 """
 
 import cli.clock  # noqa: F401, I001  # first: it reads the clock
@@ -10,7 +10,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 2 on bad input, 130 when interrupted, 1 when the machine fails it."""
+    """Run the command line and exit: 2 on bad input, 130 when interrupted, 1 on any other failure."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     given = sys.argv[1:] if arguments is None else arguments
@@ -23,12 +23,19 @@ def main(arguments: list[str] | None = None) -> None:
 
         code, message = run(arguments)
     except KeyboardInterrupt:
-        goes_on = given[:1] in (["search"], ["profile"])
-        what = "the same command goes on from here" if goes_on else "no results were written"
-        code, message = 130, f"interrupted: {what}"
+        code, message = 130, f"interrupted: {_after_interrupt(given)}"
     if message:
         print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _after_interrupt(arguments: list[str]) -> str:
+    """Return what became of the results of an interrupted command."""
+    if arguments[:1] in (["search"], ["profile"]) or arguments[:2] == ["study", "run"]:
+        return "rerun the same command to resume"
+    if arguments[:1] == ["selfcheck"]:
+        return "the output folder holds the steps that were finished"
+    return "no results were written"
 
 
 if __name__ == "__main__":

@@ -9,18 +9,27 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.config import BenchConfig, ReplicaGroup
 from cli.engine import engine_spec
-from cli.output import default_folder, load_plugin, print_summary, progress_bar, resolved
+from cli.output import default_folder, print_summary, progress_bar
 from engine.errors import InputError, unknown
 from engine.executors.start import start
-from engine.results.run_folder import keep_incomplete, run_folder, write_chrome_trace, write_config, write_summary
+from engine.results.run_folder import (
+    keep_incomplete,
+    kept_if_interrupted,
+    run_folder,
+    write_chrome_trace,
+    write_config,
+    write_summary,
+)
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import Executor, WorkerError
 from engine.runtime.serve import serve
 from engine.workload.workload import make_workload
 from simulator.cluster import PREDICTORS
 from simulator.router import ROUTERS
+from windtunnel.plugins import load_plugin
+from windtunnel.run_config import resolved
+from windtunnel.settings import BenchConfig, ReplicaGroup
 
 
 def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_trace: bool) -> dict[str, Any]:
@@ -35,7 +44,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     _check_names(config, group)
     target = output_dir or default_folder(replica, workload.name, "bench-")
-    with run_folder(target) as folder:
+    with run_folder(target) as folder, kept_if_interrupted(folder, target, "requests.parquet"):
         with progress_bar("requests") as progress:
             task = progress.add_task("starting", total=len(workload))
             executor = start(spec, config.executor)

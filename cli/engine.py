@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cli.config import EngineSettings
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
 from engine.runtime.engine_spec import DECODE_GRAPHS, LOAD_FORMATS, EngineSpec
 from engine.specs import DeviceSpec, catalog
+from windtunnel.settings import EngineSettings
 
 MOST_PORTS = (1 << 16) - 1
 _SOME_GPU = replace(  # to generate takes any GPU: nothing is computed from this data sheet

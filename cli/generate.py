@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cli.config import GenerateConfig
 from cli.engine import engine_device, engine_spec
 from engine.errors import InputError
 from engine.executors.start import need, start
@@ -18,6 +17,7 @@ from engine.runtime.executor import SamplingParams
 from engine.runtime.sequences import Sequence
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
+from windtunnel.settings import GenerateConfig
 
 
 def run(

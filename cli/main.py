@@ -6,7 +6,6 @@ Thin: each command reads its settings and calls the module that does the work, i
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,10 +16,14 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from cli.config import BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
-from cli.config import load as _load_config
 from engine.errors import InputError
+from engine.results.run_folder import InterruptedRunError
 from engine.runtime.executor import WorkerError
+from windtunnel.messages import in_flags
+from windtunnel.names import nearest
+from windtunnel.plugins import PluginError, blamed
+from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
+from windtunnel.settings import load as _load_config
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
 
@@ -142,7 +145,7 @@ def search(
     output_dir: Annotated[Path, typer.Option(help="Folder for the results; a search that was begun goes on.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags win.")] = None,
     sweep: Annotated[Path | None, typer.Option(help="YAML file of settings, and under `sweep` what varies.")] = None,
-    tolerance: Annotated[float, typer.Option(help="How finely to search: a share of the capacity.")] = 0.025,
+    tolerance: Annotated[float, typer.Option(help="How finely to search: a share of the capacity.")] = TOLERANCE,
     gpu_price: Annotated[
         str | None, typer.Option(help="Dollars per GPU-hour, for requests per dollar: 2.5, or a100=2,h100=4.")
     ] = None,
@@ -243,12 +246,22 @@ def selfcheck(
     *,
     output_dir: Annotated[Path, typer.Option(help="Folder for the results; must be empty.")],
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    budget: Annotated[str, typer.Option(help="Time to spend: 90s, 9m.")] = "9m",
+    budget: Annotated[str, typer.Option(help="Time to spend, such as 400s or 9m.")] = "9m",
 ) -> None:
     """Profile, validate and test this machine within a budget of time, each step on its own."""
     from studies.selfcheck import main
 
     raise typer.Exit(main(["--device", device, "--budget", budget, "--output-dir", str(output_dir)]))
+
+
+@app.command()
+def engines(
+    device: Annotated[str, typer.Option(help="Device whose limits to show.")] = "h100",
+) -> None:
+    """List the engine presets: what each decides, and where its numbers come from."""
+    from cli.engines import show
+
+    show(device)
 
 
 calibrate = typer.Typer(help="Learn a device's calibration from measurements, show it, try it.", no_args_is_help=True)
@@ -381,41 +394,46 @@ def _one_each(arguments: list[str]) -> list[str]:
 
 
 def run(arguments: list[str] | None = None) -> tuple[int, str]:
-    """Run the command line. Returns the exit code, and what to say about it: 2 is bad input, 1 the machine's fault."""
+    """Run the command line and return its exit code and error message: 2 is bad input, 1 the machine's fault."""
     try:
         code = app(_one_each(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0
-    except InputError as error:
-        return 2, _in_flags(str(error))
-    except _UsageError as error:
-        context = getattr(error, "ctx", None)
-        said = error.format_message()
-        command = context.command_path if context is not None else "windtunnel"
-        return 2, f"{said} (see {command} --help)" if said else ""  # no words: the help was printed
-    except WorkerError as error:
-        return 1, str(error)
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
-    except MemoryError as error:
-        return 1, f"out of memory{f' ({error})' if str(error) else ''}: lower --num-prompts"
-    except OSError as error:
-        return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    except Exception as error:
+        return _explained(error)
     if code == 130:
         raise KeyboardInterrupt
     return code, ""
 
 
-def _in_flags(message: str) -> str:
-    """The message with settings called by their flags (`max_num_seqs 0` is `--max-num-seqs 0`)."""
-    if message.startswith("unknown key"):  # in a file, where the settings' own names are right
-        return message
-    names = "|".join(
-        sorted(
-            (name for name in {**BenchConfig.model_fields, **GenerateConfig.model_fields} if "_" in name),
-            key=len,
-            reverse=True,
-        )
-    )
-    pattern = rf"(?<![\w.])(?:(?:Scheduler|Parallel)Spec )?({names})\b(?!: )"
-    message = re.sub(pattern, lambda found: "--" + found[1].replace("_", "-"), message)
-    message = re.sub(r"\blengths (?=')|(?<=choose )lengths ", "--workload ", message)
-    return re.sub(r"(?<![\w-])arrival (?=')", "--arrival ", message)
+def _explained(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the message of an error; raise it again if it is a defect of Windtunnel."""
+    plugin = error if isinstance(error, PluginError) else blamed(error)
+    if plugin is not None:
+        print(plugin.frames, file=sys.stderr, end="")
+        return plugin.code, in_flags(str(plugin))
+    if isinstance(error, InputError):
+        return 2, in_flags(str(error))
+    if isinstance(error, _UsageError):
+        return 2, _usage(error)
+    if isinstance(error, WorkerError):
+        return 1, str(error)
+    if isinstance(error, InterruptedRunError):
+        return 130, str(error)
+    if isinstance(error, MemoryError):
+        return 1, f"out of memory{f' ({error})' if str(error) else ''}: lower --num-prompts"
+    if isinstance(error, OSError):
+        return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    raise error
+
+
+def _usage(error: Any) -> str:
+    """Return the message of a wrong command line, with the flag that an unknown one likely stands for."""
+    context = error.ctx
+    command = context.command_path if context is not None else "windtunnel"
+    message = error.format_message()
+    if context is not None and (flag := getattr(error, "option_name", None)) is not None:
+        known = {name.lstrip("-"): name for parameter in context.command.params for name in parameter.opts}
+        found = nearest(flag.lstrip("-"), known)
+        message = f"unknown flag {flag}" + (f": did you mean {known[found]}?" if found is not None else "")
+    return f"{message} (see {command} --help)" if message else ""  # no words: the help was printed

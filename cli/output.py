@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import time
 from datetime import datetime
 from pathlib import Path
@@ -20,56 +19,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from cli.config import FileConfig
-from engine.errors import InputError
 from engine.replica_spec import ReplicaSpec
 from engine.results.metric_table import METRICS
 from engine.results.metrics import describe, summary_key
-from engine.specs import catalog
-from engine.workload.workload import DEFAULT_LENGTHS
 
 LINE_S = 30.0
-
-
-def load_plugin(path: Path) -> None:
-    """Run a user's file, which adds its names to POLICIES, ROUTERS or PREDICTORS."""
-    if not path.is_file():
-        raise InputError(f"plugin {path} is not a file: give the path of a Python file")
-    try:
-        runpy.run_path(str(path))
-    except Exception as error:
-        raise InputError(f"plugin {path} fails: {type(error).__name__}: {error}".replace("\n", " ")) from error
-
-
-def resolved(config: FileConfig, kinds: list[ReplicaSpec], num_prompts: int) -> dict[str, Any]:
-    """The settings with what was left open filled in, and files by their full path, so that it runs again anywhere."""
-    values = config.model_dump(mode="json")
-    values["num_prompts"] = num_prompts
-    if config.trace is None:
-        values["workload"] = config.workload or DEFAULT_LENGTHS
-    if config.replicas:
-        del values["num_replicas"]
-        values["replicas"] = [
-            full_paths(group) | {key: kind.settings()[key] for key in ("dtype", "host_overhead")}
-            for group, kind in zip(config.replicas, kinds, strict=True)
-        ]
-    else:
-        (kind,) = kinds
-        values |= kind.settings()
-    values["plugin"] = [str(path.resolve()) for path in config.plugin]
-    return {key: value for key, value in full_paths(values).items() if value not in (None, "", [])}
-
-
-def full_paths(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with each file by its full path; a known name is no file, whatever lies in this folder."""
-    full = dict(settings)
-    for key in ("model", "device", "network"):
-        if full.get(key) and not catalog.is_name(key, full[key]):
-            full[key] = str(Path(full[key]).expanduser().resolve())
-    for key in ("trace", "workload"):
-        if full.get(key) and (key == "trace" or full[key].endswith(".json")):
-            full[key] = str(Path(full[key]).resolve())
-    return full
 
 
 def default_folder(kind: ReplicaSpec, workload: str, prefix: str = "") -> Path:
@@ -115,7 +69,7 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         kind = summary["replicas"][first]
         first += count
         console.print(
-            f"{count} x {kind['model']} on {kind['device']}, {kind['parallel']}, {kind['scheduler']}: "
+            f"{count} x {kind['model']} on {kind['device']}, {kind['parallel']}, {_engine_words(kind)}: "
             f"{kind['kv_cache_tokens']:,} tokens of KV cache{' each' if count > 1 else ''}",
         )
         for note in kind["notes"]:
@@ -123,6 +77,8 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         console.print(f"times: {kind['predictor']}", style="dim")
     if len(summary["replicas"]) > 1:
         console.print(f"{len(summary['replicas'])} replicas behind a {summary['router']} router")
+    for note in summary["workload_notes"]:
+        console.print(f"note: {note}", style="yellow")
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("latency (s)", "mean", "P50", "P90", "P99", "max"):
         table.add_column(column, justify="left" if column.startswith("latency") else "right")
@@ -141,6 +97,17 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         )
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
     )
+    if "prefix_hit_rate" in summary:
+        console.print(
+            f"prefix cache: {summary['prefix_hit_rate']:.1%} of prompt tokens found "
+            f"({summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted)"
+        )
+    if "steady_window_s" in summary:
+        start, end = summary["steady_window_s"]
+        console.print(
+            f"steady window {start:,.1f} to {end:,.1f} s: {summary['steady_request_throughput']:.3g} requests/s, "
+            f"{summary['steady_output_throughput']:,.0f} output tokens/s"
+        )
     if simulator := summary.get("simulator"):
         console.print(
             f"{simulator['batches']:,} batches in {simulator['loop_seconds']:.2f} s, "
@@ -149,3 +116,12 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         )
     console.print(f"verdict: {'; '.join(describe(summary))}", style="bold")
     console.print(f"report: {target / 'report.html'}")
+
+
+def _engine_words(kind: dict[str, Any]) -> str:
+    """The engine and what was asked for instead of its own settings."""
+    overrides = kind["engine_overrides"]
+    own = f" ({', '.join(overrides)} of your own)" if overrides else ""
+    words = [f"{kind['engine']}{own}", f"{kind['scheduler']} scheduler"]
+    words += ["prefix caching"] * kind["prefix_caching"] + ["asynchronous"] * kind["async_scheduling"]
+    return ", ".join(words)

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine.errors import InputError
+from studies.pages.compare_record import kind_of
 from studies.pages.report import write_page
 
 
 def run(folders: list[Path], output: Path | None) -> Path:
     """Write the page and print its path."""
+    for folder in folders:
+        _check_folder(folder)
     path = write_page(folders, output)
     print(f"report: {path}")
     return path
+
+
+def _check_folder(path: Path) -> None:
+    """Raise InputError for a file, with the folder to give in its place if that is one of Windtunnel's."""
+    if not path.is_file():
+        return
+    try:
+        kind = kind_of(path.parent)
+    except InputError:
+        raise InputError(
+            f"{path} is a file: give a folder that simulate, bench, search, study or validate has written"
+        ) from None
+    raise InputError(f"{path} is a file: give the folder of the {kind}, {path.parent}")

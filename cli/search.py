@@ -17,10 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.bench import only_group
-from cli.config import ENGINE_KEYS, BenchConfig, load, read_file
 from cli.engine import engine_spec
-from cli.output import load_plugin, progress_bar
-from cli.search_point import RESULT, checked, confirm_point, search_point, simulated
+from cli.output import progress_bar
+from cli.search_point import confirm_point, search_point
 from engine.errors import InputError, unknown
 from engine.results.files import write_json
 from engine.specs import catalog
@@ -28,8 +27,12 @@ from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
+from windtunnel.capacity import check_tolerance, checked, deployed, open_search
+from windtunnel.plugins import load_plugin
+from windtunnel.results import SEARCH_FILE
+from windtunnel.settings import ENGINE_KEYS, BenchConfig, load, read_file
 
-SETTINGS, SWEEP = "settings.json", "sweep.json"
+SWEEP = "sweep.json"
 
 
 def run(
@@ -49,8 +52,7 @@ def run(
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 160
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
     prices = None if gpu_price is None else _prices(gpu_price)
-    if not 0 < tolerance < 1:
-        raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
+    check_tolerance(tolerance)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
     shared: dict[str, Any] = {"tolerance": tolerance}
@@ -64,7 +66,7 @@ def run(
             engine_spec(group.replica_spec(), group.model, settings, settings.seed)
         shared["settings"] = settings.model_dump(mode="json")  # the file may be another one tomorrow
         for group in settings.groups():
-            simulated(group)  # says what is wrong with it, before anything is written
+            deployed(group)  # says what is wrong with it, before anything is written
         changes: list[dict[str, Any]] = [{}]
     else:
         if config is not None:
@@ -86,7 +88,7 @@ def run(
         every.append({"config": str(config.resolve()) if config else None, "flags": {**base, **change, **given},
                       "folder": str(folder.absolute()), "tolerance": tolerance})  # fmt: skip
     identity = {**shared, "version": version("windtunnel"), "contents": _contents(every)}
-    _open(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
+    open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
     rows = _search_all(every, changes, workers, ray_address, console)
     for row in rows:
         row["requests_per_dollar"] = _per_dollar(row, prices)
@@ -100,7 +102,7 @@ def run(
         _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
         if sweep is not None:
             write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
-    console.print(f"results: {output_dir / (RESULT if sweep is None else SWEEP)}")
+    console.print(f"results: {output_dir / (SEARCH_FILE if sweep is None else SWEEP)}")
     console.print(f"draw them: windtunnel report {output_dir}")
     if as_json:
         print(json.dumps({**(rows[0] if sweep is None else {"points": rows}), "output_dir": str(output_dir)}))
@@ -138,19 +140,6 @@ def _contents(every: list[dict[str, Any]]) -> dict[str, str]:
     return found
 
 
-def _open(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or go on with the same search in it. InputError if it holds anything else."""
-    path = folder / SETTINGS
-    if path.is_file():
-        if json.loads(path.read_text("utf-8")) != json.loads(json.dumps(settings)):
-            raise InputError(f"{folder} holds a search with other settings: give another --output-dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"output folder {folder} is not empty: give another --output-dir")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-
-
 def _search_all(
     every: list[dict[str, Any]],
     changes: list[dict[str, Any]],
@@ -162,7 +151,7 @@ def _search_all(
     rows: list[dict[str, Any]] = [{} for _ in every]
     left = []
     for i, point in enumerate(every):
-        path = Path(point["folder"]) / RESULT
+        path = Path(point["folder"]) / SEARCH_FILE
         if path.is_file():
             rows[i] = json.loads(path.read_text("utf-8"))
         else:

@@ -13,18 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.bench import only_group
-from cli.config import BenchConfig
 from cli.engine import engine_spec
-from cli.output import load_plugin, progress_bar, resolved
+from cli.output import progress_bar
 from engine.errors import InputError
 from engine.executors.start import start
 from engine.results.metric_table import drawn_metrics
-from engine.results.run_folder import keep_incomplete, run_folder, write_config, write_summary
+from engine.results.run_folder import keep_incomplete, kept_if_interrupted, run_folder, write_config, write_summary
 from engine.runtime.executor import WorkerError
 from engine.workload.workload import make_workload
 from simulator.cluster import Deployment
 from studies.validation.compare import STATISTICS
 from studies.validation.run import Validation
+from windtunnel.plugins import load_plugin
+from windtunnel.run_config import resolved
+from windtunnel.settings import BenchConfig
 
 MOSTLY = 0.9  # of the batches within the calibrated range; with fewer it is said what to do
 
@@ -54,7 +56,7 @@ def run(
     )
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 130
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
-    with run_folder(output_dir) as folder:
+    with run_folder(output_dir) as folder, kept_if_interrupted(folder, output_dir, "validation.json"):
 
         def so_far(results: Mapping[str, Any]) -> None:
             write_summary(folder, results, "validation.json")

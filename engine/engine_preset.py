@@ -1,51 +1,202 @@
-"""The engine that a replica runs, as data: its host overhead, its attention kernel, and where both come from.
+"""The engine that a replica runs, as data: its scheduler, its limits by device, its host overhead, its graphs.
 
-from engine.specs import catalog
-print(preset("auto", catalog.device("cpu")))
+Users run engines, not policies: `vllm@0.15` stands for all that vLLM 0.15 decides where nobody asks for something else.
+The presets are files in `calibration_data/engines`, each with where its numbers come from; a version more is a file
+more. A file of one's own has the same keys, or those that differ and a `base`.
+
+    from engine.specs import catalog
+    print(preset("vllm@0.15", catalog.device("h100")).scheduler)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from engine.errors import InputError
-from engine.specs import DeviceSpec, HostOverhead, catalog
-from engine.specs.device_folder import measured_host
+from engine.errors import InputError, unknown
+from engine.specs import DeviceSpec, HostOverhead, SchedulerSpec, catalog
+from engine.specs.checks import field_types
+from engine.specs.device_folder import CALIBRATIONS, measured_host
 
+GIB = 1 << 30
+FOLDER = CALIBRATIONS / "engines"
+DEFAULT = "windtunnel"
+LATEST = "latest"
 MEASURED = "measured"  # the setting that takes the host overhead of the device's own calibration
+USAGES = ("server", "offline")
 _WINDTUNNEL_HOSTS = {"cuda": "cuda_graphs", "cpu": "eager_cpu"}  # estimates, for devices whose host was not measured
+_KEYS = {"base", "description", "scheduler", "limits", "gpu_memory_utilization", "async_scheduling", "null_blocks",
+         "graph_sizes", "host", "source"}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePreset:
-    """A named engine. `host_overhead` is the setting that selects `host`."""
+    """A named engine on a device.
 
-    name: str
+    `scheduler` has the fields of a SchedulerSpec that it decides; `host_overhead` is the setting that selects `host`.
+    `null_blocks` of its KV blocks are never handed out. `overrides` names the settings that were asked for instead.
+    """
+
+    name: str  # with its version, such as vllm@0.15
+    description: str
+    source: str  # where the numbers come from
     host_overhead: str
     host: HostOverhead
-    source: str  # where the numbers come from
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    gpu_memory_utilization: float = 0.9
+    async_scheduling: bool = False
+    null_blocks: int = 0
+    graph_sizes: str = "none"  # how CUDA graphs are sized: vllm, or none: batches are not padded
+    overrides: tuple[str, ...] = ()
 
     @property
     def attention_kernel(self) -> str | None:
         """The attention kernel it runs, by its name in a calibration; None: the one that was measured most."""
         return self.host.attention_kernel
 
+    def scheduler_spec(self, given: Mapping[str, Any]) -> SchedulerSpec:
+        """Return the scheduler's spec with the fields of `given` in place of the preset's."""
+        return SchedulerSpec(**{**self.scheduler, **given})
 
-def preset(host_overhead: str, device: DeviceSpec) -> EnginePreset:
-    """Return the engine that a `host_overhead` setting selects on a device.
+    def padded(self, scheduler: SchedulerSpec) -> EnginePreset:
+        """Return the preset with its CUDA-graph sizes for a resolved scheduler, to which batches are padded."""
+        if self.graph_sizes != "vllm":
+            return self
+        return replace(self, host=replace(self.host, graph_sizes=vllm_graph_sizes(scheduler)))
 
-    "auto" is this engine with the host overhead that the device's calibration measured, else an estimate; "measured"
-    insists on the measured one; a name in `catalog.HOST_OVERHEADS` selects that one, and the engine it was measured on.
-    Raises InputError for an unknown name, and for "measured" where nothing was.
+
+def vllm_graph_sizes(scheduler: SchedulerSpec) -> tuple[int, ...]:
+    """Batch sizes that vLLM V1 captures (config/vllm.py: _set_cudagraph_sizes)."""
+    top = min(2 * scheduler.max_num_seqs, 512, scheduler.max_num_batched_tokens or 512)
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    return tuple(size for size in sizes if size <= top)
+
+
+def names() -> list[str]:
+    """Return the presets that ship, by name and version."""
+    return sorted((path.stem for path in FOLDER.glob("*.json")), key=_by_version)
+
+
+def preset(
+    engine: str, device: DeviceSpec, host_overhead: str = "auto", usage: str = "server", max_model_len: int = 0
+) -> EnginePreset:
+    """Return an engine on a device.
+
+    Args:
+        engine: a name, a name with a version, `NAME@latest` (as the bare name where there are several), or a file.
+        host_overhead: "auto" is the preset's own, of `windtunnel` what the device's calibration measured, else an
+            estimate; "measured" insists on the measured one; else a name in `catalog.HOST_OVERHEADS`.
+        usage: server or offline, where the engine's limits differ.
+        max_model_len: of the replica; 0 where it is not known.
+
+    Raises InputError for an unknown name, a broken file, and for "measured" where nothing was.
     """
-    measured = measured_host(device) if host_overhead in ("auto", MEASURED) else None
+    if usage not in USAGES:
+        raise unknown("usage", usage, USAGES)
+    name, data = _read(engine)
+    host_setting, host = _host(name, data.get("host"), host_overhead, device)
+    scheduler = {**_limits(data.get("limits") or [], device, usage, max_model_len), **(data.get("scheduler") or {})}
+    return EnginePreset(
+        name=name,
+        description=str(data.get("description", "")),
+        source=str(data["source"]),
+        host_overhead=host_setting,
+        host=host,
+        scheduler=scheduler,
+        **{key: data[key] for key in ("gpu_memory_utilization", "async_scheduling", "null_blocks", "graph_sizes")
+           if key in data},
+    )  # fmt: skip
+
+
+def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
+    family, _, version = name.partition("@")
+    return family, tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _read(engine: str) -> tuple[str, dict[str, Any]]:
+    """The preset's full name and its data."""
+    if engine.endswith((".yaml", ".yml", ".json")):
+        return _read_file(Path(engine).expanduser())
+    known = names()
+    family, _, version = engine.partition("@")
+    mine = [name for name in known if name == family or name.startswith(f"{family}@")]
+    if version in ("", LATEST) and mine:
+        return mine[-1], _parse(FOLDER / f"{mine[-1]}.json")
+    if engine not in known:
+        raise unknown("engine", engine, [*known, *{f"{name.split('@')[0]}@{LATEST}" for name in known if "@" in name}])
+    return engine, _parse(FOLDER / f"{engine}.json")
+
+
+def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """A preset of the user's own, on top of its base."""
+    data = _parse(path)
+    base: dict[str, Any] = {"source": str(path)}
+    if "base" in data:
+        _, base = _read(str(data["base"]))
+    merged = {**base, **data}
+    for key in ("scheduler", "host"):
+        if isinstance(base.get(key), dict) and isinstance(data.get(key), dict):
+            merged[key] = {**base[key], **data[key]}
+    return path.stem, merged
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            data = json.loads(text)
+        else:
+            import yaml  # only here: a node that measures may lack it
+
+            data = yaml.safe_load(text)
+    except OSError as error:
+        raise InputError(f"can't read the engine file {path}: {error.strerror}") from None
+    except Exception as error:  # of the two parsers
+        raise InputError(f"{path} is no engine file: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no mapping: give the keys {', '.join(sorted(_KEYS))}")
+    for key in data:
+        if key not in _KEYS:
+            raise unknown(f"key in {path}", str(key), _KEYS)
+    for key, kind in (("scheduler", SchedulerSpec), ("host", HostOverhead)):
+        for name in data[key] if isinstance(data.get(key), dict) else ():
+            if name not in field_types(kind):
+                raise unknown(f"key in {path}: {key}", str(name), field_types(kind))
+    return data
+
+
+def _host(name: str, own: Any, setting: str, device: DeviceSpec) -> tuple[str, HostOverhead]:
+    """The host overhead that a setting selects, and the setting that selects the very same again."""
+    if setting == "auto" and isinstance(own, dict):
+        return setting, HostOverhead(**{"name": name, **own})
+    if setting == "auto" and isinstance(own, str):
+        return setting, catalog.host_overhead(own)
+    measured = measured_host(device) if setting in ("auto", MEASURED) else None
     if measured is not None:
-        return EnginePreset(name="windtunnel", host_overhead=MEASURED, host=measured, source=measured.source)
-    if host_overhead == MEASURED:
+        return MEASURED, measured
+    if setting == MEASURED:
         raise InputError(
             f"host_overhead 'measured': no calibration of {device.name} measured one: give the folder of a fitted "
             f"profile as the device, or one of auto, {', '.join(catalog.HOST_OVERHEADS)}"
         )
-    host = catalog.host_overhead(_WINDTUNNEL_HOSTS[device.runs_on] if host_overhead == "auto" else host_overhead)
-    name = "windtunnel" if host.name in _WINDTUNNEL_HOSTS.values() else host.name
-    return EnginePreset(name=name, host_overhead=host.name, host=host, source=host.source)
+    host = catalog.host_overhead(_WINDTUNNEL_HOSTS[device.runs_on] if setting == "auto" else setting)
+    return host.name, host
+
+
+def _limits(tiers: list[dict[str, Any]], device: DeviceSpec, usage: str, max_model_len: int) -> dict[str, int]:
+    """The token budget and sequences that the engine takes on a device: of the first tier that it belongs to.
+
+    vLLM's rule (engine/arg_utils.py): at most as many tokens as the sequences can have, as many sequences as tokens.
+    """
+    for tier in tiers:
+        small = device.memory_bytes < tier.get("least_memory_gib", 0) * GIB
+        if small or tier.get("not_named", "\n") in device.name.lower():
+            continue
+        tokens, sequences = tier[usage]
+        if max_model_len:
+            tokens = min(tokens, sequences * max_model_len)
+        return {"max_num_batched_tokens": tokens, "max_num_seqs": min(sequences, tokens)}
+    return {}

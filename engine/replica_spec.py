@@ -11,16 +11,32 @@ from the data sheet and the engine measures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
-from engine.engine_preset import EnginePreset, preset
+from engine.engine_preset import DEFAULT, EnginePreset, preset
+from engine.engine_preset import names as engine_names
 from engine.errors import InputError, unknown
 from engine.scheduling import policies
 from engine.scheduling.scheduler import Scheduler
 from engine.specs import DTYPES, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec, catalog, memory
 from engine.specs.device_folder import profiled_dtype
-from engine.specs.memory import GPU_MEMORY_UTILIZATION, MOST_BLOCKS
+from engine.specs.memory import MOST_BLOCKS
+
+SETTINGS = (  # of a scheduler, by which a resolved one is written down and read again
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_model_len",
+    "block_size",
+    "watermark",
+    "enable_prefix_caching",
+    "scheduling_policy",
+    "long_prefill_token_threshold",
+    "long_prefill_token_threshold_adaptive",
+    "scheduler_reserve_full_isl",
+    "vllm_version",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +88,10 @@ class ReplicaSpec:
 
     def new_scheduler(self, num_blocks: int | None = None) -> Scheduler:
         """Make the scheduler of one such replica; `num_blocks` None takes `num_kv_blocks()`."""
+        blocks = self.num_kv_blocks() if num_blocks is None else num_blocks
         return Scheduler(
             self.scheduler,
-            self.num_kv_blocks() if num_blocks is None else num_blocks,
+            max(1, blocks - self.engine.null_blocks),
             max_in_flight=self.parallel.pipeline_parallel_size,
             sliding_window=self.model.sliding_window,
             async_scheduling=self.async_scheduling,
@@ -112,8 +129,13 @@ class ReplicaSpec:
             "num_nodes": -(-self.parallel.world_size // self.network.gpus_per_node),
             "parallel": str(self.parallel),
             "num_gpus": self.parallel.world_size,
+            "engine": self.engine.name,
+            "engine_overrides": list(self.engine.overrides),
             "scheduler": self.scheduler.policy,
             "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
+            "max_num_seqs": self.scheduler.max_num_seqs,
+            "async_scheduling": self.async_scheduling,
+            "prefix_caching": self.scheduler.enable_prefix_caching,
             "max_model_len": self.scheduler.max_model_len,
             "num_gpu_blocks": blocks,
             "kv_cache_tokens": blocks * self.scheduler.block_size,
@@ -126,10 +148,14 @@ class ReplicaSpec:
 
         Settings of the same file with these on top resolve to an equal replica.
         """
+        engine = {"engine": self.engine.name} if self.engine.name in engine_names() else {}
+        scheduler = {name: getattr(self.scheduler, name) for name in SETTINGS}
         return {
+            **engine,
+            "scheduler": self.scheduler.policy,
+            **scheduler,
             "dtype": self.model.dtype,
-            "max_num_batched_tokens": self.scheduler.max_num_batched_tokens,
-            "max_model_len": self.scheduler.max_model_len,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
             "async_scheduling": self.async_scheduling,
             "host_overhead": self.engine.host_overhead,
             "num_gpu_blocks_override": self.num_gpu_blocks_override,
@@ -142,11 +168,13 @@ class ReplicaSettings(TypedDict, total=False):
     network: str | None
     internode_network: str | None
     parallel: ParallelSpec | None
-    scheduler: SchedulerSpec | None
+    engine: str
+    usage: str
+    scheduler: SchedulerSpec | Mapping[str, Any] | None
     dtype: str
     host_overhead: str
-    async_scheduling: bool
-    gpu_memory_utilization: float
+    async_scheduling: bool | None
+    gpu_memory_utilization: float | None
     num_gpu_blocks_override: int | None
 
 
@@ -157,11 +185,13 @@ def resolve(
     network: str | None = None,
     internode_network: str | None = None,
     parallel: ParallelSpec | None = None,
-    scheduler: SchedulerSpec | None = None,
+    engine: str = DEFAULT,
+    usage: str = "server",
+    scheduler: SchedulerSpec | Mapping[str, Any] | None = None,
     dtype: str = "auto",
     host_overhead: str = "auto",
-    async_scheduling: bool = False,
-    gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
+    async_scheduling: bool | None = None,
+    gpu_memory_utilization: float | None = None,
     num_gpu_blocks_override: int | None = None,
 ) -> ReplicaSpec:
     """Make a replica from names, files or specs, with what is left open filled in. Raises InputError for what can't be.
@@ -169,7 +199,10 @@ def resolve(
     Args:
         network: inside a node; None takes the device's usual one.
         internode_network: between nodes; None takes the network's own.
-        scheduler: limits left open are filled in from the policy and the model.
+        engine: the preset that decides what is left open (None), see `engine.engine_preset.preset`.
+        usage: server or offline, where the engine's limits differ.
+        scheduler: fields of a SchedulerSpec in place of the engine's, or a whole one. Limits that are still open are
+            filled in from the policy and the model.
         dtype: of weights, activations and KV cache. "auto" leaves a ModelSpec as it is; for a name see `dtype_on`.
         host_overhead: see `engine.engine_preset.preset`.
         num_gpu_blocks_override: KV blocks; None: what the memory holds.
@@ -179,15 +212,26 @@ def resolve(
         model = catalog.model(model).in_dtype(dtype_on(device, dtype))
     elif dtype != "auto":
         model = model.in_dtype(dtype_on(device, dtype))
+    given = dict(scheduler) if isinstance(scheduler, Mapping) else {}
+    longest = given.get("max_model_len") or model.max_position_embeddings
+    chosen = preset(engine, device, host_overhead, usage, longest)
+    spec = scheduler if isinstance(scheduler, SchedulerSpec) else chosen.scheduler_spec(given)
+    spec = policies.resolve(spec, model.max_position_embeddings)
+    ahead = chosen.async_scheduling if async_scheduling is None else async_scheduling
+    share = chosen.gpu_memory_utilization if gpu_memory_utilization is None else gpu_memory_utilization
+    theirs = policies.resolve(chosen.scheduler_spec({"max_model_len": spec.max_model_len}), longest)
+    overrides = [each.name for each in fields(spec) if getattr(spec, each.name) != getattr(theirs, each.name)]
+    overrides += ["async_scheduling"] * (ahead != chosen.async_scheduling)
+    overrides += ["gpu_memory_utilization"] * (share != chosen.gpu_memory_utilization)
     return ReplicaSpec(
         model=model,
         device=device,
         network=catalog.network(network or device.network, internode_network),
         parallel=parallel or ParallelSpec(),
-        scheduler=policies.resolve(scheduler or SchedulerSpec(), model.max_position_embeddings),
-        engine=preset(host_overhead, device),
-        async_scheduling=async_scheduling,
-        gpu_memory_utilization=gpu_memory_utilization,
+        scheduler=spec,
+        engine=replace(chosen.padded(spec), overrides=tuple(overrides)),
+        async_scheduling=ahead,
+        gpu_memory_utilization=share,
         num_gpu_blocks_override=num_gpu_blocks_override,
     )
 

@@ -71,14 +71,14 @@ def _live(driver: Connection, rank: int, count: int, on: Literal["cpu", "cuda"],
     """A rank: measures what it is told, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
-    import torch.distributed as dist
+
+    from engine.worker.rank import meet
 
     if on == "cpu":
         torch.set_num_threads(1)
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     else:
         torch.cuda.set_device(rank)
-    dist.init_process_group("gloo" if on == "cpu" else "nccl", init_method=address, world_size=count, rank=rank)
+    meet("gloo" if on == "cpu" else "nccl", address, rank, count)
     with contextlib.suppress(EOFError, OSError):
         while True:
             kind, num_bytes = driver.recv()

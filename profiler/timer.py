@@ -28,10 +28,11 @@ class CudaTimer:
     GROUP_S = 100e-6  # between two events at least
     BUDGET_S = 0.05
     LEAST, MOST = 8, 64  # groups
+    WARM_UP_CYCLES = 400_000_000  # 0.2 s at 2 GHz: an idle GPU's clock is low, and takes tens of ms to rise
 
     def __init__(self) -> None:
         start, end = self._event(), self._event()
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(self.WARM_UP_CYCLES)
         start.record()
         torch.cuda._sleep(10_000_000)
         end.record()

@@ -14,6 +14,7 @@ import gc
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,7 +24,7 @@ from simpy.events import URGENT
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
-from engine.results.metrics import replica_use, summarize, tbt_percentiles
+from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.scheduling.request import Request
@@ -170,6 +171,9 @@ def simulate(
     def on_finished(request: Request) -> None:
         nonlocal finished, stopped_early
         finished += 1
+        if client is not None:
+            client.finished(request, env.now)
+            send()
         if stop is not None and stopped_early is None:
             stopped_early = stop(request)
             if stopped_early is not None and finished < len(workload):
@@ -193,12 +197,31 @@ def simulate(
     ]
     choose = ROUTERS[router](np.random.default_rng(seed))
 
+    client = workload.sender() if workload.waits else None
+    due = inf  # when `send` is called next, as far as that is known
+
     def arrivals() -> Generator[simpy.Event, Any, None]:
         for request in workload.requests():
             yield env.at(request.arrived_at, URGENT)
             choose(request, replicas).add(request)
 
-    env.process(arrivals())
+    def send(event: simpy.Event | None = None) -> None:
+        """Send what the client has to send now, and come again when there is more."""
+        nonlocal due
+        assert client is not None
+        while client.next_at <= env.now:
+            request = client.pop()
+            choose(request, replicas).add(request)
+        if due <= env.now:
+            due = inf
+        if client.next_at < due:
+            due = client.next_at
+            env.at(due, URGENT).callbacks.append(send)
+
+    if client is None:
+        env.process(arrivals())
+    else:
+        env.at(0.0, URGENT).callbacks.append(send)
     collected = gc.isenabled()
     gc.disable()  # a run makes no reference cycles to speak of, and looking for them takes a fifth of its time
     try:
@@ -209,17 +232,20 @@ def simulate(
         if collected:
             gc.enable()
     requests = recorder.requests()
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
+    closed = workload.client.max_concurrency
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
+    summary["workload_notes"] = list(workload.notes)
     summary["router"] = router
     summary["replicas"] = [
         {
             **deployment.describe(),
-            **replica_use(replica.scheduler.recomputed_tokens, replica.busy_s, replica.occupied_s, summary["duration"]),
+            **replica_use(replica.scheduler, replica.busy_s, replica.occupied_s, summary["duration"]),
         }
         for deployment, replica in zip(deployments, replicas, strict=True)
     ]
+    summary |= prefix_use(summary["replicas"])
     if stopped_early is not None:
         summary["stopped_early"] = stopped_early
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}

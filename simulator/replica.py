@@ -120,9 +120,9 @@ class Replica:
             self._occupied_since = self.env.now
         self.outstanding_requests += 1
         self._tokens_in += request.max_total_tokens
+        self._distrust_repeats()
         if self._launching:  # it will be taken up with the others
             return
-        self._distrust_repeats()
         if len(self._flights) < self.num_stages:  # there is room for it, and whatever else arrives now, at once
             if self._flights:
                 self._settle(bisect_left(self._completions, self.env.now, hi=self._last))
@@ -157,6 +157,7 @@ class Replica:
         if not self._launching:
             if self.num_stages > 1:
                 self._settle(self._last)
+            self._launching = True  # what a finished request sets off arrives before the next batch is formed
             completed = self._complete()
         self._launching = False
         self._launch(completed)

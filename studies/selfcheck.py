@@ -1,12 +1,13 @@
-"""One command for a GPU node that may be gone in ten minutes: measure, learn, say how far off we are, and test.
+"""One command for a GPU node that may be gone in ten minutes: measure, learn, report the error, and test.
 
     windtunnel selfcheck --device cuda --budget 9m --output-dir check
     python -m studies.selfcheck --device cuda --budget 9m --output-dir check     # where pydantic or plotly is missing
 
 Each step is a process of its own, so that it leaves the GPU's memory, and the steps after it, alone; what a step
-measures is written as it goes. What can't be had without the GPU comes first, and the first step also pays for the
-kernels that are compiled. The folder holds at most eight files, to bring home: `summary.json` with a line for each
-step, the tests' and the benchmark's output, the profile, and `validation.json`. There,
+measures is written as it goes, and a step whose time is up is ended and reported with what it did. What needs the GPU
+most comes first, and the first step also pays for the kernels that are compiled. The folder holds at most eight files,
+to bring home: `summary.json` with a line for each step, the tests' and the benchmark's output, the profile, and
+`validation.json`. There,
 `windtunnel calibrate fit --source profile:check/profile` makes the calibration again.
 """
 
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ ROOT = Path(__file__).parents[1]
 LOADS = (0.5, 0.85, 0.95)
 STEPS = {"profile": 0.35, "validate": 0.25, "benchmark": 0.2, "tests": 0.2}  # shares of the budget
 SETTLE_S = 15.0  # of a step's time, to start and to end
+LEAST_S = {  # of a step, below which it ends with nothing: estimates
+    "cuda": {"profile": 60.0, "validate": 75.0, "benchmark": 75.0, "tests": 75.0},
+    "cpu": {"profile": 20.0, "validate": 20.0, "benchmark": 40.0, "tests": 40.0},
+}
+PATIENCE = 1.0  # a step is ended after this many times its share of the budget
+PROGRESS_S = 1.0  # between lines about how far a step is
 SMALL = ModelSpec(name="small", model_type="llama", num_layers=4, hidden_size=512, intermediate_size=1408,
                   num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=8192,
                   max_position_embeddings=4096)  # fmt: skip
@@ -71,10 +79,21 @@ CASES = {
 }
 
 
+def least_budget(device: str, steps: Sequence[str] = tuple(STEPS)) -> float:
+    """Return the shortest budget (s) whose shares leave every step the time that it needs at least."""
+    total = sum(STEPS[step] for step in steps)
+    return max(LEAST_S[device][step] * total / STEPS[step] for step in steps)
+
+
 def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, ...] = tuple(STEPS)) -> bool:
-    """Run the steps within the budget and print a table of them. Returns whether all went well."""
+    """Run the steps within the budget, print a table of them, and return whether all went well.
+
+    Raises InputError, before anything runs, for a budget that is too short.
+    """
     if device not in CASES:
         raise InputError(f"device {device!r}: give cuda or cpu")
+    if budget_s < (least := ceil(round(least_budget(device, steps), 3))):
+        raise InputError(f"--budget {budget_s:g}s is too short on {device}: give at least {least}s")
     if output_dir.exists() and any(output_dir.iterdir()):
         raise InputError(f"{output_dir} is not empty: give another --output-dir")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -96,9 +115,9 @@ def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, 
 
 
 def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[str, Any]:
-    """Run a step as a process that is killed when its time is up; return what came of it in a line."""
+    """Run a step as a process that is ended when its time is up, and return its result in a line."""
     commands: dict[str, list[str]] = {
-        "tests": ["-m", "pytest", "-m", "gpu" if device == "cuda" else "not gpu", "-p", "no:cacheprovider",
+        "tests": ["-m", "pytest", "-m", "gpu" if device == "cuda" else "not gpu", "-v", "-p", "no:cacheprovider",
                   "tests/test_gpu_engine.py", "tests/test_worker_attention.py"],
         "benchmark": ["benchmarks/engine_speed.py", "--device", device, "--json"],
     }  # fmt: skip
@@ -109,7 +128,7 @@ def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[
     try:
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT if step in commands else None, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(5.0, seconds),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE * seconds,
         )  # fmt: skip
         output, code = done.stdout, done.returncode
     except subprocess.TimeoutExpired as error:
@@ -117,11 +136,16 @@ def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[
         output, code = found.decode("utf-8", "replace") if isinstance(found, bytes) else found, -1
     if log is not None:
         log.write_text(output, encoding="utf-8")
-    said = [line for line in output.splitlines() if line.strip()]
-    last = said[-1][:200] if said else "nothing said"
+    printed = [line.strip() for line in output.splitlines() if line.strip()]
+    last = printed[-1][:200] if printed else ""
     if code == -1:
-        return {"ok": False, "result": f"out of time after {seconds:.0f} s; last: {last}"}
-    return {"ok": code == 0, "result": last if code == 0 else f"failed ({code}): {last}"}
+        return {"ok": False, "result": f"out of time after {seconds:.0f} s, {_got_to(step, last)}"}
+    return {"ok": code == 0, "result": last if code == 0 else f"failed ({code}): {last or 'it printed nothing'}"}
+
+
+def _got_to(step: str, last: str) -> str:
+    """Return what a step had done when it was ended, by the last line it printed."""
+    return f"it got to: {last}" if last else f"while it was starting: give {step} more of a longer --budget"
 
 
 def _environment() -> dict[str, str]:
@@ -131,8 +155,16 @@ def _environment() -> dict[str, str]:
 
 
 def profile_step(device: str, seconds: float, output_dir: Path) -> str:
-    """Profile the case's model; the sentence says what was measured."""
+    """Profile the case's model and return a sentence on what was measured."""
     from profiler.profile import ProfileSpec, run_profile
+
+    shown_at = -inf
+
+    def on_progress(part: str, samples: int, left: float) -> None:
+        nonlocal shown_at
+        if (now := time.perf_counter()) - shown_at >= PROGRESS_S:
+            shown_at = now
+            print(f"{samples:,} measurements, of {part}")
 
     case = CASES[device]
     spec = ProfileSpec(
@@ -140,12 +172,12 @@ def profile_step(device: str, seconds: float, output_dir: Path) -> str:
         tensor_parallel_sizes=(1,), dtype=case.dtype, limits=case.limits,
         budget_s=max(5.0, seconds - SETTLE_S), block_size=case.scheduler.block_size,
     )  # fmt: skip
-    session = run_profile(spec, output_dir / "profile", lambda part, samples, left: None)
+    session = run_profile(spec, output_dir / "profile", on_progress)
     return f"{len(session.samples):,} measurements on {session.provenance['hardware']}"
 
 
 def validate_step(device: str, seconds: float, output_dir: Path) -> str:
-    """Fit the profile and validate it at LOADS; the sentence says how far off the simulator is."""
+    """Fit the profile, validate it at LOADS, and return a sentence on the simulator's error."""
     from profiler.importers import read_source
     from simulator.cluster import Deployment, simulate
     from simulator.predictor import calibration as store
@@ -156,10 +188,12 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
     case, profile = CASES[device], output_dir / "profile"
     with tempfile.TemporaryDirectory() as scratch:
         found = this_device(device)
+        print("fitting the profile")
         fitted = calibration_fit.fit(found, [read_source("profile", profile)], on_progress=lambda line: None)
         store.save(fitted, Path(scratch), found)
         (Path(scratch) / "profile.json").write_bytes((profile / "profile.json").read_bytes())
         replica = resolve(case.model, scratch, scheduler=case.scheduler, async_scheduling=device == "cuda")
+        print("starting the engine")
         executor = start(EngineSpec.of(replica, folder=None), "in_process")
         deployment = Deployment.of(replica.with_blocks(executor.num_blocks))
         burst = simulate(make_workload(replace(case.workload, num_prompts=64)), [deployment])
@@ -168,9 +202,18 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
         prompts = max(16, int(left * rate / (1 + sum(1 / load for load in LOADS))))
         workload = replace(case.workload, num_prompts=prompts)
         validation = Validation(deployment=deployment, workload=workload, loads=LOADS)
-        results = validation.run(
-            executor, on_result=lambda so_far: write_summary(output_dir, so_far, "validation.json")
-        )
+        print(f"serving {prompts} requests at once")
+
+        def on_result(so_far: Mapping[str, Any]) -> None:
+            write_summary(output_dir, so_far, "validation.json")
+            print(_validated(so_far))
+
+        results = validation.run(executor, on_result=on_result)
+    return _validated(results)
+
+
+def _validated(results: Mapping[str, Any]) -> str:
+    """Return a sentence on the loads that were validated."""
     errors = [
         f"{each['load']:.0%}: iterations {each['iterations']['mape']:.1%}, "
         f"E2E P50 {each['latencies']['e2e']['p50']['error']:+.1%} P99 {each['latencies']['e2e']['p99']['error']:+.1%}"
@@ -190,13 +233,13 @@ STEP_FUNCTIONS: dict[str, Callable[[str, float, Path], str]] = {"profile": profi
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0 if every step went well."""
+    """Run the command line and return its exit code: 0 if every step went well."""
     parser = argparse.ArgumentParser(
         prog="windtunnel selfcheck",
         description="Profile, validate and test this machine within a budget of time, each step on its own.",
     )
     parser.add_argument("--device", choices=sorted(CASES), default="cuda", help="(default: %(default)s)")
-    parser.add_argument("--budget", default="9m", help="time to spend: 90s, 9m (default: %(default)s)")
+    parser.add_argument("--budget", default="9m", help="time to spend, such as 400s or 9m (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the results; must be empty")
     parser.add_argument("--step", choices=sorted(STEP_FUNCTIONS), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

@@ -36,13 +36,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # the class's name without C
         "Llama",
         _LLAMA | {"num_key_value_heads": 8, "attention_bias": True},
     ),  # as which it was later published
+    "llama_unused_keys": ("Llama", _LLAMA),
     "mistral": ("Mistral", _LLAMA | {"sliding_window": 5}),
+    "mistral_unused_keys": ("Mistral", _LLAMA | {"sliding_window": 5}),
     "qwen2": ("Qwen2", _LLAMA | {"num_key_value_heads": 4}),
+    "qwen2_unused_keys": ("Qwen2", _LLAMA | {"num_key_value_heads": 4}),
+    "qwen2_window": ("Qwen2", _LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    "qwen2_no_layer_windowed": ("Qwen2", _LLAMA | {"use_sliding_window": True, "sliding_window": 5}),
     "falcon_new": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 2}),
     "falcon_new_one_norm": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 1}),
     "falcon_multi_query": ("Falcon", _FALCON | {"multi_query": True, "parallel_attn": True}),
     "falcon_multi_head": ("Falcon", _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True}),
     "phi": ("Phi", _SIZES | {"intermediate_size": 96, "partial_rotary_factor": 0.75}),
+    "phi_unused_keys": ("Phi", _SIZES | {"intermediate_size": 96}),
+}
+# keys that other families use and these models ignore
+_UNUSED_KEYS: dict[str, dict[str, Any]] = {
+    "llama_unused_keys": {"sliding_window": 5, "use_sliding_window": True, "partial_rotary_factor": 0.5},
+    "mistral_unused_keys": {"use_sliding_window": False, "partial_rotary_factor": 0.5},
+    "qwen2_unused_keys": {"sliding_window": 5, "max_window_layers": 0, "partial_rotary_factor": 0.5},
+    "phi_unused_keys": {"sliding_window": 5, "use_sliding_window": True},
 }
 
 
@@ -63,6 +76,9 @@ def write(folder: Path, name: str, **save: Any) -> transformers.PreTrainedModel:
             else:
                 parameter.normal_(0.0 if key.endswith("bias") else 1.0, 0.3, generator=generator)
     model.save_pretrained(folder, **save)
+    if name in _UNUSED_KEYS:
+        edit_config(folder, **_UNUSED_KEYS[name])
+        model = type(model).from_pretrained(folder).eval()
     if name == "internlm":  # transformers has no class of that name
         edit_config(folder, model_type="internlm", bias=True, attention_bias=None)
     return model

@@ -1,4 +1,4 @@
-"""An engine that serves until it is ended from outside; a script that tests run: FOLDER TP PP.
+"""An engine that serves until it is ended from outside; a script that tests run: FOLDER TP PP [EXECUTOR].
 
 Prints the word "serving" when the first requests are finished. Its process has no torch, as that of `windtunnel bench`.
 """
@@ -17,7 +17,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.specs import ParallelSpec, SchedulerSpec, hf_config
 
 
-def main(folder: str, tp: int, pp: int) -> None:
+def main(folder: str, tp: int, pp: int, executor_name: str = "multiprocess") -> None:
     spec = EngineSpec(
         model=hf_config.read(Path(folder)).in_dtype("float32"),
         folder=Path(folder),
@@ -33,7 +33,7 @@ def main(folder: str, tp: int, pp: int) -> None:
     scheduler_spec = resolve(
         SchedulerSpec(max_num_batched_tokens=64, max_num_seqs=4, max_model_len=64, block_size=4), 64
     )
-    executor = start(spec, "multiprocess")
+    executor = start(spec, executor_name)
     try:
         while True:
             scheduler = Scheduler(scheduler_spec, executor.num_blocks, max_in_flight=pp)
@@ -45,4 +45,4 @@ def main(folder: str, tp: int, pp: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -1,6 +1,8 @@
 """What the tests of whole small runs share: a replica with odd times, random workloads, a run's iterations in order."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,8 +10,9 @@ import pytest
 from hypothesis import strategies as st
 
 from engine.scheduling.policies import resolve
-from engine.scheduling.request import BatchShape
+from engine.scheduling.request import BatchShape, Request
 from engine.specs import ParallelSpec, SchedulerSpec, catalog
+from engine.workload.workload import Workload
 from simulator.cluster import Deployment, Run, deploy
 from simulator.predictor.base import RuntimePredictor
 
@@ -29,20 +32,19 @@ class Affine(RuntimePredictor):
 
 
 def deployment(
-    policy: str, stages: int, blocks: int, window: int | None = None, seqs: int = 6, budget: int = 24
+    policy: str, stages: int, blocks: int, window: int | None = None, seqs: int = 6, budget: int = 24, **options: Any
 ) -> Deployment:
-    """A small replica; the policy "dynamic" is sarathi with the dynamic chunk schedule."""
-    spec = resolve(
-        SchedulerSpec(
-            policy="sarathi" if policy == "dynamic" else policy,
-            chunk_schedule="dynamic" if policy == "dynamic" else "fixed",
-            max_num_seqs=seqs,
-            max_num_batched_tokens=budget if policy in ("sarathi", "chunked_only", "dynamic") else 160,
-            max_model_len=80,
-            block_size=4,
-        ),
-        80,
-    )
+    """A small replica; the policy "dynamic" is sarathi with dynamic chunks. `options` are SchedulerSpec's."""
+    splits = policy in ("sarathi", "chunked_only", "dynamic", "vllm")
+    settings: dict[str, Any] = {
+        "policy": "sarathi" if policy == "dynamic" else policy,
+        "chunk_schedule": "dynamic" if policy == "dynamic" else "fixed",
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": budget if splits else 160,
+        "max_model_len": 80,
+        "block_size": 4,
+    }
+    spec = resolve(SchedulerSpec(**settings, **options), 80)
     return deploy(
         replace(catalog.model("microsoft/phi-2"), sliding_window=window), "a100",
         parallel=ParallelSpec(pipeline_parallel_size=stages), scheduler=spec, num_gpu_blocks_override=blocks,
@@ -54,6 +56,39 @@ def with_async(kind: Deployment, ahead: bool) -> Deployment:
     """The replica with asynchronous scheduling, where that is asked for and there is one pipeline stage."""
     one = kind.parallel.pipeline_parallel_size == 1
     return replace(kind, replica=replace(kind.replica, async_scheduling=ahead and one))
+
+
+@dataclass(frozen=True)
+class Sharing(Workload):
+    """A workload whose requests have the KV blocks' hashes and priorities that are given."""
+
+    hashes: tuple[list[int], ...] = ()
+    priorities: tuple[int, ...] = ()
+
+    def requests(self) -> Iterator[Request]:
+        for request, hashes, priority in zip(super().requests(), self.hashes, self.priorities, strict=True):
+            request.block_hashes, request.priority = hashes, priority
+            yield request
+
+
+def sharing(jobs: list[tuple[float, int, int, int, int, int]], block_size: int = 4) -> Sharing:
+    """Requests whose first tokens are those of their family.
+
+    A job is (gap, prompt tokens, output tokens, family, tokens shared with it, priority).
+    """
+    gaps, prompts, outputs, *_, priorities = map(np.array, zip(*jobs, strict=True))
+    hashes = tuple(
+        [block_of(i, family, shared, k, block_size) for k in range((prompt + output) // block_size)]
+        for i, (_, prompt, output, family, shared, _) in enumerate(jobs)
+    )
+    arrivals = np.cumsum(gaps).astype(float)
+    return Sharing("sharing", arrivals, prompts, outputs, 0, hashes=hashes, priorities=tuple(priorities.tolist()))
+
+
+def block_of(number: int, family: int, shared: int, block: int, block_size: int) -> int:
+    """The hash of a block of request `number`: its family's if all tokens up to its end are the family's."""
+    owner = family if (block + 1) * block_size <= shared else 1000 + number
+    return owner * 1000 + block
 
 
 def rows(run: Run) -> list[tuple]:  # type: ignore[type-arg]
@@ -81,3 +116,25 @@ workloads = st.lists(
     min_size=1,
     max_size=25,
 )
+
+sharers = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.001, 0.01, 0.05, 0.3]),
+        st.integers(1, 40),
+        st.integers(1, 39),
+        st.integers(0, 2),
+        st.sampled_from([0, 3, 12, 16, 30, 80]),  # 80: the outputs are the family's too
+        st.sampled_from([0, 0, 1, -3]),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+SHARING_POLICIES: list[tuple[str, dict[str, Any]]] = [
+    *[(name, {}) for name in ("sarathi", "dynamic", "chunked_only", "vllm_v0", "orca", "request_level", "hybrid_only")],
+    *[("vllm", {"vllm_version": version}) for version in ("0.12", "0.15", "0.33")],
+    *[("vllm", {"vllm_version": version, "long_prefill_token_threshold": 5}) for version in ("0.15", "0.33")],
+    *[("vllm", {"vllm_version": version, "scheduling_policy": "priority"}) for version in ("0.15", "0.33")],
+    ("vllm", {"scheduler_reserve_full_isl": False, "watermark": 0.0}),
+    ("vllm", {"long_prefill_token_threshold": 3, "long_prefill_token_threshold_adaptive": True}),
+]

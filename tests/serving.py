@@ -48,6 +48,7 @@ class Oracle:
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            use_cache=False,  # transformers' cache is cut at a `sliding_window` that the model itself ignores
         )
         output: list[int] = everything[0, len(prompt) :].tolist()
         assert len(output) == count
@@ -99,6 +100,7 @@ def serve(
     policy: str = "sarathi",
     stages: int = 1,
     async_scheduling: bool = False,
+    prefix_caching: bool = False,
     num_blocks: int = FEW_BLOCKS,
     prompts: list[list[int]] | None = None,
     counts: list[int] | None = None,
@@ -114,7 +116,7 @@ def serve(
     counts = counts or [count for _, count in LENGTHS]
     spec = resolve(
         SchedulerSpec(policy=policy, max_num_batched_tokens=BUDGETS.get(policy, 16), max_num_seqs=4,
-                      max_model_len=MAX_LEN, block_size=4, watermark=0.0),
+                      max_model_len=MAX_LEN, block_size=4, watermark=0.0, enable_prefix_caching=prefix_caching),
         MAX_LEN,
     )  # fmt: skip
     scheduler = Scheduler(spec, num_blocks, max_in_flight=stages, async_scheduling=async_scheduling)

@@ -3,6 +3,7 @@
 monkeypatch.setattr(multiprocess, "_run_rank", partial(strange_ranks.dies_computing, victim=1))
 """
 
+import gc
 import os
 import signal
 import time
@@ -83,6 +84,43 @@ def has_room_by_rank(*arguments: Any) -> None:
     ModelRunner.free_blocks = lambda self: 40 - 4 * self.rank.rank  # type: ignore[method-assign]
     ModelRunner.allocate = checked  # type: ignore[method-assign]
     rank_process.main(*arguments)
+
+
+def has_frozen_its_start(*arguments: Any) -> None:
+    """Fails in a step if garbage collections still look at what was there before the first."""
+    compute = Decoder.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        assert gc.get_freeze_count() > 10_000
+        return compute(*args, **kwargs)
+
+    Decoder.forward = forward  # type: ignore[method-assign]
+    rank_process.main(*arguments)
+
+
+def slow_to_report(actor: Any) -> None:
+    """Make a rank that is a Ray actor note when it starts a step and when it has waited for one, a while later."""
+    actor.noted = []
+    execute = actor._runner.execute
+
+    class Slow:
+        def __init__(self, pending: Any) -> None:
+            self.pending = pending
+
+        def wait(self) -> Any:
+            time.sleep(0.2)
+            actor.noted.append("done")
+            return self.pending.wait()
+
+    def noting(step: Any) -> Any:
+        actor.noted.append("start")
+        return Slow(execute(step))
+
+    actor._runner.execute = noting
+
+
+def noted(actor: Any) -> list[str]:
+    return list(actor.noted)
 
 
 def pid(actor: object) -> int:

@@ -20,7 +20,7 @@ HEAVY = {  # what takes seconds to import or is not always installed, and where 
     "safetensors": ("engine/worker/",),
     "flash_attn": ("engine/worker/attention/",),
     "flashinfer": ("engine/worker/attention/",),
-    "transformers": ("cli/generate.py",),
+    "transformers": ("cli/generate.py", "engine/workload/traces.py"),
     "ray": ("engine/executors/ray_executor.py", "studies/jobs/pool.py"),
 }
 TIMING = {  # the half of the profiler that runs kernels, which torch is for

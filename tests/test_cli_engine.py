@@ -19,15 +19,19 @@ import pytest
 import torch
 import typer
 import yaml
+from rich.progress import TaskID
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cli.config import EngineSettings
 from cli.generate import _Stream, _tokenizer
 from cli.main import app, run
+from cli.output import ProgressBar
+from engine.replica_spec import resolve
+from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.sequences import Sequence
-from engine.scheduling.policies import POLICIES
+from engine.scheduling.policies import POLICIES, largest_batch
 from engine.scheduling.request import Request
+from windtunnel.settings import EngineSettings
 
 PROMPTS = ([5, 17, 90, 3, 44], [8], list(range(3, 60)))
 LOAD = ["--workload", "uniform", "--input-len", "5:60", "--output-len", "2:9"]
@@ -531,16 +535,41 @@ def start_serving(folder: Path, place: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_ctrl_c_leaves_no_folder_and_no_process(folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_what_was_finished_and_leaves_no_process(folder: Path, tmp_path: Path) -> None:
     process = start_serving(folder, tmp_path)
     others = descendants(process.pid)
     assert len(others) >= 3  # two ranks and who started them
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output) == (130, "")
-    assert errors == "error: interrupted: no results were written\n"
-    assert list(tmp_path.iterdir()) == []
+    (kept,) = tmp_path.iterdir()
+    assert errors == f"error: interrupted: what was finished is in {kept}\n" and kept.name == "out.incomplete"
+    assert len(read(kept / "requests.parquet")["request_id"]) > 0
     wait_until(lambda: all(gone(pid) for pid in others), "a process is left")
+
+
+def test_an_interrupted_run_keeps_its_finished_requests(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, finished = ProgressBar.update, 5
+
+    def interrupted(self: ProgressBar, task_id: TaskID, **changes: Any) -> None:
+        update(self, task_id, **changes)
+        if changes.get("completed", 0) >= finished:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressBar, "update", interrupted)
+    settings = ["--model", str(folder), "--device", "cpu", *LOAD, "--request-rate", "200", "--num-prompts", "40"]
+    kept = tmp_path / "out.incomplete"
+    done = run(["bench", *settings, "--output-dir", str(tmp_path / "out")])
+    assert done == (130, f"interrupted: what was finished is in {kept}")
+    tables = {"requests.parquet", "iterations.parquet", "ranks.parquet"}
+    assert {path.name for path in kept.iterdir()} == {"config.yaml", *tables}
+    assert len(read(kept / "requests.parquet")["request_id"]) == 5
+    finished = 0  # before the first request has finished there is nothing to keep
+    with pytest.raises(KeyboardInterrupt):
+        run(["bench", *settings, "--output-dir", str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 def test_a_killed_rank_leaves_what_was_finished(folder: Path, tmp_path: Path) -> None:
@@ -558,3 +587,11 @@ def test_a_killed_rank_leaves_what_was_finished(folder: Path, tmp_path: Path) ->
     assert {path.name for path in kept.iterdir()} == {"config.yaml", *tables}
     assert len(read(kept / "requests.parquet")["request_id"]) > 0
     wait_until(lambda: all(gone(pid) for pid in others), "a process is left")
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_the_workers_know_whether_a_batch_is_bounded(policy: str) -> None:
+    replica = resolve("microsoft/phi-2", "a100", scheduler={"policy": policy})
+    spec = EngineSpec.of(replica, folder=None)
+    assert spec.bounded_batches == (policy not in ("orca", "request_level"))
+    assert spec.max_batch_tokens == largest_batch(replica.scheduler)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-from cli.config import BenchConfig, FileConfig, GenerateConfig, from_flags, load
 from cli.engine import engine_device
 from cli.main import run
 from cli.search_point import confirm_point
@@ -18,6 +17,7 @@ from engine.runtime.engine_spec import EngineSpec
 from engine.specs import HostOverhead, catalog
 from simulator.cluster import Deployment
 from studies.validation.run import Validation
+from windtunnel.settings import BenchConfig, FileConfig, GenerateConfig, from_flags, load
 
 CONFIG = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
           "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 300, "max_position_embeddings": 256,
@@ -89,8 +89,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["validate"] = self.deployment.replica
         raise SeenError
 
-    monkeypatch.setattr("cli.simulate.simulate_cluster", simulate)
-    monkeypatch.setattr("cli.search_point.simulated_trial", simulated_trial)
+    monkeypatch.setattr("windtunnel.simulation.simulate", simulate)
+    monkeypatch.setattr("windtunnel.capacity.simulated_trial", simulated_trial)
     for name in ("cli.bench", "cli.search_point", "cli.validate", "cli.generate"):
         monkeypatch.setattr(f"{name}.start", executor)
     monkeypatch.setattr("cli.bench.serve", serve)

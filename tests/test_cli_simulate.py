@@ -141,22 +141,6 @@ def test_a_folder_named_like_a_device_is_not_taken_for_it(tmp_path: Path) -> Non
     assert summaries[0]["replicas"] == summaries[1]["replicas"]
 
 
-def test_a_run_whose_place_is_taken_meanwhile_is_kept(tmp_path: Path) -> None:
-    from engine.errors import InputError
-    from engine.results.run_folder import run_folder
-
-    manager = run_folder(tmp_path / "out")
-    folder = manager.__enter__()
-    (folder / "summary.json").write_text("{}")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "other.txt").write_text("another run's")
-    with pytest.raises(InputError, match="taken meanwhile") as error:
-        manager.__exit__(None, None, None)
-    assert (tmp_path / "out" / "other.txt").exists()
-    assert (folder / "summary.json").exists()
-    assert str(folder) in str(error.value)
-
-
 def test_the_current_folder_may_take_the_results_if_it_is_empty(tmp_path: Path) -> None:
     done = windtunnel("simulate", *SMALL, "--output-dir", ".", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -211,7 +195,7 @@ BAD = {
     "no numbers in the trace": (["--trace", "words.csv"], "words.csv"),
     "longer than the KV cache": (["--num-gpu-blocks-override", "10"], "KV cache"),
     "prompt over vllm's budget": (
-        ["--scheduler", "vllm", "--max-num-batched-tokens", "512"],
+        ["--scheduler", "vllm_v0", "--max-num-batched-tokens", "512"],
         "--max-num-batched-tokens 512",
     ),
     "budget below the sequences": (["--max-num-batched-tokens", "64"], "--max-num-seqs 128"),
@@ -293,7 +277,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_help_names_every_setting(tmp_path: Path) -> None:
-    from cli.config import RunConfig
+    from windtunnel.settings import RunConfig
 
     done = subprocess.run(
         [sys.executable, "-m", "cli", "simulate", "--help"],

@@ -4,8 +4,10 @@ Every proof here runs real checkpoints through real executors.
 """
 
 import contextlib
+import gc
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -99,8 +101,8 @@ def assert_logits(served: Served, oracle: Oracle) -> None:
 
 def assert_varied(served: Served) -> None:
     """Chunks that don't divide their prompts, decodes and prefills in one batch, and preemptions."""
-    assert any(batch.decodes and batch.prefills for batch in served.batches)
-    chunks = {chunk for batch in served.batches for _, chunk in batch.prefills}
+    assert any(batch.decodes and batch.chunks for batch in served.batches)
+    chunks = {chunk for batch in served.batches for _, chunk in batch.chunks}
     assert any(prompt % chunk for prompt, _ in LENGTHS for chunk in chunks if chunk < prompt)
     assert served.driver.scheduler.recomputed_tokens > 0
 
@@ -111,6 +113,41 @@ def test_every_family_gives_the_tokens_of_transformers(name: str, oracle: GetOra
     assert_varied(served)
     assert served.outputs == oracle(name).outputs
     assert_logits(served, oracle(name))
+
+
+def assert_cached_prefixes_change_nothing(served_by: Callable[..., Served], oracle: Oracle) -> None:
+    """Prompts that begin alike, those that go on from another's output among them: the tokens of transformers."""
+    asked = []  # a prompt of the oracle's, and how many of its tokens of output the prompt has already
+    for which, known in ((3, 0), (3, 4), (0, 0), (3, 0), (0, 5), (3, 6), (0, 0), (1, 0), (0, 7)):
+        asked.append((oracle.prompts[which] + oracle.outputs[which][:known], oracle.outputs[which][known:]))
+    prompts, outputs = [prompt for prompt, _ in asked], [output for _, output in asked]
+    served = served_by(prompts=prompts, counts=[len(output) for output in outputs], prefix_caching=True)
+    assert served.outputs == outputs
+    assert served.driver.scheduler.prefix_hit_tokens >= 40
+    assert any(sequence.request.prefix_hit_tokens >= 24 for sequence in served.sequences)
+
+
+@pytest.mark.parametrize("name", checkpoints.CONFIGS)
+def test_every_family_reads_prefixes_that_others_wrote(name: str, oracle: GetOracle, executor: GetExecutor) -> None:
+    assert_cached_prefixes_change_nothing(lambda **asked: serve(executor(name), oracle(name), **asked), oracle(name))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_reads_them(policy: str, oracle: GetOracle, executor: GetExecutor) -> None:
+    for ahead in (False, True):
+
+        def served_by(ahead: bool = ahead, **asked: Any) -> Served:
+            return serve(executor(), oracle(), policy=policy, async_scheduling=ahead, **asked)
+
+        assert_cached_prefixes_change_nothing(served_by, oracle())
+
+
+@pytest.mark.parametrize(("name", "tp", "pp"), [("llama", 2, 1), ("mistral", 2, 2)])
+def test_every_cut_reads_them(name: str, tp: int, pp: int, oracle: GetOracle, executor: GetExecutor) -> None:
+    def served_by(**asked: Any) -> Served:
+        return serve(executor(name, tp, pp), oracle(name), stages=pp, **asked)
+
+    assert_cached_prefixes_change_nothing(served_by, oracle(name))
 
 
 @pytest.mark.parametrize("pp", [1, 2])
@@ -143,7 +180,7 @@ def test_scheduling_ahead_gives_them(tp: int, oracle: GetOracle, executor: GetEx
     assert served.outputs == oracle().outputs
 
 
-def test_ray_gives_them_and_is_gone_afterwards(oracle: GetOracle) -> None:
+def test_ray_gives_them_and_is_gone_afterwards(oracle: GetOracle, capfd: pytest.CaptureFixture[str]) -> None:
     ray = pytest.importorskip("ray")
     if (os.cpu_count() or 1) < 2:
         pytest.skip("ray grants each rank a processor")
@@ -159,13 +196,21 @@ def test_ray_gives_them_and_is_gone_afterwards(oracle: GetOracle) -> None:
         assert all(max(ends) < one.end < two.end - 0.9e6 for one, two in shifted)
         victim: Any = mine._actors[1]  # type: ignore[attr-defined]
         ray.cloudpickle.register_pickle_by_value(strange_ranks)  # which the actor can't import
+        for actor in mine._actors:  # type: ignore[attr-defined]
+            ray.get(actor.__ray_call__.remote(strange_ranks.slow_to_report))
+        assert serve(mine, oracle(), async_scheduling=True, counts=[2] * 5).outputs == [o[:2] for o in oracle().outputs]
+        noted = ray.get(victim.__ray_call__.remote(strange_ranks.noted))
+        assert noted[:4] == ["start", "start", "done", "start"]  # two are under way at any time
         pid = ray.get(victim.__ray_call__.remote(strange_ranks.pid))
         assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
         os.kill(pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match=f"(?s)rank 1 died.*{pid}"):
+        capfd.readouterr()
+        with pytest.raises(WorkerError, match=rf"^rank 1 died \(process {pid}\): [^\n]*$"):
             serve(mine, oracle())
+        time.sleep(2)  # for what Ray would have to say of it
     finally:
         mine.close()
+    assert capfd.readouterr() == ("", "")
     assert not ray.is_initialized()
     assert not {"raylet", "gcs_server"} & set(children())
     mine.close()
@@ -250,6 +295,19 @@ def test_pipeline_stages_work_at_the_same_time(oracle: GetOracle, monkeypatch: p
     overlaps = [a.start < b.end and b.start < a.end for a, b in zip(first[1:], second, strict=False)]
     assert len(overlaps) > 10
     assert any(overlaps)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_collections_pass_over_what_a_start_leaves(tp: int, oracle: GetOracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocess, "_run_rank", strange_ranks.has_frozen_its_start)
+    gc.unfreeze()  # what another executor left
+    mine = start(oracle().engine_spec(tp))
+    try:
+        assert gc.get_freeze_count() > 10_000
+        assert serve(mine, oracle()).outputs == oracle().outputs
+    finally:
+        mine.close()
+    assert gc.get_freeze_count() == 0
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

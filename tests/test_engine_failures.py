@@ -248,13 +248,42 @@ def test_a_port_can_be_used_again_at_once(oracle: Oracle, launch: Launch) -> Non
     executor.close()
 
 
+def listening_addresses(pids: list[int]) -> list[str]:
+    """Addresses of the TCP sockets on which these processes listen, as the kernel writes them."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(str(descriptor.readlink()))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_ranks_of_one_machine_listen_to_no_other(given: bool, oracle: Oracle, launch: Launch) -> None:
+    executor = launch(oracle.engine_spec(2, 1, port=free_port() if given else None))
+    addresses = listening_addresses(rank_pids())
+    assert len(addresses) >= 1  # the store's; Gloo's sockets, if they still listen
+    assert set(addresses) == {"0100007F"}  # 127.0.0.1
+    assert serve(executor, oracle).outputs == oracle.outputs
+
+
 # -- the driver's process ends -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def endless_engine(folder: Path, tp: int, pp: int) -> Iterator[tuple[subprocess.Popen[str], Callable[[], int]]]:
+def endless_engine(
+    folder: Path, tp: int, pp: int, executor: str = "multiprocess"
+) -> Iterator[tuple[subprocess.Popen[str], Callable[[], int]]]:
     """An engine in a process of its own, and how many processes there are of it and by it."""
-    script = [sys.executable, str(Path(__file__).with_name("endless_engine.py")), str(folder), str(tp), str(pp)]
+    script = [
+        sys.executable,
+        str(Path(__file__).with_name("endless_engine.py")),
+        str(folder),
+        str(tp),
+        str(pp),
+        executor,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     driver = subprocess.Popen(script, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
@@ -278,6 +307,17 @@ def test_all_ranks_end_when_the_driver_is_killed(tp: int, pp: int, oracle: Oracl
         driver.kill()
         wait_until(lambda: count() == 0)
         assert driver.communicate(timeout=SOON_S)[1] == ""
+
+
+def test_all_of_ray_ends_when_the_driver_is_killed(oracle: Oracle) -> None:
+    pytest.importorskip("ray")
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("ray grants each rank a processor")
+    with endless_engine(oracle.folder, 2, 1, "ray") as (driver, count):
+        assert driver.stdout is not None and driver.stdout.readline() == "serving\n"
+        assert count() > 5
+        driver.kill()
+        wait_until(lambda: count() == 0)
 
 
 @pytest.mark.parametrize("serving", [False, True])

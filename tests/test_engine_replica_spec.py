@@ -8,7 +8,7 @@ import pytest
 
 from engine.engine_preset import preset
 from engine.errors import InputError
-from engine.replica_spec import ReplicaSpec, resolve
+from engine.replica_spec import SETTINGS, ReplicaSpec, resolve
 from engine.runtime.engine_spec import EngineSpec
 from engine.scheduling.policies import largest_batch
 from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec, catalog
@@ -40,10 +40,10 @@ def test_what_is_left_open_is_filled_in() -> None:
     assert replica.network.name == replica.device.network
     assert replica.async_scheduling is False and replica.num_gpu_blocks_override is None
     assert (replica.scheduler.max_num_batched_tokens, replica.scheduler.max_model_len) == (512, 2048)
-    assert "estimate" in replica.engine.source
+    assert "estimate" in replica.engine.host.source
     on_cpu = resolve(MODEL, "cpu")
     assert (on_cpu.model.dtype, on_cpu.engine.host.name) == ("float32", "eager_cpu")
-    assert on_cpu.engine.source.startswith("an estimate")
+    assert on_cpu.engine.host.source.startswith("an estimate")
 
 
 def test_a_measured_device_says_its_dtype_and_its_host(measured: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_measured_device_says_its_dtype_and_its_host(measured: Path) -> None:
     assert (replica.model.dtype, replica.engine.host, replica.engine.host_overhead) == ("float16", HOST, "measured")
     assert resolve(MODEL, str(measured), host_overhead="measured") == replica
     assert resolve(MODEL, str(measured), dtype="bfloat16").model.dtype == "bfloat16"
-    assert resolve(MODEL, str(measured), host_overhead="eager").engine.name == "eager"
+    assert resolve(MODEL, str(measured), host_overhead="eager").engine.host.name == "eager"
     assert deploy(MODEL, str(measured), predictor="roofline").host == HOST  # the replica's, whoever predicts
     given = replace(catalog.model(MODEL), kv_cache_dtype="fp8_e4m3")
     assert resolve(given, str(measured)).model == given  # a spec is taken as it is
@@ -67,7 +67,7 @@ def test_a_host_that_nobody_measured_is_not_to_be_had() -> None:
 def test_a_broken_host_is_said(measured: Path) -> None:
     (measured / "host.json").write_text("{}")
     with pytest.raises(InputError, match=r"host\.json is no host overhead"):
-        preset("auto", catalog.device(str(measured)))
+        preset("windtunnel", catalog.device(str(measured)))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,7 @@ def test_a_broken_host_is_said(measured: Path) -> None:
         {},
         {"host_overhead": "sarathi_osdi24", "async_scheduling": True, "dtype": "float16"},
         {"scheduler": SchedulerSpec(policy="orca", max_model_len=1024), "num_gpu_blocks_override": 99},
+        {"engine": "vllm@0.15", "scheduler": {"max_num_seqs": 7}},
     ],
 )
 @pytest.mark.parametrize("device", ["a40", "cpu", "measured"])
@@ -83,8 +84,7 @@ def test_the_resolved_settings_give_the_same_replica(settings: dict, device: str
     device = str(measured) if device == "measured" else device
     replica = resolve(MODEL, device, **settings)
     found = replica.settings()
-    limits = {name: found.pop(name) for name in ("max_num_batched_tokens", "max_model_len")}
-    again = replace(settings.get("scheduler", SchedulerSpec()), **limits)
+    again = {"policy": found.pop("scheduler"), **{name: found.pop(name) for name in SETTINGS}}
     assert resolve(MODEL, device, scheduler=again, **found) == replica
     assert deploy(MODEL, device, scheduler=again, predictor="roofline", **found) is not None
     assert Deployment.of(replica, "roofline").replica == replica

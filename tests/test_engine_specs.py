@@ -144,7 +144,13 @@ def test_each_family_has_its_blocks() -> None:
 
 def test_a_window_counts_only_where_it_is_used() -> None:
     assert hf_config.read(QWEN25_7B).sliding_window is None
-    assert hf_config.read(QWEN25_7B | {"use_sliding_window": True, "sliding_window": 4096}).sliding_window == 4096
+    used = QWEN25_7B | {"use_sliding_window": True, "sliding_window": 2048}
+    assert hf_config.read(used | {"max_window_layers": 0}).sliding_window == 2048
+    assert hf_config.read(used).sliding_window is None  # its 28 layers come before the default's first with one
+    assert hf_config.read(used | {"layer_types": ["sliding_attention"] * 28}).sliding_window == 2048
+    assert hf_config.read(used | {"layer_types": ["full_attention"] * 28}).sliding_window is None
+    assert hf_config.read(LLAMA_7B | {"sliding_window": 2048}).sliding_window is None
+    assert hf_config.read(LLAMA_7B | {"model_type": "novel", "sliding_window": 2048}).sliding_window == 2048
     assert hf_config.read(LLAMA_7B | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
     assert hf_config.read(LLAMA_7B | {"model_type": "mistral"}).sliding_window == 4096
 
@@ -174,7 +180,10 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
         ({"text_config": {}}, "not a dense decoder"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"model_type": "gemma2"}, "sliding window in some layers only"),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding window in some layers only"),
+        (
+            {"model_type": "novel", "layer_types": ["sliding_attention", "full_attention"]},
+            "sliding window in some layers only",
+        ),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}, "in some layers only"),
         ({"hidden_size": "4096"}, "hidden_size='4096': give an integer"),
         ({"head_dim": "x"}, "head_dim='x': give an integer"),

@@ -15,6 +15,7 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
+import stand_in_cuda
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from engine.errors import InputError
 from engine.executors.start import start
 from engine.results.recorder import Recorder
 from engine.runtime.driver import Driver
-from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.engine_spec import GRAPH_BACKENDS, EngineSpec
 from engine.runtime.executor import Executor, Result
 from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import resolve
@@ -35,7 +36,7 @@ from engine.specs.memory import kv_bytes_per_block
 from engine.worker import layers
 from engine.worker.attention import BACKENDS
 from engine.worker.attention.base import AttentionShape
-from engine.worker.runner import Pending
+from engine.worker.runner import RESERVED_BYTES, Pending
 
 FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi")
 LENGTHS = (21, 1, 64, 130, 7)  # of the prompts
@@ -105,7 +106,12 @@ def spec_of(folder: Path | None, device: str, model: ModelSpec | None = None, **
 
 
 def serve(
-    spec: EngineSpec, executor: Executor, prompts: list[list[int]], output: int, **settings: Any
+    spec: EngineSpec,
+    executor: Executor,
+    prompts: list[list[int]],
+    output: int,
+    async_scheduling: bool = False,
+    **settings: Any,
 ) -> list[Sequence]:
     """The prompts, all there at once, continued."""
     limits = SchedulerSpec(
@@ -114,7 +120,7 @@ def serve(
         max_model_len=spec.max_model_len,
         block_size=spec.block_size,
     )
-    scheduler = Scheduler(resolve(limits, spec.max_model_len), executor.num_blocks)
+    scheduler = Scheduler(resolve(limits, spec.max_model_len), executor.num_blocks, async_scheduling=async_scheduling)
     driver = Driver(scheduler, executor, Recorder(predicted=False), **settings)
     sequences = [Sequence(Request(i, 0.0, len(ids), output), ids) for i, ids in enumerate(prompts)]
     driver.run(sequences)
@@ -137,7 +143,7 @@ def generate(spec: EngineSpec, **settings: Any) -> Generated:
 
     def on_result(batch: Batch, result: Result) -> None:
         assert result.logits is not None
-        for request, row in zip((*batch.decodes, *batch.ending), result.logits, strict=True):
+        for request, row in zip(batch.sampled, result.logits, strict=True):
             rows[request.id].append(row)
 
     executor = start(spec, "in_process")
@@ -235,6 +241,58 @@ def test_backends_agree_and_cuda_graphs_change_nothing(
     for ahead in (False, True):
         graphs = generate(replace(spec, cuda_graphs=(1, 2, 4, 8)), async_scheduling=ahead)  # 3 and 5 are padded
         assert_same_but_for_ties(plain, graphs, tolerance)
+
+
+@pytest.mark.parametrize(("seqs", "padded"), [(6, {1: 1, 3: 4, 5: 6, 6: 6}), (8, {5: 8}), (12, {8: 8, 9: 0})])
+@cuda_only
+def test_the_most_sequences_have_a_graph_too(
+    seqs: int, padded: dict[int, int], device: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """9 to 12 sequences run eagerly because no size that was asked for holds them."""
+    spec = spec_of(checkpoint("wide"), device, block_size=256, max_num_seqs=seqs, cuda_graphs=(1, 2, 4, 8))
+    executor: Any = start(spec, "in_process")
+    assert {n: executor._runner._graphs.size_for(n) for n in padded} == padded
+    executor.close()
+
+
+@cuda_only
+def test_a_backend_without_graphs_that_nobody_asked_for_is_warned_of(
+    device: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_of(checkpoint("wide"), device, cuda_graphs=(1, 2))
+    float32 = replace(spec, model=replace(spec.model, dtype_bytes=4), dtype="float32")  # only sdpa computes in it
+    for quiet in (replace(float32, attention_backend="sdpa"), replace(float32, cuda_graphs=())):
+        start(quiet).close()
+        assert capsys.readouterr().err == ""
+    start(float32).close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the attention backend sdpa has no CUDA graphs")
+    assert {name for name, backend in BACKENDS.items() if backend.supports_cuda_graph} == set(GRAPH_BACKENDS)
+
+
+@cuda_only
+def test_batches_without_a_bound_are_warned_of(
+    device: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    executor: Any = start(spec_of(checkpoint("wide"), device, bounded_batches=False, num_blocks=None))
+    assert "no token budget: beside the KV cache there is room for a batch of 100 tokens" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"or --max-num-seqs 8, or raise"), executor._runner._memory("computing"):
+        raise torch.OutOfMemoryError("no room")
+    executor.close()
+
+
+@pytest.mark.parametrize("device", ["stand-in"], indirect=True)
+def test_the_copies_of_a_full_cache_have_room(device: str, checkpoint: Callable[[str], Path]) -> None:
+    """8 sequences of 256 tokens, padded, of one layer of 4; the stand-in's activations take nothing."""
+    spec = spec_of(checkpoint("wide"), device, cuda_graphs=(), attention_backend="sdpa", num_blocks=4)
+    executor: Any = start(spec)
+    runner = executor._runner
+    layer_bytes = 2 * 2 * 64 * 2  # of a token
+    room = int(stand_in_cuda.MEMORY * 0.9) - RESERVED_BYTES
+    assert runner.free_blocks() == (room - 8 * 256 * layer_bytes) // (16 * 4 * layer_bytes)
+    runner.attention.gathered_bytes = lambda tokens, sequences, length: tokens * layer_bytes  # as torch_varlen's
+    assert runner.free_blocks() == room // (16 * 5 * layer_bytes)
+    executor.close()
 
 
 LARGE = ModelSpec(name="large", model_type="llama", num_layers=6, hidden_size=2048, intermediate_size=8192,

@@ -1,6 +1,7 @@
 """The engine's operators on the bench and where they stand: every one of every family, at the sizes asked for."""
 
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,35 @@ def test_the_timer_takes_events_off_what_it_times(seconds: float, monkeypatch: p
     timing = CudaTimer().measure([lambda: spend(seconds)] * 3)
     assert timing.seconds == pytest.approx(seconds, rel=0.03)
     assert timing.repeats >= 8
+
+
+def test_the_timer_sleeps_as_long_as_it_means_to_on_a_gpu_that_was_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clock runs at 0.3 GHz for the first 60 ms of work, then at 2 GHz."""
+    now = 0.0
+
+    def sleep(cycles: float) -> None:
+        nonlocal now
+        slow = min(cycles / 0.3e9, max(0.0, 0.06 - now))  # s
+        now += slow + (cycles - slow * 0.3e9) / 2e9
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = now
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    timer = CudaTimer()
+    assert now < 0.5
+    began = now = 1.0
+    timer._run(cycle([lambda: None]), count=5, group=4)
+    assert now - began == pytest.approx(20 * CudaTimer.LEAD_S, rel=0.01)
 
 
 @pytest.mark.gpu

@@ -125,22 +125,21 @@ def test_the_example_of_the_engine_page_runs(tmp_path: Path) -> None:
 
 
 def test_the_files_of_the_settings_page_are_read(tmp_path: Path) -> None:
-    from cli.config import FileConfig, load
     from engine.specs.catalog import network
+    from windtunnel.settings import FileConfig, load
 
     cluster, net = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "settings.md").read_text("utf-8"), re.DOTALL)
     (tmp_path / "run.yaml").write_text(cluster, encoding="utf-8")
     (tmp_path / "net.yaml").write_text(net, encoding="utf-8")
     groups = load(tmp_path / "run.yaml", {}, FileConfig).groups()
     assert [(group.count, group.device, group.scheduler) for group in groups] == [
-        (2, "a100", "sarathi"),
-        (1, "h100", "vllm"),
+        (2, "a100", None),
+        (1, "h100", "vllm_v0"),
     ]
     assert network(str(tmp_path / "net.yaml")).node.bandwidth_bytes_per_s == 400e9
 
 
 def test_the_help_names_what_there_is_to_choose_from() -> None:
-    from cli.config import BenchConfig, EngineSettings
     from engine.runtime.engine_spec import EXECUTORS, LOAD_FORMATS
     from engine.scheduling.policies import POLICIES
     from engine.specs import DTYPES
@@ -149,6 +148,7 @@ def test_the_help_names_what_there_is_to_choose_from() -> None:
     from engine.workload.lengths import builtin_names
     from simulator.cluster import PREDICTORS
     from simulator.router import ROUTERS
+    from windtunnel.settings import BenchConfig, EngineSettings
 
     choices = {
         "scheduler": POLICIES,

@@ -6,6 +6,7 @@ what is passed to them is checked where there is none.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -259,6 +260,47 @@ def test_what_torch_varlen_is_called_with(function, block_size, window):
     backend = TorchVarlen(case.shape, function)
     backend.plan(case.batch)
     assert_close(run(backend, case), expected(case))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize(
+    ("decodes", "prefills"), [([40] * 3, []), ([1, 40, 300], []), ([], [(270, 20), (0, 9)]), ([5, 9], [(30, 10)])]
+)
+def test_what_sdpa_gathers_is_bounded(decodes, prefills, window):
+    case = make_case(shape_of(window=window), decodes, prefills)
+    backend = Sdpa(case.shape)
+    backend.plan(case.batch)
+    run(backend, case)
+    lens = case.batch.kv_lens
+    bound = backend.gathered_bytes(sum(lens), len(lens), max(lens))
+    assert 0 < backend._gather._buffer.nbytes <= bound
+    if window is None and len(set(lens)) == 1:
+        assert backend._gather._buffer.nbytes == bound == sum(lens) * 2 * 2 * 16 * 4
+    if window is not None and not prefills:
+        assert bound >= backend._gather._buffer.nbytes == len(lens) * min(window, max(lens)) * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("function", "block_size", "copies"), [(varlen_2_11, 16, 3), (varlen_2_13, 16, 1), (varlen_2_13, 256, 0)]
+)
+def test_what_torch_varlen_gathers_is_counted(function, block_size, copies, monkeypatch):
+    """The copies: packed, and expanded to the two query heads of each KV head."""
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
+    given_bytes = []
+
+    def function_seen(*arguments, **options):
+        given_bytes.append(0 if options.get("block_table") is not None else arguments[1].nbytes + arguments[2].nbytes)
+        return function(*arguments, **options)
+
+    function_seen.__signature__ = inspect.signature(function)
+    case = make_case(shape_of(block_size=block_size), [1, 40, 300], [])
+    backend = TorchVarlen(case.shape, function_seen)
+    backend.plan(case.batch)
+    run(backend, case)
+    expanded = given_bytes[0] if copies == 3 else 0
+    counted = backend.gathered_bytes(341, 3, 300)
+    assert counted == backend._gather._buffer.nbytes + expanded == copies * 341 * 2 * 2 * 16 * 4
+    assert backend.gathered_bytes(10**6, 3, 300) == copies * 900 * 2 * 2 * 16 * 4
 
 
 def flash_attn_with_kvcache(

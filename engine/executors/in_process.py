@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import deque
 
 from engine.runtime.engine_spec import EngineSpec
-from engine.runtime.executor import Result, Step, WorkerError, combine
+from engine.runtime.executor import Result, Step, WorkerError, combine, freeze_start_up
 from engine.worker.rank import join
 from engine.worker.runner import Pending
 
@@ -21,6 +22,7 @@ class InProcessExecutor:
         self.num_blocks, self.attention_backend, self.hardware = self._runner.describe()
         self._runner.allocate(self.num_blocks)
         self._pending: deque[Pending] = deque()
+        freeze_start_up()
 
     def launch(self, step: Step) -> None:
         try:
@@ -39,3 +41,4 @@ class InProcessExecutor:
 
     def close(self) -> None:
         self._pending.clear()
+        gc.unfreeze()

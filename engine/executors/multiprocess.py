@@ -7,6 +7,7 @@ others are killed and the error names it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import signal
 import socket
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 
 from engine.errors import InputError
 from engine.runtime.engine_spec import EngineSpec
-from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine
+from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine, freeze_start_up
 
 CLOSE_S = 5.0  # for ranks to end by themselves
 BLAME_S = 1.0  # a rank that fails may have lost another: how long that one's end may take to show
@@ -54,6 +55,7 @@ class MultiprocessExecutor:
             self.attention_backend, self.hardware = str(ready[0][2]), str(ready[0][3])
             self._tell_all(("allocate", self.num_blocks))
             self._ask_all("allocated")
+            freeze_start_up()
         except BaseException:
             self._kill()
             raise
@@ -83,6 +85,7 @@ class MultiprocessExecutor:
         for process in self._processes:
             process.join(max(0.0, end - time.perf_counter()))
         self._kill()
+        gc.unfreeze()
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

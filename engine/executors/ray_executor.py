@@ -7,11 +7,14 @@ when this module is.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import time
 from collections import deque
-from typing import Any, NoReturn
+from queue import SimpleQueue
+from subprocess import Popen
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
@@ -19,18 +22,31 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.errors import InputError
+from engine.executors import ray_reaper
 from engine.executors.multiprocess import BLAME_S, free_port
 from engine.runtime.engine_spec import EngineSpec
-from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine
+from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine, freeze_start_up
 
+if TYPE_CHECKING:
+    from engine.worker.runner import Pending
+
+REPORTS = "reports"  # the thread of an actor that waits for steps
 PLACEMENT_S = 60.0  # to find room for every rank
 
 
 class RankActor:
-    """A rank in a Ray actor. Calls run one after the other, in the order they were made."""
+    """A rank in a Ray actor. Calls run one after the other, in the order they were made, but `report` beside them.
+
+    So a step is launched while the one before is computed, as in a process of a rank.
+    """
 
     def __init__(self, spec: EngineSpec, rank: int) -> None:
         self._spec, self._rank = spec, rank
+        self._pending: SimpleQueue[Pending | Exception] = SimpleQueue()
+
+    def process(self) -> int:
+        """This actor's process id."""
+        return os.getpid()
 
     def meeting_point(self) -> str:
         """Where the ranks may meet, on this actor's machine."""
@@ -49,9 +65,22 @@ class RankActor:
 
     def allocate(self, num_blocks: int) -> None:
         self._runner.allocate(num_blocks)
+        freeze_start_up()
 
-    def execute(self, step: Step) -> RankReport:
-        return self._runner.execute(step).wait()
+    def execute(self, step: Step) -> None:
+        """Start a step, on a GPU without waiting for it."""
+        try:
+            self._pending.put(self._runner.execute(step))
+        except Exception as error:
+            self._pending.put(error)
+
+    @ray.method(concurrency_group=REPORTS)
+    def report(self) -> RankReport:
+        """What came of the oldest step that has not been reported, once it is done. Raises what its start raised."""
+        pending = self._pending.get()
+        if isinstance(pending, Exception):
+            raise pending
+        return pending.wait()
 
 
 class RayExecutor:
@@ -59,10 +88,16 @@ class RayExecutor:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._started_ray = not ray.is_initialized()
+        self._reaper: Popen[bytes] | None = None
         if self._started_ray:
+            before = ray_reaper.descendants(os.getpid())
+            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # what fails is raised by `wait`
             os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes ranks give way to all that is running
             ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            _silence()
+            self._reaper = ray_reaper.start(before)
         self._actors: list[Any] = []
+        self._pids: list[int] = []
         self._launched: deque[list[Any]] = deque()
         self._group: Any = None
         try:
@@ -80,6 +115,7 @@ class RayExecutor:
                 )
             self._actors = [self._actor(spec, rank, rank // together, what) for rank in range(ranks)]
             meeting_point = self._get([self._actors[0].meeting_point.remote()])[0]
+            self._pids = self._get([actor.process.remote() for actor in self._actors])
             ready = self._get([actor.join.remote(meeting_point) for actor in self._actors])
             self.num_blocks: int = min(answer[0] for answer in ready)
             self.attention_backend: str = ready[0][1]
@@ -88,6 +124,7 @@ class RayExecutor:
             clocks = self._get([actor.clock.remote() for actor in self._actors])
             self._shifts = [0.0 if there == node else of_rank - zero for there, of_rank in clocks]
             self._get([actor.allocate.remote(self.num_blocks) for actor in self._actors])
+            freeze_start_up()
         except BaseException:
             self.close()
             raise
@@ -104,11 +141,14 @@ class RayExecutor:
     def _actor(self, spec: EngineSpec, rank: int, bundle: int, what: str) -> Any:
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         options: dict[str, Any] = {"num_cpus": int(what == "CPU"), "num_gpus": int(what == "GPU")}
-        return ray.remote(RankActor).options(scheduling_strategy=place, **options).remote(spec, rank)
+        actor: Any = ray.remote(concurrency_groups={REPORTS: 1})(RankActor)  # type: ignore[call-overload]
+        return actor.options(scheduling_strategy=place, **options).remote(spec, rank)
 
     def launch(self, step: Step) -> None:
         shared = ray.put(step)  # once, however many ranks
-        self._launched.append([actor.execute.remote(shared) for actor in self._actors])
+        for actor in self._actors:
+            actor.execute.remote(shared)
+        self._launched.append([actor.report.remote() for actor in self._actors])
 
     def wait(self, timeout: float | None) -> Result | None:
         if not self._finished(self._launched[0], timeout):
@@ -126,6 +166,10 @@ class RayExecutor:
             self._group = None
         if self._started_ray:
             ray.shutdown()
+        if self._reaper is not None:
+            self._reaper.communicate()
+            self._reaper = None
+        gc.unfreeze()
 
     def _get(self, references: list[Any]) -> list[Any]:
         """The ranks' answers, which come in the order of `references`."""
@@ -164,11 +208,24 @@ class RayExecutor:
                 errors.setdefault(rank, found)
         for rank, error in errors.items():
             if isinstance(error, RayActorError):
-                raise WorkerError(f"rank {rank} died: {error}") from None
+                process = f" (process {self._pids[rank]})" if self._pids else ""
+                why = str(error).splitlines()[0]  # the lines after it are advice on Ray
+                raise WorkerError(f"rank {rank} died{process}: {why}") from None
         for error in errors.values():
             if isinstance(error, RayTaskError) and isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
         raise WorkerError(f"rank {first} failed: {errors[first]}") from None
+
+
+def _silence() -> None:
+    """Stop Ray's thread that prints the cluster's errors on stdout: what breaks is raised here, in one line.
+
+    `log_to_driver` does not stop it. These names are private to Ray; where they are others, it prints them too.
+    """
+    with contextlib.suppress(AttributeError):
+        worker: Any = ray._private.worker.global_worker
+        worker.threads_stopped.set()
+        worker.gcs_error_subscriber.close()
 
 
 def _clock() -> tuple[str, float]:

@@ -5,18 +5,48 @@ executor = start(EngineSpec.of(resolve(folder, "cpu"), folder=Path(folder)), "in
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from engine.errors import InputError, unknown
-from engine.runtime.engine_spec import EXECUTORS, EngineSpec
+from engine.runtime.engine_spec import EXECUTORS, GRAPH_BACKENDS, EngineSpec
 from engine.runtime.executor import Executor
 
 
 def start(spec: EngineSpec, executor: str | None = None) -> Executor:
     """Start the ranks and wait until they are ready. None takes one process where one rank is enough.
 
+    What the user should know of the choices made is printed on stderr, a line each (`warnings`).
+
     Raises InputError for what can't be (weights that are not there, a model too big, ...), WorkerError for what breaks.
     """
+    started = _start(spec, executor)
+    for warning in warnings(spec, started.attention_backend):
+        print(f"warning: {warning}", file=sys.stderr)
+    return started
+
+
+def warnings(spec: EngineSpec, attention_backend: str) -> list[str]:
+    """Return what a user should know of a replica that has started with this attention backend."""
+    if spec.device != "cuda":
+        return []
+    found = []
+    if spec.attention_backend is None and spec.cuda_graphs and attention_backend not in GRAPH_BACKENDS:
+        found.append(
+            f"the attention backend {attention_backend} has no CUDA graphs, so the kernels of a decode are launched "
+            f"one by one: install what {' or '.join(GRAPH_BACKENDS)} needs (docs/engine.md), or ask for it by "
+            f"--attention-backend {attention_backend}"
+        )
+    if spec.num_blocks is None and not spec.bounded_batches:
+        found.append(
+            f"the scheduler has no token budget: beside the KV cache there is room for a batch of "
+            f"{spec.max_batch_tokens} tokens, and one of more may run out of the GPU's memory (then lower "
+            f"--gpu-memory-utilization {spec.gpu_memory_utilization:g} or --max-num-seqs {spec.max_num_seqs})"
+        )
+    return found
+
+
+def _start(spec: EngineSpec, executor: str | None) -> Executor:
     need("torch", "engine")
     name = executor or ("in_process" if spec.parallel.world_size == 1 else "multiprocess")
     if name == "in_process":

@@ -14,6 +14,7 @@ import numpy as np
 from engine.results.metric_table import METRICS, Metric, drawn_metrics, find_metric
 from engine.results.slo import SLO
 from engine.results.tables import Array, Columns
+from engine.scheduling.scheduler import Scheduler
 
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %
@@ -190,10 +191,18 @@ def _own_value(requests: Columns, slo: SLO) -> Array:
     return requests["max_tbt_s" if slo.percentile is None else f"p{slo.percentile:g}_tbt_s"]
 
 
-def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: int, num_dropped: int) -> dict[str, Any]:
+def summarize(
+    requests: Columns,
+    gaps: Gaps,
+    slos: Sequence[SLO],
+    num_arrived: int,
+    num_dropped: int,
+    max_concurrency: int | None = None,
+) -> dict[str, Any]:
     """The summary of a run: vLLM's benchmark keys, then ours. Latencies in ms, rates per second.
 
     `num_arrived` requests came in; those that are not among `requests` failed. `num_dropped` were too long to be asked.
+    `max_concurrency` is a closed loop's.
     """
     count = len(requests.get("arrived_s", ()))
     if not count:
@@ -232,8 +241,70 @@ def summarize(requests: Columns, gaps: Gaps, slos: Sequence[SLO], num_arrived: i
     summary["requests_meeting_slos"] = good
     summary["preemptions"] = int(requests["preemptions"].sum())
     summary["token_percentiles"] = gaps.method
-    summary["saturation"] = saturation(requests)
-    return summary
+    closed = f"a closed loop of {max_concurrency} requests at once: it has no rate to sustain"
+    summary["saturation"] = saturation(requests) if max_concurrency is None else _unknown(closed)
+    return summary | steady(requests, max_concurrency)
+
+
+def prefix_use(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How much of the prompts was found in the replicas' caches; nothing where no prefix is cached.
+
+    `prefix_hit_rate` is hit tokens over the tokens that were looked up at admission, recomputed requests' included.
+    """
+    asked, hit, evicted = (
+        sum(replica[f"prefix_{name}"] for replica in replicas) for name in ("query_tokens", "hit_tokens", "evictions")
+    )
+    if not asked:
+        return {}
+    return {"prefix_hit_tokens": hit, "prefix_hit_rate": hit / asked, "prefix_evictions": evicted}
+
+
+def steady_window(requests: Columns, max_concurrency: int | None = None) -> tuple[float, float] | None:
+    """The part of a run (s) without its ramp-up and drain; None where nothing would be left.
+
+    Of a closed loop from when `max_concurrency` requests are in the system to the last one that is sent. Of an open
+    loop from when the median time of a request has passed since the first arrival, so that as many are under way as
+    will be, to the last arrival.
+    """
+    arrived = np.sort(requests["arrived_s"])
+    left = np.sort(requests["last_token_s"])
+    end = float(arrived[-1])
+    if max_concurrency is None:
+        start = float(arrived[0]) + float(np.median(requests["last_token_s"] - requests["arrived_s"]))
+    else:
+        inside = np.arange(1, len(arrived) + 1) - np.searchsorted(left, arrived, side="right")
+        full = np.flatnonzero(inside >= max_concurrency)
+        start = float(arrived[full[0]]) if len(full) else end
+    return (start, end) if start < end else None
+
+
+def steady(requests: Columns, max_concurrency: int | None = None) -> dict[str, Any]:
+    """`steady_*` keys of a summary: rates in the steady window and latencies (ms) of the requests that arrive in it.
+
+    A request's output tokens are taken to come evenly between its first and its last; empty without a window.
+    """
+    window = steady_window(requests, max_concurrency)
+    if window is None:
+        return {}
+    start, end = window
+    duration = end - start
+    arrive = (requests["arrived_s"] >= start) & (requests["arrived_s"] <= end)
+    if not arrive.any():
+        return {}
+    first, last = requests["first_token_s"], requests["last_token_s"]
+    inside = np.clip(np.minimum(last, end) - np.maximum(first, start), 0, None)
+    share = np.where(last > first, inside / np.where(last > first, last - first, 1), (first >= start) & (first <= end))
+    mine = {name: column[arrive] for name, column in requests.items()}
+    found: dict[str, Any] = {
+        "steady_window_s": [start, end],
+        "steady_requests": int(arrive.sum()),
+        "steady_request_throughput": float(((last >= start) & (last <= end)).sum()) / duration,
+        "steady_output_throughput": float((share * requests["output_tokens"]).sum()) / duration,
+    }
+    for name, values in latencies(mine).items():
+        for statistic, value in statistics(values[~np.isnan(values)], (50.0, 90.0, 99.0)).items():
+            found[f"steady_{summary_key(statistic, name)}"] = 1e3 * value
+    return found
 
 
 def saturation(requests: Columns) -> dict[str, Any]:
@@ -303,10 +374,13 @@ def describe_slo(entry: Mapping[str, Any]) -> str:
     return f"{entry['slo']} is {'met' if entry['met'] else 'missed'}: {value}"
 
 
-def replica_use(recomputed_tokens: int, busy_s: Sequence[float], occupied_s: float, duration: float) -> dict[str, Any]:
+def replica_use(scheduler: Scheduler, busy_s: Sequence[float], occupied_s: float, duration: float) -> dict[str, Any]:
     """How busy a replica's stages were. A bubble is time that a stage idles while requests are at the replica."""
     return {
-        "recomputed_tokens": recomputed_tokens,
+        "recomputed_tokens": scheduler.recomputed_tokens,
+        "prefix_query_tokens": scheduler.prefix_query_tokens,
+        "prefix_hit_tokens": scheduler.prefix_hit_tokens,
+        "prefix_evictions": scheduler.kv_cache.evictions,
         "occupied_s": occupied_s,
         "stage_utilization": [min(1.0, busy / duration) for busy in busy_s],
         "stage_bubbles": [max(0.0, 1 - busy / occupied_s) if occupied_s else 0.0 for busy in busy_s],

@@ -36,6 +36,7 @@ ITERATION_COLUMNS: dict[str, type[np.generic]] = {
     "kv_blocks": np.int32,  # in use by the replica once the batch has its own
     "num_running": np.int32,  # requests that hold KV blocks
     "num_waiting": np.int32,  # requests in the queue
+    "prefix_hit_tokens": np.int32,  # that requests found in the cache when they were admitted; on the first stage
     "max_tbt_s": np.float64,  # longest gap that a token of this batch ended; NaN but on the last stage
     "predicted": np.bool_,  # or measured
     "in_range": np.bool_,  # of what the predictor was calibrated on
@@ -171,8 +172,11 @@ class Recorder:
                 num_running,
                 num_waiting,
                 in_range,
+                batch.prefix_hit_tokens if stage == 0 else 0,
             )
         )
+        if stage == 0:
+            batch.prefix_hit_tokens = 0  # repeats find nothing
         if len(self._starts) >= self.block_rows:
             self._flush_iterations()
 
@@ -212,7 +216,7 @@ class Recorder:
         self._durations = array("d")
         self._kv_blocks = array("i")
         self._max_tbt = array("d")
-        self._rows: list[tuple[int, int, int, int, int, int, int, int, bool]] = []
+        self._rows: list[tuple[int, int, int, int, int, int, int, int, bool, int]] = []
 
     def _flush_iterations(self) -> None:
         if not self._rows:
@@ -221,6 +225,9 @@ class Recorder:
         repeats = rows[:, 0]
         names = ("replica", "stage", "num_tokens", "num_decodes", "num_prefills", "num_running", "num_waiting")
         columns: dict[str, Any] = {name: np.repeat(rows[:, i], repeats) for i, name in enumerate(names, start=1)}
+        hits = np.zeros(len(self._starts), dtype=np.int32)
+        hits[np.cumsum(repeats) - repeats] = rows[:, 9]
+        columns["prefix_hit_tokens"] = hits
         columns["in_range"] = np.repeat(rows[:, 8] != 0, repeats)
         columns["start_s"] = np.frombuffer(self._starts)
         columns["duration_s"] = np.frombuffer(self._durations)
@@ -237,7 +244,16 @@ class Recorder:
             return
         rows = np.array(
             [
-                (r.id, replica, r.arrived_at, r.scheduled_at, r.prompt_tokens, r.preemptions, len(r.token_times))
+                (
+                    r.id,
+                    replica,
+                    r.arrived_at,
+                    r.scheduled_at,
+                    r.prompt_tokens,
+                    r.preemptions,
+                    len(r.token_times),
+                    r.prefix_hit_tokens,
+                )
                 for r, replica in self._requests
             ]
         )
@@ -259,6 +275,7 @@ class Recorder:
             "prompt_tokens": rows[:, 4].astype(np.int32),
             "output_tokens": counts.astype(np.int32),
             "preemptions": rows[:, 5].astype(np.int32),
+            "prefix_hit_tokens": rows[:, 7].astype(np.int32),  # of its prompt, when it was first admitted
         }
         groups = counts - 1  # gaps of each request
         columns["max_tbt_s"] = grouped_percentile(gaps, groups, [100.0])[0]

@@ -1,12 +1,16 @@
 """A run's folder: written beside its final place, and moved there whole when the run is finished.
 
 `config.yaml` (resolved, loadable again), `summary.json`, `requests.parquet`, `iterations.parquet`, and, when asked for,
-`trace.json` (for chrome://tracing or Perfetto). A run that is interrupted or fails leaves nothing that looks finished.
+`trace.json` (for chrome://tracing or Perfetto). A run that is interrupted or fails leaves nothing that looks finished;
+what a killed one leaves is removed by the next run into the same folder.
 """
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,12 +26,16 @@ class _TakenError(InputError):
     """The run is finished, but not where it should be."""
 
 
+class InterruptedRunError(Exception):
+    """A run was interrupted; the message says where its finished part is kept."""
+
+
 @contextmanager
 def run_folder(target: Path) -> Iterator[Path]:
-    """A folder to write a run into; it becomes `target` when the block ends well and is removed when it does not.
+    """Yield a folder to write a run into; it becomes `target` when the block ends well, and is removed when it fails.
 
-    Raises InputError if `target` is in use, at once; if another run took it meanwhile, this one's folder is kept and
-    the error says where.
+    What a killed run into `target` left behind is removed first. Raises InputError if `target` is in use, at once; if
+    another run took it meanwhile, this one's results are kept beside it and the error says where.
     """
     target = target.absolute()
     try:
@@ -36,7 +44,8 @@ def run_folder(target: Path) -> Iterator[Path]:
             raise InputError(f"output folder {target} {what}: give another --output-dir")
         missing = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        _remove_abandoned(target)
+        partial, lock = _new_partial(target)
     except OSError as error:
         raise InputError(f"can't write to {target}: {error.strerror}: give another --output-dir") from None
     try:
@@ -45,9 +54,8 @@ def run_folder(target: Path) -> Iterator[Path]:
         try:
             partial.rename(target)
         except OSError as error:
-            raise _TakenError(
-                f"{target} was taken meanwhile ({error.strerror}); the results are in {partial}"
-            ) from None
+            kept = _move_beside(partial, target, ".kept")
+            raise _TakenError(f"{target} was taken meanwhile ({error.strerror}); the results are in {kept}") from None
     except _TakenError:
         raise
     except BaseException as error:
@@ -59,16 +67,74 @@ def run_folder(target: Path) -> Iterator[Path]:
             why = f"{error.strerror or error}: free some space, or give another --output-dir"
             raise OSError(error.errno, f"can't write the results: {why}", str(target)) from error
         raise
+    finally:
+        os.close(lock)
+
+
+def _new_partial(target: Path) -> tuple[Path, int]:
+    """Make a partial folder and lock it. The lock, which goes when its process ends however it ends, marks the owner.
+
+    Returns the folder and the descriptor that holds the lock.
+    """
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another run took it for abandoned, between the two lines above, and removes it
+            os.close(lock)
+            continue
+        except OSError:  # a file system without locks, where nothing is taken for abandoned
+            return partial, lock
+        if partial.exists():
+            return partial, lock
+        os.close(lock)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the partial folders of `target` that no process owns any more."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # its owner lives, or there are no locks here
+            continue
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def kept_if_interrupted(folder: Path, target: Path, proof: str) -> Iterator[None]:
+    """Keep an interrupted run's folder once the file `proof` is in it.
+
+    Raises InterruptedRunError, which says where, in place of KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (folder / proof).exists():
+            raise
+        kept = keep_incomplete(folder, target)
+        raise InterruptedRunError(f"interrupted: what was finished is in {kept}") from None
 
 
 def keep_incomplete(folder: Path, target: Path) -> Path:
-    """Keep what a failed run has written so far, beside `target` under a name that says so. Returns where."""
+    """Move what a failed run has written so far beside `target`, under a name that says so, and return where."""
+    folder.chmod(0o755)
+    return _move_beside(folder, target, ".incomplete")
+
+
+def _move_beside(folder: Path, target: Path, mark: str) -> Path:
     for number in range(1, 1000):
-        kept = target.absolute().with_name(f"{target.name}.incomplete{'' if number == 1 else number}")
+        kept = target.absolute().with_name(f"{target.name}{mark}{'' if number == 1 else number}")
         if not kept.exists():
-            folder.chmod(0o755)
             return folder.rename(kept)
-    raise InputError(f"too many incomplete runs beside {target}: remove some")
+    raise InputError(f"too many folders named {target.name}{mark}*: remove some")
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -120,6 +120,9 @@ class Driver:
         self._stage_free = [0.0] * self.num_stages  # end of the newest batch on each stage
         self.origin = 0.0  # the clock at `start`
         self._occupied_since = 0.0
+        kv_cache = scheduler.kv_cache
+        self._hashed = kv_cache.block_size if kv_cache.prefix_caching else None  # tokens of a block that has a hash
+        self._arrivals: Arrivals | None = None  # of `run`
 
     @property
     def unfinished(self) -> int:
@@ -140,6 +143,9 @@ class Driver:
         It may enter the first batch that is formed from now on, by `step`.
         """
         self.now = max(self.now, self.time() if at is None else at)
+        if self._hashed is not None and sequence.request.block_hashes is None:
+            sequence.request.block_hashes = sequence.block_hashes
+            sequence.hash_blocks(self._hashed)
         self.scheduler.add(sequence.request)
         if not self.steps.sequences:
             self._occupied_since = self.now
@@ -178,13 +184,14 @@ class Driver:
         self._complete(result, ended_at)
         return True
 
-    def run(self, sequences: Iterable[Sequence]) -> None:
+    def run(self, sequences: Iterable[Sequence] | Arrivals) -> None:
         """Serve `sequences`, which come in order of arrival, each when its time has come, to their ends.
 
-        Raises InputError for a request that could never run, WorkerError when a worker fails, RuntimeError if the
-        policy leaves requests waiting for ever.
+        `Arrivals` may also hang on what has ended. Raises InputError for a request that could never run, WorkerError
+        when a worker fails, RuntimeError if the policy leaves requests waiting for ever.
         """
-        arrivals = _Arrivals(sequences)
+        arrivals = InOrder(sequences) if isinstance(sequences, Iterable) else sequences
+        self._arrivals = arrivals
         self.start()
         while True:
             if not self.step(until=arrivals.next_at):
@@ -253,6 +260,8 @@ class Driver:
         stopped = []
         for sequence, token in zip(sampled, tokens, strict=True):
             sequence.tokens.append(token)
+            if self._hashed is not None and sequence.request.block_hashes is sequence.block_hashes:
+                sequence.hash_blocks(self._hashed)
             if token in sequence.stop_tokens:
                 stopped.append(sequence.request)
         self.scheduler.commit(flight.batch, stopped=stopped)
@@ -265,6 +274,8 @@ class Driver:
             if sequence.request.finished:
                 self._remove(sequence)
                 self.recorder.finished(sequence.request, 0)
+                if self._arrivals is not None:
+                    self._arrivals.finished(sequence, self.now)
                 if self.on_finished is not None:
                     self.on_finished(sequence)
 
@@ -310,7 +321,21 @@ def _still_wanted(batch: Batch, tokens: list[int]) -> tuple[Batch, list[int]]:
     return replace(batch, decodes=decodes, completing=completing), list(compress(tokens, wanted))
 
 
-class _Arrivals:
+class Arrivals(Protocol):
+    """Sequences as they arrive."""
+
+    @property
+    def next_at(self) -> float:
+        """When the next one arrives; infinity if that hangs on one that has not ended, or none is left."""
+
+    def pop(self) -> Sequence:
+        """Take the next one."""
+
+    def finished(self, sequence: Sequence, time: float) -> None:
+        """A sequence has ended at `time`."""
+
+
+class InOrder:
     """Sequences in order of arrival, with a look at when the next one comes."""
 
     def __init__(self, sequences: Iterable[Sequence]) -> None:
@@ -319,7 +344,6 @@ class _Arrivals:
 
     @property
     def next_at(self) -> float:
-        """When the next one arrives; infinity after the last."""
         return inf if self._next is None else self._next.request.arrived_at
 
     def pop(self) -> Sequence:
@@ -327,3 +351,6 @@ class _Arrivals:
         assert found is not None
         self._next = next(self._iterator, None)
         return found
+
+    def finished(self, sequence: Sequence, time: float) -> None:
+        pass

@@ -17,6 +17,7 @@ from engine.specs.memory import GPU_MEMORY_UTILIZATION
 
 EXECUTORS = ("in_process", "multiprocess", "ray")
 LOAD_FORMATS = ("safetensors", "dummy")
+GRAPH_BACKENDS = ("flash_attn", "flashinfer")  # attention backends whose decodes run as CUDA graphs
 DECODE_GRAPHS = (1, 2, 4, *range(8, 257, 8))  # batch sizes that CUDA graphs are captured for
 
 
@@ -25,7 +26,8 @@ class EngineSpec:
     """One replica of the engine; `of` makes it from a ReplicaSpec.
 
     `folder` has the weights; without one they are dummies. `num_blocks` None measures how many KV blocks the memory
-    holds. `max_batch_tokens` is the largest batch there can be.
+    holds. `max_batch_tokens` is the largest batch there can be; without `bounded_batches` (a policy without a token
+    budget) only the largest that memory is measured for.
     """
 
     model: ModelSpec
@@ -35,6 +37,7 @@ class EngineSpec:
     max_model_len: int
     max_batch_tokens: int
     block_size: int
+    bounded_batches: bool = True
     parallel: ParallelSpec = field(default_factory=ParallelSpec)
     num_blocks: int | None = None
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION
@@ -73,6 +76,7 @@ class EngineSpec:
             max_num_seqs=scheduler.max_num_seqs,
             max_model_len=scheduler.max_model_len or 0,
             max_batch_tokens=largest_batch(scheduler),
+            bounded_batches=scheduler.max_num_batched_tokens is not None,
             block_size=scheduler.block_size,
             parallel=replica.parallel,
             num_blocks=replica.num_gpu_blocks_override,

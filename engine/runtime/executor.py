@@ -7,6 +7,7 @@ there are `max_num_seqs`, taken at admission and given back at preemption or the
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -126,6 +127,15 @@ def combine(reports: Sequence[RankReport]) -> Result:
     tokens, logits = next((each.tokens, each.logits) for each in reports if each.tokens is not None)
     times = sorted(each.time for each in reports)
     return Result(reports[0].number, tokens, times, logits)
+
+
+def freeze_start_up() -> None:
+    """Leave everything that exists by now out of garbage collections: a full one would be a pause in the serving.
+
+    `gc.unfreeze` undoes it, for what was made before is garbage some day.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class Executor(Protocol):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from hashlib import blake2b
 
 import numpy as np
 
@@ -20,7 +21,16 @@ class Sequence:
     `stop_tokens` end it early; with none it runs to the request's `output_tokens`.
     """
 
-    __slots__ = ("finish_reason", "request", "sampling", "sent_blocks", "sent_preemptions", "stop_tokens", "tokens")
+    __slots__ = (
+        "block_hashes",
+        "finish_reason",
+        "request",
+        "sampling",
+        "sent_blocks",
+        "sent_preemptions",
+        "stop_tokens",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -33,6 +43,7 @@ class Sequence:
         self.tokens = list(prompt)
         self.sampling = sampling
         self.stop_tokens = stop_tokens
+        self.block_hashes: list[int] = []  # of its tokens, where prefixes are cached and nobody gave the request any
         self.finish_reason: str | None = None  # "stop", "length" or "abort", once it is finished
         self.sent_blocks = 0  # of request.blocks, that the workers know of
         self.sent_preemptions = 0  # of the request, when they were sent: after another it has other blocks
@@ -41,6 +52,13 @@ class Sequence:
     def output(self) -> list[int]:
         """The generated tokens."""
         return self.tokens[self.request.prompt_tokens :]
+
+    def hash_blocks(self, block_size: int) -> None:
+        """Make a hash for each block that its tokens fill by now, of these and all before them."""
+        hashes = self.block_hashes
+        for end in range((len(hashes) + 1) * block_size, len(self.tokens) + 1, block_size):
+            block = np.array([hashes[-1] if hashes else 0, *self.tokens[end - block_size : end]], dtype=np.uint64)
+            hashes.append(int.from_bytes(blake2b(block.tobytes(), digest_size=8).digest(), "little"))
 
 
 class StepBuilder:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.replica_spec import ReplicaSpec
-from engine.results.metrics import replica_use, summarize, tbt_percentiles
+from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.results.tables import Columns, to_arrow
@@ -78,7 +78,7 @@ def serve(
         on_result=on_result,
     )
     try:
-        driver.run(_sequences(workload.requests(), vocab_size, seed))
+        driver.run(Sender(workload, vocab_size, seed))
     finally:
         recorder.close()
         if folder is not None:
@@ -86,13 +86,14 @@ def serve(
 
             pq.write_table(to_arrow(ranks.columns()), folder / "ranks.parquet", compression="zstd")
     requests = recorder.requests()
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped)
+    closed = workload.client.max_concurrency
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
+    summary["workload_notes"] = list(workload.notes)
     summary["router"] = "none"
-    summary["replicas"] = [
-        replica_use(scheduler.recomputed_tokens, driver.busy_s, driver.occupied_s, summary["duration"])
-    ]
+    summary["replicas"] = [replica_use(scheduler, driver.busy_s, driver.occupied_s, summary["duration"])]
+    summary |= prefix_use(summary["replicas"])
     summary["engine"] = {
         "batches": recorder.num_batches,
         "hardware": executor.hardware,
@@ -103,10 +104,50 @@ def serve(
     return Run(summary, requests, None if folder else recorder.iterations_kept())
 
 
-def _sequences(requests: Iterator[Request], vocab_size: int, seed: int) -> Iterator[TokenSequence]:
-    """The requests with random prompts; a request's tokens depend on the seed and its id alone."""
+class Sender:
+    """A workload's requests as sequences of random tokens, sent when its client sends them.
+
+    A request's tokens depend on the seed and its id alone; with a content, on the seed and the content's streams. A
+    turn of a conversation goes on from the tokens that were really generated in the turn before.
+    """
+
+    def __init__(self, workload: Workload, vocab_size: int, seed: int) -> None:
+        self._client = workload.sender()
+        self._vocab_size, self._seed = vocab_size, seed
+        self._before = {} if workload.after is None else dict(enumerate(workload.after.tolist()))
+        self._followed = set(self._before.values())
+        self._ended: dict[int, list[int]] = {}  # tokens of the turns that others follow, by id
+
+    @property
+    def next_at(self) -> float:
+        return self._client.next_at
+
+    def pop(self) -> TokenSequence:
+        request = self._client.pop()
+        tokens = self._ended.pop(self._before.get(request.id, -1), [])[: request.prompt_tokens]
+        if request.content is None:
+            return TokenSequence(request, tokens + self._draw([request.id], len(tokens), request.prompt_tokens))
+        for stream, start, end in request.content.pieces(request.prompt_tokens):
+            if end > len(tokens):
+                tokens += self._draw([abs(stream), 1 + (stream < 0)], max(start, len(tokens)), end)
+        return TokenSequence(request, tokens)
+
+    def finished(self, sequence: TokenSequence, time: float) -> None:
+        if sequence.request.id in self._followed:
+            self._ended[sequence.request.id] = sequence.tokens
+        self._client.finished(sequence.request, time)
+
+    def _draw(self, name: list[int], start: int, end: int) -> list[int]:
+        """Tokens start..end-1 of an endless row of them."""
+        rng = np.random.default_rng([self._seed, *name])
+        drawn: list[int] = rng.integers(0, self._vocab_size, end)[start:].tolist()
+        return drawn
+
+
+def _sequences(requests: Iterator[Request], vocab_size: int) -> Iterator[TokenSequence]:
+    """The requests with random prompts."""
     for request in requests:
-        rng = np.random.default_rng([seed, request.id])
+        rng = np.random.default_rng(request.id)
         yield TokenSequence(request, rng.integers(0, vocab_size, request.prompt_tokens).tolist())
 
 
@@ -122,7 +163,7 @@ def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, clock: C
         return
     requests = [Request(i, 0.0, length - output, output) for i in range(count)]
     driver = Driver(scheduler, executor, Recorder(predicted=False), clock=clock)
-    driver.run(_sequences(iter(requests), vocab_size, 0))
+    driver.run(_sequences(iter(requests), vocab_size))
 
 
 class _RankTimes:

@@ -20,6 +20,7 @@ class KVCache:
         watermark: fraction of the blocks that admission leaves free, so that the requests already running can grow for
             a while before one of them has to be preempted.
         prefix_caching: keep the content of released blocks, to be found again by `match`.
+        null_blocks: blocks beyond `num_blocks` that the watermark counts although nobody ever holds them.
         reuse_unhashed_first: released blocks without a hash are taken before all others (vLLM from 0.3x on), else they
             wait in line like those that have one.
     """
@@ -31,10 +32,11 @@ class KVCache:
         watermark: float = 0.0,
         prefix_caching: bool = False,
         reuse_unhashed_first: bool = False,
+        null_blocks: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.watermark_blocks = int(watermark * num_blocks)
+        self.watermark_blocks = int(watermark * (num_blocks + null_blocks))
         self.prefix_caching = prefix_caching
         self.reuse_unhashed_first = reuse_unhashed_first
         self.evictions = 0  # blocks that lost a content that could have been found again

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from engine.scheduling.content import Content
+
 
 class Request:
     """One request on its way through a replica.
 
     Times are seconds on the driver's clock. `output_tokens` is the most it may generate; the simulator generates
     exactly that many. `block_hashes` has an id for each full KV block of its tokens, the same for two requests exactly
-    when all tokens up to that block's end are; None where it shares nothing. It may grow with the known tokens.
+    when all tokens up to that block's end are; None where it shares nothing. It may grow with the known tokens. With a
+    `content` instead, the scheduler works them out where it caches prefixes.
     """
 
     __slots__ = (
@@ -27,6 +30,7 @@ class Request:
         "arrived_at",
         "block_hashes",
         "blocks",
+        "content",
         "finished",
         "group",
         "id",
@@ -39,6 +43,7 @@ class Request:
         "order",
         "output_tokens",
         "preemptions",
+        "prefix_hit_tokens",
         "priority",
         "prompt_tokens",
         "row",
@@ -68,6 +73,8 @@ class Request:
         self.blocks: list[int] = []  # ids of the KV blocks it holds, in token order
         self.allocated_tokens = 0  # tokens that those blocks hold
         self.block_hashes = block_hashes
+        self.content: Content | None = None
+        self.prefix_hit_tokens = 0  # found in the cache when it was first admitted
         self.num_cached_blocks = 0  # of `blocks`, the first ones, that others can find by their hashes
         self.priority = priority  # the lowest number first, for policies that look at it
         self.order = 0  # its place in line at the scheduler, earliest first
@@ -144,6 +151,7 @@ class Batch:
     kv_blocks: int  # in use by the replica once this batch has its own
     left: int
     repeats: int = 1
+    prefix_hit_tokens: int = 0  # that its requests found in the cache when they were admitted for it
     dropped: set[Request] | None = None  # preempted or ended while it was in flight
 
     @property

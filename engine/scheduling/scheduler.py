@@ -20,6 +20,7 @@ from collections.abc import Collection, Sequence
 from operator import attrgetter
 
 from engine.errors import InputError
+from engine.scheduling.content import Content, own
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.policies import POLICIES, BatchPlan
 from engine.scheduling.request import Batch, BatchShape, Entry, Request
@@ -61,9 +62,10 @@ class Scheduler:
         self.kv_cache = KVCache(
             num_blocks,
             spec.block_size,
-            spec.watermark,
+            self.policy.watermark,
             spec.enable_prefix_caching,
             reuse_unhashed_first=self.policy.reuse_unhashed_first,
+            null_blocks=self.policy.null_blocks,
         )
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # admitted, earliest in line first
@@ -76,6 +78,9 @@ class Scheduler:
         self._left = 0  # none has its last token in fewer runs than this; 0 where that is not known
         self._in_flight: list[Batch] = []
         self._free_rows = list(range(spec.max_num_seqs - 1, -1, -1))
+        self.prefix_query_tokens = 0  # of admitted requests, looked up in the cache of prefixes
+        self.prefix_hit_tokens = 0  # of these, found there
+        self._hits = 0  # of these, for the batch that is planned
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
         self.preempted: list[Request] = []  # for the newest batch, in order
         self._next_order = 0
@@ -113,6 +118,9 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a request in line. Raises InputError if it could never run."""
         self.check(request)
+        if self.kv_cache.prefix_caching and request.block_hashes is None:
+            content = request.content or Content.of(own(request.id))  # what only itself finds, after a preemption
+            request.block_hashes = content.block_hashes(request.max_total_tokens, self.kv_cache.block_size)
         request.order = self._next_order
         self._next_order += 1
         self.policy.enqueue(self.waiting, request)
@@ -123,10 +131,16 @@ class Scheduler:
             return None
         if self.preempted:
             self.preempted.clear()
+        running = len(self.running)
         plan = self.policy.plan(self)
         decodes, chunks = plan.decodes, plan.chunks
-        if not decodes and not chunks:
-            return None
+        while not decodes and not chunks:
+            if self._in_flight or not self.preempted or len(self.running) >= running:
+                return None
+            running = len(self.running)
+            self.preempted.clear()  # those who were to run gave up their blocks: who can run now?
+            plan = self.policy.plan(self)
+            decodes, chunks = plan.decodes, plan.chunks
         window = self.sliding_window
         everyone = len(decodes) == len(self.decoding)
         num_decodes = num_tokens = growth = len(decodes)
@@ -160,12 +174,15 @@ class Scheduler:
         shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled, growth)
         # after a preemption there are free blocks, which the next plan may use for another
         stable = plan.stable and num_decodes == len(decodes) and not self.preempted
-        repeats = self._repeats(plan, left) if stable else 1
         kv_cache = self.kv_cache
+        if stable and kv_cache.prefix_caching:
+            stable = not self._cache_matters()
+        repeats = self._repeats(plan, left) if stable else 1
         kv_blocks = kv_cache.num_blocks - kv_cache.num_free
         batch = Batch(decodes, chunks, completing, shape, kv_blocks, left, repeats)
         self._in_flight.append(batch)
         if kv_cache.prefix_caching:
+            batch.prefix_hit_tokens, self._hits = self._hits, 0
             for request, tokens in batch.entries:
                 kv_cache.register(request, min(request.start + tokens, request.num_tokens))
         if self.max_in_flight > 1:
@@ -214,6 +231,8 @@ class Scheduler:
                 for request, tokens in chunks:
                     request.num_in_flight_tokens -= tokens
             taken = self._progress(decodes, chunks, repeats, 0)
+            if repeats > 1 and self.kv_cache.prefix_caching:
+                self._register_repeats(decodes, chunks, repeats)
             for request, _ in chunks:
                 if request.num_tokens - request.num_computed_tokens <= 1:
                     self._completed(request)
@@ -239,6 +258,8 @@ class Scheduler:
         meanwhile, the round (1, 2, ...) that took it.
         """
         taken = self._progress(batch.decodes, batch.chunks, repeats, 1)
+        if self.kv_cache.prefix_caching:
+            self._register_repeats(batch.decodes, batch.chunks, repeats)
         batch.repeats = max(1, batch.repeats - repeats)
         batch.left -= repeats
         batch.shape = batch.shape.after(repeats)
@@ -320,7 +341,13 @@ class Scheduler:
             self.waiting.popleft()
         else:
             self.waiting.remove(request)
-        request.num_computed_tokens = len(prefix) * kv_cache.block_size
+        if prefix or kv_cache.prefix_caching:
+            request.num_computed_tokens = hits = len(prefix) * kv_cache.block_size
+            self.prefix_query_tokens += request.num_tokens
+            self.prefix_hit_tokens += hits
+            self._hits += hits
+            if not request.preemptions:
+                request.prefix_hit_tokens = hits
         request.row = self._free_rows.pop()
         insort(self.running, request, key=_by_order)
         insort(self.prefilling, request, key=_by_order)
@@ -416,6 +443,35 @@ class Scheduler:
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
         return taken
+
+    def _cache_matters(self) -> bool:
+        """Whether what running requests put in the prefix cache may change the batches before one of them ends."""
+        if self.num_stages > 1:  # batches in flight fill blocks in turn, each has to be found from then on
+            return any(request.block_hashes for request in self.running)
+        if not self.waiting or not self._free_rows:
+            return False
+        first = self.waiting[0]  # it waits for KV blocks, of which it may share more soon
+        hashes = first.block_hashes
+        if not hashes:
+            return False
+        found = len(self.kv_cache.match(first))
+        following = hashes[found : found + 1]
+        return bool(following) and any((r.block_hashes or ())[found : found + 1] == following for r in self.running)
+
+    def _register_repeats(self, decodes: Sequence[Request], chunks: Sequence[Entry], repeats: int) -> None:
+        """Let others find the KV blocks that `repeats` runs, just counted, have filled: as they were, run by run."""
+        filled: list[tuple[int, int, Request, int]] = []
+        block_size = self.kv_cache.block_size
+        for place, (request, tokens) in enumerate([*[(request, 1) for request in decodes], *chunks]):
+            if not request.block_hashes:
+                continue
+            last = min(request.start, request.num_tokens)
+            first = last - repeats * tokens
+            for end in range((request.num_cached_blocks + 1) * block_size, last + 1, block_size):
+                filled.append((-((first - end) // tokens), place, request, end))
+        filled.sort(key=lambda item: item[:2])
+        for _, _, request, end in filled:
+            self.kv_cache.register(request, end)
 
     def _completed(self, request: Request) -> None:
         """A chunk of `request` left no more than one token, which is computed like a decode; it is counted."""

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec, hf_config
+from engine.specs.checks import field_types
 
 GIB = 1 << 30
 _CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
@@ -439,7 +440,8 @@ def _build(kind: type[Spec], values: Any, where: str) -> Spec:
     for name, field in known.items():
         if name not in values and field.default is MISSING:
             raise InputError(f"{where}: the key {name!r} is missing: it needs {', '.join(known)}")
-    arguments = {key: _value(known[key].type, value, f"{where}: {key}") for key, value in values.items()}
+    types = field_types(kind)
+    arguments = {key: _value(types[key], value, f"{where}: {key}") for key, value in values.items()}
     try:
         return kind(**arguments)
     except InputError as error:

@@ -18,6 +18,10 @@ from engine.specs.model import ModelSpec, RopeScaling
 
 _UNTIED = ("llama", "mistral", "qwen2", "qwen3", "qwen", "internlm", "phi")  # elsewhere the default is tied
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
+_NO_WINDOW = ("llama", "internlm", "phi", "falcon", "qwen")  # whatever a config says: their models ignore the keys
+_SWITCHED_WINDOW = ("qwen2", "qwen3")  # used if `use_sliding_window`, in the layers from `max_window_layers` on
+_WINDOW_IN_EVERY_LAYER = ("mistral",)
+_FULLY_ROTATED = ("llama", "internlm", "mistral", "qwen2", "qwen3")  # whatever `partial_rotary_factor` says
 _MIXED_WINDOWS = ("gemma2", "gemma3_text", "cohere2", "gpt_oss")
 _LLAMA_LIKE = ("rms_norm_eps", "intermediate_size")
 _NORM_EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
@@ -98,19 +102,53 @@ def _refuse(config: _Config) -> None:
     kind = config.get("model_type", "of unknown type")
     if what:
         raise InputError(f"{config.where} ({kind}) is {what}, not a dense decoder: only dense decoders are modelled")
-    windowed = set(config.get("layer_types", ())) if isinstance(config.get("layer_types", ()), list) else set()
-    if (
-        kind in _MIXED_WINDOWS
-        or len(windowed) > 1
-        or config.get("sliding_window_pattern")
-        or (config.get("use_sliding_window", False) and config.get("max_window_layers", 0) > 0)
-    ):
+    if _has_mixed_windows(config):
         raise InputError(
             f"{config.where} ({kind}) has a sliding window in some layers only: one window for all layers, or none, is "
             "modelled"
         )
     if "quantization_config" in config.values:
         raise InputError(f"{config.where} is quantised: only 16-bit weights are modelled, give the unquantised config")
+
+
+def _has_mixed_windows(config: _Config) -> bool:
+    """Return whether some layers have a sliding window and others have none."""
+    kind = config.get("model_type", "llama")
+    if kind in (*_NO_WINDOW, *_WINDOW_IN_EVERY_LAYER):
+        return False
+    if kind in _SWITCHED_WINDOW:
+        return len(set(_switched_layers(config))) > 1
+    types = config.get("layer_types", ())
+    windowed = set(types) if isinstance(types, list) else set()
+    return bool(
+        kind in _MIXED_WINDOWS
+        or len(windowed) > 1
+        or config.get("sliding_window_pattern")
+        or (config.get("use_sliding_window", False) and config.get("max_window_layers", 0) > 0)
+    )
+
+
+def _switched_layers(config: _Config) -> list[bool]:
+    """Return whether each layer has the window, for the families that switch it on by key and by layer."""
+    layers = config.need("num_hidden_layers")
+    if not config.get("use_sliding_window", False):
+        return [False] * layers
+    types = config.get("layer_types")
+    if isinstance(types, list) and types:
+        return [kind == "sliding_attention" for kind in types]
+    return [layer >= config.number("max_window_layers", 28) for layer in range(layers)]
+
+
+def _window(config: _Config) -> int | None:
+    """Return the sliding window of every layer, as the family's class in transformers reads it."""
+    kind = config.get("model_type", "llama")
+    if kind in _NO_WINDOW or (kind in _SWITCHED_WINDOW and not any(_switched_layers(config))):
+        return None
+    if kind not in (*_SWITCHED_WINDOW, *_WINDOW_IN_EVERY_LAYER) and not config.get("use_sliding_window", True):
+        return None
+    if kind in (*_SWITCHED_WINDOW, *_WINDOW_IN_EVERY_LAYER) and "sliding_window" not in config.values:
+        return 4096
+    return None if config.get("sliding_window") is None else config.need("sliding_window")
 
 
 def _shared(config: _Config) -> dict[str, Any]:
@@ -194,10 +232,6 @@ def _llama_like(config: _Config) -> dict[str, Any]:
             )
     # internlm has `bias` for Q, K, V and the output, llama `attention_bias`; qwen2 has the first three always
     bias = bool(config.get("attention_bias", kind == "internlm" and config.get("bias", True)))
-    # qwen2 names a window that it uses only if told so; mistral has no switch, null or absent is none or 4096
-    window = config.get("sliding_window") if config.get("use_sliding_window", kind not in ("qwen2", "qwen3")) else None
-    if kind == "mistral" and "sliding_window" not in config.values:
-        window = 4096
     return {
         "intermediate_size": config.need("intermediate_size"),
         "num_key_value_heads": config.need("num_key_value_heads", "num_attention_heads"),
@@ -206,8 +240,8 @@ def _llama_like(config: _Config) -> dict[str, Any]:
         "qkv_bias": kind == "qwen2" or bias,
         "attention_output_bias": kind != "qwen2" and bias,
         "mlp_bias": bool(config.get("mlp_bias", False)),
-        "sliding_window": window,
-        "rotary_fraction": _rotary_fraction(config, 1.0),
+        "sliding_window": _window(config),
+        "rotary_fraction": 1.0 if kind in _FULLY_ROTATED else _rotary_fraction(config, 1.0),
         "activation": _activation(config, "hidden_act", "hidden_activation", default="silu"),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from engine.specs.checks import check_fields
@@ -13,7 +14,7 @@ class HostOverhead:
 
     Launching overlaps with the GPU, so a stage takes max(GPU, launch) + added. Each stage launches its own layers; what
     is added is the engine's serial path (schedule, prepare inputs, sample, process outputs, messages) and is charged
-    once an iteration, to the first stage.
+    once an iteration, to the first stage. Where it is `hidden` a stage takes max(GPU, launch, added) + exposed_s.
     """
 
     name: str
@@ -23,17 +24,27 @@ class HostOverhead:
     message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
     graph_decodes: int = 0  # batches of decodes alone, up to this many, are launched as one CUDA graph: no layer_s
     attention_kernel: str | None = None  # that such an engine runs, by its name in a calibration; None: the usual one
+    hidden: bool = False  # whether the host works beside the GPU (asynchronous scheduling)
+    exposed_s: float = 0.0  # added to every iteration even so
+    graph_sizes: tuple[int, ...] = ()  # of CUDA graphs: a batch of up to the largest many tokens is padded to the next
     source: str
 
     def __post_init__(self) -> None:
-        check_fields(self, "iteration_s sequence_s layer_s message_s graph_decodes", zero=True)
+        object.__setattr__(self, "graph_sizes", tuple(self.graph_sizes))  # a list, where it comes from a file
+        check_fields(self, "iteration_s sequence_s layer_s message_s graph_decodes exposed_s", zero=True)
 
     def times(self, layers: int, sequences: int, ranks: int, stage: int = 0) -> tuple[float, float]:
         """(launch, added) seconds of a batch of `sequences` on a pipeline `stage` that has `layers`.
 
-        `ranks` are all those of the replica. The stage takes max(GPU, launch) + added.
+        `ranks` are all those of the replica. The stage takes max(GPU, launch) + added: what is hidden is in `launch`.
         """
         launch = layers * self.layer_s
         if stage:
             return launch, 0.0
-        return launch, self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)
+        serial = self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)
+        return (max(launch, serial), self.exposed_s) if self.hidden else (launch, serial)
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens that a batch is computed as, with the padding of its CUDA graph."""
+        place = bisect_left(self.graph_sizes, num_tokens)
+        return self.graph_sizes[place] if place < len(self.graph_sizes) else num_tokens

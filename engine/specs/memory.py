@@ -2,7 +2,8 @@
 
 Follows vLLM: of `gpu_memory_utilization` of the memory, what the weights and the largest batch's activations leave
 over is KV cache, and the stage with the least decides for the whole pipeline. Weights are exact; activations are an
-estimate, stated at `activation_bytes`.
+estimate, stated at `activation_bytes`. The attention is taken to read the pages in place; the engine, which measures
+its memory, also counts what a backend copies together (`gathered_bytes` in engine/worker/attention).
 
     from engine import specs
     from engine.specs import catalog, memory

@@ -15,8 +15,8 @@ class SchedulerSpec:
 
     `watermark` is the share of KV blocks that admission leaves free. The dynamic chunk schedule is Sarathi-Serve's: the
     token budget falls linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` equal
-    stages of a prompt's first `chunk_schedule_max_tokens` tokens. `engine.scheduling.policies.resolve` fills in what is
-    left open.
+    stages of a prompt's first `chunk_schedule_max_tokens` tokens, in multiples of 32.
+    `engine.scheduling.policies.resolve` fills in what is left open.
     """
 
     policy: str = "sarathi"
@@ -24,7 +24,7 @@ class SchedulerSpec:
     max_num_seqs: int = 128
     max_model_len: int | None = None
     block_size: int = 16  # tokens a KV block holds
-    watermark: float = 0.01
+    watermark: float | None = None
     chunk_schedule: Literal["fixed", "dynamic"] = "fixed"
     chunk_schedule_low: int | None = None
     chunk_schedule_high: int | None = None
@@ -40,9 +40,10 @@ class SchedulerSpec:
 
     def __post_init__(self) -> None:
         check_fields(self, "max_num_seqs block_size")
-        check_fields(self, "watermark", zero=True)
-        if self.watermark >= 1:
-            raise InputError(f"SchedulerSpec watermark={self.watermark}: give a share of the KV blocks, below 1")
+        if self.watermark is not None:
+            check_fields(self, "watermark", zero=True)
+            if self.watermark >= 1:
+                raise InputError(f"SchedulerSpec watermark={self.watermark}: give a share of the KV blocks, below 1")
         optional = ["chunk_schedule_low", "chunk_schedule_high", "chunk_schedule_stages", "chunk_schedule_max_tokens"]
         for name in ("max_num_batched_tokens", "max_model_len", *optional):
             if getattr(self, name) is not None:

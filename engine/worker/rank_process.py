@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 
 from engine.errors import InputError
 from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.executor import freeze_start_up
 from engine.runtime.processes import end_with_parent
 from engine.worker.rank import join, leave
 from engine.worker.runner import ModelRunner, Pending
@@ -34,6 +35,7 @@ def main(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) ->
         driver.send(("ready", *runner.describe()))
         _serve(driver, runner)
         del runner
+        gc.unfreeze()
         gc.collect()  # its CUDA graphs hold on to NCCL's communicators
         leave()
     except BaseException as error:
@@ -56,6 +58,7 @@ def _serve(driver: Connection, runner: ModelRunner) -> None:
                 pending.append(runner.execute(step))
             case ("allocate", num_blocks):
                 runner.allocate(num_blocks)
+                freeze_start_up()
                 driver.send(("allocated",))
             case ("close",):
                 return

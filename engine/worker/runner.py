@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,8 +88,10 @@ class ModelRunner:
     def free_blocks(self) -> int:
         """KV blocks that this rank has memory for beside the weights and the largest batches.
 
-        On a GPU these are run and their peak measured. On a CPU it is a share of the memory that is free, and
-        not much more than the longest requests could ever fill.
+        On a GPU these are run and their peak measured. They have little in the cache: the copies of keys and values
+        that some attention backends make, of a full cache at most, are added (not their indices and masks, a
+        hundredth). On a CPU it is a share of the memory that is free, and not much more than the longest requests could
+        ever fill.
         """
         spec = self.spec
         block_bytes = kv_bytes_per_block(spec.model, spec.parallel, self.rank.stage, spec.block_size)
@@ -97,12 +100,18 @@ class ModelRunner:
             return min(int(available / block_bytes), 2 * spec.max_num_seqs * self._max_blocks)
         used = self._peak_bytes()
         total = torch.cuda.mem_get_info(self.device)[1] * spec.gpu_memory_utilization
-        blocks = int((total - used - RESERVED_BYTES) / block_bytes)
+        room = int(total - used - RESERVED_BYTES)
+
+        def taken(blocks: int) -> int:
+            tokens = blocks * spec.block_size
+            return blocks * block_bytes + self.attention.gathered_bytes(tokens, spec.max_num_seqs, spec.max_model_len)
+
+        blocks = bisect_right(range(max(0, room) // block_bytes + 1), room, key=taken) - 1
         if blocks < 1:
             raise InputError(
                 f"rank {self.rank.rank} takes {used / GIB:.1f} GiB for weights and the largest batch, of "
                 f"{total / GIB:.1f} GiB it may use: raise --gpu-memory-utilization or --tensor-parallel-size, or lower "
-                f"--max-num-batched-tokens {spec.max_batch_tokens}"
+                f"{self._batch_flag()}"
             )
         return blocks
 
@@ -139,10 +148,10 @@ class ModelRunner:
         return torch.cuda.max_memory_allocated() - before
 
     def _graph_sizes(self) -> list[int]:
-        """Batch sizes to capture CUDA graphs for."""
+        """Batch sizes to capture CUDA graphs for, in order; one above the most sequences there are is cut to these."""
         if self.device.type != "cuda" or not self.attention.supports_cuda_graph:
             return []
-        return [size for size in self.spec.cuda_graphs if size <= self.spec.max_num_seqs]
+        return sorted({min(size, self.spec.max_num_seqs) for size in self.spec.cuda_graphs})
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV caches, of `num_blocks` blocks and one more for padding; on a GPU warm up and capture its graphs.
@@ -181,6 +190,13 @@ class ModelRunner:
 
         self.kv_caches = [(empty(), empty()) for _ in range(layers)]
 
+    def _batch_flag(self) -> str:
+        """What bounds the largest batch, as the user gives it."""
+        spec = self.spec
+        if spec.bounded_batches:
+            return f"--max-num-batched-tokens {spec.max_batch_tokens}"
+        return f"--max-num-seqs {spec.max_num_seqs}"
+
     @contextmanager
     def _memory(self, doing: str) -> Iterator[None]:
         """Turn running out of memory into an error that says what to change."""
@@ -195,8 +211,7 @@ class ModelRunner:
                 share = f"--num-gpu-blocks-override {self.spec.num_blocks}"
             raise InputError(
                 f"{where} out of memory on rank {self.rank.rank} while {doing}: lower {share} or "
-                f"--max-num-batched-tokens {self.spec.max_batch_tokens}, or raise --tensor-parallel-size "
-                f"({str(error).splitlines()[0]})"
+                f"{self._batch_flag()}, or raise --tensor-parallel-size ({str(error).splitlines()[0]})"
             ) from None
 
     # -- a step ----------------------------------------------------------------------------------------------------

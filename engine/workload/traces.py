@@ -1,20 +1,23 @@
 """Reads recorded request traces: lengths in tokens and, where there are any, arrival times.
 
-The format is told from the column names, whether the file is CSV or JSON lines: plain
+The format is recognised by the column names, whether the file is CSV or JSON lines: plain
 `num_prefill_tokens,num_decode_tokens[,arrived_at]`, Azure's `TIMESTAMP,ContextTokens,GeneratedTokens`, BurstGPT's
-`Timestamp,...,Request tokens,Response tokens,...`, and Mooncake's `timestamp,input_length,output_length`.
+`Timestamp,...,Request tokens,Response tokens,...`, and Mooncake's `timestamp,input_length,output_length,hash_ids`. Any
+other is read with its columns named: `prompt=tokens_in,output=tokens_out,time=at_s,prompt_id=which`. A ShareGPT JSON
+has text, whose tokens a tokenizer counts.
 """
 
 import json
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import InputError
+from engine.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,13 +30,18 @@ class Trace:
     """The requests of a trace in order of arrival: prompt (n,) and output (n,) tokens, `arrived_at` (n,) seconds.
 
     The first request arrives at 0; `arrived_at` is None where the trace has no times. `num_failed` rows that say that
-    the request failed are left out.
+    the request failed are left out. `ids` are of each prompt: hash ids of its pieces, each of these tokens and all
+    before them (`ids_are_hashes`), or one of the whole prompt; None where the trace has none. `notes` are what a reader
+    of the results should know.
     """
 
     prompt: NDArray[np.int64]
     output: NDArray[np.int64]
     arrived_at: NDArray[np.float64] | None
     num_failed: int = 0
+    ids: list[list[int]] | None = None
+    ids_are_hashes: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,20 +51,37 @@ class _Format:
     time: str
     seconds: float | None  # per unit of the time column; None: it holds dates
     zero_output_is_failure: bool = False
+    hash_ids: str | None = None
+    prompt_id: str | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that it may have."""
+        return [name for name in (self.prompt, self.output, self.time, self.hash_ids, self.prompt_id) if name]
 
 
+_COLUMNS = ("prompt", "output", "time", "hash_ids", "prompt_id")  # that --columns may name
 _FORMATS = (
     _Format("num_prefill_tokens", "num_decode_tokens", "arrived_at", 1.0),
     _Format("ContextTokens", "GeneratedTokens", "TIMESTAMP", None),
     _Format("Request tokens", "Response tokens", "Timestamp", 1.0, zero_output_is_failure=True),
-    _Format("input_length", "output_length", "timestamp", 1e-3),
+    _Format("input_length", "output_length", "timestamp", 1e-3, hash_ids="hash_ids"),
 )
+LEAST_TOKENS = 4  # of a prompt and of an answer in a ShareGPT file: vLLM's benchmark drops shorter ones too
 
 
-def read_trace(path: Path) -> Trace:
-    """Read a trace; raises `InputError` with the file, the line and the value for whatever is wrong with it."""
-    frame = _read_frame(path)
-    form = _format_of(path, frame)
+def read_trace(path: Path, columns: str | None = None, tokenizer: Path | None = None) -> Trace:
+    """Read a trace; raise `InputError` with the file, the line and the value for whatever is wrong with it.
+
+    `columns` names those of a format that is not known; `tokenizer` is a folder, for a trace of text.
+    """
+    if path.suffix == ".json" and columns is None:
+        return _read_conversations(path, tokenizer)
+    if tokenizer is not None:
+        raise InputError(f"tokenizer {tokenizer} has no meaning with {path}: it is for ShareGPT's .json files")
+    named = None if columns is None else _named(columns)
+    frame = _read_frame(path, named)
+    form = _format_of(path, frame) if named is None else _check_columns(path, frame, named)
     failed = np.zeros(len(frame), np.bool_)
     if form.zero_output_is_failure:
         failed = np.asarray(_numbers(path, frame, form.output) == 0)
@@ -64,21 +89,131 @@ def read_trace(path: Path) -> Trace:
     if not len(frame):
         raise InputError(f"{path} holds no requests: give a trace with at least one")
     prompt, output = _tokens(path, frame, form.prompt), _tokens(path, frame, form.output)
-    if form.time not in frame:
-        return Trace(prompt, output, None, int(failed.sum()))
-    times = _dates(path, frame, form.time) if form.seconds is None else _numbers(path, frame, form.time) * form.seconds
-    order = np.argsort(times, kind="stable")
-    return Trace(prompt[order], output[order], times[order] - times.min(), int(failed.sum()))
+    ids = _ids(path, frame, form)
+    times, order = None, np.arange(len(frame))
+    if form.time in frame:
+        seconds = form.seconds
+        times = _dates(path, frame, form.time) if seconds is None else _numbers(path, frame, form.time) * seconds
+        order = np.argsort(times, kind="stable")
+        times = times[order] - times.min()
+    return Trace(
+        prompt[order],
+        output[order],
+        times,
+        int(failed.sum()),
+        ids=None if ids is None else [ids[row] for row in order.tolist()],
+        ids_are_hashes=form.hash_ids is not None and form.hash_ids in frame,
+        notes=_unused(path, frame, form),
+    )
 
 
-def _read_frame(path: Path) -> "pd.DataFrame":
+def _named(text: str) -> _Format:
+    """The format that `prompt=a,output=b,...` names."""
+    given = {}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key.strip() not in _COLUMNS:
+            raise unknown("column", key.strip(), _COLUMNS)
+        given[key.strip()] = value.strip()
+    if not all(given.values()) or not {"prompt", "output"} <= set(given) or {"hash_ids", "prompt_id"} <= set(given):
+        raise InputError(
+            f"columns {text!r}: give prompt=NAME,output=NAME and, if there are any, time=NAME (seconds), and "
+            "hash_ids=NAME or prompt_id=NAME"
+        )
+    return _Format(
+        given["prompt"],
+        given["output"],
+        given.get("time", ""),
+        1.0,
+        hash_ids=given.get("hash_ids"),
+        prompt_id=given.get("prompt_id"),
+    )
+
+
+def _check_columns(path: Path, frame: "pd.DataFrame", form: _Format) -> _Format:
+    for column in form.columns:
+        if column not in frame:
+            raise InputError(f"{path} has no column {column!r}: its columns are {', '.join(map(str, frame.columns))}")
+    return form
+
+
+def _ids(path: Path, frame: "pd.DataFrame", form: _Format) -> list[list[int]] | None:
+    """Of each prompt its hash ids, or the one that it has as a whole, numbered from 1."""
+    if form.hash_ids is not None and form.hash_ids in frame:
+        numbers: dict[object, int] = {}
+        found = []
+        for line, value in zip(frame.index, frame[form.hash_ids], strict=True):
+            ids = value.strip("[]").replace(",", " ").split() if isinstance(value, str) else value
+            if not isinstance(ids, list) or not all(isinstance(id, int | str) for id in ids):
+                raise InputError(f"{path} line {line}, column {form.hash_ids!r}: {str(value)[:60]} is no list of ids")
+            found.append([numbers.setdefault(str(id), len(numbers) + 1) for id in ids])
+        return found
+    if form.prompt_id is not None and form.prompt_id in frame:
+        codes, _ = frame[form.prompt_id].astype(str).factorize()
+        return [[int(code) + 1] for code in codes]
+    return None
+
+
+def _unused(path: Path, frame: "pd.DataFrame", form: _Format) -> tuple[str, ...]:
+    """A note on columns that may be ids of prompts and are not read."""
+    names = [str(column) for column in frame.columns if str(column) not in form.columns]
+    ids = [name for name in names if "id" in name.lower().replace("-", "_").split("_") or "ids" in name.lower()]
+    if not ids:
+        return ()
+    return (f"{path.name}: {', '.join(ids)} not used (for prefixes that requests share: --columns ...,prompt_id=NAME)",)
+
+
+def _read_conversations(path: Path, tokenizer: Path | None) -> Trace:
+    """The first prompt and answer of each conversation of a ShareGPT file, as vLLM's benchmark takes them."""
+    texts = _conversations(path)
+    if tokenizer is None:
+        raise InputError(f"{path} is text: give a tokenizer folder to count its tokens")
+    if find_spec("transformers") is None:
+        raise InputError(f"{path} needs the package transformers to count its tokens: pip install -e '.[engine]'")
+    from transformers import AutoTokenizer
+
+    try:
+        encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except Exception as error:  # of many kinds, from several packages
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"can't read the tokenizer in {tokenizer} ({what}): give a model's folder") from None
+    lengths = np.array([[len(encode(text)["input_ids"]) for text in pair] for pair in texts], np.int64)
+    kept = lengths[(lengths >= LEAST_TOKENS).all(axis=1)]
+    if not len(kept):
+        raise InputError(f"{path} holds no conversation of {LEAST_TOKENS} tokens or more")
+    short = len(lengths) - len(kept)
+    notes = (f"{path.name}: {short:,} conversations of fewer than {LEAST_TOKENS} tokens are left out",) if short else ()
+    return Trace(kept[:, 0], kept[:, 1], None, notes=notes)
+
+
+def _conversations(path: Path) -> list[tuple[str, str]]:
+    """The first two texts of each conversation of a ShareGPT file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"cannot read trace {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): give a CSV or JSON lines trace, or ShareGPT's JSON") from None
+    texts = []
+    for entry in data if isinstance(data, list) else []:
+        turns = entry.get("conversations") if isinstance(entry, dict) else None
+        if isinstance(turns, list) and len(turns) >= 2:
+            first, second = (turn.get("value") if isinstance(turn, dict) else None for turn in turns[:2])
+            if isinstance(first, str) and isinstance(second, str):
+                texts.append((first, second))
+    if not texts:
+        raise InputError(f"{path} holds no conversations: ShareGPT's JSON is a list of objects with 'conversations'")
+    return texts
+
+
+def _read_frame(path: Path, named: _Format | None) -> "pd.DataFrame":
     """The file as a table whose index is the line number that an editor shows."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
         if not first:
             raise InputError(f"{path} is empty: give a CSV or JSON lines trace")
-        return _read_json_lines(path) if first.lstrip().startswith("{") else _read_csv(path)
+        return _read_json_lines(path, named) if first.lstrip().startswith("{") else _read_csv(path)
     except OSError as error:
         raise InputError(f"cannot read trace {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -111,10 +246,10 @@ def _read_csv(path: Path) -> "pd.DataFrame":
     return frame.dropna(how="all")
 
 
-def _read_json_lines(path: Path) -> "pd.DataFrame":
+def _read_json_lines(path: Path, named: _Format | None) -> "pd.DataFrame":
     import pandas as pd
 
-    wanted = {column for form in _FORMATS for column in (form.prompt, form.output, form.time)}
+    wanted = {column for form in (_FORMATS if named is None else (named,)) for column in form.columns}
     rows, lines = [], []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):

@@ -10,8 +10,8 @@ the same draws scaled, so that two rates differ in nothing but the rate. A short
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,17 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InputError, unknown
+from engine.scheduling.content import Content, own
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
+from engine.workload.client import Client, ClientSpec, Turn
 from engine.workload.lengths import builtin_names, draw_lengths, load
-from engine.workload.traces import MAX_TOKENS, read_trace
+from engine.workload.traces import MAX_TOKENS, Trace, read_trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 MOST_PROMPTS = 100_000_000  # their arrays take some gigabytes
 ARRIVALS = ("burst", "gamma", "poisson", "static", "trace")
-SYNTHETIC = ("fixed", "uniform", "zipf")
+SYNTHETIC = ("fixed", "uniform", "zipf", "random")
+SYSTEM = 0  # the stream of a shared system prompt
 DEFAULT_LENGTHS = "openchat_sharegpt4"
 _DEFAULT_NUM_PROMPTS = 1_000
 _BLOCK = 4_096  # requests made at a time while iterating
@@ -39,13 +42,22 @@ _BLOCK = 4_096  # requests made at a time while iterating
 class WorkloadSpec:
     """What to ask of a server. Lengths are in tokens, `request_rate` in requests/s.
 
-    lengths: a built-in distribution, a distribution's .json file, or `fixed`, `uniform` or `zipf` over `input_len`
-        and `output_len`. A number is that length; LOW:HIGH is a range, both ends in it. `fixed` takes numbers only.
-        Zipf makes a length l of its range as likely as l ** -zipf_alpha.
-    trace: a recorded trace, which takes the place of `lengths`.
+    lengths: a built-in distribution, a distribution's .json file, or `fixed`, `uniform`, `zipf` or `random` over
+        `input_len` and `output_len`. A number is that length; LOW:HIGH is a range, both ends in it. `fixed` and
+        `random` take numbers only. Zipf makes a length l of its range as likely as l ** -zipf_alpha; `random` draws
+        evenly from L (1 - random_range_ratio) to L (1 + random_range_ratio), as vLLM's random dataset.
+    trace: a recorded trace, which takes the place of `lengths`; `columns` names its columns where they are others
+        than those of a known format (`prompt=...,output=...` and, if any, `time=...` in seconds, `hash_ids=...`);
+        `tokenizer` is a folder, for traces of text. `hash_id_tokens` of a prompt share one of its hash ids.
+    system_prompt_len: tokens before every prompt, the same for all.
+    turns: requests of a conversation, a number or LOW:HIGH (drawn evenly). Each turn's prompt is the turn's before with
+        its output, and a new message, which is a prompt of `lengths` (`turn_input_len` of the later ones if given). It
+        comes think_time_s (on average; exponential) after the turn before has ended; `request_rate` is then of
+        conversations. One that grows past max_model_len ends there.
     arrival: `poisson`, `gamma` (gaps with the coefficient of variation `arrival_cv`), `static` (evenly spaced), `trace`
         (as recorded, `rate_scale` times as fast) or `burst` (all at 0). None is `trace` for a trace that has arrival
         times when no `request_rate` is given, and `poisson` otherwise. The first request of a process arrives at 0.
+    max_concurrency, ramp_up_s, client_overhead_s: of the client, see `engine.workload.client.ClientSpec`.
     num_prompts: None is every row of a trace, or 1000 requests of a distribution.
     max_model_len: requests with more tokens, prompt and output together, are dropped, and others take their place.
     clip_tokens: longer requests are shortened to this many tokens instead, the prompt first, then the output.
@@ -55,7 +67,18 @@ class WorkloadSpec:
     input_len: str | int | None = None
     output_len: str | int | None = None
     zipf_alpha: float = 1.2
+    random_range_ratio: float = 0.0
     trace: Path | None = None
+    columns: str | None = None
+    tokenizer: Path | None = None
+    hash_id_tokens: int = 512
+    system_prompt_len: int = 0
+    turns: str | int | None = None
+    turn_input_len: str | int | None = None
+    think_time_s: float = 0.0
+    max_concurrency: int | None = None
+    ramp_up_s: float = 0.0
+    client_overhead_s: float = 0.0
     arrival: str | None = None
     request_rate: float | None = None
     arrival_cv: float = 1.0
@@ -66,8 +89,13 @@ class WorkloadSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.request_rate == math.inf and self.arrival is None:  # vLLM's name for all at once
+            object.__setattr__(self, "request_rate", None)
+            object.__setattr__(self, "arrival", "burst")
         self._check_lengths()
         self._check_arrival()
+        self._check_conversations()
+        self.client()
         _check_whole("num_prompts", self.num_prompts, 1)
         if self.num_prompts is not None and self.num_prompts > MOST_PROMPTS:
             raise InputError(f"num_prompts {self.num_prompts}: give at most {MOST_PROMPTS:,}")
@@ -87,7 +115,7 @@ class WorkloadSpec:
             raise unknown("lengths", self.lengths, (*builtin_names(), *SYNTHETIC))
         for name, value in (("input_len", self.input_len), ("output_len", self.output_len)):
             if self.lengths in SYNTHETIC:
-                _range(name, value, fixed=self.lengths == "fixed")
+                _range(name, value, fixed=self.lengths in ("fixed", "random"))
             elif value is not None:
                 source = f"lengths {self.lengths!r}" if self.trace is None else f"trace {self.trace}"
                 raise InputError(
@@ -95,6 +123,36 @@ class WorkloadSpec:
                     f"{', '.join(SYNTHETIC[:-1])} or {SYNTHETIC[-1]}"
                 )
         _check_number("zipf_alpha", self.zipf_alpha, 1e-3, 100, "")
+        _check_number("random_range_ratio", self.random_range_ratio, 0, 1, "")
+        if self.random_range_ratio and self.lengths != "random":
+            raise InputError(f"random_range_ratio {self.random_range_ratio} needs lengths 'random'")
+        for name in ("columns", "tokenizer"):
+            if getattr(self, name) is not None and self.trace is None:
+                raise InputError(f"{name} {getattr(self, name)} needs a trace")
+
+    def _check_conversations(self) -> None:
+        _check_whole("system_prompt_len", self.system_prompt_len, 0)
+        _check_whole("hash_id_tokens", self.hash_id_tokens, 1)
+        _check_number("think_time_s", self.think_time_s, 0, 1e9, "")
+        for name in ("turn_input_len", "think_time_s"):
+            if getattr(self, name) and self.turns is None:
+                raise InputError(f"{name} {getattr(self, name)} needs turns, the requests of a conversation")
+        if self.turns is not None:
+            _range("turns", self.turns, fixed=False, what="requests")
+            if self.trace is not None:
+                raise InputError(f"turns {self.turns} has no meaning with trace {self.trace}: leave one out")
+            if self.clip_tokens is not None:
+                raise InputError(f"clip_tokens {self.clip_tokens} has no meaning with turns: leave one out")
+        if self.turn_input_len is not None:
+            _range("turn_input_len", self.turn_input_len, fixed=False)
+        if self.system_prompt_len and self.trace is not None:
+            raise InputError(f"system_prompt_len {self.system_prompt_len} has no meaning with a trace: leave one out")
+
+    def client(self) -> ClientSpec:
+        """How its requests are sent."""
+        return ClientSpec(
+            max_concurrency=self.max_concurrency, ramp_up_s=self.ramp_up_s, overhead_s=self.client_overhead_s
+        )
 
     def _check_arrival(self) -> None:
         if self.arrival is not None and self.arrival not in ARRIVALS:
@@ -122,6 +180,11 @@ class Workload:
 
     `num_dropped` requests were longer than max_model_len and came before the last one that was kept; `num_failed` rows
     of the trace record a failure instead of a length.
+
+    What the requests' tokens are matters where prefixes are cached: `contents` (n,) says which of them begin alike,
+    None that none do. Requests that are turns of a conversation have the row of the turn before in `after` (n,), -1
+    where there is none, and come `think_s` (n,) seconds after its end, not at `arrived_at`, the conversation's.
+    `notes` are what a reader of the results should know.
     """
 
     name: str
@@ -130,6 +193,11 @@ class Workload:
     output_tokens: Ints
     num_dropped: int
     num_failed: int = 0
+    contents: Sequence[Content | None] | None = None
+    after: Ints | None = None
+    think_s: Floats | None = None
+    client: ClientSpec = field(default_factory=ClientSpec)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         columns = {
@@ -170,7 +238,29 @@ class Workload:
         for start in range(0, len(self), _BLOCK):
             end = min(start + _BLOCK, len(self))
             columns = (self.arrived_at, self.prompt_tokens, self.output_tokens)
-            yield from map(Request, range(start, end), *(column[start:end].tolist() for column in columns))
+            made = map(Request, range(start, end), *(column[start:end].tolist() for column in columns))
+            if self.contents is None:
+                yield from made
+                continue
+            for request in made:
+                request.content = self.contents[request.id]
+                yield request
+
+    @property
+    def waits(self) -> bool:
+        """Whether when a request is sent hangs on how others fared."""
+        return self.after is not None or self.client.max_concurrency is not None
+
+    def sender(self) -> Client:
+        """Make the client that sends these requests."""
+        return Client(self._with_turns(), self.client)
+
+    def _with_turns(self) -> Iterator[Request | Turn]:
+        if self.after is None or self.think_s is None:
+            yield from self.requests()
+            return
+        for request, after, think_s in zip(self.requests(), self.after.tolist(), self.think_s.tolist(), strict=True):
+            yield request if after < 0 else Turn(request, after, think_s)
 
 
 def make_workload(spec: WorkloadSpec) -> Workload:
@@ -180,13 +270,58 @@ def make_workload(spec: WorkloadSpec) -> Workload:
         return _replay(spec, spec.trace, arrivals_rng)
     limit = spec.max_model_len if spec.clip_tokens is None else None  # nothing that is clipped is too long
     n = _DEFAULT_NUM_PROMPTS if spec.num_prompts is None else spec.num_prompts
-    prompt, output, dropped = draw_lengths(_ranks_to_lengths(spec), n, lengths_rng, limit)
-    prompt, output = _clip(prompt, output, spec.clip_tokens)
-    return Workload(spec.lengths, _arrivals(spec, n, None, arrivals_rng), prompt, output, dropped)
+    system = spec.system_prompt_len
+    if limit is not None and limit - system < 2:
+        raise InputError(f"system_prompt_len {system} leaves no room in max_model_len {limit}: lower it")
+    room = None if limit is None else limit - system
+    if spec.turns is not None:
+        return _conversations(spec, n, room, lengths_rng, arrivals_rng)
+    prompt, output, dropped = draw_lengths(_ranks_to_lengths(spec), n, lengths_rng, room)
+    prompt, output = _clip(prompt + system, output, spec.clip_tokens)
+    contents = [Content.of((SYSTEM, system), own(i)) for i in range(n)] if system else None
+    arrived_at = _arrivals(spec, n, None, arrivals_rng)
+    return Workload(spec.lengths, arrived_at, prompt, output, dropped, contents=contents, client=spec.client())
+
+
+def _conversations(
+    spec: WorkloadSpec,
+    n: int,
+    room: int | None,
+    lengths_rng: np.random.Generator,
+    arrivals_rng: np.random.Generator,
+) -> Workload:
+    """`n` requests that are turns of conversations, each conversation's rows one after the other."""
+    low, high = _range("turns", spec.turns, fixed=False, what="requests")
+    message, output, dropped = draw_lengths(_ranks_to_lengths(spec), n, lengths_rng, room)
+    later = message
+    if spec.turn_input_len is not None:
+        ends = _range("turn_input_len", spec.turn_input_len, fixed=False)
+        later = lengths_rng.integers(ends[0], ends[1] + 1, n)
+    wanted = lengths_rng.integers(low, high + 1, n)
+    think_s = lengths_rng.exponential(spec.think_time_s, n) if spec.think_time_s else np.zeros(n)
+    prompts, after, conversation = np.empty(n, np.int64), np.full(n, -1), np.empty(n, np.int64)
+    started = turn = 0
+    for row in range(n):
+        prompt = int(message[row]) + spec.system_prompt_len
+        if turn and turn < wanted[started - 1]:
+            longer = int(prompts[row - 1] + output[row - 1] + later[row])
+            if spec.max_model_len is None or longer + output[row] <= spec.max_model_len:
+                prompts[row], after[row], conversation[row] = longer, row - 1, started - 1
+                turn += 1
+                continue
+        prompts[row], conversation[row] = prompt, started
+        started, turn = started + 1, 1
+    begins = _arrivals(spec, started, None, arrivals_rng)
+    system = (SYSTEM, spec.system_prompt_len)
+    contents = [Content.of(system, (SYSTEM + 1 + number, math.inf)) for number in conversation.tolist()]
+    return Workload(
+        spec.lengths, begins[conversation], prompts, output, dropped,
+        contents=contents, after=after, think_s=think_s, client=spec.client(),
+    )  # fmt: skip
 
 
 def _replay(spec: WorkloadSpec, path: Path, rng: np.random.Generator) -> Workload:
-    trace = read_trace(path)
+    trace = read_trace(path, spec.columns, spec.tokenizer)
     prompt, output = _clip(trace.prompt, trace.output, spec.clip_tokens)
     fits = np.arange(len(prompt))
     if spec.max_model_len is not None:
@@ -199,7 +334,39 @@ def _replay(spec: WorkloadSpec, path: Path, rng: np.random.Generator) -> Workloa
     dropped = int(rows[-1]) + 1 - len(rows) if spec.num_prompts is not None else len(prompt) - len(fits)
     recorded = None if trace.arrived_at is None else trace.arrived_at[rows]
     arrived_at = _arrivals(spec, len(rows), recorded, rng)
-    return Workload(path.stem, arrived_at, prompt[rows], output[rows], dropped, trace.num_failed)
+    contents, notes = _shared(spec, trace, prompt, rows)
+    return Workload(
+        path.stem, arrived_at, prompt[rows], output[rows], dropped, trace.num_failed,
+        contents=contents, client=spec.client(), notes=(*trace.notes, *notes),
+    )  # fmt: skip
+
+
+def _shared(
+    spec: WorkloadSpec, trace: Trace, prompts: Ints, rows: Ints
+) -> tuple[list[Content | None] | None, list[str]]:
+    """Which prompts of a trace begin alike by its ids, and what is odd about these, in words.
+
+    A prompt whose ids contradict its length, or that has an id elsewhere than another prompt has, is one of its own.
+    """
+    if trace.ids is None:
+        return None, []
+    seen: dict[int, tuple[int, int]] = {}  # of each id, its start and end in a prompt
+    contents: list[Content | None] = []
+    odd = 0
+    for number, row in enumerate(rows.tolist()):
+        recorded, ids = int(trace.prompt[row]), trace.ids[row]
+        step = spec.hash_id_tokens if trace.ids_are_hashes else recorded
+        spans = [(id, (place * step, min((place + 1) * step, recorded))) for place, id in enumerate(ids)]
+        fits = len(ids) == -(-recorded // step) and all(seen.get(id, span) == span for id, span in spans)
+        if fits:
+            seen.update(spans)
+        odd += not fits
+        pieces = [(id, min(end, int(prompts[row]))) for id, (_, end) in spans] if fits else []
+        contents.append(Content.of(*pieces, own(number)))
+    if not odd:
+        return contents, []
+    what = f"hash ids (one for each {spec.hash_id_tokens} tokens)" if trace.ids_are_hashes else "prompt ids"
+    return contents, [f"{odd:,} of {len(rows):,} requests have {what} that contradict lengths: each is one of its own"]
 
 
 def _arrivals(spec: WorkloadSpec, n: int, recorded: Floats | None, rng: np.random.Generator) -> Floats:
@@ -227,10 +394,14 @@ def _ranks_to_lengths(spec: WorkloadSpec) -> Callable[[Floats], tuple[Ints, Ints
     if spec.lengths not in SYNTHETIC:
         return load(spec.lengths).at
     alpha = spec.zipf_alpha if spec.lengths == "zipf" else 0.0
-    prompt, output = (
-        _power_law(*_range(name, value, fixed=False), alpha)
+    ranges = [
+        _range(name, value, fixed=False)
         for name, value in (("input_len", spec.input_len), ("output_len", spec.output_len))
-    )
+    ]
+    if spec.lengths == "random":  # as vLLM's: whole numbers, both ends among them
+        ratio = spec.random_range_ratio
+        ranges = [(max(1, int(length * (1 - ratio))), max(1, int(length * (1 + ratio)))) for length, _ in ranges]
+    prompt, output = (_power_law(*ends, alpha) for ends in ranges)
     return lambda ranks: (prompt(ranks[:, 0]), output(ranks[:, 1]))
 
 
@@ -252,9 +423,9 @@ def _clip(prompt: Ints, output: Ints, clip_tokens: int | None) -> tuple[Ints, In
     return prompt, np.minimum(output, clip_tokens - prompt)
 
 
-def _range(name: str, value: str | int | None, *, fixed: bool) -> tuple[int, int]:
+def _range(name: str, value: str | int | None, *, fixed: bool, what: str = "tokens") -> tuple[int, int]:
     """The range, both ends in it, that a number or LOW:HIGH stands for."""
-    form = "a number of tokens" if fixed else "a number of tokens, or LOW:HIGH with LOW <= HIGH"
+    form = f"a number of {what}" if fixed else f"a number of {what}, or LOW:HIGH with LOW <= HIGH"
     if value is None:
         raise InputError(f"{name} is missing: give {form}")
     ends = str(value).split(":")

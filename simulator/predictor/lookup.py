@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil, inf
 
 import numpy as np
@@ -63,6 +63,8 @@ class StageTimes:
 
     def __init__(self, tables: StageTables, host: HostOverhead, layers: int, ranks: int, stage: int) -> None:
         self.tokens: list[float] = tables.tokens.tolist()
+        for tokens in range((host.graph_sizes or (0,))[-1], 0, -1):  # of a padded batch, as long as the graph takes
+            self.tokens[tokens] = self.tokens[host.padded(tokens)]
         self.sampled: list[float] = tables.sampled.tolist()
         self.prefill = tables.prefill
         self.prefill_rows: dict[int, list[Segment]] = {}
@@ -70,8 +72,13 @@ class StageTimes:
         self.decode_rows: dict[int, list[Segment]] = {}
         self.send: list[float] = tables.send.tolist()
         # by the number of sequences: what the host adds is a straight line
-        self.launch, self.added = host.times(layers, 0, ranks, stage)
-        self.added_per_sequence = host.times(layers, 1, ranks, stage)[1] - self.added
+        self.hides = host.hidden
+        open_host = replace(host, hidden=False)
+        self.launch, self.added = open_host.times(layers, 0, ranks, stage)
+        self.added_per_sequence = open_host.times(layers, 1, ranks, stage)[1] - self.added
+        if host.hidden:  # the GPU's time is no shorter than the host's
+            self.serial, self.serial_per_sequence = self.added, self.added_per_sequence
+            self.added, self.added_per_sequence = (0.0 if stage else host.exposed_s), 0.0
         self.graph_decodes = host.graph_decodes
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
@@ -83,6 +90,8 @@ class StageTimes:
         else:
             fixed = at(self.tokens, tokens) + at(self.sampled, sampled) + added
         launch = added if not prefills and decodes <= self.graph_decodes else self.launch + added
+        if self.hides:
+            launch = max(launch, self.serial + self.serial_per_sequence * (decodes + len(prefills)) + added)
         low = slope = start = 0.0
         if decodes:  # attention is linear in the cached tokens between the grid's points
             row = self.decode_rows.get(decodes) or self.decode_row(decodes)

@@ -73,7 +73,11 @@ class _Stage:
         if not prefills and decodes <= self.host.graph_decodes:
             launch = 0.0
         launch += host
-        gpu = self.rows_time("tokens", tokens) + self.rows_time("sampled", sampled) + self.decode_per_request * decodes
+        gpu = (
+            self.rows_time("tokens", self.host.padded(tokens))
+            + self.rows_time("sampled", sampled)
+            + self.decode_per_request * decodes
+        )
         gpu += host
         slope = self.decode_per_kv_token
         if not prefills:
@@ -115,7 +119,7 @@ class _SteppedStage(_Stage):
         launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage)
         if not prefills and decodes <= self.host.graph_decodes:
             launch = 0.0
-        gpu = self.rows_time("tokens", tokens) + self.rows_time("sampled", sampled)
+        gpu = self.rows_time("tokens", self.host.padded(tokens)) + self.rows_time("sampled", sampled)
         for op, kind in self.operators.decodes if decodes else ():
             gpu += float(kind.roofline(op, self.site, np.array([decodes]), np.array([kv]))[0])
         gpu += sum(self.prefill_time(chunk, prefix) for chunk, prefix in prefills)

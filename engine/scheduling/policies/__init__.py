@@ -38,7 +38,11 @@ ALIASES = {"faster_transformer": "request_level"}
 
 
 def largest_batch(spec: SchedulerSpec) -> int:
-    """Tokens of the largest batch that a resolved spec is counted to run; orca's and its like have no bound."""
+    """Return the tokens of the largest batch that memory is kept for, of a resolved spec.
+
+    Beside a prompt longer than its budget, hybrid_only may run a token of each other request. Policies without a budget
+    have no bound but the KV blocks, which it would take as much memory again to keep room for: the engine warns of it.
+    """
     budget = spec.max_num_batched_tokens or 0
     return budget if POLICIES[spec.policy].strict_budget else max(budget, spec.max_model_len or 0)
 
@@ -80,5 +84,4 @@ def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
     if policy is VLLM:
         spec = resolve_vllm(spec)
     spec = replace(spec, max_model_len=max_model_len, max_num_batched_tokens=budget if policy.has_budget else None)
-    policy(spec)  # checks the limits
-    return spec
+    return replace(spec, watermark=policy(spec).watermark)  # which checks the limits

@@ -21,6 +21,7 @@ class Verbs(Protocol):
     """What a policy sees of the scheduler, and what it may do with it (`engine.scheduling.scheduler`)."""
 
     kv_cache: KVCache
+    async_scheduling: bool  # whether a request in flight may be in the next batch too
     waiting: deque[Request]  # the queue
     running: list[Request]  # admitted, earliest in line first
     prefilling: list[Request]  # those of `running` with more than their last known token to compute
@@ -55,8 +56,9 @@ class BatchPlan:
 
     `decodes` are requests that `take_decodes` gave; `chunks` are entries of anything else, each a request and how many
     of its tokens are computed, in any order. `stable` promises that the policy, asked
-    again after this batch, would plan the same requests with as many tokens each, if no request arrives or ends and no
-    prompt reaches its end. It makes the simulator fast, and is never needed.
+    again after this batch, would plan the same requests with as many tokens each, if no request arrives or ends, no
+    prompt reaches its end and the first request that waits finds no more of its prefix in the cache. It makes the
+    simulator fast, and is never needed.
     """
 
     decodes: Sequence[Request] = ()
@@ -72,12 +74,14 @@ class Policy:
     splits_prompts = False  # whether a prompt may be computed in chunks
     by_admission = False  # whether running requests are in line by their admission, else by their arrival
     num_draft_tokens = 0  # tokens of an entry beyond the known ones, at most (speculative decoding)
-    default_watermark = 0.01
+    default_watermark = 0.01  # share of the KV blocks that admission leaves free (vLLM V0's)
     reuse_unhashed_first = False  # KV blocks without a hash are taken before all others
+    null_blocks = 0  # KV blocks that nobody ever holds and the watermark counts, beside those that there are
 
     def __init__(self, spec: SchedulerSpec) -> None:
         self.spec = spec
         self.budget = spec.max_num_batched_tokens or 0
+        self.watermark = self.default_watermark if spec.watermark is None else spec.watermark
 
     @staticmethod
     def default_budget(max_model_len: int) -> int:

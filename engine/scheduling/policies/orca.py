@@ -8,10 +8,14 @@ from engine.specs import SchedulerSpec
 
 
 class Orca(Policy):
-    """Iteration-level scheduling of whole prompts beside the decodes, with memory reserved for the longest request."""
+    """Iteration-level scheduling of whole prompts beside the decodes, with memory reserved for the longest request.
+
+    No request ever grows past what it has reserved, so no watermark is needed, and the original has none.
+    """
 
     has_budget = False
     strict_budget = False
+    default_watermark = 0.0
 
     def reserved_tokens(self, request: Request) -> int:
         return self.spec.max_model_len or request.max_total_tokens

@@ -6,6 +6,7 @@ from engine.scheduling.policies.base import BatchPlan, Policy, Verbs, check_budg
 from engine.scheduling.request import Entry, Request
 from engine.specs import SchedulerSpec
 
+CHUNK_MULTIPLE = 32  # tokens that the sizes of dynamic chunks are multiples of
 CHUNK_SCHEDULE = ("chunk_schedule_low", "chunk_schedule_high", "chunk_schedule_stages", "chunk_schedule_max_tokens")
 
 
@@ -15,7 +16,7 @@ class Sarathi(Policy):
     With chunk_schedule "dynamic" a prompt's chunks shrink as its prefix grows (attention over a longer prefix costs
     more), linearly from `chunk_schedule_high` to `chunk_schedule_low` over `chunk_schedule_stages` stages of the first
     `chunk_schedule_max_tokens` tokens (by default from the token budget to a quarter of it, in 16 stages of the longest
-    prompt).
+    prompt), in multiples of 32 tokens (`chunk_sizes`).
     """
 
     splits_prompts = True
@@ -97,9 +98,15 @@ class HybridOnly(Policy):
 
 
 def chunk_sizes(spec: SchedulerSpec) -> list[int]:
-    """The chunk size of each stage of a resolved dynamic schedule, first stage first."""
+    """The chunk size of each stage of a resolved dynamic schedule, first stage first.
+
+    As in microsoft/sarathi-serve, sizes are rounded to multiples of 32 tokens, or of the smallest size where that is
+    less. There the smallest and the largest must be multiples themselves; here they need not be, and bound the others.
+    """
     high, low = spec.chunk_schedule_high or 1, spec.chunk_schedule_low or 1
     stages = spec.chunk_schedule_stages or 1
     if stages == 1:
         return [high]
-    return [round(high - (high - low) * stage / (stages - 1)) for stage in range(stages)]
+    unit = min(CHUNK_MULTIPLE, low)
+    even = [low + (high - low) * stage // (stages - 1) for stage in reversed(range(stages))]
+    return [min(high, max(low, round(size / unit) * unit)) for size in even]

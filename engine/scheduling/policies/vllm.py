@@ -33,6 +33,7 @@ class VLLM(Policy):
     splits_prompts = True
     by_admission = True
     default_watermark = 0.0
+    null_blocks = 1
 
     def __init__(self, spec: SchedulerSpec) -> None:
         super().__init__(spec)
@@ -103,18 +104,29 @@ class VLLM(Policy):
         """Entries of the running requests, one after the other, and what is left of the budget."""
         left = self.budget
         planned: dict[Request, int] = {}
+        passed_over = 0
+        apart = not scheduler.async_scheduling  # batches in flight are of other requests
         for request in scheduler.running.copy():
             if left == 0:
                 break
             if request.row is None:  # preempted for one before it
                 continue
-            tokens = min(request.remaining, threshold or left, left)
-            if tokens <= 0:
+            if passed_over:
+                passed_over -= 1
                 continue
+            tokens = min(request.remaining, threshold or left, left)
+            if tokens <= 0 or (apart and request.num_in_flight_tokens):
+                continue
+            before = len(scheduler.preempted)
             stays = scheduler.make_room(request, request.start + tokens)
-            for victim in scheduler.preempted:
-                left += planned.pop(victim, 0)
+            for victim in scheduler.preempted[before:]:
+                if victim in planned:
+                    left += planned.pop(victim)
+                elif self.old_rules and victim.order < request.order:  # which lose count of their place in line here
+                    passed_over += 1
             if not stays:
+                if self.by_priority and not self.old_rules:  # those after it are more urgent, and may have its blocks
+                    continue
                 break
             chunks: list[Entry] = []
             left -= self._take(scheduler, request, tokens, chunks)

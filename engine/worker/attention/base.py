@@ -32,6 +32,11 @@ class AttentionShape:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
 
 @dataclass
 class AttentionBatch:
@@ -82,6 +87,14 @@ class AttentionBackend:
     def prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Queries of the prefills (tokens - num_decodes, heads, head_dim) -> outputs of the same shape."""
         raise NotImplementedError
+
+    def gathered_bytes(self, tokens: int, sequences: int, length: int) -> int:
+        """Bytes of the copies of a layer's keys and values that a batch is computed from, at most.
+
+        The batch is of up to `sequences` sequences that have up to `tokens` tokens in the cache together, and up to
+        `length` each. 0 where the pages are read in place.
+        """
+        return 0
 
     def for_cuda_graph(self, batch_size: int, max_blocks: int) -> AttentionBackend:
         """A companion whose `decode` can be captured in a CUDA graph, if `supports_cuda_graph`.

@@ -67,6 +67,7 @@ class Gather:
         heads_and_dim = k_cache.shape[2:]
         size = 2 * slots.numel() * heads_and_dim.numel()
         if self._buffer.numel() < size:
+            self._buffer = torch.empty(0)  # first: there is room for one
             self._buffer = torch.empty(size, dtype=k_cache.dtype, device=k_cache.device)
         keys, values = self._buffer[:size].view(2, slots.numel(), *heads_and_dim)
         for cache, out in ((k_cache, keys), (v_cache, values)):

@@ -42,6 +42,12 @@ class Sdpa(AttentionBackend):
     def unavailable(cls, shape: AttentionShape) -> str | None:
         return None
 
+    def gathered_bytes(self, tokens: int, sequences: int, length: int) -> int:
+        """Of decodes, padded to the longest, or of prefills, packed."""
+        longest = min(tokens, length)
+        padded = min(tokens, sequences) * min(longest, self.shape.sliding_window or longest)
+        return max(padded, min(tokens, sequences * length)) * self.shape.token_bytes
+
     def plan(self, batch: AttentionBatch) -> None:
         if batch.num_decodes:
             self._plan_decodes(batch)

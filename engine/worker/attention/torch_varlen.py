@@ -85,6 +85,14 @@ class TorchVarlen(AttentionBackend):
             reasons.append("this torch is built without FlashAttention")
         return "; ".join(reasons) or None
 
+    def gathered_bytes(self, tokens: int, sequences: int, length: int) -> int:
+        """Of keys and values, packed, and once more for every query head where these are expanded."""
+        if self._paged:
+            return 0
+        group = self.shape.num_heads // self.shape.num_kv_heads
+        copies = 1 + group if self._expands_heads and group > 1 else 1
+        return min(tokens, sequences * length) * self.shape.token_bytes * copies
+
     def plan(self, batch: AttentionBatch) -> None:
         n = batch.num_decodes
         if n:

@@ -12,15 +12,29 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.errors import InputError, unknown
-from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
+from engine.errors import InputError
+from engine.replica_spec import SETTINGS, ReplicaSettings, ReplicaSpec, resolve
 from engine.results.slo import SLO
 from engine.specs import DeviceSpec, ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec
+from windtunnel.names import unknown_setting
+from windtunnel.trace_check import check_no_result
+
+TOLERANCE = 0.025  # of a capacity search, a share of the capacity
 
 # what is not given is what the specs say; here no default of a replica is decided
-_PARALLEL, _SCHEDULER = ParallelSpec(), SchedulerSpec()
+_PARALLEL, _SCHEDULER, _WORKLOAD = ParallelSpec(), SchedulerSpec(), WorkloadSpec()
 _REPLICA = {name: parameter.default for name, parameter in signature(resolve).parameters.items()}
+
+
+SCHEDULER_FIELDS = (  # settings of the same name as a field of SchedulerSpec
+    *SETTINGS,
+    "chunk_schedule",
+    "chunk_schedule_low",
+    "chunk_schedule_high",
+    "chunk_schedule_stages",
+    "chunk_schedule_max_tokens",
+)
 
 
 def _field(default: Any, panel: str, help: str) -> Any:
@@ -47,29 +61,64 @@ class ServingSettings(_Settings):
         "Deployment",
         "bfloat16, float16, float32; auto: as the device was profiled, else float32 on a CPU, else bfloat16.",
     )
-    gpu_memory_utilization: float = _field(
-        _REPLICA["gpu_memory_utilization"], "Deployment", "Share of the GPU's memory to use."
+    engine: str = _field(
+        _REPLICA["engine"],
+        "Deployment",
+        "Engine whose settings hold where none is given: windtunnel, vllm@0.15, vllm@latest, vllm-v0, orca, "
+        "sarathi-osdi24 (`windtunnel engines` lists them), or a YAML file.",
+    )
+    usage: Literal["server", "offline"] = _field(
+        _REPLICA["usage"], "Deployment", "server or offline: which of the engine's limits hold where they differ."
+    )
+    gpu_memory_utilization: float | None = _field(
+        None, "Deployment", "Share of the GPU's memory to use; default: the engine's, 0.9 mostly."
     )
     num_gpu_blocks_override: int | None = _field(
         _REPLICA["num_gpu_blocks_override"], "Deployment", "KV blocks, instead of what the memory holds."
     )
-    scheduler: str = _field(
-        _SCHEDULER.policy, "Scheduler", "sarathi, vllm (V1), vllm_v0, orca, request_level, chunked_only or hybrid_only."
+    scheduler: str | None = _field(
+        None,
+        "Scheduler",
+        "sarathi, vllm (V1), vllm_v0, orca, request_level, chunked_only or hybrid_only; default: the engine's, of "
+        "windtunnel sarathi.",
     )
     max_num_batched_tokens: int | None = _field(
-        _SCHEDULER.max_num_batched_tokens, "Scheduler", "Token budget of a batch; default by policy."
+        _SCHEDULER.max_num_batched_tokens, "Scheduler", "Token budget of a batch; default: the engine's, by device."
     )
-    max_num_seqs: int = _field(_SCHEDULER.max_num_seqs, "Scheduler", "Most requests running at once.")
+    max_num_seqs: int | None = _field(
+        None, "Scheduler", "Most requests running at once; default: the engine's, of windtunnel 128."
+    )
     max_model_len: int | None = _field(
         _SCHEDULER.max_model_len,
         "Scheduler",
         "Longest request (tokens); longer ones are dropped, counted.",
     )
-    block_size: int = _field(_SCHEDULER.block_size, "Scheduler", "Tokens in a KV block.")
-    watermark: float = _field(_SCHEDULER.watermark, "Scheduler", "Share of the KV blocks that admission leaves free.")
-    async_scheduling: bool = _field(
-        _REPLICA["async_scheduling"], "Scheduler", "true: form the next batch while one runs (one pipeline stage only)."
+    block_size: int | None = _field(None, "Scheduler", "Tokens in a KV block; default 16.")
+    watermark: float | None = _field(
+        None, "Scheduler", "Share of the KV blocks that admission leaves free; default: the engine's, or the policy's."
     )
+    enable_prefix_caching: bool | None = _field(
+        None, "Scheduler", "true: reuse the KV blocks of prompts that begin alike; default: the engine's."
+    )
+    async_scheduling: bool | None = _field(
+        None,
+        "Scheduler",
+        "true: form the next batch while one runs (one pipeline stage only); default: the engine's, of windtunnel "
+        "false.",
+    )
+    scheduling_policy: Literal["fcfs", "priority"] | None = _field(
+        None, "Scheduler", "Of vllm: fcfs (default), or priority, for requests that have one."
+    )
+    long_prefill_token_threshold: int | None = _field(
+        None, "Scheduler", "Of vllm: most tokens of one request in a batch; default 0: the budget alone."
+    )
+    long_prefill_token_threshold_adaptive: bool | None = _field(
+        None, "Scheduler", "Of vllm: true raises that threshold where few requests share the budget; default false."
+    )
+    scheduler_reserve_full_isl: bool | None = _field(
+        None, "Scheduler", "Of vllm: true admits only where the whole prompt's blocks are free; default by version."
+    )
+    vllm_version: str | None = _field(None, "Scheduler", "Of vllm: whose rules; default: the engine's.")
     chunk_schedule: Literal["fixed", "dynamic"] = _field(
         _SCHEDULER.chunk_schedule,
         "Scheduler",
@@ -85,25 +134,18 @@ class ServingSettings(_Settings):
             tensor_parallel_size=self.tensor_parallel_size, pipeline_parallel_size=self.pipeline_parallel_size
         )
 
-    def scheduler_spec(self) -> SchedulerSpec:
-        return SchedulerSpec(
-            policy=self.scheduler,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_num_seqs=self.max_num_seqs,
-            max_model_len=self.max_model_len,
-            block_size=self.block_size,
-            watermark=self.watermark,
-            chunk_schedule=self.chunk_schedule,
-            chunk_schedule_low=self.chunk_schedule_low,
-            chunk_schedule_high=self.chunk_schedule_high,
-            chunk_schedule_stages=self.chunk_schedule_stages,
-            chunk_schedule_max_tokens=self.chunk_schedule_max_tokens,
-        )
+    def scheduler_settings(self) -> dict[str, Any]:
+        """The fields of a SchedulerSpec that are given."""
+        names = [name for name in SCHEDULER_FIELDS if getattr(self, name) is not None]
+        given = {name: getattr(self, name) for name in names}
+        return given if self.scheduler is None else {"policy": self.scheduler, **given}
 
     def _replica_settings(self) -> ReplicaSettings:
         return {
+            "engine": self.engine,
+            "usage": self.usage,
             "parallel": self.parallel_spec(),
-            "scheduler": self.scheduler_spec(),
+            "scheduler": self.scheduler_settings(),
             "dtype": self.dtype,
             "async_scheduling": self.async_scheduling,
             "gpu_memory_utilization": self.gpu_memory_utilization,
@@ -180,10 +222,42 @@ class RunConfig(ReplicaConfig):
     workload: str | None = _field(
         None,
         "Workload",
-        "openchat_sharegpt4 (default), arxiv_summarization, azure_code, azure_conv, fixed, uniform, zipf or FILE.json",
+        "openchat_sharegpt4 (default), arxiv_summarization, azure_code, azure_conv, fixed, uniform, zipf, random or "
+        "FILE.json",
     )
     trace: Path | None = _field(
         None, "Workload", "Recorded trace (CSV or JSONL; docs/settings.md), instead of a distribution."
+    )
+    columns: str | None = _field(
+        None,
+        "Workload",
+        "Columns of a trace of another format: prompt=NAME,output=NAME[,time=NAME][,hash_ids=NAME or prompt_id=NAME].",
+    )
+    tokenizer: Path | None = _field(None, "Workload", "Model folder whose tokenizer counts the tokens of a text trace.")
+    hash_id_tokens: int = _field(_WORKLOAD.hash_id_tokens, "Workload", "Prompt tokens of each of a trace's hash ids.")
+    random_input_len: int | None = _field(None, "Workload", "Prompt tokens of random lengths, as in vLLM's bench.")
+    random_output_len: int | None = _field(None, "Workload", "Output tokens of random lengths.")
+    random_range_ratio: float = _field(
+        _WORKLOAD.random_range_ratio, "Workload", "Random lengths L are drawn from L(1-r) to L(1+r)."
+    )
+    system_prompt_len: int = _field(
+        _WORKLOAD.system_prompt_len, "Workload", "Tokens before every prompt, the same for all."
+    )
+    turns: str | int | None = _field(
+        None, "Workload", "Requests of a conversation (N or LOW:HIGH), each going on from the one before."
+    )
+    turn_input_len: str | int | None = _field(
+        None, "Workload", "Tokens of a later turn's message (N or LOW:HIGH); default: as a first prompt."
+    )
+    think_time: float = _field(
+        _WORKLOAD.think_time_s, "Workload", "Seconds between an answer and the next turn, on average."
+    )
+    max_concurrency: int | None = _field(
+        None, "Workload", "Closed loop: most requests in the system at once; the next is sent when one has ended."
+    )
+    ramp_up: float = _field(_WORKLOAD.ramp_up_s, "Workload", "Seconds over which the first of these are sent.")
+    client_overhead_ms: float = _field(
+        0.0, "Workload", "Closed loop: time from an answer to the next request that the client takes (ms)."
     )
     input_len: str | int | None = _field(
         None, "Workload", "Prompt tokens of fixed (N), uniform and zipf (LOW:HIGH) lengths."
@@ -194,7 +268,9 @@ class RunConfig(ReplicaConfig):
     zipf_alpha: float = _field(1.2, "Workload", "Exponent of zipf lengths.")
     clip_tokens: int | None = _field(None, "Workload", "Shorten longer requests to this many tokens.")
     num_prompts: int | None = _field(None, "Workload", "Requests to run; default 1000, or the whole trace.")
-    request_rate: float | None = _field(None, "Workload", "Requests per second.")
+    request_rate: float | None = _field(
+        None, "Workload", "Requests (with --turns: conversations) per second; inf: all at once."
+    )
     arrival: str | None = _field(
         None, "Workload", "poisson, gamma, static, burst (all at once) or trace (as recorded)."
     )
@@ -208,14 +284,35 @@ class RunConfig(ReplicaConfig):
 
     def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
         """The workload; requests over `max_model_len` tokens are dropped. `burst`: all at once, at whatever rate."""
-        named = {} if self.workload is None else {"lengths": self.workload}
+        if self.trace is not None:
+            check_no_result(self.trace)
+        named: dict[str, Any] = {} if self.workload is None else {"lengths": self.workload}
+        lengths: dict[str, Any] = {"input_len": self.input_len, "output_len": self.output_len}
+        for name in lengths:
+            if (value := getattr(self, f"random_{name}")) is None:
+                continue
+            if self.workload not in (None, "random") or lengths[name] is not None:
+                raise InputError(f"random_{name} {value} is for random lengths: leave out workload and {name}")
+            named["lengths"], lengths[name] = "random", value
+        closed = not burst and self.max_concurrency is not None
+        at_once = closed and self.request_rate is None and self.arrival is None
         return WorkloadSpec(
             **named,
-            input_len=self.input_len,
-            output_len=self.output_len,
+            **lengths,
+            random_range_ratio=self.random_range_ratio,
+            columns=self.columns,
+            tokenizer=self.tokenizer,
+            hash_id_tokens=self.hash_id_tokens,
+            system_prompt_len=self.system_prompt_len,
+            turns=self.turns,
+            turn_input_len=self.turn_input_len,
+            think_time_s=self.think_time,
+            max_concurrency=self.max_concurrency if not burst else None,
+            ramp_up_s=self.ramp_up if not burst else 0.0,
+            client_overhead_s=self.client_overhead_ms / 1e3 if not burst else 0.0,
             zipf_alpha=self.zipf_alpha,
             trace=self.trace,
-            arrival="burst" if burst else self.arrival,
+            arrival="burst" if burst or (at_once and self.trace is None) else self.arrival,
             request_rate=None if burst else self.request_rate,
             arrival_cv=self.arrival_cv,
             rate_scale=self.rate_scale,
@@ -285,20 +382,28 @@ def from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
 
 
 def load(path: Path | None, flags: dict[str, Any], kind: type[File]) -> File:
-    """The settings of a file (if any) with `flags` (those that are not None) on top; InputError says what is wrong.
+    """Return the settings of a file (if any) with `flags` (those that are not None) on top.
 
-    A file of the engine's may be simulated: the engine's own settings in it are passed over.
+    Raises InputError that names what is wrong and the fix.
     """
-    values = {} if path is None else read_file(path)
-    values = {key: value for key, value in values.items() if key in kind.model_fields or key not in ENGINE_KEYS}
-    where = str(path)
     given = {key: value for key, value in flags.items() if value is not None}
+    return combined(load_file(path, kind), given, str(path), kind)
+
+
+def load_file(path: Path | None, kind: type[FileConfig]) -> dict[str, Any]:
+    """Return the settings in a file, without the engine's own where `kind` has none: its runs are simulated too."""
+    values = {} if path is None else read_file(path)
+    return {key: value for key, value in values.items() if key in kind.model_fields or key not in ENGINE_KEYS}
+
+
+def combined(values: dict[str, Any], given: dict[str, Any], where: str, kind: type[File]) -> File:
+    """Return the settings of a file called `where`, `values`, with flags on top, `given`, and check them together."""
     config = _validate(kind, values | given, where, given)
     for i, group in enumerate(config.replicas):
         if both := set(given) & set(_underscored(group)):
             key = min(both)
             raise InputError(
-                f"--{key.replace('_', '-')} {given[key]} and replicas[{i}] of {path} both set {key}: change one"
+                f"--{key.replace('_', '-')} {given[key]} and replicas[{i}] of {where} both set {key}: change one"
             )
     for needed in ("model", "device"):
         if not getattr(config, needed) and not all(group.get(needed) for group in config.replicas or [{}]):
@@ -342,7 +447,7 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: C
     """`values` as settings; an error names the flag, or `where` and the key."""
     for key in values:
         if key not in kind.model_fields:
-            raise unknown(f"key in {where}", str(key), kind.model_fields)
+            raise unknown_setting(f"key in {where}", str(key), kind.model_fields)
     try:
         return kind.model_validate(values)
     except ValidationError as error:

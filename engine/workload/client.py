@@ -1,0 +1,112 @@
+"""When requests are sent: each at its time, but no more than so many at once, and a turn after the one before.
+
+The engine's driver and the simulator ask the same three things: when the next one is sent (`next_at`), which it is
+(`pop`), and they say when one is finished (`finished`), which may let another go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from itertools import count
+from math import inf
+
+from engine.errors import InputError
+from engine.scheduling.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSpec:
+    """How a load generator sends requests.
+
+    `max_concurrency` requests are in the system at once, at most (None: no bound; vLLM's bench has the same flag): the
+    next one is sent when one has ended, `overhead_s` after it. The first of them start evenly over `ramp_up_s`.
+    """
+
+    max_concurrency: int | None = None
+    ramp_up_s: float = 0.0
+    overhead_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_concurrency is not None and (
+            isinstance(self.max_concurrency, bool) or not 1 <= self.max_concurrency <= 1 << 24
+        ):
+            raise InputError(f"max_concurrency {self.max_concurrency}: give 1 or more, or leave it out for no bound")
+        for name in ("ramp_up_s", "overhead_s"):
+            if not 0 <= getattr(self, name) < inf:
+                raise InputError(f"{name} {getattr(self, name)}: give a number of seconds, 0 or more")
+            if getattr(self, name) and self.max_concurrency is None:
+                raise InputError(f"{name} {getattr(self, name)} needs max_concurrency")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request that is sent `think_s` seconds after another has ended."""
+
+    request: Request
+    after: int  # the other's id
+    think_s: float
+
+
+class Client:
+    """Sends requests; a `Turn` among them waits for the one before. `arrived_at` becomes when a request is sent.
+
+    Args:
+        requests: in order of arrival; turns may stand anywhere after the request that they follow.
+    """
+
+    def __init__(self, requests: Iterable[Request | Turn], spec: ClientSpec | None = None) -> None:
+        self.spec = spec or ClientSpec()
+        self._coming: Iterator[Request | Turn] = iter(requests)
+        self._turns: dict[int, Turn] = {}  # by the id of the request that they follow
+        self._ready: list[tuple[float, int, Request]] = []  # turns whose time is known
+        self._number = count()
+        self._seats: list[float] | None = None  # when each free one is free
+        if self.spec.max_concurrency is not None:
+            every = self.spec.ramp_up_s / self.spec.max_concurrency
+            self._seats = [every * place for place in range(self.spec.max_concurrency)]
+            heapify(self._seats)
+        self._next: Request | None = None
+        self._advance()
+
+    @property
+    def next_at(self) -> float:
+        """When the next request is sent; infinity if that hangs on one that has not ended, or none is left."""
+        if self._seats is not None and not self._seats:
+            return inf
+        at = inf if self._next is None else self._next.arrived_at
+        if self._ready:
+            at = min(at, self._ready[0][0])
+        return at if self._seats is None or at == inf else max(at, self._seats[0])
+
+    def pop(self) -> Request:
+        """Take the next request, which is sent at `next_at`."""
+        at = self.next_at
+        if self._ready and (self._next is None or self._ready[0][0] < self._next.arrived_at):
+            _, _, request = heappop(self._ready)
+        else:
+            assert self._next is not None, "nothing is left to send"
+            request = self._next
+            self._advance()
+        if self._seats is not None:
+            heappop(self._seats)
+        request.arrived_at = at
+        return request
+
+    def finished(self, request: Request, time: float) -> None:
+        """A request has ended at `time`."""
+        if self._seats is not None:
+            heappush(self._seats, time + self.spec.overhead_s)
+        turn = self._turns.pop(request.id, None)
+        if turn is not None:
+            heappush(self._ready, (time + turn.think_s, next(self._number), turn.request))
+
+    def _advance(self) -> None:
+        """Find the next request that hangs on no other."""
+        for request in self._coming:
+            if isinstance(request, Request):
+                self._next = request
+                return
+            self._turns[request.after] = request
+        self._next = None

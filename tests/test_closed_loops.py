@@ -1,0 +1,235 @@
+"""Loads that hang on the answers: closed loops and conversations, simulated and on the engine, prefixes cached."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_workers import FakeWorkers, VirtualTime
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_runs import assert_same, deployment, rows
+
+from engine.errors import InputError
+from engine.results.metrics import steady_window
+from engine.results.recorder import Recorder, Run
+from engine.results.tables import Columns
+from engine.runtime.driver import Driver, VirtualClock
+from engine.runtime.serve import Sender
+from engine.scheduling.content import Content, own
+from engine.workload.client import Client, ClientSpec
+from engine.workload.workload import Workload, WorkloadSpec, make_workload
+from simulator.cluster import Deployment, simulate
+from simulator.predicted_executor import PredictedExecutor
+
+LONGEST = 80  # tokens of a request in these runs
+
+
+def caching(kind: Deployment, ahead: bool = False) -> Deployment:
+    scheduler = replace(kind.scheduler, enable_prefix_caching=True)
+    return replace(kind, replica=replace(kind.replica, scheduler=scheduler, async_scheduling=ahead))
+
+
+def drive(workload: Workload, kind: Deployment) -> Run:
+    recorder, clock = Recorder(), VirtualClock()
+    stages = kind.parallel.pipeline_parallel_size
+    executor = PredictedExecutor(kind.predictor, kind.num_kv_blocks, stages, clock=clock)
+    driver = Driver(kind.new_scheduler(), executor, recorder, clock=clock)
+    driver.run(Sender(workload, vocab_size=50_000, seed=1))
+    recorder.close()
+    return Run({}, recorder.requests(), recorder.iterations_kept())
+
+
+specs = st.builds(
+    WorkloadSpec,
+    lengths=st.just("uniform"),
+    input_len=st.just("1:20"),
+    output_len=st.just("1:12"),
+    num_prompts=st.integers(1, 25),
+    request_rate=st.sampled_from([5.0, 50.0, float("inf")]),
+    turns=st.sampled_from([None, 3, "1:5"]),
+    system_prompt_len=st.sampled_from([0, 9]),
+    max_concurrency=st.sampled_from([None, 1, 3]),
+    max_model_len=st.just(LONGEST),
+    seed=st.integers(0, 1000),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    spec=specs,
+    policy=st.sampled_from(["sarathi", "vllm", "vllm_v0", "hybrid_only"]),
+    stages=st.sampled_from([1, 1, 2]),
+    blocks=st.integers(21, 60),
+    ahead=st.booleans(),
+    overhead=st.sampled_from([0.0, 0.013]),
+    think=st.sampled_from([0.0, 0.5]),
+)
+def test_the_driver_the_fast_path_and_single_steps_agree(  # type: ignore[no-untyped-def]
+    spec, policy, stages, blocks, ahead, overhead, think
+) -> None:
+    if spec.max_concurrency is not None:
+        spec = replace(spec, client_overhead_s=overhead, ramp_up_s=10 * overhead)
+    if spec.turns is not None:
+        spec = replace(spec, think_time_s=think)
+    workload = make_workload(spec)
+    kind = caching(deployment(policy, stages, blocks), ahead and stages == 1)
+    fast, slow = simulate(workload, [kind]), simulate(workload, [kind], repeats=False)
+    assert_same(fast, slow)
+    driven = drive(workload, kind)
+    orders = [np.argsort(run.requests["request_id"]) for run in (driven, fast)]
+    for name, column in fast.requests.items():
+        np.testing.assert_array_equal(driven.requests[name][orders[0]], column[orders[1]], err_msg=name)
+    assert rows(driven) == rows(fast)
+
+
+def in_system(requests: Columns) -> int:
+    """Most requests in the system at once."""
+    events = [(at, 1) for at in requests["arrived_s"]] + [(at, -1) for at in requests["last_token_s"]]
+    level = np.cumsum([change for _, change in sorted(events)])
+    return int(level.max())
+
+
+@pytest.mark.parametrize("rate", [float("inf"), 100.0])
+def test_a_closed_loop_holds_its_concurrency(rate: float) -> None:
+    spec = WorkloadSpec(lengths="uniform", input_len="4:20", output_len="2:12", num_prompts=60, max_model_len=LONGEST,
+                        request_rate=rate, max_concurrency=4)  # fmt: skip
+    run = simulate(make_workload(spec), [deployment("sarathi", 1, 60)])
+    assert in_system(run.requests) == 4
+    open_loop = simulate(make_workload(replace(spec, max_concurrency=None)), [deployment("sarathi", 1, 60)])
+    assert in_system(open_loop.requests) > 4
+    window = steady_window(run.requests, 4)
+    assert window is not None
+    assert run.summary["steady_window_s"] == list(window)
+    assert window[1] == run.requests["arrived_s"].max()
+
+
+def test_the_next_request_comes_so_long_after_an_answer() -> None:
+    spec = WorkloadSpec(lengths="fixed", input_len=10, output_len=4, num_prompts=8, max_model_len=LONGEST,
+                        arrival="burst", max_concurrency=1, client_overhead_s=0.25)  # fmt: skip
+    requests = simulate(make_workload(spec), [deployment("sarathi", 1, 60)]).requests
+    np.testing.assert_allclose(requests["arrived_s"][1:] - requests["last_token_s"][:-1], 0.25)
+    ramped = replace(spec, num_prompts=4, max_concurrency=4, ramp_up_s=2.0, client_overhead_s=9.0)
+    arrived = simulate(make_workload(ramped), [deployment("sarathi", 1, 60)]).requests["arrived_s"]
+    np.testing.assert_allclose(np.sort(arrived), [0, 0.5, 1.0, 1.5])
+
+
+def test_a_turn_comes_after_the_one_before_and_finds_what_that_left() -> None:
+    spec = WorkloadSpec(lengths="fixed", input_len=10, output_len=6, turns=3, think_time_s=1.0, num_prompts=12,
+                        max_model_len=LONGEST, request_rate=5.0)  # fmt: skip
+    workload = make_workload(spec)
+    assert workload.prompt_tokens[:3].tolist() == [10, 26, 42]
+    run = simulate(workload, [caching(deployment("sarathi", 1, 100))])
+    order = np.argsort(run.requests["request_id"])
+    table = {name: column[order] for name, column in run.requests.items()}
+    for row in range(12):
+        if row % 3:
+            assert table["arrived_s"][row] > table["last_token_s"][row - 1]
+            # all but the last output token of the turn before is in the cache, in blocks of 4
+            assert table["prefix_hit_tokens"][row] == (table["prompt_tokens"][row - 1] + 5) // 4 * 4
+        else:
+            assert table["prefix_hit_tokens"][row] == 0
+    hits, asked = table["prefix_hit_tokens"].sum(), table["prompt_tokens"].sum()
+    assert run.summary["prefix_hit_rate"] == pytest.approx(hits / asked)
+    assert run.iterations is not None
+    assert run.iterations["prefix_hit_tokens"].sum() == hits == run.summary["prefix_hit_tokens"]
+    without = simulate(workload, [deployment("sarathi", 1, 100)])
+    assert "prefix_hit_rate" not in without.summary
+    assert without.requests["prefix_hit_tokens"].sum() == 0
+
+
+def test_the_engine_reads_prefixes_that_others_wrote() -> None:
+    """Fake workers that keep a real cache: each token depends on all before it, wherever its block was written."""
+    spec = WorkloadSpec(lengths="uniform", input_len="3:17", output_len="1:9", turns="1:4", system_prompt_len=7,
+                        num_prompts=40, max_model_len=LONGEST, request_rate=20.0, max_concurrency=8)  # fmt: skip
+    workload = make_workload(spec)
+    for ahead in (False, True):
+        tokens = []
+        for kind in (deployment("sarathi", 1, 26), caching(deployment("sarathi", 1, 26), ahead)):
+            clock = VirtualTime()
+            workers = FakeWorkers(clock, 1, block_size=4)
+            recorder = Recorder()
+            driver = Driver(kind.replica.new_scheduler(26), workers, recorder, clock=clock)
+            sender, sequences = Sender(workload, vocab_size=1000, seed=3), []
+            driver.on_finished = sequences.append
+            driver.run(sender)
+            recorder.close()
+            outputs = {sequence.request.id: sequence.tokens for sequence in sequences}
+            tokens.append(outputs)
+        assert tokens[0] == tokens[1]
+        assert driver.scheduler.prefix_hit_tokens > 200
+        assert driver.scheduler.recomputed_tokens > 0
+
+
+def test_hash_ids_of_a_trace_are_shared_prefixes(tmp_path: Path) -> None:
+    rows = [
+        {"timestamp": 0, "input_length": 20, "output_length": 2, "hash_ids": [7, 8, 9]},
+        {"timestamp": 1000, "input_length": 18, "output_length": 2, "hash_ids": [7, 8, 10]},
+        {"timestamp": 2000, "input_length": 20, "output_length": 2, "hash_ids": [7, 11, 12]},
+        {"timestamp": 3000, "input_length": 30, "output_length": 2, "hash_ids": [7, 8]},  # 8 tokens each: 4 are needed
+    ]
+    path = tmp_path / "mooncake.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workload = make_workload(WorkloadSpec(trace=path, hash_id_tokens=8, max_model_len=LONGEST))
+    assert len(workload.notes) == 1 and "1 of 4 requests have hash ids" in workload.notes[0]
+    run = simulate(workload, [caching(deployment("sarathi", 1, 60))])
+    assert run.requests["prefix_hit_tokens"].tolist() == [0, 16, 8, 0]
+
+
+def test_prompt_ids_of_a_table_are_shared_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("at,tokens_in,tokens_out,prompt_id\n0,17,2,a\n1,17,2,b\n2,17,2,a\n3,18,2,a\n")
+    columns = "prompt=tokens_in,output=tokens_out,time=at,prompt_id=prompt_id"
+    workload = make_workload(WorkloadSpec(trace=path, columns=columns, max_model_len=LONGEST))
+    assert "1 of 4 requests have prompt ids that contradict lengths" in workload.notes[0]
+    run = simulate(workload, [caching(deployment("sarathi", 1, 60))])
+    assert run.requests["prefix_hit_tokens"].tolist() == [0, 0, 16, 0]
+    unread = make_workload(WorkloadSpec(trace=path, columns=columns.rpartition(",")[0], max_model_len=LONGEST))
+    assert unread.contents is None and "prompt_id" in unread.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"max_concurrency": 0}, "max_concurrency 0: give 1 or more"),
+        ({"client_overhead_s": 1.0}, "overhead_s 1.0 needs max_concurrency"),
+        ({"turns": "3:1"}, "turns '3:1' must be a number of requests"),
+        ({"think_time_s": 2.0}, "think_time_s 2.0 needs turns"),
+        ({"turns": 2, "clip_tokens": 50}, "clip_tokens 50 has no meaning with turns"),
+        ({"columns": "prompt=a"}, "columns prompt=a needs a trace"),
+        ({"random_range_ratio": 0.5}, "random_range_ratio 0.5 needs lengths 'random'"),
+        ({"system_prompt_len": 99}, "system_prompt_len 99 leaves no room in max_model_len 80"),
+    ],
+)
+def test_what_can_not_be_is_refused(changes: dict[str, object], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        make_workload(WorkloadSpec(request_rate=1.0, max_model_len=LONGEST, **changes))  # type: ignore[arg-type]
+
+
+def test_random_lengths_are_vllms() -> None:
+    spec = WorkloadSpec(lengths="random", input_len=100, output_len=10, random_range_ratio=0.2, num_prompts=20_000,
+                        request_rate=float("inf"))  # fmt: skip
+    workload = make_workload(spec)
+    assert workload.arrived_at.max() == 0
+    for column, low, high in ((workload.prompt_tokens, 80, 120), (workload.output_tokens, 8, 12)):
+        assert sorted(set(column.tolist())) == list(range(low, high + 1))
+        assert np.bincount(column)[low:].std() < 0.1 * len(column) / (high - low + 1)
+
+
+def test_a_client_sends_in_order_and_waits_for_whom_it_must() -> None:
+    contents = Content.of((0, 10), (5, 10), own(3))
+    assert contents.streams == (0, -4)
+    assert contents.pieces(14) == [(0, 0, 10), (-4, 10, 14)]
+    workload = Workload("w", np.array([0.0, 0.0, 5.0]), np.array([3, 3, 3]), np.array([1, 1, 1]), 0,
+                        after=np.array([-1, 0, -1]), think_s=np.array([0.0, 2.0, 0.0]))  # fmt: skip
+    client = Client(workload._with_turns(), ClientSpec(max_concurrency=1))
+    first = client.pop()
+    assert (first.id, client.next_at) == (0, float("inf"))
+    client.finished(first, 4.5)
+    assert client.next_at == 5.0
+    second = client.pop()
+    assert second.id == 2
+    client.finished(second, 7.0)
+    assert client.next_at == 7.0  # its turn was due at 6.5
+    assert client.pop().id == 1 and client.next_at == float("inf")

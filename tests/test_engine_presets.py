@@ -1,0 +1,152 @@
+"""Engine presets: vLLM's own rules by device, what overrides them, graph padding and a host that is hidden."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.engine_preset import names, preset, vllm_graph_sizes
+from engine.errors import InputError
+from engine.replica_spec import resolve
+from engine.scheduling.request import BatchShape
+from engine.specs import HostOverhead, SchedulerSpec, catalog
+from simulator.cluster import Deployment
+
+GIB = 1 << 30
+MODEL = "meta-llama/Meta-Llama-3-8B"
+VLLM = [name for name in names() if name.startswith("vllm@")]
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("device", ["a100", "h100", "l4"])
+def test_every_preset_resolves_and_says_where_it_is_from(name: str, device: str) -> None:
+    replica = resolve(MODEL, device, engine=name)
+    assert replica.engine.name == name and replica.engine.overrides == ()
+    assert len(replica.engine.source) > 10 and len(replica.engine.host.source) > 10
+    assert replica.describe("a test")["engine"] == name
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "usage", "tokens", "sequences"),
+    [  # engine/arg_utils.py of vLLM: by memory, with A100s of any size in the last row
+        ("vllm@0.15", "h100", "server", 8192, 1024),
+        ("vllm@0.15", "h200", "offline", 16384, 1024),
+        ("vllm@0.15", "a100", "server", 2048, 256),
+        ("vllm@0.12", "a100_sxm", "offline", 8192, 256),
+        ("vllm@0.33", "a40", "server", 2048, 256),
+    ],
+)
+def test_limits_are_vllms_by_device(engine: str, device: str, usage: str, tokens: int, sequences: int) -> None:
+    scheduler = resolve(MODEL, device, engine=engine, usage=usage).scheduler
+    assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (tokens, sequences)
+
+
+def test_a_large_device_has_more_in_new_versions_alone() -> None:
+    large = replace(catalog.device("h200"), name="b200", memory_bytes=180 * GIB)
+    assert preset("vllm@0.33", large).scheduler["max_num_batched_tokens"] == 16384
+    assert preset("vllm@0.15", large).scheduler["max_num_batched_tokens"] == 8192
+
+
+def test_versions_differ_in_what_vllm_changed() -> None:
+    old, new = (resolve(MODEL, "h100", engine=f"vllm@{version}") for version in ("0.12", "0.33"))
+    assert (old.async_scheduling, new.async_scheduling) == (False, True)
+    assert (old.gpu_memory_utilization, new.gpu_memory_utilization) == (0.9, 0.92)
+    assert (old.scheduler.scheduler_reserve_full_isl, new.scheduler.scheduler_reserve_full_isl) == (False, True)
+    assert all(replica.scheduler.enable_prefix_caching for replica in (old, new))
+    assert resolve(MODEL, "h100", engine="vllm@latest") == new == resolve(MODEL, "h100", engine="vllm")
+    assert new.new_scheduler(101).kv_cache.num_blocks == 100  # block 0 of vLLM's is never handed out
+
+
+def test_settings_of_ones_own_take_the_place_of_the_presets() -> None:
+    scheduler = {"max_num_seqs": 64, "enable_prefix_caching": False}
+    replica = resolve(MODEL, "h100", engine="vllm@0.15", scheduler=scheduler, async_scheduling=False)
+    assert (replica.scheduler.max_num_seqs, replica.scheduler.max_num_batched_tokens) == (64, 8192)
+    assert set(replica.engine.overrides) == {"max_num_seqs", "enable_prefix_caching", "async_scheduling"}
+    again = resolve(MODEL, "h100", engine="vllm@0.15", scheduler={"max_num_seqs": 1024})
+    assert again.engine.overrides == ()  # what it would be anyway
+
+
+def test_a_file_of_ones_own_goes_on_from_a_base(tmp_path: Path) -> None:
+    path = tmp_path / "my-server.yaml"
+    path.write_text("base: vllm@0.15\nscheduler: {max_num_seqs: 77}\nhost: {iteration_s: 0.002, source: my bench}\n")
+    replica = resolve(MODEL, "h100", engine=str(path))
+    assert (replica.engine.name, replica.scheduler.policy, replica.scheduler.max_num_seqs) == ("my-server", "vllm", 77)
+    assert replica.engine.host.iteration_s == 0.002 and replica.engine.host.hidden
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("hots: {}", "unknown key in .*'hots': did you mean 'host'"),
+        ("scheduler: {max_seqs: 3}", "scheduler 'max_seqs': did you mean 'max_num_seqs'"),
+        ("- 5", "holds no mapping"),
+        ("a: [", "is no engine file"),
+        ("base: vlm@0.15", "unknown engine 'vlm@0.15': did you mean 'vllm@0.15'"),
+    ],
+)
+def test_a_broken_file_is_one_clear_error(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        resolve(MODEL, "h100", engine=str(path))
+
+
+def test_unknown_names_are_said() -> None:
+    with pytest.raises(InputError, match=r"unknown engine 'vllm@0\.16': did you mean"):
+        resolve(MODEL, "h100", engine="vllm@0.16")
+    with pytest.raises(InputError, match="unknown usage 'batch'"):
+        resolve(MODEL, "h100", engine="vllm@0.15", usage="batch")
+
+
+def decodes(count: int) -> BatchShape:
+    return BatchShape(count, count, 500 * count, (), count, count)
+
+
+@pytest.mark.parametrize("predictor", ["roofline", "learned"])
+def test_a_batch_is_padded_to_the_next_graph(predictor: str) -> None:
+    """33 decodes cost what 40 do but for attention and sampling, which are of 33; 513 have no graph."""
+    scheduler = SchedulerSpec(max_num_batched_tokens=2048, max_num_seqs=256)
+    assert vllm_graph_sizes(scheduler)[:6] == (1, 2, 4, 8, 16, 24) and vllm_graph_sizes(scheduler)[-1] == 512
+    padded = resolve(MODEL, "a100", engine="vllm@0.15")
+    plain = replace(padded, engine=replace(padded.engine, host=replace(padded.engine.host, graph_sizes=())))
+    with_graphs, without = (Deployment.of(replica, predictor).predictor for replica in (padded, plain))
+
+    def tokens_alone(predictor_: object, tokens: int) -> float:  # a chunk of that many tokens, nothing sampled
+        return predictor_.stage_time(BatchShape(tokens, 0, 0, ((tokens, 0),), 0, 0), 0)  # type: ignore[attr-defined, no-any-return]
+
+    assert with_graphs.stage_time(decodes(40), 0) == without.stage_time(decodes(40), 0)
+    assert without.stage_time(decodes(33), 0) <= with_graphs.stage_time(decodes(33), 0)
+    assert with_graphs.stage_time(decodes(33), 0) <= with_graphs.stage_time(decodes(40), 0)
+    extra = without.stage_time(decodes(40), 0) - with_graphs.stage_time(decodes(33), 0)
+    whole = without.stage_time(decodes(40), 0) - without.stage_time(decodes(33), 0)
+    assert extra <= whole
+    for tokens in (513, 700):
+        assert tokens_alone(with_graphs, tokens) == tokens_alone(without, tokens)
+
+
+@pytest.mark.parametrize("predictor", ["roofline", "learned"])
+def test_a_hidden_host_is_a_floor_and_an_open_one_is_added(predictor: str) -> None:
+    base = resolve(MODEL, "a100", engine="vllm@0.15")
+
+    def time(**changes: object) -> float:
+        host = HostOverhead(name="x", source="a test", layer_s=0.0, **changes)  # type: ignore[arg-type]
+        replica = replace(base, engine=replace(base.engine, host=host))
+        return Deployment.of(replica, predictor).predictor.stage_time(decodes(8), 0)
+
+    gpu = time(iteration_s=0.0, sequence_s=0.0)
+    assert time(iteration_s=1e-3, sequence_s=1e-5) == pytest.approx(gpu + 1.08e-3)
+    assert time(iteration_s=1e-3, sequence_s=1e-5, hidden=True) == pytest.approx(gpu)
+    assert time(iteration_s=1e-3, sequence_s=1e-5, hidden=True, exposed_s=2e-4) == pytest.approx(gpu + 2e-4)
+    assert time(iteration_s=1.0, sequence_s=1e-3, hidden=True) == pytest.approx(1.008)
+
+
+def test_the_shipped_files_hold_nothing_else() -> None:
+    for name in names():
+        data = json.loads(
+            (Path(__file__).parents[1] / "calibration_data" / "engines" / f"{name}.json").read_text("utf-8")
+        )
+        assert data["source"] and data["description"]
+        if isinstance(data["host"], dict):
+            assert "estimate" in data["host"]["source"] or "fitted" in data["host"]["source"]
+    assert len(VLLM) == 3

@@ -1,0 +1,141 @@
+"""The functions of the Python API. Imports that take time are inside them, so that `import windtunnel` is quick.
+
+The keywords of `simulate` and `search` are the fields of `windtunnel.settings.FileConfig`, which the command line's
+flags come from too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_origin
+
+from engine.errors import InputError
+from windtunnel.messages import in_keywords
+from windtunnel.names import unknown_setting
+from windtunnel.settings import TOLERANCE, FileConfig, combined, load_file
+
+if TYPE_CHECKING:
+    from windtunnel.results import Run, Search
+
+_FIELDS = FileConfig.model_fields
+_Path = str | Path
+
+
+def simulate(*, config: _Path | None = None, output_dir: _Path | None = None, **settings: Any) -> Run:
+    """Simulate a deployment under a load, as `windtunnel simulate` does.
+
+    Args:
+        config: YAML file with any of the settings; keywords win.
+        output_dir: new folder for the run and its report; None keeps the run in memory.
+        **settings: the command's flags, with underscores: `model`, `device` and `request_rate` first of all;
+            `windtunnel simulate --help` explains each. `replicas` takes groups of replicas as a config file does.
+
+    Raises InputError for an unknown keyword or an impossible setting; the message names it and the fix.
+    """
+    started = time.perf_counter()
+    with _in_keywords():
+        from windtunnel.results import Run, read_folder
+        from windtunnel.simulation import Simulation
+
+        simulation = Simulation.of(_read(config, settings, ("config", "output_dir")))
+        if output_dir is None:
+            made = simulation.run(None, started=started)
+            summary = json.loads(json.dumps(made.summary, allow_nan=False))  # as a folder has it
+            return Run(summary, simulation.resolved, tables=made)
+        simulation.write(Path(output_dir), started=started)
+        found = read_folder(Path(output_dir))
+        assert isinstance(found, Run)
+        return found
+
+
+def search(
+    *, config: _Path | None = None, output_dir: _Path | None = None, tolerance: float = TOLERANCE, **settings: Any
+) -> Search:
+    """Find the highest request rate at which every SLO holds, as `windtunnel search` does in the simulator.
+
+    Args:
+        config: YAML file with any of the settings; keywords win.
+        output_dir: folder for the trials; the same search in the same folder resumes. None keeps it in memory.
+        tolerance: the precision of the capacity, as a share of it.
+        **settings: the command's flags, with underscores; `slo` is required, `request_rate` is the first guess.
+
+    Raises InputError for an unknown keyword, an impossible setting, and settings that can't be searched with.
+    """
+    with _in_keywords():
+        from windtunnel.capacity import check_tolerance, open_search, search_capacity
+        from windtunnel.results import Search
+
+        check_tolerance(tolerance)
+        read = _read(config, settings, ("config", "output_dir", "tolerance"))
+        folder = None if output_dir is None else Path(output_dir)
+        if folder is not None:
+            open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance})
+        return Search(search_capacity(read, tolerance, folder), folder=folder)
+
+
+def load(folder: _Path) -> Run | Search:
+    """Load a finished run's folder (of `simulate` or `bench`) or a search's.
+
+    Raises InputError if the folder holds neither.
+    """
+    from windtunnel.results import read_folder
+
+    return read_folder(Path(folder))
+
+
+def _read(config: _Path | None, keywords: dict[str, Any], own: Sequence[str]) -> FileConfig:
+    """Return the settings of a file and keywords. Raises InputError for an unknown one."""
+    for name in keywords:
+        if name not in _FIELDS:
+            raise unknown_setting("keyword", name, (*_FIELDS, *own))
+    given = {name: _plain(name, value) for name, value in keywords.items() if value is not None}
+    path = None if config is None else Path(config)
+    values = load_file(path, FileConfig)
+    if "replicas" in given:  # as in a file, where the other settings are what the groups share
+        return combined(values | given, {}, "the keywords", FileConfig)
+    return combined(values, given, str(path), FileConfig)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a keyword's value as the settings take it: paths as text, one value of a list as a list of it."""
+    if get_origin(_FIELDS[name].annotation) is list and isinstance(value, str | Path):
+        value = [value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def _in_keywords() -> Iterator[None]:
+    """Name settings by their keywords in errors, which name the flags."""
+    try:
+        yield
+    except InputError as error:
+        message = in_keywords(str(error))
+        raise (error if message == str(error) else InputError(message)) from error.__cause__
+
+
+def _with_settings(function: Callable[..., Any]) -> None:
+    """Give a function the settings in its signature, with their defaults, for `help` and editors."""
+    own = [
+        parameter for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]  # fmt: skip
+    settings = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.get_default(call_default_factory=True),
+            annotation=field.annotation,
+        )
+        for name, field in _FIELDS.items()
+    ]
+    returned = inspect.signature(function).return_annotation
+    function.__signature__ = inspect.Signature([*settings, *own], return_annotation=returned)  # type: ignore[attr-defined]
+
+
+for _function in (simulate, search):
+    _with_settings(_function)

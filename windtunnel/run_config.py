@@ -1,0 +1,42 @@
+"""The `config.yaml` of a run: its settings with everything that was left open filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.replica_spec import ReplicaSpec
+from engine.specs import catalog
+from engine.workload.workload import DEFAULT_LENGTHS
+from windtunnel.settings import FileConfig
+
+
+def resolved(config: FileConfig, kinds: list[ReplicaSpec], num_prompts: int) -> dict[str, Any]:
+    """Return the settings with defaults filled in and files by their full path, so that they run again anywhere."""
+    values = config.model_dump(mode="json")
+    values["num_prompts"] = num_prompts
+    if config.trace is None:
+        values["workload"] = config.workload or DEFAULT_LENGTHS
+    if config.replicas:
+        del values["num_replicas"]
+        values["replicas"] = [
+            full_paths(group) | {key: kind.settings()[key] for key in ("dtype", "host_overhead")}
+            for group, kind in zip(config.replicas, kinds, strict=True)
+        ]
+    else:
+        (kind,) = kinds
+        values |= kind.settings()
+    values["plugin"] = [str(path.resolve()) for path in config.plugin]
+    return {key: value for key, value in full_paths(values).items() if value not in (None, "", [])}
+
+
+def full_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with each file by its full path; a known name is no file, whatever this folder holds."""
+    full = dict(settings)
+    for key in ("model", "device", "network"):
+        if full.get(key) and not catalog.is_name(key, full[key]):
+            full[key] = str(Path(full[key]).expanduser().resolve())
+    for key in ("trace", "workload"):
+        if full.get(key) and (key == "trace" or full[key].endswith(".json")):
+            full[key] = str(Path(full[key]).resolve())
+    return full
