@@ -29,3 +29,12 @@ def percent(value: float | None, sign: bool = False) -> str:
     if value is None:
         return "-"
     return f"{100 * value:{'+' if sign else ''}.{1 if abs(value) < 0.9995 else 0}f} %"
+
+
+def size(num_bytes: float, binary: bool = False) -> str:
+    """Return bytes in the unit that suits them: kB, MB, ..., or KiB, MiB, ..."""
+    for power, letter in ((3, "G"), (2, "M"), (1, "k")):
+        scale = (1024 if binary else 1000) ** power
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.3g} {letter.upper() + 'i' if binary else letter}B"
+    return f"{num_bytes:.0f} B"

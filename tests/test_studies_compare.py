@@ -163,10 +163,13 @@ def test_output_tokens_by_each_time(place: Path) -> None:
     start, last = requests.arrived_s.min(), rows[rows.stage == 1]
     assert side.record.summary["preemptions"] == 0
     for i in (0, 57, 199, 301, 399):
-        now = start + side.output_s[i]
+        now = start + side.record.timeline.output_s[i]
         decoded = last.num_decodes[last.start_s + last.duration_s <= now].sum()
-        assert side.output_tokens[i] == decoded + (requests.first_token_s <= now).sum()
-    assert side.output_tokens[-1] == side.record.summary["total_output_tokens"] == requests.output_tokens.sum() > 1000
+        assert side.record.timeline.output_tokens[i] == decoded + (requests.first_token_s <= now).sum()
+    timeline = side.record.timeline
+    assert (
+        timeline.output_tokens[-1] == side.record.summary["total_output_tokens"] == requests.output_tokens.sum() > 1000
+    )
 
 
 def test_settings_that_differ_and_the_headlines(place: Path) -> None:
@@ -256,7 +259,7 @@ def test_runs_are_drawn_from_their_records(place: Path) -> None:
     np.testing.assert_array_equal(ttft["piped"].x, 1e3 * sides[1].record.latencies["ttft"].values_s)  # shown in ms
     stages = named(panels["Pipeline bubbles"].figure)
     assert list(stages["sarathi"].x) == ["stage 0"] and list(stages["piped"].x) == ["stage 0", "stage 1"]
-    assert named(panels["Output tokens over time"].figure)["piped"].y[-1] == sides[1].output_tokens[-1]
+    assert named(panels["Output tokens over time"].figure)["piped"].y[-1] == sides[1].record.timeline.output_tokens[-1]
     spot = named(panels["Median TTFT against P99 TBT"].figure)["sarathi"]
     assert (1e3 * spot.x[0], 1e3 * spot.y[0]) == pytest.approx(
         [sides[0].record.summary[key] for key in ("p99_itl_ms", "median_ttft_ms")]

@@ -20,7 +20,8 @@ from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
 from studies.pages.run import times_source, verdict, write_report
 from studies.pages.run_figures import panels, stage_shares
-from studies.pages.run_record import STALL_FACTOR, read_record, read_timeline
+from studies.pages.run_record import read_record
+from studies.pages.run_timeline import STALL_FACTOR, read_timeline
 
 SLOS = ("p99_tbt<=0.02", "p99_ttft<=100", "mean_e2e<=0.001", "p50_scheduling_delay<=2")
 

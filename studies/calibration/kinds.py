@@ -15,6 +15,7 @@ from engine.results.tables import Array
 from simulator.predictor import gemm
 from simulator.predictor.attention_model import kernel_names
 from simulator.predictor.kind import KindModel
+from studies.words import size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -225,11 +226,4 @@ def _span(limits: Sequence[float]) -> str:
 
 
 def _bytes(limits: Sequence[float]) -> str:
-    return " to ".join(_size(value) for value in limits)
-
-
-def _size(num_bytes: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
+    return " to ".join(size(value, binary=True) for value in limits)

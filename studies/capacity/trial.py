@@ -105,10 +105,7 @@ class Hopeless:
 
     def __call__(self, request: Request) -> str | None:
         """Take a finished request into account and return the SLO that has become hopeless, if one has."""
-        for watched in self._watched:
-            if watched.sees(request):
-                return str(watched.slo)
-        return None
+        return next((str(watched.slo) for watched in self._watched if watched.sees(request)), None)
 
 
 class _Watched:

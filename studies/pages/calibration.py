@@ -30,7 +30,20 @@ from studies.pages.figures import (
     predicted_by_measured,
     value_axis,
 )
-from studies.pages.page import Page, Tone, about, cards, details, facts_table, footer, header, numbers_table, text
+from studies.pages.page import (
+    ERROR_HEADS,
+    Page,
+    Tone,
+    about,
+    cards,
+    details,
+    error_cells,
+    facts_table,
+    footer,
+    header,
+    numbers_table,
+    text,
+)
 from studies.words import percent
 
 if TYPE_CHECKING:
@@ -105,14 +118,14 @@ def _cards(record: CalibrationRecord) -> str:
 
 
 def _table(record: CalibrationRecord) -> str:
-    heads = ("Operator", "Measured on", "Rows", "Mean", "Median", "P95", "Bias", "Mean over 20 µs", "Interval covers")
+    heads = ("Operator", "Measured on", "Rows", *ERROR_HEADS, "Mean over 20 µs", "Interval covers")
     rows = []
     for kind in record.kinds:
         held_out, interval = kind.record["held_out"], kind.record["interval"]
         cells = [
             kind.record["learned_on"],
             f"{kind.record['provenance']['rows']:,}",
-            *(percent(held_out.get(name), name == "bias") for name in ("mape", "p50", "p95", "bias")),
+            *error_cells(held_out),
             percent(held_out.get("over_20us", {}).get("mape")),
             f"{100 * interval['covers']:.0f} of {100 * interval['meant_to_cover']:.0f} %",
         ]

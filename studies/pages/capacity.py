@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from studies.pages.capacity_figures import capacity_panels, names_of_points, speed_front, trials
 from studies.pages.capacity_record import Point, Search, Sweep
-from studies.pages.compare_record import num_gpus, readable
+from studies.pages.compare_record import num_gpus, read_side
 from studies.pages.figures import Panel
 from studies.pages.page import (
     Cell,
@@ -22,17 +22,14 @@ from studies.pages.page import (
     numbers_table,
 )
 from studies.pages.run_figures import panels
-from studies.pages.run_record import Record, read_record
+from studies.pages.run_record import Record
 from studies.words import number, percent, seconds
 
 
 def search_page(search: Search) -> Page:
     """Make the page of a search: its capacity, its trials, and the report of the run at the capacity."""
     page = Page(f"Capacity of {search.name}")
-    record = None
-    if search.best is not None:
-        with readable(search.best, "run"):
-            record = read_record(search.best)
+    record = None if search.best is None else read_side(search.best, search.name).record
     page.add(_search_header(search, record), cards(_search_cards(search)))
     page.add_panels("The search", [trials([search]), _trials_table(search)])
     if record is not None:

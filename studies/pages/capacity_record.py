@@ -105,7 +105,7 @@ class Response:
 
 
 def read_search(folder: Path, name: str) -> Search:
-    """Read a search's folder. InputError where it can't be read."""
+    """Read a search's folder. Raises InputError where it can't be read."""
     with readable(folder, "search"):
         values = read_json(folder / "search.json")
         trials = sorted((_trial(entry, folder) for entry in values["trials"]), key=lambda trial: trial.rate)
@@ -118,7 +118,7 @@ def read_search(folder: Path, name: str) -> Search:
 
 
 def read_sweep(folder: Path, name: str) -> Sweep:
-    """Read a sweep's folder. InputError where it can't be read."""
+    """Read a sweep's folder. Raises InputError where it can't be read."""
     with readable(folder, "sweep"):
         values = read_json(folder / "sweep.json")
         points = [_point(entry, str(entry["name"]), name) for entry in values["points"]]
@@ -130,7 +130,8 @@ def read_sweep(folder: Path, name: str) -> Sweep:
 def responses(side: Side, search: Search | None) -> list[Response]:
     """Return how quickly a run answers, and the other trials of the search whose capacity it is, by their rate.
 
-    None without a gap between tokens."""
+    None without a gap between tokens.
+    """
     summary = side.record.summary
     ttft, tbt = _seconds(summary, _TTFT), _seconds(summary, _TBT)
     if ttft is None or tbt is None:

@@ -204,13 +204,21 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
 
 def output_over_time(sides: Sequence[Side]) -> Panel:
     """Draw output tokens that were there by each time, of each run."""
-    longest = max(float(side.output_s[-1]) for side in sides)
+    timelines = [side.record.timeline for side in sides]
+    longest = max(float(timeline.output_s[-1]) for timeline in timelines)
     unit_s, unit = time_unit(longest)
     figure = new_figure()
-    for i, side in enumerate(sides):
+    for i, (side, timeline) in enumerate(zip(sides, timelines, strict=True)):
         colour, dash = series_style(i)
-        x, y = side.output_s / unit_s, side.output_tokens
-        add_line(figure, x, y, side.name, colour, "%{y:,.4~r} tokens", dash=dash)
+        add_line(
+            figure,
+            timeline.output_s / unit_s,
+            timeline.output_tokens,
+            side.name,
+            colour,
+            "%{y:,.4~r} tokens",
+            dash=dash,
+        )
     figure.update_yaxes(title_text="Output tokens", rangemode="tozero")
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", rangemode="tozero")
     caption = "First tokens and decoded ones, added up. A flat piece is a time in which no request went on."

@@ -15,20 +15,17 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from engine.errors import InputError
 from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
-from engine.results.tables import Array, to_numpy
-from studies.pages.run_record import CHUNK_ROWS, NOT_SET, Record, flat, read_record
+from engine.results.tables import Array
+from studies.pages.run_record import NOT_SET, Record, flat, read_record
 from studies.words import statistic_name
 
 Kind = Literal["run", "search", "sweep", "study", "validation"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
-OUTPUT_BINS = 400
 LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
 _MARKS: dict[str, Kind] = {
     "validation.json": "validation",
@@ -59,13 +56,11 @@ _HEADLINES = (
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One of the runs. `output_tokens[i]` tokens were there by `output_s[i]` after the first arrival."""
+    """One of the runs."""
 
     name: str
     folder: Path
     record: Record
-    output_s: Array
-    output_tokens: Array
 
 
 @dataclass(frozen=True)
@@ -133,32 +128,9 @@ def readable(folder: Path, kind: str) -> Iterator[None]:
 
 
 def read_side(folder: Path, name: str) -> Side:
-    """Read a run's folder. InputError where its files can't be read."""
+    """Read a run's folder. Raises InputError where its files can't be read."""
     with readable(folder, "run"):
-        record = read_record(folder)
-        requests = to_numpy(pq.ParquetFile(folder / "requests.parquet").read(["arrived_s", "first_token_s"]))
-        stages = np.array([len(replica["stage_utilization"]) for replica in record.summary["replicas"]])
-        output_s = record.timeline.edges_s[-1] * np.linspace(0, 1, OUTPUT_BINS + 1)
-        start_s = float(requests["arrived_s"].min())
-        first = np.sort(requests["first_token_s"] - start_s)
-        tokens = np.searchsorted(first, output_s, side="right") + _decoded(folder, stages, start_s, output_s)
-        return Side(name, folder, record, output_s, tokens)
-
-
-def _decoded(folder: Path, stages: Array, start_s: float, times_s: Array) -> Array:
-    """Return how many tokens had been decoded by each time: by batches that had left their last stage."""
-    counts = np.zeros(len(times_s))
-    with pq.ParquetFile(folder / "iterations.parquet") as file:
-        for chunk in file.iter_batches(
-            CHUNK_ROWS, columns=["replica", "stage", "start_s", "duration_s", "num_decodes"]
-        ):
-            rows = to_numpy(pa.Table.from_batches([chunk]))
-            last = rows["stage"] == stages[rows["replica"]] - 1
-            ended = (rows["start_s"] + rows["duration_s"])[last] - start_s
-            # the first of the times by which it had ended; rounding must not put the run's last batch after its end
-            index = np.minimum(np.searchsorted(times_s, ended, side="left"), len(times_s) - 1)
-            counts += np.bincount(index, rows["num_decodes"][last], len(times_s))
-    return np.cumsum(counts)
+        return Side(name, folder, read_record(folder))
 
 
 def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Any, Literal
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from engine.results.files import write_whole
 from studies.pages.figures import Panel, series_style
+from studies.words import percent
 
+ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 TEMPLATE = Path(__file__).with_name("template.html")
 
 Tone = Literal["good", "bad", "unsure"]
@@ -151,6 +153,11 @@ def facts_table(rows: Iterable[tuple[str, str]], code: bool = False) -> str:
     opened, closed = ("<code>", "</code>") if code else ("", "")
     body = "".join(f"<tr><th scope='row'>{opened}{escape(k)}{closed}</th><td>{text(v)}</td></tr>" for k, v in rows)
     return f"<div class='scroll'><table><tbody>{body}</tbody></table></div>"
+
+
+def error_cells(found: Mapping[str, Any]) -> list[str]:
+    """Return the cells under ERROR_HEADS of a record of errors."""
+    return [percent(found.get(name), sign=name == "bias") for name in ("mape", "p50", "p95", "bias")]
 
 
 def about(words: str) -> str:

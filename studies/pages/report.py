@@ -19,7 +19,6 @@ from studies.pages.compare import runs_page, validations_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
 from studies.pages.page import Page
 from studies.pages.run import render
-from studies.pages.run_record import read_record
 from studies.pages.validation import write_validation
 
 COMPARISON = Path("comparison.html")  # of several folders
@@ -103,9 +102,7 @@ def _write_one(folder: Path, kind: Kind, path: Path) -> Path:
         return search_page(read_search(folder, name)).write(path)
     if kind == "sweep":
         return capacities_page([read_sweep(folder, name)], []).write(path)
-    with readable(folder, kind):
-        page = render(read_record(folder))
-    return page.write(path)
+    return render(read_side(folder, name).record).write(path)
 
 
 def _side_by_side(names: dict[Path, str], kinds: dict[Path, Kind]) -> Page:

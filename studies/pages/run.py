@@ -18,7 +18,7 @@ from engine.results.metrics import describe_slo, summary_key
 from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
-from studies.words import number, seconds
+from studies.words import number, seconds, size
 
 _STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
 _FILES = {
@@ -204,7 +204,7 @@ def _about(record: Record) -> str:
     if simulator:
         took = f" · {simulator['batches']:,} batches simulated in {seconds(simulator['loop_seconds'])}"
     version = record.summary.get("version")
-    files = [(name, f"{_size(size)} · {_FILES[name]}") for name, size in record.files.items() if name in _FILES]
+    files = [(name, f"{size(length)} · {_FILES[name]}") for name, length in record.files.items() if name in _FILES]
     if simulator:
         again = """
 <p style='margin-top:12px'>In the run's folder, the same configuration gives the same run:</p>
@@ -223,10 +223,3 @@ windtunnel simulate --config config.yaml --output-dir ../simulated</pre>"""
             footer(f"{f' {version}' if version else ''}{took}"),
         ]
     )
-
-
-def _size(num_bytes: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:.3g} {unit}"
-    return f"{num_bytes} B"

@@ -23,7 +23,8 @@ from studies.pages.figures import (
     value_axis,
 )
 from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
-from studies.pages.run_record import STALL_FACTOR, Record, Timeline
+from studies.pages.run_record import Record
+from studies.pages.run_timeline import STALL_FACTOR, Timeline
 from studies.words import number, seconds
 
 

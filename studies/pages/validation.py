@@ -14,6 +14,7 @@ from typing import Any
 from studies.calibration.kinds import PAGES
 from studies.pages.figures import Panel
 from studies.pages.page import (
+    ERROR_HEADS,
     Cell,
     Page,
     Tone,
@@ -21,12 +22,13 @@ from studies.pages.page import (
     cards,
     coloured,
     details,
+    error_cells,
     facts_table,
     footer,
     header,
     numbers_table,
 )
-from studies.pages.validation_figures import ERROR_HEADS, error_cells, panels
+from studies.pages.validation_figures import panels
 from studies.validation.record import Judgement, judge
 from studies.words import number, percent, seconds
 

@@ -11,7 +11,7 @@ from engine.results.metric_table import Metric, drawn_metrics
 from engine.results.metrics import QUANTILES
 from studies.pages.figures import BLUE, GOOD, ORANGE, Panel, Points, predicted_by_measured
 from studies.pages.latency_figures import Curve, latency_cdf
-from studies.pages.page import Cell, coloured, numbers_table
+from studies.pages.page import ERROR_HEADS, Cell, coloured, error_cells, numbers_table
 from studies.validation.compare import BATCH_KINDS, STATISTICS
 from studies.validation.record import judge
 from studies.words import percent, seconds
@@ -19,7 +19,6 @@ from studies.words import percent, seconds
 _NO_GAPS = "No request has more than one output token on both sides."
 _COLOURS = dict(zip(BATCH_KINDS, (BLUE, ORANGE, GOOD), strict=True))
 _STATISTICS = {name: name if name == "mean" else name.upper() for name in STATISTICS}
-ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 
 
 def panels(load: Mapping[str, Any]) -> list[Panel]:
@@ -98,11 +97,6 @@ def iteration_table(load: Mapping[str, Any]) -> Panel:
     caption += "Of the sum: what each part adds to the error of the time that all batches took together."
     table = numbers_table(("Batches", "Count", *ERROR_HEADS, "Of the sum"), rows)
     return Panel("Errors of the batches' times", caption, width="half", table=table)
-
-
-def error_cells(found: Mapping[str, Any]) -> list[str]:
-    """Return the cells under ERROR_HEADS."""
-    return [percent(found.get(name), sign=name == "bias") for name in ("mape", "p50", "p95", "bias")]
 
 
 def batch_order(load: Mapping[str, Any]) -> Panel:
