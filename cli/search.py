@@ -20,7 +20,7 @@ from cli.bench import only_group
 from cli.engine import engine_spec
 from cli.output import progress_bar
 from cli.search_point import confirm_point, search_point
-from engine.errors import InputError, unknown
+from engine.errors import InputError
 from engine.results.files import write_json
 from engine.specs import catalog
 from engine.specs.device_folder import folder_of
@@ -28,6 +28,7 @@ from simulator.predictor import calibration as store
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
 from windtunnel.capacity import check_tolerance, checked, deployed, open_search
+from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
 from windtunnel.settings import ENGINE_KEYS, BenchConfig, load, read_file
@@ -117,7 +118,7 @@ def _check_keys(
     varied = {key: None for change in changes for key in change}
     for key in (*values, *varied):
         if key not in BenchConfig.model_fields:
-            raise unknown(f"key in {sweep}", key, (*BenchConfig.model_fields, "sweep"))
+            raise unknown_setting(f"key in {sweep}", key, (*BenchConfig.model_fields, "sweep"))
     if twice := next((key for key in varied if key in given), None):
         raise InputError(f"--{twice.replace('_', '-')} {given[twice]}: {sweep} varies {twice}: remove one")
 

@@ -228,7 +228,7 @@ BAD_GENERATE = {  # arguments, and what the error must tell
     "negative ids": (["--prompt-token-ids=-1"], "token id -1"),
     "prompt too long": (["--prompt-token-ids", "1,2,3", "--max-model-len", "3"], "--max-model-len 3"),
     "prompt over the budget": (
-        ["--prompt-token-ids", ",".join("1" * 200), "--scheduler", "vllm", "--max-num-batched-tokens", "128"],
+        ["--prompt-token-ids", ",".join("1" * 200), "--scheduler", "vllm_v0", "--max-num-batched-tokens", "128"],
         "--max-num-batched-tokens 128",
     ),
     "no new tokens": (["--prompt-token-ids", "1", "--max-tokens", "0"], "--max-tokens 0"),

@@ -368,7 +368,7 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
         (["capacity", "--host-overhead", "slow"], "unknown host overhead 'slow'"),
         (["capacity", "--workers", "0"], "--workers 0"),
         (["capacity", "--num-prompts", "0"], "--num-prompts 0"),
-        (["capacity", "--json", "--markdown"], "leave one out"),
+        (["capacity", "--json", "--markdown"], "remove one"),
     ],
 )
 def test_what_cannot_be_run_is_told(

@@ -284,7 +284,7 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
     ("arguments", "complaint"),
     [
         ([*MODEL], "no SLO to search by"),
-        ([*MODEL, *SLOS, "--confirm"], "no weights here"),
+        ([*MODEL, *SLOS, "--confirm"], "no weights on this machine"),
         ([*MODEL, *SLOS, "--tolerance", "2"], "tolerance 2"),
         ([*MODEL, *SLOS, "--gpu-price", "0"], "--gpu-price '0'"),
         ([*MODEL, *SLOS, "--gpu-price", "a100=two"], "a100=two"),
@@ -294,7 +294,7 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
         ([*MODEL, *SLOS, "--confirm", "--top-k", "0"], "--top-k"),
         ([*MODEL, *SLOS, "--confirm", "--num-replicas", "2"], "--num-replicas 1"),
         (["--sweep", "nowhere.yaml"], "nowhere.yaml"),
-        (["--sweep", "sweep.yaml", "--config", "x.yaml"], "leave one out"),
+        (["--sweep", "sweep.yaml", "--config", "x.yaml"], "remove one"),
         (["--sweep", "sweep.yaml", "--scheduler", "orca"], "varies scheduler"),
         (["--sweep", "misspelt.yaml"], "unknown key in misspelt.yaml 'max_model_lenn'"),
     ],
