@@ -1,4 +1,4 @@
-"""Whole runs of requests that share prefixes, with prefix caching: fast and slow, driver and replica, block by block."""
+"""Whole runs of requests that share prefixes: repeats and single steps, driver and replica, and what blocks hold."""
 
 from collections import deque
 from typing import Any
@@ -28,7 +28,13 @@ Jobs = list[tuple[float, int, int, int, int, int]]
     ahead=st.booleans(),
 )
 def test_repeats_equal_single_steps_and_the_driver(
-    jobs: Jobs, policy: tuple[str, dict[str, Any]], stages: int, blocks: int, window: int | None, budget: int, ahead: bool
+    jobs: Jobs,
+    policy: tuple[str, dict[str, Any]],
+    stages: int,
+    blocks: int,
+    window: int | None,
+    budget: int,
+    ahead: bool,
 ) -> None:
     workload = sharing(jobs)
     name, options = policy
@@ -129,9 +135,7 @@ def play(
 
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("policy", SHARING_POLICIES, ids=str)
-def test_there_are_hits_evictions_and_preemptions_in_such_runs(
-    policy: tuple[str, dict[str, Any]], ahead: bool
-) -> None:
+def test_there_are_hits_evictions_and_preemptions_in_such_runs(policy: tuple[str, dict[str, Any]], ahead: bool) -> None:
     rng = np.random.default_rng(0)
     jobs = [(0.1, int(p), int(o), i % 3, int(s), i % 2) for i, (p, o, s) in enumerate(
         zip(rng.integers(10, 40, 60), rng.integers(10, 39, 60), rng.integers(0, 60, 60), strict=True))]  # fmt: skip
