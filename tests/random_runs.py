@@ -34,7 +34,7 @@ class Affine(RuntimePredictor):
 def deployment(
     policy: str, stages: int, blocks: int, window: int | None = None, seqs: int = 6, budget: int = 24, **options: Any
 ) -> Deployment:
-    """A small replica; the policy "dynamic" is sarathi with dynamic chunks. `options` are SchedulerSpec's."""
+    """A small replica, `options` as in SchedulerSpec; the policy "dynamic" is sarathi with dynamic chunks."""
     splits = policy in ("sarathi", "chunked_only", "dynamic", "vllm")
     settings: dict[str, Any] = {
         "policy": "sarathi" if policy == "dynamic" else policy,

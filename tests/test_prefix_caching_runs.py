@@ -1,4 +1,4 @@
-"""Whole runs of requests that share prefixes, with prefix caching: fast and slow, driver and replica, by block."""
+"""Whole runs of requests that share prefixes: repeats and single steps, driver and replica, and what blocks hold."""
 
 from collections import deque
 from typing import Any

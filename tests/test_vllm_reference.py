@@ -28,10 +28,9 @@ def benchmark() -> ModuleType:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with one recording, to be altered."""
-    version, _ = CASE.split("/")
-    (tmp_path / version).mkdir()
+    (tmp_path / CASE).parent.mkdir()
     for path in RECORDED.glob(f"{CASE}.*"):
-        shutil.copy(path, tmp_path / version)
+        shutil.copy(path, (tmp_path / CASE).parent)
     workload = json.loads((RECORDED / f"{CASE}.json").read_text("utf-8"))["workload"]
     (tmp_path / "workloads").mkdir()
     shutil.copy(RECORDED / "workloads" / f"{workload}.jsonl.xz", tmp_path / "workloads")

@@ -86,7 +86,7 @@ class KVCache:
         self.num_free -= count
         if self.prefix_caching:
             self._take(request.blocks, count)
-        elif count == 1:
+        elif count == 1:  # as it mostly is
             request.blocks.append(self._stack.pop())
         else:
             request.blocks.extend(self._stack[: -count - 1 : -1])

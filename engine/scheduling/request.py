@@ -99,7 +99,9 @@ class Request:
     def remaining(self) -> int:
         """Tokens that can be computed next; the last one it may have is never computed."""
         known = self.num_tokens + self.num_pending_tokens
-        return min(known, self.max_total_tokens - 1) - self.num_computed_tokens - self.num_in_flight_tokens
+        if known >= self.max_total_tokens:
+            known = self.max_total_tokens - 1
+        return known - self.num_computed_tokens - self.num_in_flight_tokens
 
     def __repr__(self) -> str:
         progress = f"{self.num_computed_tokens}/{self.num_tokens}"

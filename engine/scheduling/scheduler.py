@@ -432,14 +432,18 @@ class Scheduler:
         for request in decodes:
             request.num_tokens += repeats
             request.num_computed_tokens = after = request.num_computed_tokens + repeats
-            if after + ahead >= request.allocated_tokens:
-                allocated, needed = request.allocated_tokens, after + ahead
-                if needed > allocated:
+            allocated = request.allocated_tokens
+            if after + ahead >= allocated:
+                if after + ahead > allocated:
                     first = after - repeats + offset
-                    rounds = range(allocated - first, needed - first, block_size)
-                    taken += rounds
-                    assert self.kv_cache.grow(request, len(rounds)), "repeats went past the free KV blocks"
-                if after + offset + offset == request.allocated_tokens:  # with the two in flight
+                    count = -((allocated - after - ahead) // block_size)
+                    if count == 1:
+                        taken.append(allocated - first)
+                    else:
+                        taken += range(allocated - first, after + ahead - first, block_size)
+                    assert self.kv_cache.grow(request, count), "repeats went past the free KV blocks"
+                    allocated = request.allocated_tokens
+                if after + offset + offset == allocated:  # with the two in flight
                     self._full[request] = None
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
@@ -448,7 +452,7 @@ class Scheduler:
     def _cache_matters(self) -> bool:
         """Whether what running requests put in the prefix cache may change the batches before one of them ends."""
         if self.num_stages > 1:  # batches in flight fill blocks in turn, each has to be found from then on
-            return any(request.block_hashes for request in self.running)
+            return any(request.block_hashes is not None for request in self.running)
         if not self.waiting or not self._free_rows:
             return False
         first = self.waiting[0]  # it waits for KV blocks, of which it may share more soon
@@ -456,8 +460,11 @@ class Scheduler:
         if not hashes:
             return False
         found = len(self.kv_cache.match(first))
-        following = hashes[found : found + 1]
-        return bool(following) and any((r.block_hashes or ())[found : found + 1] == following for r in self.running)
+        if found >= len(hashes):
+            return False
+        coming = hashes[found]
+        others = [r.block_hashes for r in self.running if r.block_hashes is not None]
+        return any(len(known) > found and known[found] == coming for known in others)
 
     def _register_repeats(self, decodes: Sequence[Request], chunks: Sequence[Entry]) -> None:
         """Let others find the KV blocks that repeats, just counted, have filled: in the order of the runs."""

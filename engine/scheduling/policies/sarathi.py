@@ -37,7 +37,8 @@ class Sarathi(Policy):
         if self.chunk_sizes:
             stage = min(request.start // self.tokens_per_chunk_size, len(self.chunk_sizes) - 1)
             limit = min(limit, self.chunk_sizes[stage])
-        return min(request.remaining, limit - used)
+        remaining, limit = request.remaining, limit - used
+        return remaining if remaining < limit else limit
 
     def take_chunks(self, scheduler: Verbs, used: int) -> list[Entry]:
         """Chunks of unfinished prompts, then of new ones, that fit beside `used` tokens."""
