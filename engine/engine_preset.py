@@ -19,10 +19,9 @@ from typing import Any
 from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, SchedulerSpec, catalog
 from engine.specs.checks import field_types
-from engine.specs.device_folder import CALIBRATIONS, measured_host
+from engine.specs.device_folder import ENGINES, measured_host
 
 GIB = 1 << 30
-FOLDER = CALIBRATIONS / "engines"
 DEFAULT = "windtunnel"
 LATEST = "latest"
 MEASURED = "measured"  # the setting that takes the host overhead of the device's own calibration
@@ -77,7 +76,7 @@ def vllm_graph_sizes(scheduler: SchedulerSpec) -> tuple[int, ...]:
 
 def names() -> list[str]:
     """Return the presets that ship, by name and version."""
-    return sorted((path.stem for path in FOLDER.glob("*.json")), key=_by_version)
+    return sorted((path.stem for path in ENGINES.glob("*.json")), key=_by_version)
 
 
 def preset(
@@ -124,10 +123,10 @@ def _read(engine: str) -> tuple[str, dict[str, Any]]:
     family, _, version = engine.partition("@")
     mine = [name for name in known if name == family or name.startswith(f"{family}@")]
     if version in ("", LATEST) and mine:
-        return mine[-1], _parse(FOLDER / f"{mine[-1]}.json")
+        return mine[-1], _parse(ENGINES / f"{mine[-1]}.json")
     if engine not in known:
         raise unknown("engine", engine, [*known, *{f"{name.split('@')[0]}@{LATEST}" for name in known if "@" in name}])
-    return engine, _parse(FOLDER / f"{engine}.json")
+    return engine, _parse(ENGINES / f"{engine}.json")
 
 
 def _read_file(path: Path) -> tuple[str, dict[str, Any]]:

@@ -105,7 +105,7 @@ def test_tables_of_another_network_are_left_out_of_an_evaluation() -> None:
     from cli.calibrate import read
 
     device = catalog.device("a100_pcie")
-    frame = read(str(DATA / "aiconfigurator"), device)
+    frame = read(str(DATA / "aiconfigurator" / "a100_sxm"), device)
     errors = calibration_errors.evaluate(store.load(CALIBRATIONS / "a100_pcie", device), [frame])
     assert set(errors) == {"gemm", "attention_prefill", "attention_decode"}
     assert errors["gemm"]["measured_on"] == "a100_sxm"
@@ -115,7 +115,7 @@ def test_tables_of_another_network_are_left_out_of_an_evaluation() -> None:
 def test_a_calibration_is_made_again_to_the_last_byte(tmp_path: Path) -> None:
     from cli.main import run
 
-    sources = [f"vidur:{DATA / 'vidur' / 'profiling'}", f"aiconfigurator:{DATA / 'aiconfigurator'}"]
+    sources = [f"vidur:{DATA / 'vidur' / 'profiling'}", f"aiconfigurator:{DATA / 'aiconfigurator' / 'a100_sxm'}"]
     arguments = ["calibrate", "fit", "--device", "a40", "--source", *sources, "--output-dir", str(tmp_path)]
     assert run(arguments) == (0, "")
     for path in sorted((CALIBRATIONS / "a40").iterdir()):

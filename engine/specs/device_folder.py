@@ -18,12 +18,14 @@ from engine.errors import InputError
 from engine.specs import DeviceSpec, HostOverhead
 
 CALIBRATIONS = Path(__file__).parents[2] / "calibration_data"
+ENGINES = CALIBRATIONS / "engines"  # presets of engines, no device
 PROFILE_FILE, HOST_FILE = "profile.json", "host.json"
 
 
 def known_devices() -> Mapping[str, Path]:
     """Return the devices whose calibration ships, and the folder of each."""
-    return {path.name: path for path in sorted(CALIBRATIONS.glob("*")) if any(path.glob("*.json"))}
+    folders = [path for path in sorted(CALIBRATIONS.glob("*")) if path != ENGINES]
+    return {path.name: path for path in folders if any(path.glob("*.json"))}
 
 
 def folder_of(device: DeviceSpec) -> Path | None:
