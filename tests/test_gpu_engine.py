@@ -260,7 +260,7 @@ def test_a_backend_without_graphs_that_nobody_asked_for_is_warned_of(
     device: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = spec_of(checkpoint("wide"), device, cuda_graphs=(1, 2))
-    float32 = replace(spec, model=replace(spec.model, dtype_bytes=4), dtype="float32")  # only sdpa computes in it
+    float32 = replace(spec, model=spec.model.in_dtype("float32"))  # only sdpa computes in it
     for quiet in (replace(float32, attention_backend="sdpa"), replace(float32, cuda_graphs=())):
         start(quiet).close()
         assert capsys.readouterr().err == ""
