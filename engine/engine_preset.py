@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.errors import InputError, unknown
@@ -26,9 +27,22 @@ DEFAULT = "windtunnel"
 LATEST = "latest"
 MEASURED = "measured"  # the setting that takes the host overhead of the device's own calibration
 USAGES = ("server", "offline")
+GRAPH_SIZES = ("vllm", "none")
+_HOST_SECONDS = ("iteration_s", "sequence_s", "layer_s")
 _WINDTUNNEL_HOSTS = {"cuda": "cuda_graphs", "cpu": "eager_cpu"}  # estimates, for devices whose host was not measured
-_KEYS = {"base", "description", "scheduler", "limits", "gpu_memory_utilization", "async_scheduling", "null_blocks",
-         "graph_sizes", "host", "source"}  # fmt: skip
+_KEYS = {"base", "description", "scheduler", "limits", "gpu_memory_utilization", "async_scheduling", "graph_sizes",
+         "host", "source"}  # fmt: skip
+_WANTED = {  # the type of each value of a file, and how to say it
+    "base": (str, "the name of an engine"),
+    "description": (str, "text"),
+    "source": (str, "text"),
+    "scheduler": (dict, "a mapping of scheduler settings"),
+    "limits": (list, "a list of tiers"),
+    "gpu_memory_utilization": (int | float, "a share such as 0.9"),
+    "async_scheduling": (bool, "true or false"),
+    "graph_sizes": (str, "vllm or none"),
+    "host": (str | dict, "a name of --host-overhead or a mapping"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +50,7 @@ class EnginePreset:
     """A named engine on a device.
 
     `scheduler` has the fields of a SchedulerSpec that it decides; `host_overhead` is the setting that selects `host`.
-    `null_blocks` of its KV blocks are never handed out. `overrides` names the settings that were asked for instead.
+    It `ships` unless it is a file of one's own. `overrides` names the settings that were asked for instead.
     """
 
     name: str  # with its version, such as vllm@0.15
@@ -47,9 +61,9 @@ class EnginePreset:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     gpu_memory_utilization: float = 0.9
     async_scheduling: bool = False
-    null_blocks: int = 0
     graph_sizes: str = "none"  # how CUDA graphs are sized: vllm, or none: batches are not padded
-    overrides: tuple[str, ...] = ()
+    ships: bool = True
+    overrides: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def attention_kernel(self) -> str | None:
@@ -80,7 +94,12 @@ def names() -> list[str]:
 
 
 def preset(
-    engine: str, device: DeviceSpec, host_overhead: str = "auto", usage: str = "server", max_model_len: int = 0
+    engine: str,
+    device: DeviceSpec,
+    host_overhead: str = "auto",
+    usage: str = "server",
+    max_model_len: int = 0,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> EnginePreset:
     """Return an engine on a device.
 
@@ -90,6 +109,7 @@ def preset(
             estimate; "measured" insists on the measured one; else a name in `catalog.HOST_OVERHEADS`.
         usage: server or offline, where the engine's limits differ.
         max_model_len: of the replica; 0 where it is not known.
+        given: fields of the scheduler that were asked for, to which the engine fits its own limits.
 
     Raises InputError for an unknown name, a broken file, and for "measured" where nothing was.
     """
@@ -97,17 +117,26 @@ def preset(
         raise unknown("usage", usage, USAGES)
     name, data = _read(engine)
     host_setting, host = _host(name, data.get("host"), host_overhead, device)
-    scheduler = {**_limits(data.get("limits") or [], device, usage, max_model_len), **(data.get("scheduler") or {})}
+    own = dict(data.get("scheduler") or {})
+    limits = _limits(name, data.get("limits") or [], device, usage, max_model_len, {**own, **_asked(given)})
     return EnginePreset(
         name=name,
         description=str(data.get("description", "")),
         source=str(data["source"]),
         host_overhead=host_setting,
         host=host,
-        scheduler=scheduler,
-        **{key: data[key] for key in ("gpu_memory_utilization", "async_scheduling", "null_blocks", "graph_sizes")
-           if key in data},
-    )  # fmt: skip
+        scheduler={**limits, **own},
+        ships=not _is_file(engine),
+        **{key: data[key] for key in ("gpu_memory_utilization", "async_scheduling", "graph_sizes") if key in data},
+    )
+
+
+def _is_file(engine: str) -> bool:
+    return engine.endswith((".yaml", ".yml", ".json"))
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
@@ -117,7 +146,7 @@ def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
 
 def _read(engine: str) -> tuple[str, dict[str, Any]]:
     """The preset's full name and its data."""
-    if engine.endswith((".yaml", ".yml", ".json")):
+    if _is_file(engine):
         return _read_file(Path(engine).expanduser())
     known = names()
     family, _, version = engine.partition("@")
@@ -134,7 +163,9 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
     data = _parse(path)
     base: dict[str, Any] = {"source": str(path)}
     if "base" in data:
-        _, base = _read(str(data["base"]))
+        if _is_file(data["base"]):
+            raise InputError(f"{path}: base {data['base']!r}: give an engine that ships: {', '.join(names())}")
+        _, base = _read(data["base"])
     merged = {**base, **data}
     for key in ("scheduler", "host"):
         if isinstance(base.get(key), dict) and isinstance(data.get(key), dict):
@@ -160,16 +191,55 @@ def _parse(path: Path) -> dict[str, Any]:
     for key in data:
         if key not in _KEYS:
             raise unknown(f"key in {path}", str(key), _KEYS)
+        wanted, words = _WANTED[key]
+        if not isinstance(data[key], wanted) or (isinstance(data[key], bool) and wanted is not bool):
+            raise InputError(f"{path}: {key} {data[key]!r}: give {words}")
+    if data.get("graph_sizes", "none") not in GRAPH_SIZES:
+        raise unknown(f"graph_sizes in {path}", data["graph_sizes"], GRAPH_SIZES)
     for key, kind in (("scheduler", SchedulerSpec), ("host", HostOverhead)):
         for name in data[key] if isinstance(data.get(key), dict) else ():
             if name not in field_types(kind):
                 raise unknown(f"key in {path}: {key}", str(name), field_types(kind))
+        if isinstance(data.get(key), dict):
+            try:
+                kind(
+                    **(
+                        {**dict.fromkeys(_HOST_SECONDS, 0.0), "name": path.stem, **data[key]}
+                        if key == "host"
+                        else data[key]
+                    )
+                )
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+    for tier in data.get("limits", ()):
+        _check_tier(path, tier)
     return data
+
+
+def _check_tier(path: Path, tier: Any) -> None:
+    """Raise InputError unless it is a tier of limits."""
+    if not isinstance(tier, dict) or any(
+        not isinstance(tier.get(usage), list)
+        or len(tier[usage]) != 2
+        or any(not isinstance(limit, int) or isinstance(limit, bool) or limit < 1 for limit in tier[usage])
+        for usage in USAGES
+    ):
+        raise InputError(
+            f"{path}: limits {tier!r}: give each tier server: [TOKENS, SEQUENCES] and offline: [TOKENS, SEQUENCES]"
+        )
+    for name, value in tier.items():
+        if name not in ("least_memory_gib", "not_named", *USAGES):
+            raise unknown(f"key in {path}: limits", str(name), ("least_memory_gib", "not_named", *USAGES))
+        if name == "least_memory_gib" and not isinstance(value, int | float):
+            raise InputError(f"{path}: limits least_memory_gib {value!r}: give a number of GiB")
 
 
 def _host(name: str, own: Any, setting: str, device: DeviceSpec) -> tuple[str, HostOverhead]:
     """The host overhead that a setting selects, and the setting that selects the very same again."""
     if setting == "auto" and isinstance(own, dict):
+        for key in _HOST_SECONDS:
+            if key not in own:
+                raise InputError(f"the host of the engine {name} lacks {key}: give seconds")
         return setting, HostOverhead(**{"name": name, **own})
     if setting == "auto" and isinstance(own, str):
         return setting, catalog.host_overhead(own)
@@ -185,10 +255,13 @@ def _host(name: str, own: Any, setting: str, device: DeviceSpec) -> tuple[str, H
     return host.name, host
 
 
-def _limits(tiers: list[dict[str, Any]], device: DeviceSpec, usage: str, max_model_len: int) -> dict[str, int]:
+def _limits(
+    name: str, tiers: list[dict[str, Any]], device: DeviceSpec, usage: str, max_model_len: int, given: Mapping[str, Any]
+) -> dict[str, int]:
     """The token budget and sequences that the engine takes on a device: of the first tier that it belongs to.
 
     vLLM's rule (engine/arg_utils.py): at most as many tokens as the sequences can have, as many sequences as tokens.
+    What was asked for is left as it is.
     """
     for tier in tiers:
         small = device.memory_bytes < tier.get("least_memory_gib", 0) * GIB
@@ -196,6 +269,14 @@ def _limits(tiers: list[dict[str, Any]], device: DeviceSpec, usage: str, max_mod
             continue
         tokens, sequences = tier[usage]
         if max_model_len:
-            tokens = min(tokens, sequences * max_model_len)
-        return {"max_num_batched_tokens": tokens, "max_num_seqs": min(sequences, tokens)}
+            tokens = min(tokens, (given.get("max_num_seqs") or sequences) * max_model_len)
+        return {
+            "max_num_batched_tokens": tokens,
+            "max_num_seqs": min(sequences, given.get("max_num_batched_tokens") or tokens),
+        }
+    if tiers:
+        raise InputError(
+            f"no limits of the engine {name} are for {device.name} ({device.memory_bytes / GIB:.0f} GiB): add a tier "
+            f"without least_memory_gib"
+        )
     return {}

@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from engine.engine_preset import DEFAULT, EnginePreset, preset
-from engine.engine_preset import names as engine_names
 from engine.errors import InputError, unknown
 from engine.scheduling import policies
 from engine.scheduling.scheduler import Scheduler
@@ -91,11 +90,16 @@ class ReplicaSpec:
         blocks = self.num_kv_blocks() if num_blocks is None else num_blocks
         return Scheduler(
             self.scheduler,
-            max(1, blocks - self.engine.null_blocks),
+            max(1, blocks - self._null_blocks),
             max_in_flight=self.parallel.pipeline_parallel_size,
             sliding_window=self.model.sliding_window,
             async_scheduling=self.async_scheduling,
         )
+
+    @property
+    def _null_blocks(self) -> int:
+        """KV blocks that are counted and never handed out."""
+        return policies.POLICIES[self.scheduler.policy].null_blocks
 
     def notes(self) -> list[str]:
         """Return what a reader of the results should know."""
@@ -113,6 +117,8 @@ class ReplicaSpec:
             notes.append(f"{self.scheduler.policy} has no token budget: a batch may hold many whole prompts; {longest}")
         elif not policy.strict_budget:
             notes.append(f"{self.scheduler.policy} runs a prompt over its token budget whole; {longest}")
+        if self.scheduler.policy == "vllm" and not self.engine.name.startswith("vllm@"):
+            notes.append("the scheduler vllm is vLLM V1's since this release; the one of vLLM 0.2 is vllm_v0")
         tp, node = self.parallel.tensor_parallel_size, self.network.gpus_per_node
         if tp > node:
             rate = self.network.internode.bandwidth_bytes_per_s / 1e9
@@ -138,7 +144,7 @@ class ReplicaSpec:
             "prefix_caching": self.scheduler.enable_prefix_caching,
             "max_model_len": self.scheduler.max_model_len,
             "num_gpu_blocks": blocks,
-            "kv_cache_tokens": blocks * self.scheduler.block_size,
+            "kv_cache_tokens": (blocks - self._null_blocks) * self.scheduler.block_size,
             "predictor": predictor,
             "notes": self.notes(),
         }
@@ -148,7 +154,7 @@ class ReplicaSpec:
 
         Settings of the same file with these on top resolve to an equal replica.
         """
-        engine = {"engine": self.engine.name} if self.engine.name in engine_names() else {}
+        engine = {"engine": self.engine.name} if self.engine.ships else {}
         scheduler = {name: getattr(self.scheduler, name) for name in SETTINGS}
         return {
             **engine,
@@ -214,20 +220,25 @@ def resolve(
         model = model.in_dtype(dtype_on(device, dtype))
     given = dict(scheduler) if isinstance(scheduler, Mapping) else {}
     longest = given.get("max_model_len") or model.max_position_embeddings
-    chosen = preset(engine, device, host_overhead, usage, longest)
+    chosen = preset(engine, device, host_overhead, usage, longest, given)
     spec = scheduler if isinstance(scheduler, SchedulerSpec) else chosen.scheduler_spec(given)
     spec = policies.resolve(spec, model.max_position_embeddings)
-    ahead = chosen.async_scheduling if async_scheduling is None else async_scheduling
+    parallel = parallel or ParallelSpec()
+    staged = parallel.pipeline_parallel_size > 1  # where the engine's asynchronous scheduling is not supported
+    ahead = chosen.async_scheduling and not staged if async_scheduling is None else async_scheduling
     share = chosen.gpu_memory_utilization if gpu_memory_utilization is None else gpu_memory_utilization
     theirs = policies.resolve(chosen.scheduler_spec({"max_model_len": spec.max_model_len}), longest)
-    overrides = [each.name for each in fields(spec) if getattr(spec, each.name) != getattr(theirs, each.name)]
-    overrides += ["async_scheduling"] * (ahead != chosen.async_scheduling)
+    asked = given if isinstance(scheduler, Mapping) else {each.name: getattr(spec, each.name) for each in fields(spec)}
+    overrides = [name for name, value in asked.items() if value is not None and value != getattr(theirs, name)]
+    overrides += ["async_scheduling"] * (async_scheduling not in (None, chosen.async_scheduling))
     overrides += ["gpu_memory_utilization"] * (share != chosen.gpu_memory_utilization)
+    overrides += ["host_overhead"] * (chosen.host_overhead != preset(engine, device).host_overhead)
+    overrides += ["num_gpu_blocks_override"] * (num_gpu_blocks_override is not None)
     return ReplicaSpec(
         model=model,
         device=device,
         network=catalog.network(network or device.network, internode_network),
-        parallel=parallel or ParallelSpec(),
+        parallel=parallel,
         scheduler=spec,
         engine=replace(chosen.padded(spec), overrides=tuple(overrides)),
         async_scheduling=ahead,

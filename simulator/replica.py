@@ -140,7 +140,8 @@ class Replica:
         """Tokens still to compute or to generate for the requests here."""
         done = bisect_left(self._completions, self.env.now, hi=min(self._last, len(self._completions)))
         planned = sum(self._flights[j % len(self._flights)].batch.shape.num_tokens for j in range(done))
-        return self._tokens_in + self.scheduler.recomputed_tokens - self._tokens_done - planned
+        scheduler = self.scheduler
+        return self._tokens_in + scheduler.recomputed_tokens - scheduler.prefix_hit_tokens - self._tokens_done - planned
 
     # -- its life --------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent))  # `import checkpoints`: --import-mo
 
 # a script's background job ignores it, and so would every process that a test starts and interrupts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("RAY_ADDRESS", "local")  # tests run side by side: none may join the cluster of another
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("hand", deadline=None)  # a shared machine stalls now and then
 settings.load_profile("hand")

@@ -79,9 +79,9 @@ def test_the_calibration_of_a_profile_is_a_device(folder: Path) -> None:
 
 
 def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder: Path) -> None:
-    """A shared machine changes its speed between a profile and a run: the best of three runs counts."""
+    """A shared machine changes its speed between a profile and a run: the best of five runs counts."""
     errors: list[Any] = []
-    for attempt in range(3):
+    for attempt in range(5):
         done = windtunnel(
             "validate", "--model", "tiny", "--load-format", "dummy", "--device", "mine", *SIZES, *LOAD, "--load", "0.5",
             "--output-dir", f"validation-{attempt}", "--json", cwd=folder,

@@ -206,7 +206,7 @@ def test_page_says_the_verdict_and_every_slo(pipelined: Path) -> None:
         assert text in page.text
     assert all(slo in page.text for slo in SLOS)
     assert "phi-2 on 6 \N{MULTIPLICATION SIGN} a100_pcie" in page.text
-    assert "2 replicas of TP1-PP3 under the sarathi scheduler (token budget 512)" in page.text
+    assert "2 replicas of windtunnel, TP1-PP3, under the sarathi scheduler (token budget 512)" in page.text
     assert "80 requests (azure_conv) at 12 requests/s" in page.text
     assert "An estimate" in page.text and summary["replicas"][0]["predictor"] in page.text
     assert "<b>&" in page.text  # of the configuration, escaped

@@ -8,7 +8,14 @@ from typing import Any
 from engine.replica_spec import ReplicaSpec
 from engine.specs import catalog
 from engine.workload.workload import DEFAULT_LENGTHS
-from windtunnel.settings import FileConfig
+from windtunnel.settings import FileConfig, underscored
+
+_FILES: dict[str, str | tuple[str, ...]] = {  # settings that may be files, which are by their endings
+    "trace": "",
+    "tokenizer": "",
+    "workload": ".json",
+    "engine": (".yaml", ".yml", ".json"),
+}
 
 
 def resolved(config: FileConfig, kinds: list[ReplicaSpec], num_prompts: int) -> dict[str, Any]:
@@ -20,7 +27,7 @@ def resolved(config: FileConfig, kinds: list[ReplicaSpec], num_prompts: int) -> 
     if config.replicas:
         del values["num_replicas"]
         values["replicas"] = [
-            full_paths(group) | {key: kind.settings()[key] for key in ("dtype", "host_overhead")}
+            full_paths(underscored(group) | {key: value for key, value in kind.settings().items() if value is not None})
             for group, kind in zip(config.replicas, kinds, strict=True)
         ]
     else:
@@ -36,7 +43,7 @@ def full_paths(settings: dict[str, Any]) -> dict[str, Any]:
     for key in ("model", "device", "network"):
         if full.get(key) and not catalog.is_name(key, full[key]):
             full[key] = str(Path(full[key]).expanduser().resolve())
-    for key in ("trace", "workload"):
-        if full.get(key) and (key == "trace" or full[key].endswith(".json")):
+    for key, endings in _FILES.items():
+        if full.get(key) and str(full[key]).endswith(endings):
             full[key] = str(Path(full[key]).resolve())
     return full

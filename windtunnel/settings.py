@@ -5,6 +5,7 @@ Names follow vLLM where vLLM has one. In a file the same names are keys, with un
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from inspect import signature
 from pathlib import Path
@@ -125,10 +126,8 @@ class ServingSettings(_Settings):
     vllm_version: str | None = _field(
         None, "Scheduler", "Version whose rules the vllm policy follows. Default: the engine's."
     )
-    chunk_schedule: Literal["fixed", "dynamic"] = _field(
-        _SCHEDULER.chunk_schedule,
-        "Scheduler",
-        "Chunk size of prompts: fixed or dynamic.",
+    chunk_schedule: Literal["fixed", "dynamic"] | None = _field(
+        None, "Scheduler", "Chunk size of prompts: fixed or dynamic. Default: the engine's, or fixed."
     )
     chunk_schedule_low: int | None = _field(None, "Scheduler", "Smallest chunk of the dynamic schedule (tokens).")
     chunk_schedule_high: int | None = _field(None, "Scheduler", "Largest chunk of the dynamic schedule (tokens).")
@@ -339,7 +338,7 @@ class RunConfig(ReplicaConfig):
             client_overhead_s=self.client_overhead_ms / 1e3 if not burst else 0.0,
             zipf_alpha=self.zipf_alpha,
             trace=self.trace,
-            arrival="burst" if burst or (at_once and self.trace is None) else self.arrival,
+            arrival="burst" if burst or at_once else self.arrival,
             request_rate=None if burst else self.request_rate,
             arrival_cv=self.arrival_cv,
             rate_scale=self.rate_scale,
@@ -373,7 +372,7 @@ class FileConfig(RunConfig):
             raise InputError("num_replicas and replicas both set the number of replicas: remove one")
         groups = []
         for i, group in enumerate(self.replicas):
-            found = _validate(ReplicaGroup, {**shared, **_underscored(group)}, f"replicas[{i}]")
+            found = _validate(ReplicaGroup, {**shared, **underscored(group)}, f"replicas[{i}]")
             if found.count < 1:
                 raise InputError(f"replicas[{i}] count {found.count}: give at least 1")
             groups.append(found)
@@ -431,7 +430,7 @@ def combined(values: dict[str, Any], given: dict[str, Any], where: str, kind: ty
     """Return the settings of a file called `where`, `values`, with flags on top, `given`, and check them together."""
     config = _validate(kind, values | given, where, given)
     for i, group in enumerate(config.replicas):
-        if both := set(given) & set(_underscored(group)):
+        if both := set(given) & set(underscored(group)):
             key = min(both)
             raise InputError(
                 f"--{key.replace('_', '-')} {given[key]} and replicas[{i}] of {where} both set {key}: change one"
@@ -449,17 +448,32 @@ def read_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _no_base_60(yaml.SafeLoader))
     except OSError as error:
         raise InputError(f"can't read the config file {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings: write one 'key: value' per line")
-    return _underscored(values)
+    return underscored(values)
 
 
-def _underscored(values: dict[str, Any]) -> dict[str, Any]:
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_NO_COLON = r"(?![^\s:]*:)"
+
+
+def _no_base_60(safe: Any) -> Any:
+    """Return YAML's safe loader without its numbers to the base 60: `1:5` is a range of ours, and not 65."""
+    resolvers = {
+        first: [
+            (tag, re.compile(_NO_COLON + text.pattern, text.flags) if tag in _NUMBERS else text) for tag, text in kinds
+        ]
+        for first, kinds in safe.yaml_implicit_resolvers.items()
+    }
+    return type("Loader", (safe,), {"yaml_implicit_resolvers": resolvers})
+
+
+def underscored(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with dashes in their keys replaced by underscores."""
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 

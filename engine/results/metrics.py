@@ -241,7 +241,7 @@ def summarize(
     summary["requests_meeting_slos"] = good
     summary["preemptions"] = int(requests["preemptions"].sum())
     summary["token_percentiles"] = gaps.method
-    closed = f"a closed loop of {max_concurrency} requests at once: it has no rate to sustain"
+    closed = f"at most {max_concurrency} requests at once: the client waits, so no queue shows saturation"
     summary["saturation"] = saturation(requests) if max_concurrency is None else _unknown(closed)
     return summary | steady(requests, max_concurrency)
 
@@ -262,9 +262,9 @@ def prefix_use(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def steady_window(requests: Columns, max_concurrency: int | None = None) -> tuple[float, float] | None:
     """The part of a run (s) without its ramp-up and drain; None where nothing would be left.
 
-    Of a closed loop from when `max_concurrency` requests are in the system to the last one that is sent. Of an open
-    loop from when the median time of a request has passed since the first arrival, so that as many are under way as
-    will be, to the last arrival.
+    Of a closed loop from the first to the last request whose sending makes it `max_concurrency` in the system. Of an
+    open loop from when the median time of a request has passed since the first arrival, so that as many are under
+    way as will be, to the last arrival.
     """
     arrived = np.sort(requests["arrived_s"])
     left = np.sort(requests["last_token_s"])
@@ -274,7 +274,7 @@ def steady_window(requests: Columns, max_concurrency: int | None = None) -> tupl
     else:
         inside = np.arange(1, len(arrived) + 1) - np.searchsorted(left, arrived, side="right")
         full = np.flatnonzero(inside >= max_concurrency)
-        start = float(arrived[full[0]]) if len(full) else end
+        start, end = (float(arrived[full[0]]), float(arrived[full[-1]])) if len(full) else (end, end)
     return (start, end) if start < end else None
 
 

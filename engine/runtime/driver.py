@@ -24,6 +24,7 @@ from math import inf, nan
 from time import perf_counter, sleep
 from typing import Protocol
 
+from engine.errors import InputError
 from engine.results.recorder import Recorder
 from engine.runtime.executor import Executor, Result, WorkerError
 from engine.runtime.sequences import Sequence, StepBuilder
@@ -140,8 +141,11 @@ class Driver:
     def submit(self, sequence: Sequence, at: float | None = None) -> None:
         """Take in a sequence that arrived `at` a time, by default now. Raises InputError if it could never run.
 
-        It may enter the first batch that is formed from now on, by `step`.
+        It may enter the first batch that is formed from now on, by `step`. Another one here with its request's id
+        raises InputError as well.
         """
+        if sequence.request.id in self.steps.sequences:
+            raise InputError(f"request {sequence.request.id} is here already: give another id")
         self.now = max(self.now, self.time() if at is None else at)
         if self._hashed is not None and sequence.request.block_hashes is None:
             sequence.request.block_hashes = sequence.block_hashes
@@ -163,6 +167,8 @@ class Driver:
         sequence.finish_reason = "abort"
         self.scheduler.abort(sequence.request)
         self._remove(sequence)
+        if self._arrivals is not None:
+            self._arrivals.finished(sequence, self.now)
 
     def step(self, until: float = inf) -> bool:
         """Launch what can be, wait for the oldest batch in flight, and give its tokens out.
@@ -266,12 +272,14 @@ class Driver:
                 stopped.append(sequence.request)
         self.scheduler.commit(flight.batch, stopped=stopped)
         for sequence in sampled:
+            if sequence.finish_reason is not None:  # aborted by a callback
+                continue
             token = sequence.tokens[-1]
             if sequence.request.finished:
                 sequence.finish_reason = "stop" if token in sequence.stop_tokens else "length"
             if self.on_token is not None:
                 self.on_token(sequence, token)
-            if sequence.request.finished:
+            if sequence.request.finished and sequence.finish_reason != "abort":
                 self._remove(sequence)
                 self.recorder.finished(sequence.request, 0)
                 if self._arrivals is not None:

@@ -160,25 +160,37 @@ class KVCache:
                 if tokens >= (request.num_cached_blocks + 1) * block_size:
                     self.register(request, min(tokens, request.num_tokens))
 
+    def forget(self, request: Request, tokens: int) -> None:
+        """Let nobody find the blocks of `request` past its first `tokens` tokens: they will not be computed."""
+        first = tokens // self.block_size
+        for block in request.blocks[first : request.num_cached_blocks]:
+            self._unregister(block)
+        request.num_cached_blocks = min(request.num_cached_blocks, first)
+
+    def _unregister(self, block: int) -> None:
+        block_hash = self._hash_of[block]
+        if block_hash is None:
+            return
+        self._hash_of[block] = None
+        others = self._with_hash[block_hash]
+        if isinstance(others, int):
+            del self._with_hash[block_hash]
+        else:
+            del others[block]
+            if not others:
+                del self._with_hash[block_hash]
+
     def _take(self, blocks: list[int], count: int) -> None:
         """Move `count` blocks from the head of the line to `blocks`, without the contents they had."""
-        holders, hash_of, with_hash = self._holders, self._hash_of, self._with_hash
+        holders, hash_of = self._holders, self._hash_of
         take, evictions = self._line.popitem, 0
         for _ in range(count):
             block = take(False)[0]
             blocks.append(block)
             holders[block] = 1
-            block_hash = hash_of[block]
-            if block_hash is not None:
-                hash_of[block] = None
+            if hash_of[block] is not None:
+                self._unregister(block)
                 evictions += 1
-                others = with_hash[block_hash]
-                if isinstance(others, int):
-                    del with_hash[block_hash]
-                else:
-                    del others[block]
-                    if not others:
-                        del with_hash[block_hash]
         self.evictions += evictions
 
     # -- for tests and debugging -----------------------------------------------------------------------------------

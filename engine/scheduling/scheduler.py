@@ -133,6 +133,8 @@ class Scheduler:
             self.preempted.clear()
         running = len(self.running)
         plan = self.policy.plan(self)
+        if not isinstance(plan, BatchPlan):
+            raise InputError(f"the policy {self.spec.policy} planned {plan!r}: return a BatchPlan from plan()")
         decodes, chunks = plan.decodes, plan.chunks
         while not decodes and not chunks:
             if self._in_flight or not self.preempted or len(self.running) >= running:
@@ -157,11 +159,18 @@ class Scheduler:
         prefills: list[tuple[int, int]] = []
         completing: list[Request] = []
         for request, tokens in chunks:
+            if request.row is None:
+                raise InputError(
+                    f"the policy {self.spec.policy} planned {tokens} tokens of request {request.id}, which does not "
+                    f"run: admit it first (scheduler.admit)"
+                )
             start = request.num_computed_tokens + request.num_in_flight_tokens
             known = request.num_tokens + request.num_pending_tokens
             remaining = (known if known < request.max_total_tokens else request.max_total_tokens - 1) - start
             if not 0 < tokens <= remaining + self.policy.num_draft_tokens:
-                raise ValueError(f"the policy {self.spec.policy} planned {tokens} tokens of {request}")
+                raise InputError(
+                    f"the policy {self.spec.policy} planned {tokens} tokens of {request}: it has {remaining} to compute"
+                )
             num_tokens += tokens
             if tokens >= remaining:
                 completing.append(request)
@@ -369,6 +378,8 @@ class Scheduler:
     def preempt(self, victim: Request) -> None:
         """Take a running request's blocks away and put it back in line, to be recomputed."""
         lost = victim.start
+        if victim.num_cached_blocks * self.kv_cache.block_size > lost:  # planned for this batch
+            self.kv_cache.forget(victim, lost)
         self._leave(victim)
         self.recomputed_tokens += lost
         self.preempted.append(victim)

@@ -50,6 +50,14 @@ class SchedulerSpec:
                 check_fields(self, name)
         if self.chunk_schedule not in ("fixed", "dynamic"):
             raise unknown("chunk_schedule", str(self.chunk_schedule), ("fixed", "dynamic"))
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            raise unknown("scheduling_policy", str(self.scheduling_policy), ("fcfs", "priority"))
+        check_fields(self, "long_prefill_token_threshold", zero=True)
+        for name in ("enable_prefix_caching", "long_prefill_token_threshold_adaptive"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"SchedulerSpec {name}={getattr(self, name)!r}: give true or false")
+        if self.vllm_version is not None and not isinstance(self.vllm_version, str):  # YAML reads 0.15 as a number
+            object.__setattr__(self, "vllm_version", str(self.vllm_version))
         low, high = self.chunk_schedule_low, self.chunk_schedule_high
         if low is not None and high is not None and low > high:
             raise InputError(f"chunk_schedule_low={low} is above chunk_schedule_high={high}: exchange them")

@@ -381,6 +381,8 @@ def _arrivals(spec: WorkloadSpec, n: int, recorded: Floats | None, rng: np.rando
     if arrival == "burst":
         return np.zeros(n)
     if spec.request_rate is None:
+        if spec.trace is not None and spec.arrival is None:
+            raise InputError(f"trace {spec.trace} has no arrival times: give a request_rate, or max_concurrency")
         raise InputError(f"arrival {arrival!r} needs a request_rate in requests/s")
     if arrival == "static":
         return np.arange(n) / spec.request_rate

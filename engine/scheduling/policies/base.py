@@ -97,7 +97,7 @@ class Policy:
 
     def plan(self, scheduler: Verbs) -> BatchPlan:
         """Plan the next batch."""
-        raise NotImplementedError
+        raise InputError(f"the policy {type(self).__name__} has no plan(): write how it forms a batch")
 
     def enqueue(self, waiting: deque[Request], request: Request) -> None:
         """Put a new request in line: at the end."""
