@@ -14,6 +14,7 @@ import yaml
 
 from cli.main import run
 from cli.output import progress_bar
+from windtunnel.settings import read_file
 
 BASE = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "8192"]
 LONG = [*BASE, "--request-rate", "2", "--num-prompts", "300000"]
@@ -308,3 +309,10 @@ def test_long_work_says_how_far_it_is_where_there_is_no_terminal(
             progress.update(task, completed=3)
             progress.advance(task)
         assert capsys.readouterr().err.splitlines() == said
+
+
+def test_a_range_in_a_file_is_a_range(tmp_path: Path) -> None:
+    """YAML's numbers to the base 60 would make 65 of 1:5."""
+    path = tmp_path / "run.yaml"
+    path.write_text("turns: 1:5\ninput-len: 1:50\nrequest_rate: 2.5\nnum_prompts: 7\n")
+    assert read_file(path) == {"turns": "1:5", "input_len": "1:50", "request_rate": 2.5, "num_prompts": 7}

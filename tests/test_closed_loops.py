@@ -22,6 +22,7 @@ from engine.workload.client import Client, ClientSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 from simulator.predicted_executor import PredictedExecutor
+from windtunnel.settings import RunConfig
 
 LONGEST = 80  # tokens of a request in these runs
 
@@ -39,6 +40,21 @@ def drive(workload: Workload, kind: Deployment) -> Run:
     driver.run(Sender(workload, vocab_size=50_000, seed=1))
     recorder.close()
     return Run({}, recorder.requests(), recorder.iterations_kept())
+
+
+def test_concurrent_users_replay_a_trace_as_fast_as_they_can(tmp_path: Path) -> None:
+    """Without a rate a bound alone decides when a recorded request is sent, with recorded times and without."""
+    for name, row in (("times", {"timestamp": 50_000.0}), ("none", {})):
+        path = tmp_path / f"{name}.jsonl"
+        rows_ = [
+            {"input_length": 8, "output_length": 4} | {key: value * i for key, value in row.items()} for i in range(20)
+        ]
+        path.write_text("\n".join(map(json.dumps, rows_)))
+        config = RunConfig(model="microsoft/phi-2", device="a100", trace=path, max_concurrency=2)
+        result = simulate(make_workload(config.workload_spec(LONGEST)), [deployment("sarathi", 1, 60)])
+        assert float(result.requests["arrived_s"].max()) < 10
+    with pytest.raises(InputError, match="has no arrival times"):
+        make_workload(RunConfig(model="microsoft/phi-2", device="a100", trace=path).workload_spec(LONGEST))
 
 
 specs = st.builds(

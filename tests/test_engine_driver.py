@@ -126,3 +126,29 @@ def test_a_dead_worker_ends_the_run_and_finished_requests_stay_on_record() -> No
 def test_scheduling_ahead_is_for_one_stage() -> None:
     with pytest.raises(ValueError, match="one pipeline stage"):
         serve([(0.0, 4, 1)], stages=2, async_scheduling=True)
+
+
+def test_a_callback_may_abort_whoever_it_sees() -> None:
+    served = serve([(0.0, 4, 5), (0.0, 4, 2), (0.0, 4, 5)], run=False)
+    driver, seen = served.driver, []
+
+    def on_token(sequence: Any, token: int) -> None:
+        seen.append(sequence.request.id)
+        if sequence.request.id == 0 and seen.count(0) == 2:
+            driver.abort(0)
+            driver.abort(1)  # whose last token comes in this very batch
+        if seen.count(2) == 5:
+            driver.abort(2)  # too late
+
+    driver.on_token = on_token
+    driver.run(served.sequences)
+    assert [sequence.finish_reason for sequence in served.sequences] == ["abort", "abort", "length"]
+    assert seen.count(0) == 2 and seen.count(1) == 1 and seen.count(2) == 5
+    assert driver.scheduler.kv_cache.num_used == 0
+
+
+def test_a_second_request_of_one_id_is_refused() -> None:
+    served = serve([(0.0, 4, 3)], run=False)
+    served.driver.submit(served.sequences[0])
+    with pytest.raises(InputError, match="request 0 is here already"):
+        served.driver.submit(served.sequences[0])

@@ -10,7 +10,7 @@ from engine.engine_preset import names, preset, vllm_graph_sizes
 from engine.errors import InputError
 from engine.replica_spec import resolve
 from engine.scheduling.request import BatchShape
-from engine.specs import HostOverhead, SchedulerSpec, catalog
+from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec, catalog
 from simulator.cluster import Deployment
 
 GIB = 1 << 30
@@ -82,6 +82,20 @@ def test_a_file_of_ones_own_goes_on_from_a_base(tmp_path: Path) -> None:
         ("scheduler: {max_seqs: 3}", "scheduler 'max_seqs': did you mean 'max_num_seqs'"),
         ("- 5", "holds no mapping"),
         ("a: [", "is no engine file"),
+        ("base: vllm@0.15\nlimits: 5", "limits 5: give a list of tiers"),
+        ("base: vllm@0.15\nlimits: [{sever: [8192, 4]}]", r"give each tier server: \[TOKENS, SEQUENCES\]"),
+        (
+            "base: vllm@0.15\nlimits: [{least_memory_gib: 999, server: [9, 4], offline: [9, 4]}]",
+            "no limits of the engine",
+        ),
+        ("base: vllm@0.15\nscheduler: {vllm_version: 0.77}", r"unknown vLLM version '0\.77'"),
+        ("base: vllm@0.15\nscheduler: {enable_prefix_caching: on please}", "give true or false"),
+        ("base: vllm@0.15\nasync_scheduling: 3", "async_scheduling 3: give true or false"),
+        ("base: vllm@0.15\ngpu_memory_utilization: lots", "'lots': give a share"),
+        ("base: vllm@0.15\ngraph_sizes: nope", "unknown graph_sizes"),
+        ("base: vllm@0.15\nhost: [1]", "give a name of --host-overhead or a mapping"),
+        ("base: mine.yaml", "give an engine that ships"),
+        ("source: me\nhost: {iteration_s: 0.1, source: me}", "lacks sequence_s"),
         ("base: vlm@0.15", "unknown engine 'vlm@0.15': did you mean 'vllm@0.15'"),
     ],
 )
@@ -90,6 +104,25 @@ def test_a_broken_file_is_one_clear_error(text: str, said: str, tmp_path: Path) 
     path.write_text(text)
     with pytest.raises(InputError, match=said):
         resolve(MODEL, "h100", engine=str(path))
+
+
+def test_a_version_may_be_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: vllm@0.33\nscheduler: {vllm_version: 0.15}\n")
+    assert resolve(MODEL, "h100", engine=str(path)).scheduler.vllm_version == "0.15"
+
+
+def test_limits_fit_what_was_asked_for() -> None:
+    """vLLM: no more tokens than the sequences can have, no more sequences than tokens; what is asked for stays."""
+    few = resolve(MODEL, "h100", engine="vllm@0.15", scheduler={"max_num_seqs": 2, "max_model_len": 1024})
+    assert (few.scheduler.max_num_batched_tokens, few.scheduler.max_num_seqs) == (2048, 2)
+    short = resolve(MODEL, "h100", engine="vllm@0.15", scheduler={"max_num_batched_tokens": 512})
+    assert (short.scheduler.max_num_batched_tokens, short.scheduler.max_num_seqs) == (512, 512)
+
+
+def test_pipeline_stages_are_scheduled_in_turn() -> None:
+    parallel = ParallelSpec(pipeline_parallel_size=2)
+    assert not resolve(MODEL, "h100", engine="vllm@0.15", parallel=parallel).async_scheduling
 
 
 def test_unknown_names_are_said() -> None:

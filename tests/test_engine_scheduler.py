@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 import pytest
 from hypothesis import event, example, given, settings
@@ -551,3 +552,35 @@ def test_a_request_without_prompt_or_output_is_refused(policy: str, prompt: int,
     scheduler = make(policy, 100, max_num_seqs=4)
     with pytest.raises(InputError, match=rf"{prompt} prompt \+ {output} output"):
         scheduler.add(Request(0, 0.0, prompt, output))
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (
+            lambda scheduler: BatchPlan([], [(r, r.remaining) for r in scheduler.waiting]),
+            "does not run: admit it first",
+        ),
+        (lambda scheduler: None, "return a BatchPlan"),
+    ],
+)
+def test_a_plan_that_can_not_be_is_told(plan: Any, said: str) -> None:
+    scheduler = make("sarathi", 40)
+    scheduler.add(Request(0, 0.0, 8, 2))
+    scheduler.policy.plan = plan  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=f"the policy sarathi planned .*{said}"):
+        scheduler.schedule()
+
+
+def test_what_a_preempted_request_will_not_compute_is_found_by_nobody() -> None:
+    """A batch's entry is planned and shared; then a more urgent request takes its blocks."""
+    spec = SchedulerSpec(policy="sarathi", max_num_batched_tokens=64, max_num_seqs=4, max_model_len=64, block_size=4,
+                         enable_prefix_caching=True)  # fmt: skip
+    scheduler = Scheduler(resolve(spec, 64), 20)
+    request = Request(0, 0.0, 16, 4)
+    scheduler.add(request)
+    assert scheduler.admit(request)
+    scheduler.kv_cache.register(request, 16)
+    scheduler.preempt(request)
+    assert scheduler.kv_cache.match(request) == []
+    scheduler.kv_cache.check_integrity([])

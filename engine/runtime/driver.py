@@ -161,11 +161,12 @@ class Driver:
         What batches in flight make of it counts for nothing. It is not among the recorder's requests.
         """
         sequence = self.steps.sequences.get(id)
-        if sequence is None:
+        if sequence is None or sequence.finish_reason is not None:  # one that a callback hears of as finished
             return
         self.now = max(self.now, self.time())
         sequence.finish_reason = "abort"
-        self.scheduler.abort(sequence.request)
+        if not sequence.request.finished:  # by the batch whose tokens are given out just now
+            self.scheduler.abort(sequence.request)
         self._remove(sequence)
         if self._arrivals is not None:
             self._arrivals.finished(sequence, self.now)
