@@ -33,12 +33,15 @@ class HostOverhead:
         object.__setattr__(self, "graph_sizes", tuple(self.graph_sizes))  # a list, where it comes from a file
         check_fields(self, "iteration_s sequence_s layer_s message_s graph_decodes exposed_s", zero=True)
 
-    def times(self, layers: int, sequences: int, ranks: int, stage: int = 0) -> tuple[float, float]:
+    def times(
+        self, layers: int, sequences: int, ranks: int, stage: int = 0, in_graph: bool = False
+    ) -> tuple[float, float]:
         """(launch, added) seconds of a batch of `sequences` on a pipeline `stage` that has `layers`.
 
-        `ranks` are all those of the replica. The stage takes max(GPU, launch) + added: what is hidden is in `launch`.
+        `ranks` are all those of the replica; a batch `in_graph` is launched as one CUDA graph. The stage takes
+        max(GPU, launch) + added: what is hidden is in `launch`.
         """
-        launch = layers * self.layer_s
+        launch = 0.0 if in_graph else layers * self.layer_s
         if stage:
             return launch, 0.0
         serial = self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)

@@ -143,6 +143,7 @@ class SteppedTimes(StageTimes):
         super().__init__(tables, host, layers, ranks, stage)
         self.of_batch = of_batch
         self.kernel_launch, self.launch = self.launch, 0.0  # the GPU's time alone is looked up, and compared here
+        self.hidden, self.hides = self.hides, False
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         return [self.time(shape.after(i)) for i in range(repeats)]
@@ -150,10 +151,12 @@ class SteppedTimes(StageTimes):
     def time(self, shape: BatchShape) -> float:
         """Seconds of one batch."""
         gpu = super().times(shape, 1)[0] + sum(seconds(shape) for seconds in self.of_batch)
-        if not shape.prefills and shape.num_decodes <= self.graph_decodes:
-            return gpu
-        added = self.added + self.added_per_sequence * (shape.num_decodes + len(shape.prefills))
-        return max(gpu, self.kernel_launch + added)
+        sequences = shape.num_decodes + len(shape.prefills)
+        added = self.added + self.added_per_sequence * sequences
+        launch = 0.0 if not shape.prefills and sequences <= self.graph_decodes else self.kernel_launch
+        if self.hidden:
+            launch = max(launch, self.serial + self.serial_per_sequence * sequences)
+        return max(gpu, launch + added)
 
 
 def stage_times(

@@ -69,9 +69,8 @@ class _Stage:
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         """Seconds of the batch and of its next repeats: the longer of GPU and launch, and the host time not hidden."""
         tokens, decodes, kv, prefills, sampled, growth = shape
-        launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage)
-        if not prefills and decodes <= self.host.graph_decodes:
-            launch = 0.0
+        in_graph = not prefills and decodes <= self.host.graph_decodes
+        launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage, in_graph)
         launch += host
         gpu = (
             self.rows_time("tokens", self.host.padded(tokens))
@@ -116,9 +115,8 @@ class _SteppedStage(_Stage):
     def time(self, shape: BatchShape) -> float:
         """Seconds of one batch: the longer of GPU and launch, and the host time not hidden."""
         tokens, decodes, kv, prefills, sampled, _ = shape
-        launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage)
-        if not prefills and decodes <= self.host.graph_decodes:
-            launch = 0.0
+        in_graph = not prefills and decodes <= self.host.graph_decodes
+        launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage, in_graph)
         gpu = self.rows_time("tokens", self.host.padded(tokens)) + self.rows_time("sampled", sampled)
         for op, kind in self.operators.decodes if decodes else ():
             gpu += float(kind.roofline(op, self.site, np.array([decodes]), np.array([kv]))[0])
