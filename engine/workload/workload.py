@@ -366,7 +366,7 @@ def _shared(
     if not odd:
         return contents, []
     what = f"hash ids (one for each {spec.hash_id_tokens} tokens)" if trace.ids_are_hashes else "prompt ids"
-    return contents, [f"{odd:,} of {len(rows):,} requests have {what} that contradict lengths: each is one of its own"]
+    return contents, [f"{odd:,} of {len(rows):,} requests have {what} that contradict lengths: these share nothing"]
 
 
 def _arrivals(spec: WorkloadSpec, n: int, recorded: Floats | None, rng: np.random.Generator) -> Floats:
