@@ -375,7 +375,7 @@ def test_a_trace_that_is_missing_a_folder_or_binary_is_an_input_error(tmp_path):
         ({"num_prompts": 3, "max_model_len": 20}, r"has 2 requests of at most 20 tokens .*, 3 are asked for"),
         ({"max_model_len": 3}, r"has 0 requests of at most 3 tokens .*raise max_model_len"),
         ({"arrival": "trace"}, "has no arrival times"),
-        ({"arrival": None}, "needs a request_rate"),
+        ({"arrival": None}, "has no arrival times: give a request_rate"),
         ({"rate_scale": 2.5}, "rate_scale 2.5 needs arrival 'trace'"),
     ],
 )
