@@ -30,9 +30,8 @@ USAGES = ("server", "offline")
 GRAPH_SIZES = ("vllm", "none")
 _HOST_SECONDS = ("iteration_s", "sequence_s", "layer_s")
 _WINDTUNNEL_HOSTS = {"cuda": "cuda_graphs", "cpu": "eager_cpu"}  # estimates, for devices whose host was not measured
-_KEYS = {"base", "description", "scheduler", "limits", "gpu_memory_utilization", "async_scheduling", "graph_sizes",
-         "host", "source"}  # fmt: skip
-_WANTED = {  # the type of each value of a file, and how to say it
+FILES = (".yaml", ".yml", ".json")  # how the name of a file of one's own ends
+_KEYS = {  # of a file: the type of each value, and how to say it
     "base": (str, "the name of an engine"),
     "description": (str, "text"),
     "source": (str, "text"),
@@ -118,7 +117,7 @@ def preset(
     name, data = _read(engine)
     host_setting, host = _host(name, data.get("host"), host_overhead, device)
     own = dict(data.get("scheduler") or {})
-    limits = _limits(name, data.get("limits") or [], device, usage, max_model_len, {**own, **_asked(given)})
+    limits = _limits(name, data.get("limits") or [], device, usage, max_model_len, {**own, **given})
     return EnginePreset(
         name=name,
         description=str(data.get("description", "")),
@@ -126,17 +125,9 @@ def preset(
         host_overhead=host_setting,
         host=host,
         scheduler={**limits, **own},
-        ships=not _is_file(engine),
+        ships=not engine.endswith(FILES),
         **{key: data[key] for key in ("gpu_memory_utilization", "async_scheduling", "graph_sizes") if key in data},
     )
-
-
-def _is_file(engine: str) -> bool:
-    return engine.endswith((".yaml", ".yml", ".json"))
-
-
-def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
@@ -146,7 +137,7 @@ def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
 
 def _read(engine: str) -> tuple[str, dict[str, Any]]:
     """The preset's full name and its data."""
-    if _is_file(engine):
+    if engine.endswith(FILES):
         return _read_file(Path(engine).expanduser())
     known = names()
     family, _, version = engine.partition("@")
@@ -163,7 +154,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
     data = _parse(path)
     base: dict[str, Any] = {"source": str(path)}
     if "base" in data:
-        if _is_file(data["base"]):
+        if data["base"].endswith(FILES):
             raise InputError(f"{path}: base {data['base']!r}: give an engine that ships: {', '.join(names())}")
         _, base = _read(data["base"])
     merged = {**base, **data}
@@ -191,7 +182,7 @@ def _parse(path: Path) -> dict[str, Any]:
     for key in data:
         if key not in _KEYS:
             raise unknown(f"key in {path}", str(key), _KEYS)
-        wanted, words = _WANTED[key]
+        wanted, words = _KEYS[key]
         if not isinstance(data[key], wanted) or (isinstance(data[key], bool) and wanted is not bool):
             raise InputError(f"{path}: {key} {data[key]!r}: give {words}")
     if data.get("graph_sizes", "none") not in GRAPH_SIZES:
@@ -201,14 +192,9 @@ def _parse(path: Path) -> dict[str, Any]:
             if name not in field_types(kind):
                 raise unknown(f"key in {path}: {key}", str(name), field_types(kind))
         if isinstance(data.get(key), dict):
+            left_open = dict.fromkeys(_HOST_SECONDS, 0.0) | {"name": path.stem} if key == "host" else {}
             try:
-                kind(
-                    **(
-                        {**dict.fromkeys(_HOST_SECONDS, 0.0), "name": path.stem, **data[key]}
-                        if key == "host"
-                        else data[key]
-                    )
-                )
+                kind(**{**left_open, **data[key]})
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
     for tier in data.get("limits", ()):

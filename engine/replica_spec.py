@@ -232,7 +232,8 @@ def resolve(
     overrides = [name for name, value in asked.items() if value is not None and value != getattr(theirs, name)]
     overrides += ["async_scheduling"] * (async_scheduling not in (None, chosen.async_scheduling))
     overrides += ["gpu_memory_utilization"] * (share != chosen.gpu_memory_utilization)
-    overrides += ["host_overhead"] * (chosen.host_overhead != preset(engine, device).host_overhead)
+    if host_overhead != "auto":
+        overrides += ["host_overhead"] * (chosen.host_overhead != preset(engine, device).host_overhead)
     overrides += ["num_gpu_blocks_override"] * (num_gpu_blocks_override is not None)
     return ReplicaSpec(
         model=model,

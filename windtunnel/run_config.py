@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from engine import engine_preset
 from engine.replica_spec import ReplicaSpec
 from engine.specs import catalog
 from engine.workload.workload import DEFAULT_LENGTHS
@@ -14,7 +15,7 @@ _FILES: dict[str, str | tuple[str, ...]] = {  # settings that may be files, whic
     "trace": "",
     "tokenizer": "",
     "workload": ".json",
-    "engine": (".yaml", ".yml", ".json"),
+    "engine": engine_preset.FILES,
 }
 
 
