@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
@@ -41,15 +41,16 @@ class MultiprocessExecutor:
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         try:
-            for rank in range(spec.parallel.world_size):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_run_rank, args=(theirs, spec, rank, meeting_point), name=f"rank-{rank}", daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._pipes.append(ours)
-                self._processes.append(process)
+            with _no_ctrl_c():  # a rank whose start is cut short complains in a traceback of its own
+                for rank in range(spec.parallel.world_size):
+                    ours, theirs = context.Pipe()
+                    process = context.Process(
+                        target=_run_rank, args=(theirs, spec, rank, meeting_point), name=f"rank-{rank}", daemon=True
+                    )
+                    process.start()
+                    theirs.close()
+                    self._pipes.append(ours)
+                    self._processes.append(process)
             ready = self._ask_all("ready")
             self.num_blocks = min(answer[1] for answer in ready)
             self.attention_backend, self.hardware = str(ready[0][2]), str(ready[0][3])
@@ -175,9 +176,16 @@ def _start_fork_server() -> None:
     Ctrl-C goes to every process of the group, while they start too; the driver alone decides what comes of it.
     """
     resource_tracker.ensure_running()  # first, for it unblocks SIGINT
+    with _no_ctrl_c():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """Hold SIGINT back until the end of the block, for this thread and for what it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        forkserver.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
