@@ -157,6 +157,9 @@ class Recorder:
         in_range: bool,
     ) -> None:
         """`batch` ran on `stage` of `replica` at `starts`, for `durations` seconds: one row for each repeat."""
+        hits, shape = batch.prefix_hit_tokens, batch.shape
+        if hits:
+            batch.prefix_hit_tokens = 0  # repeats find nothing, and the next stages no more
         self._starts.extend(starts)
         self._durations.extend(durations)
         self._kv_blocks.extend(kv_blocks)
@@ -166,17 +169,15 @@ class Recorder:
                 len(starts),
                 replica,
                 stage,
-                batch.shape.num_tokens,
-                batch.shape.num_decodes,
-                len(batch.shape.prefills),
+                shape.num_tokens,
+                shape.num_decodes,
+                len(shape.prefills),
                 num_running,
                 num_waiting,
                 in_range,
-                batch.prefix_hit_tokens if stage == 0 else 0,
+                hits,
             )
         )
-        if stage == 0:
-            batch.prefix_hit_tokens = 0  # repeats find nothing
         if len(self._starts) >= self.block_rows:
             self._flush_iterations()
 

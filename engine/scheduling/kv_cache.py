@@ -94,6 +94,28 @@ class KVCache:
         request.allocated_tokens += count * self.block_size
         return True
 
+    def grow_each(self, growing: Iterable[Request], ahead: int, since: int = 0) -> list[int]:
+        """Give each request blocks for `ahead` tokens beyond those that are computed; enough have to be free.
+
+        Returns, for each block given, how many tokens after the computed ones less `since` it begins.
+        """
+        block_size, pop = self.block_size, None if self.prefix_caching else self._stack.pop
+        ahead += since
+        taken: list[int] = []
+        for request in growing:
+            before = request.num_computed_tokens - since
+            first = request.allocated_tokens - before
+            while first < ahead:
+                if pop is None:
+                    self._take(request.blocks, 1)
+                else:
+                    request.blocks.append(pop())
+                taken.append(first)
+                first += block_size
+            request.allocated_tokens = before + first
+        self.num_free -= len(taken)
+        return taken
+
     def release(self, request: Request) -> None:
         """Take back every block of `request`, its last one first."""
         if not self.prefix_caching:

@@ -133,9 +133,12 @@ class Scheduler:
             self.preempted.clear()
         running = len(self.running)
         plan = self.policy.plan(self)
-        if not isinstance(plan, BatchPlan):
-            raise InputError(f"the policy {self.spec.policy} planned {plan!r}: return a BatchPlan from plan()")
-        decodes, chunks = plan.decodes, plan.chunks
+        try:
+            decodes, chunks = plan.decodes, plan.chunks
+        except AttributeError:
+            raise InputError(
+                f"the policy {self.spec.policy} planned {plan!r}: return a BatchPlan from plan()"
+            ) from None
         while not decodes and not chunks:
             if self._in_flight or not self.preempted or len(self.running) >= running:
                 return None
@@ -144,8 +147,8 @@ class Scheduler:
             plan = self.policy.plan(self)
             decodes, chunks = plan.decodes, plan.chunks
         window = self.sliding_window
-        everyone = len(decodes) == len(self.decoding)
-        num_decodes = num_tokens = growth = len(decodes)
+        num_decodes = num_sampled = num_tokens = growth = len(decodes)
+        everyone = num_decodes == len(self.decoding)
         if window is None:
             kv_tokens = (self._kv_tokens if everyone else sum([r.start for r in decodes])) + num_tokens
         else:
@@ -167,22 +170,23 @@ class Scheduler:
             start = request.num_computed_tokens + request.num_in_flight_tokens
             known = request.num_tokens + request.num_pending_tokens
             remaining = (known if known < request.max_total_tokens else request.max_total_tokens - 1) - start
+            num_tokens += tokens
+            if 0 < tokens < remaining:
+                prefills.append((tokens, start))
+                continue
             if not 0 < tokens <= remaining + self.policy.num_draft_tokens:
                 raise InputError(
                     f"the policy {self.spec.policy} planned {tokens} tokens of {request}: it has {remaining} to compute"
                 )
-            num_tokens += tokens
-            if tokens >= remaining:
-                completing.append(request)
+            completing.append(request)
             if tokens == remaining == 1 and start > 0:  # a decode, whoever planned it
                 num_decodes += 1
                 kv_tokens += start + 1 if window is None else min(start + 1, window)
             else:
                 prefills.append((tokens, start))
-        num_sampled = len(decodes) + len(completing)
-        shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled, growth)
+        shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled + len(completing), growth)
         # after a preemption there are free blocks, which the next plan may use for another
-        stable = plan.stable and num_decodes == len(decodes) and not self.preempted
+        stable = plan.stable and num_decodes == num_sampled and not self.preempted
         kv_cache = self.kv_cache
         if stable and kv_cache.prefix_caching:
             stable = not self._cache_matters()
@@ -303,7 +307,11 @@ class Scheduler:
         back to the queue, to be recomputed.
         """
         if self._full:
-            for request in sorted(self._full, key=_by_order) if len(self._full) > 1 else list(self._full):
+            full = sorted(self._full, key=_by_order) if len(self._full) > 1 else list(self._full)
+            if len(full) <= self.kv_cache.num_free and not self.async_scheduling:
+                self.kv_cache.grow_each(full, 1)
+                full.clear()
+            for request in full:
                 start = request.num_computed_tokens + request.num_in_flight_tokens
                 if start == request.allocated_tokens > 0 and not self.kv_cache.grow(request):
                     self.make_room(request, start + 1)  # it holds blocks: it was not preempted and has not stopped
@@ -439,22 +447,17 @@ class Scheduler:
             self._left = max(0, self._left - repeats)
         offset = 1 if self.async_scheduling else 0  # of the two runs in flight, the older is counted
         ahead += offset
-        block_size = self.kv_cache.block_size
+        growing: list[Request] = []
         for request in decodes:
-            request.num_tokens += repeats
             request.num_computed_tokens = after = request.num_computed_tokens + repeats
-            allocated = request.allocated_tokens
-            if after + ahead >= allocated:
-                if after + ahead > allocated:
-                    first = after - repeats + offset
-                    count = -((allocated - after - ahead) // block_size)
-                    if count == 1:
-                        taken.append(allocated - first)
-                    else:
-                        taken += range(allocated - first, after + ahead - first, block_size)
-                    assert self.kv_cache.grow(request, count), "repeats went past the free KV blocks"
-                    allocated = request.allocated_tokens
-                if after + offset + offset == allocated:  # with the two in flight
+            request.num_tokens = after + 1  # a decode lacks one
+            if after + ahead >= request.allocated_tokens:
+                growing.append(request)
+        if growing:
+            taken = self.kv_cache.grow_each(growing, ahead, repeats - offset)
+            ahead = offset + offset  # with the two in flight
+            for request in growing:
+                if request.num_computed_tokens + ahead == request.allocated_tokens:
                     self._full[request] = None
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
