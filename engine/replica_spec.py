@@ -92,7 +92,7 @@ class ReplicaSpec:
             self.scheduler,
             max(1, blocks - self._null_blocks),
             max_in_flight=self.parallel.pipeline_parallel_size,
-            sliding_window=self.model.sliding_window,
+            sliding_window=None if self.model.full_attention_layers else self.model.sliding_window,
             async_scheduling=self.async_scheduling,
         )
 

@@ -149,6 +149,10 @@ def test_a_window_counts_only_where_it_is_used() -> None:
     assert hf_config.read(used).sliding_window is None  # its 28 layers come before the default's first with one
     assert hf_config.read(used | {"layer_types": ["sliding_attention"] * 28}).sliding_window == 2048
     assert hf_config.read(used | {"layer_types": ["full_attention"] * 28}).sliding_window is None
+    some = hf_config.read(used | {"num_hidden_layers": 32})
+    assert (some.sliding_window, some.full_attention_layers) == (2048, tuple(range(28)))
+    assert (some.window(27), some.window(28)) == (None, 2048)
+    assert some.flops_per_token(4000) - some.flops_per_token(0) == 4 * 3584 * (28 * 4000 + 4 * 2048)
     assert hf_config.read(LLAMA_7B | {"sliding_window": 2048}).sliding_window is None
     assert hf_config.read(LLAMA_7B | {"model_type": "novel", "sliding_window": 2048}).sliding_window == 2048
     assert hf_config.read(LLAMA_7B | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
@@ -175,16 +179,15 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"num_local_experts": 8}, "mixture of experts, not a dense decoder"),
-        ({"is_encoder_decoder": True}, "encoder-decoder, not a dense decoder"),
-        ({"text_config": {}}, "not a dense decoder"),
+        ({"num_local_experts": 8}, r"mixture of experts whose layers are not known: known are mixtral, qwen2_moe"),
+        ({"is_encoder_decoder": True}, "encoder-decoder, not a decoder"),
+        ({"text_config": {}}, "not a decoder"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 256}, "multi-head latent attention"),
+        ({"model_type": "phi3small"}, "'phi3small' are not modelled"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"model_type": "gemma2"}, "sliding window in some layers only"),
-        (
-            {"model_type": "novel", "layer_types": ["sliding_attention", "full_attention"]},
-            "sliding window in some layers only",
-        ),
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}, "in some layers only"),
+        ({"model_type": "novel", "layer_types": ["sliding_attention", "full_attention"]}, "for each of the 32 layers"),
+        ({"model_type": "novel", "layer_types": ["linear_attention"] * 32}, "other kinds of layers are not modelled"),
+        ({"model_type": "novel", "sliding_window": 9, "sliding_window_pattern": 4}, "in some layers only"),
         ({"hidden_size": "4096"}, "hidden_size='4096': give an integer"),
         ({"head_dim": "x"}, "head_dim='x': give an integer"),
         ({"rope_theta": "x"}, "rope_theta='x': give a number"),
@@ -194,7 +197,7 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
         ({"num_hidden_layers": 0}, "num_layers=0"),
     ],
 )
-def test_what_is_no_dense_decoder_is_refused(extra: dict[str, Any], said: str) -> None:
+def test_what_is_not_modelled_is_refused(extra: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         hf_config.read(LLAMA_7B | extra)
 

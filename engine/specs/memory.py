@@ -33,17 +33,31 @@ def weight_bytes(model: ModelSpec, parallel: ParallelSpec, stage: int) -> int:
     tp, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
     qkv = model.q_size // tp + 2 * parallel.kv_heads_per_rank(model) * model.head_dim
     width = model.intermediate_size // tp
-    layer = model.hidden_size * (qkv + model.q_size // tp + model.mlp_matrices * width)
+    layer = model.hidden_size * (qkv + model.q_size // tp)
     layer += qkv * model.qkv_bias + model.hidden_size * model.attention_output_bias
-    layer += ((model.mlp_matrices - 1) * width + model.hidden_size) * model.mlp_bias
-    layer += model.norms_per_layer * model.norm_size
-    total = parallel.stage_layers(model.num_layers)[stage] * layer
+    layer += model.norms_per_layer * model.norm_size + 2 * model.head_dim * model.qk_norm
+    layer += model.num_attention_heads // tp * model.attention_sinks
+    layers = parallel.layers_of(stage, model.num_layers)
+    with_experts = sum(map(model.has_experts, layers))
+    total = len(layers) * layer + (len(layers) - with_experts) * model.mlp_parameters(width, model.mlp_bias)
+    total += with_experts * _expert_parameters(model, parallel)
     vocab = _vocab_shard(model, parallel)
     tables = (stage == 0) + (stage == last and not (model.tie_word_embeddings and stage == 0))
     total += tables * vocab * model.hidden_size
     if stage == last:
         total += model.norm_size + vocab * model.lm_head_bias
     return total * model.weight_itemsize
+
+
+def _expert_parameters(model: ModelSpec, parallel: ParallelSpec) -> int:
+    """Parameters of a layer's experts on each rank: a share of every expert, and the whole router."""
+    experts, tp = model.experts, parallel.tensor_parallel_size
+    if experts is None:
+        return 0
+    each = model.mlp_parameters(experts.intermediate_size // tp, experts.bias)
+    shared = model.mlp_parameters(experts.shared_intermediate_size // tp) if experts.shared_intermediate_size else 0
+    router = experts.num_experts * (model.hidden_size + experts.router_bias) + model.hidden_size * experts.shared_gate
+    return experts.num_experts * each + shared + router
 
 
 def kv_bytes_per_block(model: ModelSpec, parallel: ParallelSpec, stage: int, block_size: int) -> int:

@@ -36,6 +36,8 @@ def check_supported(spec: ModelSpec) -> None:
         what = f"activation {spec.activation!r}: it knows {', '.join(sorted(layers.ACTIVATIONS))}"
     elif spec.rotary_fraction == 0:
         what = "attention without rotary embeddings (rotary_fraction=0; ALiBi)"
+    elif spec.full_attention_layers:
+        what = "sliding window in some layers only"
     elif spec.rope_scaling is not None and spec.rope_scaling.kind not in layers.ROPE_SCALINGS:
         what = f"rope scaling {spec.rope_scaling.kind!r}: it knows {', '.join(layers.ROPE_SCALINGS)}"
     if what:
