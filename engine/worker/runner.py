@@ -151,6 +151,8 @@ class ModelRunner:
         """Batch sizes to capture CUDA graphs for, in order; one above the most sequences there are is cut to these."""
         if self.device.type != "cuda" or not self.attention.supports_cuda_graph:
             return []
+        if not self.model.supports_cuda_graph:
+            return []
         return sorted({min(size, self.spec.max_num_seqs) for size in self.spec.cuda_graphs})
 
     def allocate(self, num_blocks: int) -> None:
