@@ -57,6 +57,8 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     if layers > 1:
         operators.append(residual_norm("mlp_residual_norm", layers - 1, "mlp_residual_add", "input_norm"))
     operators.append(gemm("qkv_proj", layers, hidden, q + 2 * kv))
+    if model.qk_norm:
+        operators.append(elementwise("qk_norm", layers, 2 * (q + kv)))
     stored = 2 * kv * model.kv_cache_itemsize / width  # a key and a value, as elements of the activations
     kv_write = elementwise("kv_write", layers, 2 * kv + stored)
     if model.rotary_fraction > 0:

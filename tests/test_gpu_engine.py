@@ -38,7 +38,7 @@ from engine.worker.attention import BACKENDS
 from engine.worker.attention.base import AttentionShape
 from engine.worker.runner import RESERVED_BYTES, Pending
 
-FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi")
+FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi", "qwen3", "mixtral", "qwen3_moe")
 LENGTHS = (21, 1, 64, 130, 7)  # of the prompts
 OUTPUT, MAX_LEN, BUDGET = 24, 256, 100  # a prompt is longer than the budget: it comes in chunks
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from engine.specs import ExpertsSpec, ModelSpec
 from engine.worker import layers
-from engine.worker.layers import NewParameter
+from engine.worker.layers import NewParameter, TensorModule
 from engine.worker.parallel import Rank
 
 GROUPED_CAPABILITIES = (9, 10)  # of the GPUs for which torch has a kernel of grouped products (Hopper, Blackwell)
@@ -66,7 +66,7 @@ def one_by_one(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-class Experts(nn.Module):
+class Experts(TensorModule):
     """This rank's columns of every expert: gate and up (experts, 2w, h), down (experts, h, w)."""
 
     def __init__(self, spec: ModelSpec, rank: Rank, new: NewParameter, products: Products) -> None:
@@ -75,10 +75,11 @@ class Experts(nn.Module):
         count, width = spec.experts.num_experts, spec.experts.intermediate_size // rank.tp_size
         self.gate_up_proj = new(count, 2 * width, spec.hidden_size)
         self.down_proj = new(count, spec.hidden_size, width)
-        self.activation, self.products = spec.activation, products
+        self.spec, self.activation, self.products = spec.experts, spec.activation, products
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """(t, h), and the weights and numbers (t, top_k) of each token's experts -> (t, h), this rank's part."""
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        """(t, h), and the router's logits of them (t, experts) -> (t, h), this rank's part of the sum."""
+        weights, experts = route(logits, self.spec)
         chosen, order = experts.flatten().sort(stable=True)
         count = torch.arange(self.gate_up_proj.shape[0], device=chosen.device)
         ends = torch.searchsorted(chosen, count, right=True, out_int32=True)

@@ -19,7 +19,7 @@ from engine.errors import InputError
 from engine.specs import ModelSpec
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend
-from engine.worker.experts import Experts, Products, has_grouped_kernel, in_one_kernel, one_by_one, plain, route
+from engine.worker.experts import Experts, Products, has_grouped_kernel, in_one_kernel, one_by_one, plain
 from engine.worker.inputs import Inputs
 from engine.worker.layers import Embedding, Linear, NewParameter, Norm
 from engine.worker.names import FAMILIES, vocabulary_rows
@@ -122,7 +122,7 @@ class Layer(nn.Module):
         tokens, decodes = x.shape[0], inputs.num_decodes
         qkv = self.qkv_proj(x).view(tokens, -1, self.head_dim)
         if self.q_norm is not None:
-            self.qk_norm(qkv)
+            qkv = self.qk_norm(qkv)
         q = self.rotary_kv_write(qkv, inputs.slots, angles, cache)
         if decodes == 0:
             out = attention.prefill(q, *cache)
@@ -135,15 +135,14 @@ class Layer(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         """(t, hidden_size) -> (t, hidden_size), this rank's part of the sum; of the MLP or of the experts."""
         if self.experts is not None:
-            weights, experts = route(self.moe_router(x), self.experts)
-            mixed: Tensor = self.moe_experts(x, weights, experts)
-            return mixed
+            return self.moe_experts(x, self.moe_router(x))
         return self.mlp_down_proj(self.mlp_activation(self.mlp_gate_up_proj(x) if self.gated else self.mlp_up_proj(x)))
 
-    def qk_norm(self, qkv: Tensor) -> None:
+    def qk_norm(self, qkv: Tensor) -> Tensor:
         """RMS norm of each query and key head of qkv (t, heads + 2 KV heads, head_dim), in place."""
         assert self.q_norm is not None and self.k_norm is not None
         layers.norm_heads(qkv, self.q_norm.weight, self.k_norm.weight, self.heads, self.kv_heads, self.q_norm.eps)
+        return qkv
 
     def rotary_kv_write(self, qkv: Tensor, slots: Tensor, angles: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
         """Rotated queries of qkv (t, heads + 2 KV heads, head_dim); keys and values go to this layer's cache."""
