@@ -12,7 +12,7 @@ its memory, also counts what a backend copies together (`gathered_bytes` in engi
 """
 
 from engine.errors import InputError
-from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, SchedulerSpec
+from engine.specs import DeviceSpec, ExpertsSpec, ModelSpec, ParallelSpec, SchedulerSpec
 
 GIB = 1 << 30
 RESERVED_BYTES = GIB  # CUDA context, cuBLAS and attention workspaces, NCCL buffers, fragmentation
@@ -28,36 +28,43 @@ def weight_bytes(model: ModelSpec, parallel: ParallelSpec, stage: int) -> int:
     Matrices are cut `tensor_parallel_size` ways, and so are their biases where the output is cut (Q, K, V, up, gate, LM
     head); norms and the other biases are on every rank, and so is a KV head that several ranks share. The first stage
     has the embedding and the last the final norm and LM head, both cut by vocabulary; a tied LM head costs nothing
-    where the embedding is anyway.
+    where the embedding is anyway. Quantised are the projections and the experts.
     """
     tp, last = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
     qkv = model.q_size // tp + 2 * parallel.kv_heads_per_rank(model) * model.head_dim
     width = model.intermediate_size // tp
-    layer = model.hidden_size * (qkv + model.q_size // tp)
-    layer += qkv * model.qkv_bias + model.hidden_size * model.attention_output_bias
+    linear = model.hidden_size * (qkv + model.q_size // tp)
+    layer = qkv * model.qkv_bias + model.hidden_size * model.attention_output_bias
     layer += model.norms_per_layer * model.norm_size + 2 * model.head_dim * model.qk_norm
     layer += model.num_attention_heads // tp * model.attention_sinks
     layers = parallel.layers_of(stage, model.num_layers)
     with_experts = sum(map(model.has_experts, layers))
-    total = len(layers) * layer + (len(layers) - with_experts) * model.mlp_parameters(width, model.mlp_bias)
-    total += with_experts * _expert_parameters(model, parallel)
+    dense = len(layers) - with_experts
+    total = len(layers) * layer + dense * (model.mlp_parameters(width, model.mlp_bias) - model.mlp_parameters(width))
+    linears = len(layers) * linear + dense * model.mlp_parameters(width)
+    experts = 0
+    if model.experts is not None:
+        each, shared, others = _expert_parameters(model, model.experts, parallel)
+        experts = with_experts * each
+        linears += with_experts * shared
+        total += with_experts * others
     vocab = _vocab_shard(model, parallel)
     tables = (stage == 0) + (stage == last and not (model.tie_word_embeddings and stage == 0))
     total += tables * vocab * model.hidden_size
     if stage == last:
         total += model.norm_size + vocab * model.lm_head_bias
-    return total * model.weight_itemsize
+    quantized = linears * model.bytes_of(model.linear_dtype) + experts * model.bytes_of(model.expert_format)
+    return round(total * model.weight_itemsize + quantized)
 
 
-def _expert_parameters(model: ModelSpec, parallel: ParallelSpec) -> int:
-    """Parameters of a layer's experts on each rank: a share of every expert, and the whole router."""
-    experts, tp = model.experts, parallel.tensor_parallel_size
-    if experts is None:
-        return 0
-    each = model.mlp_parameters(experts.intermediate_size // tp, experts.bias)
-    shared = model.mlp_parameters(experts.shared_intermediate_size // tp) if experts.shared_intermediate_size else 0
+def _expert_parameters(model: ModelSpec, experts: ExpertsSpec, parallel: ParallelSpec) -> tuple[int, int, int]:
+    """Parameters of a layer on each rank: of the experts' matrices, of the shared ones', and of routers and biases."""
+    tp = parallel.tensor_parallel_size
+    width, shared = experts.intermediate_size // tp, experts.shared_intermediate_size // tp
+    matrices = experts.num_experts * model.mlp_parameters(width)
+    biases = experts.num_experts * model.mlp_parameters(width, experts.bias) - matrices
     router = experts.num_experts * (model.hidden_size + experts.router_bias) + model.hidden_size * experts.shared_gate
-    return experts.num_experts * each + shared + router
+    return matrices, model.mlp_parameters(shared), biases + router
 
 
 def kv_bytes_per_block(model: ModelSpec, parallel: ParallelSpec, stage: int, block_size: int) -> int:

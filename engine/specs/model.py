@@ -12,7 +12,14 @@ from engine.errors import InputError, unknown
 from engine.specs.checks import check_fields
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8": 1}  # of an element
+QUANTIZED_BYTES = {  # of a weight of a linear layer or an expert, its share of the scales included
+    "fp8": 1.0,  # a scale a tensor or output channel: less than 0.1 %
+    "fp8_block": 1 + 4 / 128**2,  # a float32 scale for each 128 x 128
+    "int4": (4 + (16 + 4) / 128) / 8,  # a 16-bit scale and a 4-bit zero point for each group of 128 (AWQ, GPTQ)
+    "mxfp4": (4 + 8 / 32) / 8,  # an 8-bit scale for each group of 32
+}
 DTYPES = ("bfloat16", "float16", "float32")  # that a whole model is served in; the others are of some tensors
+QUANTIZATIONS = ("none", *QUANTIZED_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,8 @@ class ModelSpec:
     weight_dtype: str = "bfloat16"  # the three as served: names in DTYPE_BYTES
     activation_dtype: str = "bfloat16"
     kv_cache_dtype: str = "bfloat16"
+    linear_dtype: str | None = None  # of the projections of attention and MLP: in QUANTIZED_BYTES; None: weight_dtype
+    expert_dtype: str | None = None  # the same of the experts; None: as the projections
 
     def __post_init__(self) -> None:
         check_fields(self, "num_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim")
@@ -118,6 +127,9 @@ class ModelSpec:
         for name in ("weight_dtype", "activation_dtype", "kv_cache_dtype"):
             if getattr(self, name) not in DTYPE_BYTES:
                 raise unknown(name, str(getattr(self, name)), DTYPE_BYTES)
+        for name in ("linear_dtype", "expert_dtype"):
+            if getattr(self, name) not in (None, *QUANTIZED_BYTES):
+                raise unknown(name, str(getattr(self, name)), QUANTIZED_BYTES)
         if self.norm not in ("rms", "layer"):
             raise unknown("norm", str(self.norm), ("rms", "layer"))
         if self.norms_per_layer not in ((1, 2) if self.parallel_block else (2, 4)):
@@ -156,11 +168,43 @@ class ModelSpec:
             raise unknown("dtype", dtype, DTYPES)
         return replace(self, weight_dtype=dtype, activation_dtype=dtype, kv_cache_dtype=dtype)
 
+    def quantized(self, quantization: str) -> ModelSpec:
+        """Return the model with its linear layers and experts in a format; "none" takes what it has away.
+
+        The embedding, LM head, norms, biases and routers stay as they are; mxfp4 is of experts alone. Raises InputError
+        for a format that is not known, and for mxfp4 without experts.
+        """
+        if quantization not in QUANTIZATIONS:
+            raise unknown("quantization", quantization, QUANTIZATIONS)
+        if quantization == "none":
+            return replace(self, linear_dtype=None, expert_dtype=None)
+        if quantization == "mxfp4":
+            if self.experts is None:
+                raise InputError(f"quantization mxfp4 is of experts, and {self.name} has none: give fp8 or int4")
+            return replace(self, linear_dtype=None, expert_dtype=quantization)
+        return replace(self, linear_dtype=quantization, expert_dtype=None)
+
+    @property
+    def quantization(self) -> str | None:
+        """The name by which `quantized` gives the same formats; None where there is none."""
+        if self.linear_dtype is not None:
+            return self.linear_dtype if self.expert_dtype in (None, self.linear_dtype) else None
+        return {None: "none", "mxfp4": "mxfp4"}.get(self.expert_dtype)
+
     @property
     def dtype(self) -> str | None:
-        """The dtype of weights, activations and KV cache; None where they differ."""
+        """The dtype of weights, activations and KV cache; None where they differ, and of quantised models."""
         same = self.weight_dtype == self.activation_dtype == self.kv_cache_dtype
-        return self.activation_dtype if same else None
+        return self.activation_dtype if same and self.quantization == "none" else None
+
+    @property
+    def expert_format(self) -> str | None:
+        """The format of the experts' weights: in QUANTIZED_BYTES; None: weight_dtype."""
+        return self.expert_dtype or self.linear_dtype
+
+    def bytes_of(self, quantized: str | None) -> float:
+        """Return the bytes of a weight in a format, its share of the scales included; None: in weight_dtype."""
+        return self.weight_itemsize if quantized is None else QUANTIZED_BYTES[quantized]
 
     @property
     def weight_itemsize(self) -> int:
