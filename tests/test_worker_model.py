@@ -410,3 +410,12 @@ def test_a_cut_that_does_not_fit_is_refused() -> None:
     rank = Rank(0, ParallelSpec(tensor_parallel_size=3))
     with pytest.raises(InputError, match="can't be cut into tensor_parallel_size=3"):
         Decoder(catalog.model("Yi-34B"), rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, CPU)
+
+
+def test_experts_that_ranks_cannot_share_are_refused(oracle: Callable[[str], Oracle]) -> None:
+    spec = oracle("mixtral").spec
+    assert spec.experts is not None
+    spec = replace(spec, experts=replace(spec.experts, intermediate_size=33))
+    rank = Rank(0, ParallelSpec(tensor_parallel_size=2))
+    with pytest.raises(InputError, match=r"can't be cut into tensor_parallel_size=2.*experts' width 33"):
+        Decoder(spec, rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, torch.device("meta"))
