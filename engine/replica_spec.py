@@ -80,6 +80,7 @@ class ReplicaSpec:
             self.scheduler,
             self.gpu_memory_utilization,
             policies.largest_batch(self.scheduler),
+            self.engine.profile_run,
         )
 
     def with_blocks(self, num_blocks: int) -> ReplicaSpec:

@@ -97,7 +97,7 @@ def read(source: str | Path | Mapping[str, Any], name: str | None = None) -> Mod
     _refuse(config)
     reader = {"falcon": _falcon, "phi": _phi, "qwen": _qwen}.get(config.get("model_type"), _llama_like)
     layers = reader(config)  # first: says of a type that is not known that it is not
-    return ModelSpec(name=name, **_shared(config), **layers)
+    return ModelSpec(name=name, **_shared(config), **layers, **_formats(config))
 
 
 def _refuse(config: _Config) -> None:
@@ -121,8 +121,6 @@ def _refuse(config: _Config) -> None:
         )
     if kind in _NOT_LLAMA_LIKE:
         raise InputError(f"{config.where}: the layers of model type {kind!r} are not modelled: give another model")
-    if "quantization_config" in config.values:
-        raise InputError(f"{config.where} is quantised: only 16-bit weights are modelled, give the unquantised config")
 
 
 def _has_experts(config: _Config) -> bool:
@@ -175,6 +173,58 @@ def _windows(config: _Config) -> dict[str, Any]:
     window = config.need("sliding_window") if "sliding_window" in config.values else window
     full = tuple(layer for layer, has in enumerate(windowed) if not has)
     return {"sliding_window": window, "full_attention_layers": full}
+
+
+def _formats(config: _Config) -> dict[str, Any]:
+    """Return the formats of linear layers, experts and KV cache that `quantization_config` states."""
+    stated = config.get("quantization_config", {})
+    if not isinstance(stated, Mapping):
+        raise InputError(f"{config.where}: quantization_config={stated!r}: give an object")
+    if not stated:
+        return {}
+    quantization = _Config(stated, f"{config.where}: quantization_config")
+    found: dict[str, Any] = {}
+    weights = _weight_format(quantization)
+    kept = [str(name) for key in _KEPT for name in quantization.get(key, [])]
+    attention = [name for name in kept if "attn" in name or "attention" in name]
+    if weights == "mxfp4" or (attention and _has_experts(config)):
+        found["expert_dtype"] = weights
+    elif attention or any("mlp" in name and "gate" not in name.split(".")[-1] for name in kept):
+        raise InputError(
+            f"{quantization.where} leaves some linear layers as they are ({', '.join(kept[:3])}, ...): only formats of "
+            "all of them, or of experts alone, are modelled"
+        )
+    else:
+        found["linear_dtype"] = weights
+    cache = quantization.get("kv_cache_scheme", {})
+    if cache or quantization.get("kv_cache_quant_algo"):
+        found["kv_cache_dtype"] = "fp8_e4m3"
+    return found
+
+
+def _weight_format(quantization: _Config) -> str:
+    """Return the format of the weights, as each method spells it."""
+    method, scheme = str(quantization.get("quant_method", "unknown")), dict(quantization.values)
+    if method == "compressed-tensors":
+        groups = quantization.get("config_groups", {})
+        schemes = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
+        scheme = schemes[0] if schemes else {}
+        if any(each != scheme for each in schemes):
+            raise InputError(f"{quantization.where} has groups of several formats: only one for all is modelled")
+    bits = scheme.get("num_bits", scheme.get("bits", scheme.get("w_bit")))
+    blocks = scheme.get("weight_block_size") or (scheme.get("strategy") == "block" and scheme.get("block_structure"))
+    if method in ("fp8", "fbgemm_fp8") or (scheme.get("type") == "float" and bits == 8):
+        return "fp8_block" if blocks else "fp8"
+    if method == "modelopt" and str(scheme.get("quant_algo")) == "FP8":
+        return "fp8"
+    if method == "mxfp4":
+        return "mxfp4"
+    if bits == 4 and (method in ("awq", "gptq") or scheme.get("type") == "int"):
+        return "int4"
+    raise InputError(
+        f"{quantization.where} has weights by {method}{f' of {bits} bits' * bool(bits)}: modelled are fp8 (by tensor, "
+        "channel or block), int4 (awq, gptq, compressed-tensors) and mxfp4"
+    )
 
 
 def _shared(config: _Config) -> dict[str, Any]:
@@ -313,6 +363,7 @@ def _qwen_moe(config: _Config) -> ExpertsSpec:
     )
 
 
+_KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")  # what is not quantised
 _GEMMA = ("gemma", "gemma2", "gemma3_text")
 _MIXTURES = {"mixtral": _mixtral, "qwen2_moe": _qwen_moe, "qwen3_moe": _qwen_moe, "gpt_oss": _gpt_oss}
 

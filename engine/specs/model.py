@@ -242,6 +242,11 @@ class ModelSpec:
         return self.hidden_size * (2 if self.norm == "layer" else 1)
 
     @property
+    def has_mlps(self) -> bool:
+        """Whether any layer has a plain MLP."""
+        return self.num_expert_layers < self.num_layers
+
+    @property
     def num_expert_layers(self) -> int:
         """Layers with experts in place of their MLP."""
         return 0 if self.experts is None else self.num_layers - len(self.experts.dense_layers)
