@@ -16,7 +16,7 @@ _SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidd
 _LLAMA: dict[str, Any] = {**_SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 256,
                           "tie_word_embeddings": False}  # fmt: skip
 _QWEN3_MOE: dict[str, Any] = {**_LLAMA, "head_dim": 12, "num_experts": 6, "num_experts_per_tok": 3,
-                              "moe_intermediate_size": 32}  # fmt: skip
+                              "moe_intermediate_size": 32, "mlp_only_layers": [1]}  # fmt: skip
 _FALCON: dict[str, Any] = {**_SIZES, "num_hidden_layers": 2}
 _NEW_FALCON: dict[str, Any] = {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
@@ -47,8 +47,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # the class's name without C
     "qwen2_no_layer_windowed": ("Qwen2", _LLAMA | {"use_sliding_window": True, "sliding_window": 5}),
     "qwen3": ("Qwen3", _LLAMA | {"head_dim": 12}),
     "mixtral": ("Mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("Qwen3Moe", _QWEN3_MOE | {"norm_topk_prob": True}),
-    "qwen3_moe_dense_layers": ("Qwen3Moe", _QWEN3_MOE | {"mlp_only_layers": [1], "tie_word_embeddings": True}),
+    "qwen3_moe": ("Qwen3Moe", _QWEN3_MOE),
     "falcon_new": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 2}),
     "falcon_new_one_norm": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 1}),
     "falcon_multi_query": ("Falcon", _FALCON | {"multi_query": True, "parallel_attn": True}),

@@ -240,7 +240,9 @@ def test_the_oracle_tells_a_wrong_model(oracle: Callable[[str], Oracle]) -> None
         "llama_gelu": {"activation": "gelu"},
         "llama": {"norm_eps": 1e-2},
         "mixtral": {"experts": ExpertsSpec(num_experts=4, top_k=2, intermediate_size=96, normalize=False)},
-        "qwen3_moe": {"experts": ExpertsSpec(num_experts=6, top_k=2, intermediate_size=32)},
+        "qwen3_moe": {
+            "experts": ExpertsSpec(num_experts=6, top_k=3, intermediate_size=32, dense_layers=(1,))  # not normalised
+        },
     }.items():
         expected = oracle(name)
         replica = Replica(replace(expected.spec, **wrong), expected.folder, 1, 1)
