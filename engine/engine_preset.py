@@ -21,6 +21,7 @@ from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, SchedulerSpec, catalog
 from engine.specs.checks import field_types
 from engine.specs.device_folder import ENGINES, measured_host
+from engine.specs.memory import ProfileRun
 
 GIB = 1 << 30
 DEFAULT = "windtunnel"
@@ -29,6 +30,10 @@ MEASURED = "measured"  # the setting that takes the host overhead of the device'
 USAGES = ("server", "offline")
 GRAPH_SIZES = ("vllm", "none")
 _HOST_SECONDS = ("iteration_s", "sequence_s", "layer_s")
+_LEFT_OPEN: dict[str, dict[str, Any]] = {  # values that a file may take from its base
+    "host": dict.fromkeys(_HOST_SECONDS, 0.0),
+    "profile_run": {"base_bytes": 0, "parallel_bytes": 0, "logit_bytes": 0},
+}
 _WINDTUNNEL_HOSTS = {"cuda": "cuda_graphs", "cpu": "eager_cpu"}  # estimates, for devices whose host was not measured
 FILES = (".yaml", ".yml", ".json")  # how the name of a file of one's own ends
 _KEYS = {  # of a file: the type of each value, and how to say it
@@ -40,6 +45,7 @@ _KEYS = {  # of a file: the type of each value, and how to say it
     "gpu_memory_utilization": (int | float, "a share such as 0.9"),
     "async_scheduling": (bool, "true or false"),
     "graph_sizes": (str, "vllm or none"),
+    "profile_run": (dict, "a mapping of base_bytes, parallel_bytes and logit_bytes"),
     "host": (str | dict, "a name of --host-overhead or a mapping"),
 }
 
@@ -60,6 +66,7 @@ class EnginePreset:
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     gpu_memory_utilization: float = 0.9
     async_scheduling: bool = False
+    profile_run: ProfileRun | None = None  # how it measures its memory; None: the estimate of `engine.specs.memory`
     graph_sizes: str = "none"  # how CUDA graphs are sized: vllm, or none: batches are not padded
     ships: bool = True
     overrides: tuple[str, ...] = field(default=(), compare=False)
@@ -126,6 +133,7 @@ def preset(
         host=host,
         scheduler={**limits, **own},
         ships=not engine.endswith(FILES),
+        profile_run=ProfileRun(**data["profile_run"]) if "profile_run" in data else None,
         **{key: data[key] for key in ("gpu_memory_utilization", "async_scheduling", "graph_sizes") if key in data},
     )
 
@@ -158,7 +166,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{path}: base {data['base']!r}: give an engine that ships: {', '.join(names())}")
         _, base = _read(data["base"])
     merged = {**base, **data}
-    for key in ("scheduler", "host"):
+    for key in ("scheduler", "host", "profile_run"):
         if isinstance(base.get(key), dict) and isinstance(data.get(key), dict):
             merged[key] = {**base[key], **data[key]}
     return path.stem, merged
@@ -187,12 +195,12 @@ def _parse(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {key} {data[key]!r}: give {words}")
     if data.get("graph_sizes", "none") not in GRAPH_SIZES:
         raise unknown(f"graph_sizes in {path}", data["graph_sizes"], GRAPH_SIZES)
-    for key, kind in (("scheduler", SchedulerSpec), ("host", HostOverhead)):
+    for key, kind in (("scheduler", SchedulerSpec), ("host", HostOverhead), ("profile_run", ProfileRun)):
         for name in data[key] if isinstance(data.get(key), dict) else ():
             if name not in field_types(kind):
                 raise unknown(f"key in {path}: {key}", str(name), field_types(kind))
         if isinstance(data.get(key), dict):
-            left_open = dict.fromkeys(_HOST_SECONDS, 0.0) | {"name": path.stem} if key == "host" else {}
+            left_open = _LEFT_OPEN.get(key, {}) | ({"name": path.stem} if key == "host" else {})
             try:
                 kind(**{**left_open, **data[key]})
             except InputError as error:

@@ -23,6 +23,7 @@ from engine.specs import DTYPES, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpe
 from engine.specs.device_folder import profiled_dtype
 from engine.specs.memory import MOST_BLOCKS
 
+FP8_CACHE = ("fp8_e4m3", "fp8_e5m2")
 SETTINGS = (  # of a scheduler, by which a resolved one is written down and read again
     "max_num_batched_tokens",
     "max_num_seqs",
@@ -79,6 +80,7 @@ class ReplicaSpec:
             self.scheduler,
             self.gpu_memory_utilization,
             policies.largest_batch(self.scheduler),
+            self.engine.profile_run,
         )
 
     def with_blocks(self, num_blocks: int) -> ReplicaSpec:
@@ -92,7 +94,7 @@ class ReplicaSpec:
             self.scheduler,
             max(1, blocks - self._null_blocks),
             max_in_flight=self.parallel.pipeline_parallel_size,
-            sliding_window=self.model.sliding_window,
+            sliding_window=None if self.model.full_attention_layers else self.model.sliding_window,
             async_scheduling=self.async_scheduling,
         )
 
@@ -160,7 +162,9 @@ class ReplicaSpec:
             **engine,
             "scheduler": self.scheduler.policy,
             **scheduler,
-            "dtype": self.model.dtype,
+            "dtype": self.model.activation_dtype if self.model.weight_dtype == self.model.activation_dtype else None,
+            "quantization": self.model.quantization or "auto",
+            "kv_cache_dtype": self.model.kv_cache_dtype,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "async_scheduling": self.async_scheduling,
             "host_overhead": self.engine.host_overhead,
@@ -178,6 +182,8 @@ class ReplicaSettings(TypedDict, total=False):
     usage: str
     scheduler: SchedulerSpec | Mapping[str, Any] | None
     dtype: str
+    quantization: str
+    kv_cache_dtype: str
     host_overhead: str
     async_scheduling: bool | None
     gpu_memory_utilization: float | None
@@ -195,6 +201,8 @@ def resolve(
     usage: str = "server",
     scheduler: SchedulerSpec | Mapping[str, Any] | None = None,
     dtype: str = "auto",
+    quantization: str = "auto",
+    kv_cache_dtype: str = "auto",
     host_overhead: str = "auto",
     async_scheduling: bool | None = None,
     gpu_memory_utilization: float | None = None,
@@ -210,14 +218,25 @@ def resolve(
         scheduler: fields of a SchedulerSpec in place of the engine's, or a whole one. Limits that are still open are
             filled in from the policy and the model.
         dtype: of weights, activations and KV cache. "auto" leaves a ModelSpec as it is; for a name see `dtype_on`.
+        quantization: the format of the linear layers and experts, see `ModelSpec.quantized`; "auto" is the config's.
+        kv_cache_dtype: of the KV cache alone, in DTYPE_BYTES, fp8 being fp8_e4m3; "auto" is the config's, else `dtype`.
         host_overhead: see `engine.engine_preset.preset`.
         num_gpu_blocks_override: KV blocks; None: what the memory holds.
     """
     device = catalog.device(device) if isinstance(device, str) else device
     if isinstance(model, str):
-        model = catalog.model(model).in_dtype(dtype_on(device, dtype))
+        named = catalog.model(model)
+        model = named.in_dtype(dtype_on(device, dtype))
+        if named.kv_cache_dtype in FP8_CACHE:  # as its config has it
+            model = replace(model, kv_cache_dtype=named.kv_cache_dtype)
     elif dtype != "auto":
         model = model.in_dtype(dtype_on(device, dtype))
+    if quantization != "auto":
+        model = model.quantized(quantization)
+    if kv_cache_dtype != "auto":
+        if kv_cache_dtype not in (*DTYPES, "fp8", *FP8_CACHE):
+            raise unknown("kv_cache_dtype", kv_cache_dtype, ("auto", *DTYPES, "fp8", *FP8_CACHE))
+        model = replace(model, kv_cache_dtype="fp8_e4m3" if kv_cache_dtype == "fp8" else kv_cache_dtype)
     given = dict(scheduler) if isinstance(scheduler, Mapping) else {}
     longest = given.get("max_model_len") or model.max_position_embeddings
     chosen = preset(engine, device, host_overhead, usage, longest, given)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from engine.errors import InputError
 from engine.specs import ModelSpec, ParallelSpec
 from profiler.kind import Operator, Rows
 from profiler.kinds import AllReduce, AttentionDecode, AttentionPrefill, Elementwise, Gemm, Send
@@ -20,6 +21,8 @@ __all__ = ["Operator", "inventory"]
 
 def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Operator, ...]:
     """The operators of one rank of `stage`, in the order they run. Shapes are per rank."""
+    if model.experts is not None:
+        raise InputError(f"{model.name} has experts, whose operators are not modelled yet: give a dense model")
     tp, last_stage = parallel.tensor_parallel_size, parallel.pipeline_parallel_size - 1
     layers = parallel.stage_layers(model.num_layers)[stage]
     hidden, width = model.hidden_size, model.activation_itemsize
@@ -54,6 +57,8 @@ def inventory(model: ModelSpec, parallel: ParallelSpec, stage: int) -> tuple[Ope
     if layers > 1:
         operators.append(residual_norm("mlp_residual_norm", layers - 1, "mlp_residual_add", "input_norm"))
     operators.append(gemm("qkv_proj", layers, hidden, q + 2 * kv))
+    if model.qk_norm:
+        operators.append(elementwise("qk_norm", layers, 2 * (q + kv)))
     stored = 2 * kv * model.kv_cache_itemsize / width  # a key and a value, as elements of the activations
     kv_write = elementwise("kv_write", layers, 2 * kv + stored)
     if model.rotary_fraction > 0:

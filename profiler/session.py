@@ -186,6 +186,9 @@ def model_record(model: ModelSpec) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(json.dumps(asdict(replace(model, name=""))))
     for name in ("weight_dtype", "activation_dtype", "kv_cache_dtype"):
         del record[name]  # the session's dtype is in its identity
+    for name in ("experts", "full_attention_layers", "qk_norm", "attention_sinks"):
+        if not record[name]:  # as sessions before these fields have it
+            del record[name]
     return {**record, "dtype_bytes": model.activation_itemsize}
 
 

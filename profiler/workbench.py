@@ -156,6 +156,10 @@ class Workbench:
         if name in ("input_norm", "post_attention_norm"):
             norms = [getattr(each, name) for each in every]
             return self.in_turns(norms, lambda module, x: module(x), rows, hidden)
+        if name == "qk_norm":
+            shape = rows, layer.heads + 2 * layer.kv_heads, layer.head_dim
+            width = shape[1] * shape[2]
+            return self.in_turns(every, lambda module, x: module.qk_norm(x.view(shape)), rows, width)
         if name == "rotary_kv_write":
             angles = layers.rotation(torch.arange(rows, device=self.device), decoder.frequencies)
             slots = torch.randperm(self.limits.kv_tokens, device=self.device)[:rows]

@@ -149,6 +149,10 @@ def test_a_window_counts_only_where_it_is_used() -> None:
     assert hf_config.read(used).sliding_window is None  # its 28 layers come before the default's first with one
     assert hf_config.read(used | {"layer_types": ["sliding_attention"] * 28}).sliding_window == 2048
     assert hf_config.read(used | {"layer_types": ["full_attention"] * 28}).sliding_window is None
+    some = hf_config.read(used | {"num_hidden_layers": 32})
+    assert (some.sliding_window, some.full_attention_layers) == (2048, tuple(range(28)))
+    assert (some.window(27), some.window(28)) == (None, 2048)
+    assert some.flops_per_token(4000) - some.flops_per_token(0) == 4 * 3584 * (28 * 4000 + 4 * 2048)
     assert hf_config.read(LLAMA_7B | {"sliding_window": 2048}).sliding_window is None
     assert hf_config.read(LLAMA_7B | {"model_type": "novel", "sliding_window": 2048}).sliding_window == 2048
     assert hf_config.read(LLAMA_7B | {"model_type": "mistral", "sliding_window": None}).sliding_window is None
@@ -175,16 +179,20 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
 @pytest.mark.parametrize(
     ("extra", "said"),
     [
-        ({"num_local_experts": 8}, "mixture of experts, not a dense decoder"),
-        ({"is_encoder_decoder": True}, "encoder-decoder, not a dense decoder"),
-        ({"text_config": {}}, "not a dense decoder"),
-        ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"model_type": "gemma2"}, "sliding window in some layers only"),
+        ({"num_local_experts": 8}, r"mixture of experts whose layers are not known: known are mixtral, qwen2_moe"),
+        ({"is_encoder_decoder": True}, "encoder-decoder, not a decoder"),
+        ({"text_config": {}}, "not a decoder"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 256}, "multi-head latent attention"),
+        ({"model_type": "phi3small"}, "'phi3small' are not modelled"),
+        ({"quantization_config": {"bits": 4}}, "weights by unknown of 4 bits: modelled are fp8"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "weights by gptq of 8 bits"),
         (
-            {"model_type": "novel", "layer_types": ["sliding_attention", "full_attention"]},
-            "sliding window in some layers only",
+            {"quantization_config": {"quant_method": "fp8", "ignored_layers": ["model.layers.0.self_attn.q_proj"]}},
+            "leaves some linear layers",
         ),
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}, "in some layers only"),
+        ({"model_type": "novel", "layer_types": ["sliding_attention", "full_attention"]}, "for each of the 32 layers"),
+        ({"model_type": "novel", "layer_types": ["linear_attention"] * 32}, "other kinds of layers are not modelled"),
+        ({"model_type": "novel", "sliding_window": 9, "sliding_window_pattern": 4}, "in some layers only"),
         ({"hidden_size": "4096"}, "hidden_size='4096': give an integer"),
         ({"head_dim": "x"}, "head_dim='x': give an integer"),
         ({"rope_theta": "x"}, "rope_theta='x': give a number"),
@@ -194,9 +202,45 @@ def test_a_family_not_known_by_name_needs_llamas_keys() -> None:
         ({"num_hidden_layers": 0}, "num_layers=0"),
     ],
 )
-def test_what_is_no_dense_decoder_is_refused(extra: dict[str, Any], said: str) -> None:
+def test_what_is_not_modelled_is_refused(extra: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         hf_config.read(LLAMA_7B | extra)
+
+
+_W8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+_W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("stated", "formats"),
+    [
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, ("fp8", None, "bfloat16")),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ("fp8_block", None, "bfloat16")),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": _W8}},
+             "ignore": ["lm_head"], "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+            ("fp8", None, "fp8_e4m3"),
+        ),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": _W4}}},
+         ("int4", None, "bfloat16")),
+        ({"quant_method": "awq", "bits": 4, "modules_to_not_convert": None}, ("int4", None, "bfloat16")),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, ("int4", None, "bfloat16")),
+    ],
+)  # fmt: skip
+def test_formats_are_read_as_each_method_spells_them(stated: dict[str, Any], formats: tuple[str | None, ...]) -> None:
+    model = hf_config.read(LLAMA_7B | {"quantization_config": stated})
+    assert (model.linear_dtype, model.expert_dtype, model.kv_cache_dtype) == formats
+    assert model.num_parameters == 6_738_415_616
+
+
+def test_experts_alone_may_be_quantised() -> None:
+    mixture: dict[str, Any] = LLAMA_7B | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    model = hf_config.read(mixture | {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}})
+    assert (model.linear_dtype, model.expert_dtype, model.quantization) == (None, "mxfp4", "mxfp4")
+    gates = {"quant_method": "fp8", "ignored_layers": ["model.layers.0.mlp.gate", "lm_head"]}
+    assert hf_config.read(mixture | {"quantization_config": gates}).linear_dtype == "fp8"
+    assert hf_config.read(mixture | {"quantization_config": gates | {"ignored_layers": kept}}).expert_dtype == "fp8"
 
 
 def test_a_missing_key_is_named_with_its_file(tmp_path: Path) -> None:

@@ -62,6 +62,18 @@ class ServingSettings(_Settings):
         "Deployment",
         "Data type: bfloat16, float16, float32 or auto (the profile's, else float32 on a CPU, else bfloat16).",
     )
+    quantization: str = _field(
+        _REPLICA["quantization"],
+        "Deployment",
+        "Format of the weights of linear layers and experts: none, fp8, fp8_block, int4, mxfp4 (experts alone) or auto "
+        "(the config's).",
+    )
+    kv_cache_dtype: str = _field(
+        _REPLICA["kv_cache_dtype"],
+        "Deployment",
+        "Data type of the KV cache: fp8 (fp8_e4m3), fp8_e5m2, bfloat16, float16, float32 or auto (the config's, else "
+        "--dtype).",
+    )
     engine: str = _field(
         _REPLICA["engine"],
         "Deployment",
@@ -154,6 +166,8 @@ class ServingSettings(_Settings):
             "parallel": self.parallel_spec(),
             "scheduler": self.scheduler_settings(),
             "dtype": self.dtype,
+            "quantization": self.quantization,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "async_scheduling": self.async_scheduling,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "num_gpu_blocks_override": self.num_gpu_blocks_override,

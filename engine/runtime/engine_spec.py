@@ -50,6 +50,11 @@ class EngineSpec:
     def __post_init__(self) -> None:
         if self.model.dtype not in DTYPES:
             model = self.model
+            if model.quantization != "none":
+                raise InputError(
+                    f"{model.name} is quantised ({model.linear_dtype or model.expert_dtype}): the engine runs none of "
+                    "it: give --quantization none, or simulate it"
+                )
             raise InputError(
                 f"{model.name} has weights in {model.weight_dtype}, activations in {model.activation_dtype} and a KV "
                 f"cache in {model.kv_cache_dtype}: the engine keeps all three in one of {', '.join(DTYPES)}"

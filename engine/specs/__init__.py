@@ -5,7 +5,7 @@ Nothing here knows a measured number. Named instances are in `catalog`, the memo
 
 from engine.specs.device import DeviceSpec
 from engine.specs.host import HostOverhead
-from engine.specs.model import DTYPE_BYTES, DTYPES, ModelSpec, RopeScaling
+from engine.specs.model import DTYPE_BYTES, DTYPES, QUANTIZATIONS, ExpertsSpec, ModelSpec, RopeScaling
 from engine.specs.network import Link, NetworkSpec
 from engine.specs.parallel import ParallelSpec
 from engine.specs.scheduler import SchedulerSpec
@@ -13,7 +13,9 @@ from engine.specs.scheduler import SchedulerSpec
 __all__ = [
     "DTYPES",
     "DTYPE_BYTES",
+    "QUANTIZATIONS",
     "DeviceSpec",
+    "ExpertsSpec",
     "HostOverhead",
     "Link",
     "ModelSpec",

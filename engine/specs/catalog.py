@@ -454,6 +454,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return value if value is None and kind != Link else _build(Link, value, where)
     if kind in (str, str | None):
         return value if value is None else str(value)
+    if value is None and kind == float | None:
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError):

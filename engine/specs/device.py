@@ -23,11 +23,14 @@ class DeviceSpec:
     bandwidth_efficiency: float
     network: str  # name of the NetworkSpec it usually comes with
     source: str  # where the numbers come from
+    peak_fp8_flops: float | None = None  # dense FLOP/s; None: no such units, weights are widened to 16 bits
     num_sms: int = 108  # streaming multiprocessors, over which a kernel's tiles are spread
     calibration: str | None = None  # folder of its calibration; None: what ships under its name, if anything
 
     def __post_init__(self) -> None:
         check_fields(self, "peak_flops memory_bandwidth memory_bytes num_sms")
+        if self.peak_fp8_flops is not None:
+            check_fields(self, "peak_fp8_flops")
         for name in ("matmul_efficiency", "attention_efficiency", "bandwidth_efficiency"):
             check_fields(self, name)
             if getattr(self, name) > 1:

@@ -10,19 +10,34 @@ bfloat16 whatever the checkpoint's dtype, unless another is asked for.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.specs.model import ModelSpec, RopeScaling
+from engine.specs.model import ExpertsSpec, ModelSpec, RopeScaling
 
-_UNTIED = ("llama", "mistral", "qwen2", "qwen3", "qwen", "internlm", "phi")  # elsewhere the default is tied
+_UNTIED = (  # elsewhere the default is tied
+    *("llama", "mistral", "qwen2", "qwen3", "qwen", "internlm", "phi", "phi3"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
+)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config")
-_NO_WINDOW = ("llama", "internlm", "phi", "falcon", "qwen")  # whatever a config says: their models ignore the keys
-_SWITCHED_WINDOW = ("qwen2", "qwen3")  # used if `use_sliding_window`, in the layers from `max_window_layers` on
-_WINDOW_IN_EVERY_LAYER = ("mistral",)
-_FULLY_ROTATED = ("llama", "internlm", "mistral", "qwen2", "qwen3")  # whatever `partial_rotary_factor` says
-_MIXED_WINDOWS = ("gemma2", "gemma3_text", "cohere2", "gpt_oss")
+_NO_WINDOW = ("llama", "internlm", "phi", "falcon", "qwen", "gemma")  # whatever a config says: their models ignore it
+_SWITCHED_WINDOW = ("qwen2", "qwen3", "qwen2_moe")  # used if `use_sliding_window`, from `max_window_layers` on
+_SWITCHED_WHOLE = ("qwen3_moe",)  # the same in every layer
+_WINDOW_IN_EVERY_LAYER = ("mistral", "mixtral", "phi3")
+_FULL_EVERY = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}  # each so manieth layer has no window, unless `layer_types`
+_DEFAULT_WINDOW = {"mistral": 4096, "gemma2": 4096, "gemma3_text": 4096, "gpt_oss": 128} | dict.fromkeys(
+    (*_SWITCHED_WINDOW, *_SWITCHED_WHOLE), 4096
+)
+_FULLY_ROTATED = ("llama", "internlm", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss",
+                  "gemma", "gemma2", "gemma3_text")  # whatever `partial_rotary_factor` says  # fmt: skip
+_HEAD_DIM = {"qwen3": 128, "gpt_oss": 64} | dict.fromkeys(("gemma", "gemma2", "gemma3_text"), 256)
+_QK_NORM = ("qwen3", "qwen3_moe", "gemma3_text")
+_FOUR_NORMS = ("gemma2", "gemma3_text")
+_QKV_BIAS = ("qwen2", "qwen2_moe")  # of Q, K and V always (qwen2_moe: `qkv_bias`), and never of the output
+_THETA = {"mixtral": 1e6, "gpt_oss": 150000.0, "gemma3_text": 1e6}
+_NOT_LLAMA_LIKE = ("phi3small", "phimoe")
 _LLAMA_LIKE = ("rms_norm_eps", "intermediate_size")
 _NORM_EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 _ACTIVATIONS = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
@@ -59,7 +74,7 @@ class _Config:
 def read(source: str | Path | Mapping[str, Any], name: str | None = None) -> ModelSpec:
     """Return the ModelSpec of a config file, of a folder that holds a config.json, or of a config's contents.
 
-    Raises InputError for what is not a dense decoder, and for a missing key.
+    Raises InputError for what is not a decoder that is modelled, and for a missing key.
     """
     if isinstance(source, Mapping):
         values, where = source, "config"
@@ -82,80 +97,141 @@ def read(source: str | Path | Mapping[str, Any], name: str | None = None) -> Mod
     _refuse(config)
     reader = {"falcon": _falcon, "phi": _phi, "qwen": _qwen}.get(config.get("model_type"), _llama_like)
     layers = reader(config)  # first: says of a type that is not known that it is not
-    return ModelSpec(name=name, **_shared(config), **layers)
+    return ModelSpec(name=name, **_shared(config), **layers, **_formats(config))
 
 
 def _refuse(config: _Config) -> None:
+    kind = config.get("model_type", "of unknown type")
+    if "kv_lora_rank" in config.values:
+        raise InputError(
+            f"{config.where} ({kind}) has multi-head latent attention (kv_lora_rank), whose cache and kernels are not "
+            "modelled: give a model with grouped-query attention"
+        )
+    what = ""
+    if config.get("is_encoder_decoder", False) or "encoder_layers" in config.values:
+        what = "an encoder-decoder"
+    elif "text_config" in config.values:
+        what = "multimodal (its `text_config` may be one by itself)"
+    if what:
+        raise InputError(f"{config.where} ({kind}) is {what}, not a decoder: only decoders are modelled")
+    if _has_experts(config) and kind not in _MIXTURES:
+        raise InputError(
+            f"{config.where} ({kind}) is a mixture of experts whose layers are not known: known are "
+            f"{', '.join(_MIXTURES)}"
+        )
+    if kind in _NOT_LLAMA_LIKE:
+        raise InputError(f"{config.where}: the layers of model type {kind!r} are not modelled: give another model")
+
+
+def _has_experts(config: _Config) -> bool:
     def experts(key: str) -> bool:
         value = config.get(key, 0)
         return (isinstance(value, int) and value > 1) or isinstance(value, Mapping)
 
-    what = ""
-    if any(experts(key) for key in _EXPERTS):
-        what = "a mixture of experts"
-    elif config.get("is_encoder_decoder", False) or "encoder_layers" in config.values:
-        what = "an encoder-decoder"
-    elif "text_config" in config.values:
-        what = "multimodal (its `text_config` may be one by itself)"
-    elif "kv_lora_rank" in config.values:
-        what = "multi-head latent attention"
-    kind = config.get("model_type", "of unknown type")
-    if what:
-        raise InputError(f"{config.where} ({kind}) is {what}, not a dense decoder: only dense decoders are modelled")
-    if _has_mixed_windows(config):
-        raise InputError(
-            f"{config.where} ({kind}) has a sliding window in some layers only: one window for all layers, or none, is "
-            "modelled"
-        )
-    if "quantization_config" in config.values:
-        raise InputError(f"{config.where} is quantised: only 16-bit weights are modelled, give the unquantised config")
+    return any(experts(key) for key in _EXPERTS)
 
 
-def _has_mixed_windows(config: _Config) -> bool:
-    """Return whether some layers have a sliding window and others have none."""
-    kind = config.get("model_type", "llama")
-    if kind in (*_NO_WINDOW, *_WINDOW_IN_EVERY_LAYER):
-        return False
-    if kind in _SWITCHED_WINDOW:
-        return len(set(_switched_layers(config))) > 1
-    types = config.get("layer_types", ())
-    windowed = set(types) if isinstance(types, list) else set()
-    return bool(
-        kind in _MIXED_WINDOWS
-        or len(windowed) > 1
-        or config.get("sliding_window_pattern")
-        or (config.get("use_sliding_window", False) and config.get("max_window_layers", 0) > 0)
-    )
-
-
-def _switched_layers(config: _Config) -> list[bool]:
-    """Return whether each layer has the window, for the families that switch it on by key and by layer."""
-    layers = config.need("num_hidden_layers")
-    if not config.get("use_sliding_window", False):
+def _windowed_layers(config: _Config) -> list[bool]:
+    """Return whether each layer has the sliding window, as the family's class in transformers reads the config."""
+    kind, layers = config.get("model_type", "llama"), config.need("num_hidden_layers", "n_layer")
+    if kind in _NO_WINDOW:
         return [False] * layers
+    if kind in _WINDOW_IN_EVERY_LAYER:
+        return [True] * layers
+    if not config.get("use_sliding_window", kind not in (*_SWITCHED_WINDOW, *_SWITCHED_WHOLE)):
+        return [False] * layers
+    if kind in _SWITCHED_WHOLE:
+        return [True] * layers
     types = config.get("layer_types")
     if isinstance(types, list) and types:
-        return [kind == "sliding_attention" for kind in types]
-    return [layer >= config.number("max_window_layers", 28) for layer in range(layers)]
+        if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+            raise InputError(
+                f"{config.where}: layer_types={types!r}: give sliding_attention or full_attention for each of the "
+                f"{layers} layers; other kinds of layers are not modelled"
+            )
+        return [each == "sliding_attention" for each in types]
+    if kind in _SWITCHED_WINDOW:
+        return [layer >= config.number("max_window_layers", 28) for layer in range(layers)]
+    if kind in _FULL_EVERY:
+        every = int(config.number("sliding_window_pattern", _FULL_EVERY[kind]))
+        return [bool((layer + 1) % every) for layer in range(layers)]
+    if config.get("sliding_window_pattern") or config.get("max_window_layers", 0) > 0:
+        raise InputError(
+            f"{config.where} ({kind}) has a sliding window in some layers only, and which is not known of this type: "
+            "give 'layer_types'"
+        )
+    return [True] * layers
 
 
-def _window(config: _Config) -> int | None:
-    """Return the sliding window of every layer, as the family's class in transformers reads it."""
-    kind = config.get("model_type", "llama")
-    if kind in _NO_WINDOW or (kind in _SWITCHED_WINDOW and not any(_switched_layers(config))):
-        return None
-    if kind not in (*_SWITCHED_WINDOW, *_WINDOW_IN_EVERY_LAYER) and not config.get("use_sliding_window", True):
-        return None
-    if kind in (*_SWITCHED_WINDOW, *_WINDOW_IN_EVERY_LAYER) and "sliding_window" not in config.values:
-        return 4096
-    return None if config.get("sliding_window") is None else config.need("sliding_window")
+def _windows(config: _Config) -> dict[str, Any]:
+    """Return the sliding window, and the layers that are without it."""
+    windowed = _windowed_layers(config)
+    default = _DEFAULT_WINDOW.get(config.get("model_type", "llama"))
+    window = config.values.get("sliding_window", default)
+    if window is None or not any(windowed):
+        return {"sliding_window": None}
+    window = config.need("sliding_window") if "sliding_window" in config.values else window
+    full = tuple(layer for layer, has in enumerate(windowed) if not has)
+    return {"sliding_window": window, "full_attention_layers": full}
+
+
+def _formats(config: _Config) -> dict[str, Any]:
+    """Return the formats of linear layers, experts and KV cache that `quantization_config` states."""
+    stated = config.get("quantization_config", {})
+    if not isinstance(stated, Mapping):
+        raise InputError(f"{config.where}: quantization_config={stated!r}: give an object")
+    if not stated:
+        return {}
+    quantization = _Config(stated, f"{config.where}: quantization_config")
+    found: dict[str, Any] = {}
+    weights = _weight_format(quantization)
+    kept = [str(name) for key in _KEPT for name in quantization.get(key, [])]
+    attention = [name for name in kept if "attn" in name or "attention" in name]
+    if weights == "mxfp4" or (attention and _has_experts(config)):
+        found["expert_dtype"] = weights
+    elif attention or any("mlp" in name and "gate" not in name.split(".")[-1] for name in kept):
+        raise InputError(
+            f"{quantization.where} leaves some linear layers as they are ({', '.join(kept[:3])}, ...): only formats of "
+            "all of them, or of experts alone, are modelled"
+        )
+    else:
+        found["linear_dtype"] = weights
+    cache = quantization.get("kv_cache_scheme", {})
+    if cache or quantization.get("kv_cache_quant_algo"):
+        found["kv_cache_dtype"] = "fp8_e4m3"
+    return found
+
+
+def _weight_format(quantization: _Config) -> str:
+    """Return the format of the weights, as each method spells it."""
+    method, scheme = str(quantization.get("quant_method", "unknown")), dict(quantization.values)
+    if method == "compressed-tensors":
+        groups = quantization.get("config_groups", {})
+        schemes = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
+        scheme = schemes[0] if schemes else {}
+        if any(each != scheme for each in schemes):
+            raise InputError(f"{quantization.where} has groups of several formats: only one for all is modelled")
+    bits = scheme.get("num_bits", scheme.get("bits", scheme.get("w_bit")))
+    blocks = scheme.get("weight_block_size") or (scheme.get("strategy") == "block" and scheme.get("block_structure"))
+    if method in ("fp8", "fbgemm_fp8") or (scheme.get("type") == "float" and bits == 8):
+        return "fp8_block" if blocks else "fp8"
+    if method == "modelopt" and str(scheme.get("quant_algo")) == "FP8":
+        return "fp8"
+    if method == "mxfp4":
+        return "mxfp4"
+    if bits == 4 and (method in ("awq", "gptq") or scheme.get("type") == "int"):
+        return "int4"
+    raise InputError(
+        f"{quantization.where} has weights by {method}{f' of {bits} bits' * bool(bits)}: modelled are fp8 (by tensor, "
+        "channel or block), int4 (awq, gptq, compressed-tensors) and mxfp4"
+    )
 
 
 def _shared(config: _Config) -> dict[str, Any]:
     """The fields that every family spells alike."""
     kind = str(config.get("model_type", "llama"))
     rope = _rope_parameters(config)
-    theta = rope.number("rope_theta", 10000.0)
+    theta = rope.number("rope_theta", _THETA.get(kind, 10000.0))
     eps = 1e-5 if kind in ("falcon", "phi") else 1e-6
     theta = config.number("rope_theta", config.number("rotary_emb_base", theta))
     return {
@@ -211,6 +287,8 @@ def _head_dim(config: _Config) -> int:
     heads, hidden = config.need("num_attention_heads", "n_head"), config.need("hidden_size", "n_embd")
     if config.get("head_dim", config.get("kv_channels")):
         return config.need("head_dim", "kv_channels")
+    if default := _HEAD_DIM.get(config.get("model_type", "llama")):
+        return default
     if heads < 1 or hidden % heads:
         raise InputError(
             f"{config.where}: num_attention_heads={heads} does not divide hidden_size={hidden}: give 'head_dim'"
@@ -219,10 +297,8 @@ def _head_dim(config: _Config) -> int:
 
 
 def _llama_like(config: _Config) -> dict[str, Any]:
-    """llama, mistral, qwen2, internlm and whatever else is a gated MLP and grouped-query attention after RMS norms.
-
-    Norms that a family adds to Llama's two a layer (Gemma 2's, Qwen 3's on Q and K) are not counted.
-    """
+    """llama, mistral, qwen2, qwen3, phi3, gemma, mixtral and whatever else has a gated MLP, or experts that have one,
+    and grouped-query attention after RMS norms."""
     kind = config.get("model_type", "llama")
     for key in _LLAMA_LIKE:
         if key not in config.values and kind not in _UNTIED:
@@ -231,19 +307,65 @@ def _llama_like(config: _Config) -> dict[str, Any]:
                 "give a dense decoder with Llama's keys, or write a ModelSpec"
             )
     # internlm has `bias` for Q, K, V and the output, llama `attention_bias`; qwen2 has the first three always
-    bias = bool(config.get("attention_bias", kind == "internlm" and config.get("bias", True)))
+    bias = bool(config.get("attention_bias", (kind == "internlm" and config.get("bias", True)) or kind == "gpt_oss"))
+    experts = _MIXTURES[kind](config) if kind in _MIXTURES and _has_experts(config) else None
     return {
         "intermediate_size": config.need("intermediate_size"),
         "num_key_value_heads": config.need("num_key_value_heads", "num_attention_heads"),
         "head_dim": _head_dim(config),
         "max_position_embeddings": config.need("max_position_embeddings"),
-        "qkv_bias": kind == "qwen2" or bias,
-        "attention_output_bias": kind != "qwen2" and bias,
+        "qkv_bias": bool(config.get("qkv_bias", True)) if kind in _QKV_BIAS else bias,
+        "attention_output_bias": kind not in _QKV_BIAS and bias,
         "mlp_bias": bool(config.get("mlp_bias", False)),
-        "sliding_window": _window(config),
+        "qk_norm": kind in _QK_NORM,
+        "norms_per_layer": 4 if kind in _FOUR_NORMS else 2,
+        "attention_sinks": kind == "gpt_oss",
         "rotary_fraction": 1.0 if kind in _FULLY_ROTATED else _rotary_fraction(config, 1.0),
-        "activation": _activation(config, "hidden_act", "hidden_activation", default="silu"),
+        "activation": _activation(
+            config, "hidden_act", "hidden_activation", default="gelu_tanh" if kind in _GEMMA else "silu"
+        ),
+        "experts": experts,
+        **_windows(config),
     }
+
+
+def _mixtral(config: _Config) -> ExpertsSpec:
+    """Mixtral: every layer has experts as wide as `intermediate_size`."""
+    return ExpertsSpec(
+        num_experts=config.need("num_local_experts", "num_experts"),
+        top_k=int(config.number("num_experts_per_tok", 2)),
+        intermediate_size=config.need("intermediate_size"),
+    )
+
+
+def _gpt_oss(config: _Config) -> ExpertsSpec:
+    """gpt-oss: as Mixtral's, with biases; the softmax is over the chosen, which is the same as to normalise."""
+    plain = _mixtral(config)
+    return replace(plain, top_k=int(config.number("num_experts_per_tok", 4)), router_bias=True, bias=True)
+
+
+def _qwen_moe(config: _Config) -> ExpertsSpec:
+    """Qwen2-MoE (with a gated shared expert) and Qwen3-MoE: every `decoder_sparse_step`th layer but `mlp_only_layers`.
+
+    transformers 5 writes `num_experts` as `num_local_experts`.
+    """
+    layers, step = config.need("num_hidden_layers"), int(config.number("decoder_sparse_step", 1))
+    without = config.get("mlp_only_layers", [])
+    second = config.get("model_type") == "qwen2_moe"
+    return ExpertsSpec(
+        num_experts=config.need("num_experts", "num_local_experts"),
+        top_k=int(config.number("num_experts_per_tok", 4 if second else 8)),
+        intermediate_size=config.need("moe_intermediate_size"),
+        shared_intermediate_size=config.need("shared_expert_intermediate_size") if second else 0,
+        shared_gate=second,
+        normalize=bool(config.get("norm_topk_prob", False)),
+        dense_layers=tuple(layer for layer in range(layers) if layer in without or (layer + 1) % step),
+    )
+
+
+_KEPT = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")  # what is not quantised
+_GEMMA = ("gemma", "gemma2", "gemma3_text")
+_MIXTURES = {"mixtral": _mixtral, "qwen2_moe": _qwen_moe, "qwen3_moe": _qwen_moe, "gpt_oss": _gpt_oss}
 
 
 def _qwen(config: _Config) -> dict[str, Any]:

@@ -37,6 +37,11 @@ class ParallelSpec:
         each, extra = divmod(num_layers, stages)
         return tuple(each + (stages - 1 - extra <= stage < stages - 1) for stage in range(stages))
 
+    def layers_of(self, stage: int, num_layers: int) -> range:
+        """Return the model's numbers of a stage's layers."""
+        split = self.stage_layers(num_layers)
+        return range(sum(split[:stage]), sum(split[: stage + 1]))
+
     def kv_heads_per_rank(self, model: ModelSpec) -> int:
         """KV heads on each rank; where there are fewer heads than ranks, several ranks hold a copy of the same one."""
         return max(1, model.num_key_value_heads // self.tensor_parallel_size)

@@ -19,6 +19,7 @@ from engine.errors import InputError
 from engine.specs import ModelSpec
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend
+from engine.worker.experts import Experts, Products, has_grouped_kernel, in_one_kernel, one_by_one, plain
 from engine.worker.inputs import Inputs
 from engine.worker.layers import Embedding, Linear, NewParameter, Norm
 from engine.worker.names import FAMILIES, vocabulary_rows
@@ -36,6 +37,12 @@ def check_supported(spec: ModelSpec) -> None:
         what = f"activation {spec.activation!r}: it knows {', '.join(sorted(layers.ACTIVATIONS))}"
     elif spec.rotary_fraction == 0:
         what = "attention without rotary embeddings (rotary_fraction=0; ALiBi)"
+    elif spec.full_attention_layers:
+        what = "sliding window in some layers only"
+    elif spec.attention_sinks or spec.norms_per_layer > 2:
+        what = "attention sinks" if spec.attention_sinks else f"layers of {spec.norms_per_layer} norms"
+    elif spec.experts is not None and not (spec.gated_mlp and plain(spec.experts)):
+        what = "experts that are shared, have biases or are not gated"
     elif spec.rope_scaling is not None and spec.rope_scaling.kind not in layers.ROPE_SCALINGS:
         what = f"rope scaling {spec.rope_scaling.kind!r}: it knows {', '.join(layers.ROPE_SCALINGS)}"
     if what:
@@ -45,10 +52,16 @@ def check_supported(spec: ModelSpec) -> None:
 class Layer(nn.Module):
     """One decoder layer on one rank: `heads` query and `kv_heads` KV heads of it, and a share of the MLP."""
 
-    mlp_gate_up_proj: Linear  # one of these two
+    mlp_gate_up_proj: Linear  # one of the first two and the third, or else the others
     mlp_up_proj: Linear
+    mlp_down_proj: Linear
+    moe_router: Linear
+    moe_experts: Experts
 
-    def __init__(self, spec: ModelSpec, rank: Rank, links: Links, new: NewParameter) -> None:
+    def __init__(
+        self, spec: ModelSpec, number: int, rank: Rank, links: Links, new: NewParameter, products: Products
+    ) -> None:
+        """`number` is the layer's in the model; `products` is how experts are computed, if it has them."""
         super().__init__()
         tp = rank.tp_size
         self.links, self.tp_size = links, tp
@@ -60,8 +73,15 @@ class Layer(nn.Module):
 
         self.input_norm = Norm(spec, new)
         self.qkv_proj = Linear(hidden, q + 2 * kv, spec.qkv_bias, new)
+        self.q_norm = Norm(spec, new, self.head_dim) if spec.qk_norm else None
+        self.k_norm = Norm(spec, new, self.head_dim) if spec.qk_norm else None
         self.output_proj = Linear(q, hidden, spec.attention_output_bias, new, adds_bias=first)
         self.post_attention_norm = Norm(spec, new) if spec.norms_per_layer == 2 else None
+        self.experts = spec.experts if spec.has_experts(number) else None
+        if self.experts is not None:
+            self.moe_router = Linear(hidden, self.experts.num_experts, False, new)
+            self.moe_experts = Experts(spec, rank, new, products)
+            return
         if self.gated:
             self.mlp_gate_up_proj = Linear(hidden, 2 * mlp, spec.mlp_bias, new)
         else:
@@ -101,6 +121,8 @@ class Layer(nn.Module):
         """Normed input (t, hidden_size) -> outputs of this rank's heads (t, heads * head_dim)."""
         tokens, decodes = x.shape[0], inputs.num_decodes
         qkv = self.qkv_proj(x).view(tokens, -1, self.head_dim)
+        if self.q_norm is not None:
+            qkv = self.qk_norm(qkv)
         q = self.rotary_kv_write(qkv, inputs.slots, angles, cache)
         if decodes == 0:
             out = attention.prefill(q, *cache)
@@ -111,8 +133,16 @@ class Layer(nn.Module):
         return out.reshape(tokens, -1)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """(t, hidden_size) -> (t, hidden_size), this rank's part of the sum."""
+        """(t, hidden_size) -> (t, hidden_size), this rank's part of the sum; of the MLP or of the experts."""
+        if self.experts is not None:
+            return self.moe_experts(x, self.moe_router(x))
         return self.mlp_down_proj(self.mlp_activation(self.mlp_gate_up_proj(x) if self.gated else self.mlp_up_proj(x)))
+
+    def qk_norm(self, qkv: Tensor) -> Tensor:
+        """RMS norm of each query and key head of qkv (t, heads + 2 KV heads, head_dim), in place."""
+        assert self.q_norm is not None and self.k_norm is not None
+        layers.norm_heads(qkv, self.q_norm.weight, self.k_norm.weight, self.heads, self.kv_heads, self.q_norm.eps)
+        return qkv
 
     def rotary_kv_write(self, qkv: Tensor, slots: Tensor, angles: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
         """Rotated queries of qkv (t, heads + 2 KV heads, head_dim); keys and values go to this layer's cache."""
@@ -154,8 +184,11 @@ class Decoder(nn.Module):
         self.register_buffer("frequencies", layers.rotary_frequencies(spec).to(device), persistent=False)
         new = partial(layers.new_parameter, dtype=dtype, device=device)
         self.embedding = Embedding(spec, rank, new) if rank.is_first_stage else None
-        count = rank.parallel.stage_layers(spec.num_layers)[rank.stage]
-        self.layers = nn.ModuleList(Layer(spec, rank, links, new) for _ in range(count))
+        grouped = has_grouped_kernel(spec, rank, dtype, device)
+        self.supports_cuda_graph = grouped or spec.experts is None
+        products = in_one_kernel if grouped else one_by_one
+        numbers = rank.parallel.layers_of(rank.stage, spec.num_layers)
+        self.layers = nn.ModuleList(Layer(spec, number, rank, links, new, products) for number in numbers)
         self.final_norm = self.lm_head = None
         if rank.is_last_stage:
             self.final_norm = Norm(spec, new)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InputError
-from engine.specs import DeviceSpec, ModelSpec, ParallelSpec, RopeScaling, catalog
+from engine.specs import DeviceSpec, ExpertsSpec, ModelSpec, ParallelSpec, RopeScaling, catalog
 from engine.specs.device_folder import measured_host, profile_settings
 from profiler.iterations import shape_of
 from profiler.session import ITERATIONS
@@ -33,6 +33,9 @@ def profiled_models(folder: Path) -> dict[str, ModelSpec]:
         scaling = shape.pop("rope_scaling")
         del shape["dtype_bytes"]  # of identity["dtype"]
         scaling = None if scaling is None else RopeScaling(**scaling)
+        if experts := shape.pop("experts", None):
+            shape["experts"] = ExpertsSpec(**{**experts, "dense_layers": tuple(experts["dense_layers"])})
+        shape["full_attention_layers"] = tuple(shape.get("full_attention_layers", ()))
         models[name] = ModelSpec(**{**shape, "name": name, "rope_scaling": scaling}).in_dtype(identity["dtype"])
     return models
 
