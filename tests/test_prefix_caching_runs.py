@@ -1,6 +1,7 @@
 """Whole runs of requests that share prefixes: repeats and single steps, driver and replica, and what blocks hold."""
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,28 @@ def test_repeats_equal_single_steps_and_the_driver(
         np.testing.assert_array_equal(driven.requests[column][orders[0]], values[orders[1]], err_msg=column)
     assert rows(driven) == rows(fast)
     assert driven.summary["recomputed_tokens"] == fast.summary["replicas"][0]["recomputed_tokens"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    jobs=sharers,
+    policy=st.sampled_from(SHARING_POLICIES),
+    stages=st.sampled_from([1, 1, 2]),
+    blocks=st.integers(21, 40),
+    ahead=st.booleans(),
+)
+def test_requests_that_share_nothing_run_as_with_hashes_of_their_own(
+    jobs: Jobs, policy: tuple[str, dict[str, Any]], stages: int, blocks: int, ahead: bool
+) -> None:
+    alone = [(*job[:4], 0, job[5]) for job in jobs]
+    hashed = sharing(alone)
+    unhashed = replace(hashed, hashes=(None,) * len(alone))
+    kind = deployment(policy[0], stages, blocks, budget=9, enable_prefix_caching=True, **policy[1])
+    kind = with_async(kind, ahead)
+    one, other = simulate(hashed, [kind]), simulate(unhashed, [kind])
+    assert_same(one, other)
+    for key in ("prefix_query_tokens", "prefix_hit_tokens", "prefix_evictions"):
+        assert one.summary["replicas"][0][key] == other.summary["replicas"][0][key]
 
 
 class Memory:

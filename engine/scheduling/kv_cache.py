@@ -48,7 +48,9 @@ class KVCache:
         self._line: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks) if prefix_caching else ())
         self._holders = [0] * num_blocks if prefix_caching else []
         self._hash_of: list[object] = [None] * num_blocks if prefix_caching else []
-        self._with_hash: dict[int, int | dict[int, None]] = {}  # the block of a content, or all, first registered first
+        self._with_hash: dict[
+            object, int | dict[int, None]
+        ] = {}  # the block of a content, or all, first registered first
 
     @property
     def num_used(self) -> int:
@@ -189,7 +191,7 @@ class KVCache:
 
     def _take(self, blocks: list[int], count: int) -> None:
         """Move `count` blocks from the head of the line to `blocks`, without the contents they had."""
-        holders, hash_of = self._holders, self._hash_of
+        holders, hash_of, with_hash = self._holders, self._hash_of, self._with_hash
         take, evictions = self._line.popitem, 0
         for _ in range(count):
             block = take(False)[0]
@@ -198,10 +200,12 @@ class KVCache:
             block_hash = hash_of[block]
             if block_hash is not None:
                 evictions += 1
-                if block_hash is _NOBODYS:
-                    hash_of[block] = None
-                else:
-                    self._unregister(block)
+                if block_hash is not _NOBODYS:
+                    if with_hash[block_hash].__class__ is not int:  # others have the same content
+                        self._unregister(block)
+                        continue
+                    del with_hash[block_hash]
+                hash_of[block] = None
         self.evictions += evictions
 
     # -- for tests and debugging -----------------------------------------------------------------------------------
