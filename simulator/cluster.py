@@ -253,7 +253,7 @@ def simulate(
 
 
 def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
-    """Run the simulation; RuntimeError if a policy leaves requests waiting for ever."""
+    """Run the simulation. Raises InputError if a policy leaves requests waiting for ever."""
     try:
         env.run(until=until)
     except RuntimeError as error:
@@ -261,7 +261,7 @@ def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
         if not str(error).startswith("No scheduled events") or not left:
             raise
         scheduler = left[0].scheduler
-        raise RuntimeError(
+        raise InputError(
             f"the policy {scheduler.spec.policy} schedules nothing although {len(scheduler.running)} requests are "
-            f"running and {len(scheduler.waiting)} are waiting"
+            f"running and {len(scheduler.waiting)} are waiting: its plan() must give a batch while any can run"
         ) from error
