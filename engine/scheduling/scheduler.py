@@ -80,6 +80,7 @@ class Scheduler:
         self._free_rows = list(range(spec.max_num_seqs - 1, -1, -1))
         self.prefix_query_tokens = 0  # of admitted requests, looked up in the cache of prefixes
         self.prefix_hit_tokens = 0  # of these, found there
+        self.resumed_query_tokens = self.resumed_hit_tokens = 0  # of both, those of requests that had been preempted
         self._hits = 0  # of these, for the batch that is planned
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
         self.preempted: list[Request] = []  # for the newest batch, in order
@@ -118,9 +119,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a request in line. Raises InputError if it could never run."""
         self.check(request)
-        if self.kv_cache.prefix_caching and request.block_hashes is None:
-            if request.content is not None:  # else only itself finds its blocks, after a preemption
-                self._hash_blocks(request, request.content)
+        if self.kv_cache.prefix_caching and request.block_hashes is None and request.content is not None:
+            self._hash_blocks(request, request.content)  # without a content only itself finds its blocks, preempted
         request.order = self._next_order
         self._next_order += 1
         self.policy.enqueue(self.waiting, request)
@@ -356,7 +356,10 @@ class Scheduler:
             self.prefix_query_tokens += request.num_tokens
             self.prefix_hit_tokens += hits
             self._hits += hits
-            if not request.preemptions:
+            if request.preemptions:
+                self.resumed_query_tokens += request.num_tokens
+                self.resumed_hit_tokens += hits
+            else:
                 request.prefix_hit_tokens = hits
         request.row = self._free_rows.pop()
         insort(self.running, request, key=_by_order)
@@ -382,7 +385,8 @@ class Scheduler:
             self.kv_cache.forget(victim, lost)
         if self.kv_cache.prefix_caching and victim.block_hashes is None:
             self._hash_blocks(victim, Content.of(own(victim.id)))
-            self.kv_cache.register_blocks(zip(victim.blocks[: victim.num_cached_blocks], victim.block_hashes or ()))
+            hashes = victim.block_hashes or ()
+            self.kv_cache.register_blocks(zip(victim.blocks[: victim.num_cached_blocks], hashes, strict=False))
         self._leave(victim)
         self.recomputed_tokens += lost
         self.preempted.append(victim)
