@@ -432,11 +432,30 @@ def _study_run(
     )
 
 
+_SWITCHES = frozenset(
+    f"--{name.replace('_', '-')}"
+    for name, field in {**BenchConfig.model_fields, **GenerateConfig.model_fields}.items()
+    if bool in (field.annotation, *get_args(field.annotation))
+)
+
+
 def _one_each(arguments: list[str]) -> list[str]:
-    """Return `--train A B --test C` as `--train A --train B --test C`: several folders may follow one flag."""
+    """Return the arguments with one value for each flag that takes one.
+
+    Several folders may follow a flag (`--train A B` is `--train A --train B`), and a setting that is true or false may
+    stand alone, as in vLLM: `--enable-prefix-caching` and `--no-enable-prefix-caching`.
+    """
     result: list[str] = []
     flag = None
-    for word in arguments:
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if word in _SWITCHES and following.startswith("--"):
+            result += [word, "true"]
+            flag = None
+            continue
+        if word.startswith("--no-") and (switch := f"--{word.removeprefix('--no-')}") in _SWITCHES:
+            result += [switch, "false"]
+            flag = None
+            continue
         if word.startswith("-"):
             flag = word if word in ("--train", "--test", "--source") else None
         elif flag is not None and result[-1] != flag:

@@ -99,11 +99,19 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
             f"prefix cache: {summary['prefix_hit_rate']:.1%} of prompt tokens found "
             f"({summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted)"
         )
+    memory = [f"KV cache at most {summary['peak_kv_utilization']:.0%} full"] * bool(summary["peak_kv_utilization"])
+    if summary["preemptions"]:
+        lost = sum(replica["recomputed_tokens"] for replica in summary["replicas"])
+        memory.append(f"{summary['preemptions']:,} preemptions, for which {lost:,} tokens were computed again")
+    if memory:
+        console.print("; ".join(memory))
     if "steady_window_s" in summary:
         start, end = summary["steady_window_s"]
+        busy = summary.get("steady_utilization")
         console.print(
             f"steady window {start:,.1f} to {end:,.1f} s: {summary['steady_request_throughput']:.3g} requests/s, "
             f"{summary['steady_output_throughput']:,.0f} output tokens/s"
+            + ("" if busy is None else f", {'GPUs' if how == 'simulated' else 'workers'} {busy:.0%} busy")
         )
     if simulator := summary.get("simulator"):
         console.print(

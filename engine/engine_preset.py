@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import InputError, unknown
+from engine.scheduling import policies
 from engine.specs import DeviceSpec, HostOverhead, SchedulerSpec, catalog
 from engine.specs.checks import field_types
 from engine.specs.device_folder import ENGINES, measured_host
@@ -78,7 +79,10 @@ class EnginePreset:
 
     def scheduler_spec(self, given: Mapping[str, Any]) -> SchedulerSpec:
         """Return the scheduler's spec with the fields of `given` in place of the preset's."""
-        return SchedulerSpec(**{**self.scheduler, **given})
+        own = dict(self.scheduler)
+        if given.get("policy") not in (None, own.get("policy")):  # what its own policy alone reads
+            own = {name: value for name, value in own.items() if name not in policies.VLLM_OPTIONS}
+        return SchedulerSpec(**{**own, **given})
 
     def padded(self, scheduler: SchedulerSpec) -> EnginePreset:
         """Return the preset with its CUDA-graph sizes for a resolved scheduler, to which batches are padded."""

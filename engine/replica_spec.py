@@ -119,8 +119,8 @@ class ReplicaSpec:
             notes.append(f"{self.scheduler.policy} has no token budget: a batch may hold many whole prompts; {longest}")
         elif not policy.strict_budget:
             notes.append(f"{self.scheduler.policy} runs a prompt over its token budget whole; {longest}")
-        if self.scheduler.policy == "vllm" and not self.engine.name.startswith("vllm@"):
-            notes.append("the scheduler vllm is vLLM V1's since this release; the one of vLLM 0.2 is vllm_v0")
+        if self.scheduler.policy == "vllm" and self.engine.scheduler.get("policy") == "vllm_v0":
+            notes.append(f"the scheduler vllm is vLLM V1's; that of {self.engine.name} is vllm_v0")
         tp, node = self.parallel.tensor_parallel_size, self.network.gpus_per_node
         if tp > node:
             rate = self.network.internode.bandwidth_bytes_per_s / 1e9

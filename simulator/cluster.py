@@ -24,7 +24,7 @@ from simpy.events import URGENT
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
-from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
+from engine.results.metrics import memory_and_steady_use, prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.scheduling.request import Request
@@ -238,14 +238,22 @@ def simulate(
     summary["trace_failures"] = workload.num_failed
     summary["workload_notes"] = list(workload.notes)
     summary["router"] = router
+    busy = recorder.busy_share(summary.get("steady_window_s"))
     summary["replicas"] = [
         {
             **deployment.describe(),
-            **replica_use(replica.scheduler, replica.busy_s, replica.occupied_s, summary["duration"]),
+            **replica_use(
+                replica.scheduler,
+                replica.busy_s,
+                replica.occupied_s,
+                summary["duration"],
+                recorder.peak_kv_blocks.get(replica.index, 0),
+                [busy.get((replica.index, stage), 0.0) for stage in range(replica.num_stages)] if busy else (),
+            ),
         }
         for deployment, replica in zip(deployments, replicas, strict=True)
     ]
-    summary |= prefix_use(summary["replicas"])
+    summary |= prefix_use(summary["replicas"]) | memory_and_steady_use(summary["replicas"])
     if stopped_early is not None:
         summary["stopped_early"] = stopped_early
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
@@ -253,7 +261,7 @@ def simulate(
 
 
 def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
-    """Run the simulation; RuntimeError if a policy leaves requests waiting for ever."""
+    """Run the simulation. Raises InputError if a policy leaves requests waiting for ever."""
     try:
         env.run(until=until)
     except RuntimeError as error:
@@ -261,7 +269,7 @@ def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
         if not str(error).startswith("No scheduled events") or not left:
             raise
         scheduler = left[0].scheduler
-        raise RuntimeError(
+        raise InputError(
             f"the policy {scheduler.spec.policy} schedules nothing although {len(scheduler.running)} requests are "
-            f"running and {len(scheduler.waiting)} are waiting"
+            f"running and {len(scheduler.waiting)} are waiting: its plan() must give a batch while any can run"
         ) from error

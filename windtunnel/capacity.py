@@ -60,10 +60,12 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
     begin = settings.request_rate or guess(workload, deployments, settings.router)
     capacity = find_capacity(trial, begin, tolerance)
     gpus = sum(kind.parallel.world_size for kind in deployments)
+    things = "requests" if settings.turns is None or capacity.outcome == "all" else "conversations"
     found: dict[str, Any] = {
         "status": "done",
         **capacity.to_json(),
-        "words": capacity.describe(),
+        "words": capacity.describe(things),
+        "rate_of": things,
         "slos": [str(slo) for slo in slos],
         "device": deployments[0].device.name,
         "num_gpus": gpus,

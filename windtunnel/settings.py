@@ -11,7 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engine.errors import InputError
 from engine.replica_spec import SETTINGS, ReplicaSettings, ReplicaSpec, resolve
@@ -138,6 +138,12 @@ class ServingSettings(_Settings):
     vllm_version: str | None = _field(
         None, "Scheduler", "Version whose rules the vllm policy follows. Default: the engine's."
     )
+
+    @field_validator("vllm_version", mode="before")
+    @classmethod
+    def _version_as_text(cls, value: Any) -> Any:
+        return str(value) if type(value) in (int, float) else value  # YAML reads 0.15 as a number
+
     chunk_schedule: Literal["fixed", "dynamic"] | None = _field(
         None, "Scheduler", "Chunk size of prompts: fixed or dynamic. Default: the engine's, or fixed."
     )
@@ -258,7 +264,7 @@ class RunConfig(ReplicaConfig):
         None,
         "Workload",
         "Distribution of lengths: openchat_sharegpt4 (the default), arxiv_summarization, azure_code, azure_conv, "
-        "fixed, uniform, zipf or FILE.json.",
+        "fixed, uniform, zipf, random or FILE.json.",
     )
     trace: Path | None = _field(
         None, "Workload", "Recorded trace to replay (CSV or JSONL; docs/settings.md) in place of --workload."
@@ -321,6 +327,11 @@ class RunConfig(ReplicaConfig):
     slo: list[str] = _field(
         [], "Goals", "Latency goal such as 'p99_tbt<=0.1' (seconds) or 'mean_ttft<=300ms'; repeatable."
     )
+
+    @field_validator("plugin", "slo", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
 
     def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
         """Return the workload without requests over `max_model_len` tokens. `burst`: all at once, at no rate."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.replica_spec import ReplicaSpec
-from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
+from engine.results.metrics import memory_and_steady_use, prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.results.tables import Columns, to_arrow
@@ -92,8 +92,11 @@ def serve(
     summary["trace_failures"] = workload.num_failed
     summary["workload_notes"] = list(workload.notes)
     summary["router"] = "none"
-    summary["replicas"] = [replica_use(scheduler, driver.busy_s, driver.occupied_s, summary["duration"])]
-    summary |= prefix_use(summary["replicas"])
+    busy = recorder.busy_share(summary.get("steady_window_s"))
+    stages = [busy.get((0, stage), 0.0) for stage in range(len(driver.busy_s))] if busy else ()
+    peak = recorder.peak_kv_blocks.get(0, 0)
+    summary["replicas"] = [replica_use(scheduler, driver.busy_s, driver.occupied_s, summary["duration"], peak, stages)]
+    summary |= prefix_use(summary["replicas"]) | memory_and_steady_use(summary["replicas"])
     summary["engine"] = {
         "batches": recorder.num_batches,
         "hardware": executor.hardware,

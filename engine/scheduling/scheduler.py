@@ -80,6 +80,7 @@ class Scheduler:
         self._free_rows = list(range(spec.max_num_seqs - 1, -1, -1))
         self.prefix_query_tokens = 0  # of admitted requests, looked up in the cache of prefixes
         self.prefix_hit_tokens = 0  # of these, found there
+        self.resumed_query_tokens = self.resumed_hit_tokens = 0  # of both, those of requests that had been preempted
         self._hits = 0  # of these, for the batch that is planned
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
         self.preempted: list[Request] = []  # for the newest batch, in order
@@ -118,9 +119,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a request in line. Raises InputError if it could never run."""
         self.check(request)
-        if self.kv_cache.prefix_caching and request.block_hashes is None:
-            content = request.content or Content.of(own(request.id))  # what only itself finds, after a preemption
-            request.block_hashes = content.block_hashes(request.max_total_tokens, self.kv_cache.block_size)
+        if self.kv_cache.prefix_caching and request.block_hashes is None and request.content is not None:
+            self._hash_blocks(request, request.content)  # without a content only itself finds its blocks, preempted
         request.order = self._next_order
         self._next_order += 1
         self.policy.enqueue(self.waiting, request)
@@ -364,7 +364,10 @@ class Scheduler:
             self.prefix_query_tokens += request.num_tokens
             self.prefix_hit_tokens += hits
             self._hits += hits
-            if not request.preemptions:
+            if request.preemptions:
+                self.resumed_query_tokens += request.num_tokens
+                self.resumed_hit_tokens += hits
+            else:
                 request.prefix_hit_tokens = hits
         request.row = self._free_rows.pop()
         insort(self.running, request, key=_by_order)
@@ -388,6 +391,10 @@ class Scheduler:
         lost = victim.start
         if victim.num_cached_blocks * self.kv_cache.block_size > lost:  # planned for this batch
             self.kv_cache.forget(victim, lost)
+        if self.kv_cache.prefix_caching and victim.block_hashes is None:
+            self._hash_blocks(victim, Content.of(own(victim.id)))
+            hashes = victim.block_hashes or ()
+            self.kv_cache.register_blocks(zip(victim.blocks[: victim.num_cached_blocks], hashes, strict=False))
         self._leave(victim)
         self.recomputed_tokens += lost
         self.preempted.append(victim)
@@ -396,6 +403,9 @@ class Scheduler:
         self.policy.requeue(self.waiting, victim)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _hash_blocks(self, request: Request, content: Content) -> None:
+        request.block_hashes = content.block_hashes(request.max_total_tokens, self.kv_cache.block_size)
 
     def _decode(self, request: Request) -> None:
         """A running request now lacks one token."""
@@ -485,18 +495,13 @@ class Scheduler:
         filled: list[tuple[int, int, int, int]] = []  # run, place in the batch, block, hash
         block_size = self.kv_cache.block_size
         for place, request in enumerate(decodes):
-            hashes = request.block_hashes
-            if hashes is None:
-                continue
             last = request.num_computed_tokens + request.num_in_flight_tokens
             end = (request.num_cached_blocks + 1) * block_size
             if end <= last:
-                _fill(filled, place, request, hashes, end, min(last, request.num_tokens), 1, block_size)
+                _fill(filled, place, request, end, min(last, request.num_tokens), 1, block_size)
         for place, (request, tokens) in enumerate(chunks, len(decodes)):
-            hashes = request.block_hashes
-            if hashes is not None:
-                end = (request.num_cached_blocks + 1) * block_size
-                _fill(filled, place, request, hashes, end, min(request.start, request.num_tokens), tokens, block_size)
+            end = (request.num_cached_blocks + 1) * block_size
+            _fill(filled, place, request, end, min(request.start, request.num_tokens), tokens, block_size)
         if len(filled) > 1:
             filled.sort()
         self.kv_cache.register_blocks([(block, block_hash) for _, _, block, block_hash in filled])
@@ -604,14 +609,16 @@ def _fill(
     filled: list[tuple[int, int, int, int]],
     place: int,
     request: Request,
-    hashes: Sequence[int],
     end: int,
     last: int,
     tokens: int,
     block_size: int,
 ) -> None:
     """Note the blocks of `request` that end at `end` or later and at `last` or before, and in which run they did."""
-    blocks, k = request.blocks, request.num_cached_blocks
+    blocks, hashes, k = request.blocks, request.block_hashes, request.num_cached_blocks
+    if hashes is None:  # they are counted only
+        request.num_cached_blocks = max(k, last // block_size)
+        return
     while end <= last and k < len(hashes):
         filled.append((-((last - end) // tokens), place, blocks[k], hashes[k]))  # the last run is 0
         k += 1

@@ -35,6 +35,7 @@ SYNTHETIC = ("fixed", "uniform", "zipf", "random")
 SYSTEM = 0  # the stream of a shared system prompt
 DEFAULT_LENGTHS = "openchat_sharegpt4"
 _DEFAULT_NUM_PROMPTS = 1_000
+_HASH_ID_TOKENS, _ZIPF_ALPHA = 512, 1.2
 _BLOCK = 4_096  # requests made at a time while iterating
 
 
@@ -66,12 +67,12 @@ class WorkloadSpec:
     lengths: str = DEFAULT_LENGTHS
     input_len: str | int | None = None
     output_len: str | int | None = None
-    zipf_alpha: float = 1.2
+    zipf_alpha: float = _ZIPF_ALPHA
     random_range_ratio: float = 0.0
     trace: Path | None = None
     columns: str | None = None
     tokenizer: Path | None = None
-    hash_id_tokens: int = 512
+    hash_id_tokens: int = _HASH_ID_TOKENS
     system_prompt_len: int = 0
     turns: str | int | None = None
     turn_input_len: str | int | None = None
@@ -126,8 +127,10 @@ class WorkloadSpec:
         _check_number("random_range_ratio", self.random_range_ratio, 0, 1, "")
         if self.random_range_ratio and self.lengths != "random":
             raise InputError(f"random_range_ratio {self.random_range_ratio} needs lengths 'random'")
-        for name in ("columns", "tokenizer"):
-            if getattr(self, name) is not None and self.trace is None:
+        if self.zipf_alpha != _ZIPF_ALPHA and self.lengths != "zipf":
+            raise InputError(f"zipf_alpha {self.zipf_alpha} needs lengths 'zipf'")
+        for name, default in (("columns", None), ("tokenizer", None), ("hash_id_tokens", _HASH_ID_TOKENS)):
+            if getattr(self, name) != default and self.trace is None:
                 raise InputError(f"{name} {getattr(self, name)} needs a trace")
 
     def _check_conversations(self) -> None:
