@@ -22,7 +22,7 @@ from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
-from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
+from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags, load_file
 from windtunnel.settings import load as _load_config
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
@@ -128,7 +128,9 @@ def bench(
 def validate(
     *,
     flags: dict[str, Any],
-    output_dir: Annotated[Path, typer.Option(help="New folder for the results.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for the results. May be left out with --against.")
+    ] = None,
     load: Annotated[
         str | None,
         typer.Option(
@@ -139,15 +141,49 @@ def validate(
         Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="URL of an OpenAI-compatible server to validate against (not implemented yet).")
+        str | None,
+        typer.Option(
+            help="Measured results of a server, in place of this machine's engine: a file or folder (vLLM's benchmark "
+            "JSON, a run's folder, AIConfigurator's or LLM-Inference-Bench's CSV, a CSV with a line a request)."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="With --against: what the file does not say, by name or a YAML file. Default: by its columns."
+        ),
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="With --against: who sent the requests: aiperf, inferencemax or vllm-bench.")
+    ] = None,
+    warmup_requests: Annotated[
+        int | None,
+        typer.Option(help="With --against: first requests to leave out. Default: 200 where there is a cache to warm."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
     """Run a workload on this machine's engine and in the simulator, and report the differences and their causes."""
+    if against is not None:
+        from cli.validate_measured import run as run_measured
+
+        given = load_file(config, FileConfig)
+        given |= {name: value for name, value in flags.items() if value is not None}
+        columns = given.pop("columns", None)
+        if load is not None:
+            raise InputError(f"--load {load} has no meaning with --against: the load is the measured one")
+        run_measured(
+            Path(against), given, output_dir, source=source, client=client, columns=columns,
+            warmup_requests=warmup_requests, as_json=json_,
+        )  # fmt: skip
+        return
     from cli.validate import run
 
-    settings = _load_config(config, flags, BenchConfig)
-    run(settings, load, against, output_dir, as_json=json_)
+    for flag, value in (("source", source), ("client", client), ("warmup-requests", warmup_requests)):
+        if value is not None:
+            raise InputError(f"--{flag} {value} needs --against")
+    if output_dir is None:
+        raise InputError("no --output-dir: name a new folder for the results")
+    run(_load_config(config, flags, BenchConfig), load, output_dir, as_json=json_)
 
 
 @app.command()

@@ -197,13 +197,18 @@ def simulate(
     ]
     choose = ROUTERS[router](np.random.default_rng(seed))
 
+    front_ends = [FrontEnd(env, replica, each.host) for replica, each in zip(replicas, deployments, strict=True)]
+
+    def receive(replica: Replica, request: Request) -> None:
+        front_ends[replica.index].receive(request)
+
     client = workload.sender() if workload.waits else None
     due = inf  # when `send` is called next, as far as that is known
 
     def arrivals() -> Generator[simpy.Event, Any, None]:
         for request in workload.requests():
             yield env.at(request.arrived_at, URGENT)
-            choose(request, replicas).add(request)
+            receive(choose(request, replicas), request)
 
     def send(event: simpy.Event | None = None) -> None:
         """Send what the client has to send now, and come again when there is more."""
@@ -211,7 +216,7 @@ def simulate(
         assert client is not None
         while client.next_at <= env.now:
             request = client.pop()
-            choose(request, replicas).add(request)
+            receive(choose(request, replicas), request)
         if due <= env.now:
             due = inf
         if client.next_at < due:
@@ -258,6 +263,26 @@ def simulate(
         summary["stopped_early"] = stopped_early
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
     return Run(summary, requests, None if folder else recorder.iterations_kept())
+
+
+class FrontEnd:
+    """What a replica's server does before its scheduler sees a request: `HostOverhead.receive_s` and the like."""
+
+    def __init__(self, env: Clock, replica: Replica, host: HostOverhead | None) -> None:
+        self.env = env
+        self.replica = replica
+        self.host = host if host is not None and host.receives else None
+        self._free = 0.0  # when the next request can be taken up
+
+    def receive(self, request: Request) -> None:
+        """A request arrives, now."""
+        if self.host is None:
+            self.replica.add(request)
+            return
+        work = self.host.receive_s + self.host.receive_token_s * request.prompt_tokens
+        self._free = max(self._free, self.env.now) + work
+        arrival = self.env.at(self._free + self.host.transit_s, URGENT)
+        arrival.callbacks.append(lambda event: self.replica.add(request))
 
 
 def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
