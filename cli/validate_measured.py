@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def run(
     as_json: bool,
 ) -> None:
     """Predict the points, print the errors by group, and write `validation.json` and a page if a folder is given."""
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    width = None if (sys.stderr if as_json else sys.stdout).isatty() else 130
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
 
     def predicted() -> dict[str, Any]:
         with progress_bar("points") as progress:

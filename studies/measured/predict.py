@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from engine.results.tables import Array, Columns
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 
-FULL = 0.95  # of the KV blocks; a replica that has requests waiting beside fewer free ones is limited by them
+OFTEN = 0.1  # of the batches: a replica whose requests wait for KV blocks so often is limited by them
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def predict(job: Job) -> dict[str, Any]:
         "throughput": run.summary["output_throughput"],
         "duration_s": run.summary["duration"],
         "preemptions": run.summary["preemptions"],
-        "kv_limited": _waited_for_blocks(iterations, deployment.num_kv_blocks, job.replica),
+        "kv_limited": _waited_for_blocks(iterations, job.replica),
         "in_range": float(np.mean(iterations["in_range"])),
         "where": _where(iterations, run.summary["duration"]),
         "predictor": replica["predictor"],
@@ -65,11 +66,15 @@ def predict(job: Job) -> dict[str, Any]:
     return found
 
 
-def _waited_for_blocks(iterations: Columns, num_blocks: int, replica: ReplicaSpec) -> bool:
-    """Whether requests waited while seats were free and next to no KV blocks were, for a tenth of the batches."""
-    waiting = (iterations["num_waiting"] > 0) & (iterations["num_running"] < replica.scheduler.max_num_seqs)
-    full: Array = waiting & (iterations["kv_blocks"] > FULL * num_blocks)
-    return bool(full.mean() > 0.1)
+def _waited_for_blocks(iterations: Columns, replica: ReplicaSpec) -> bool:
+    """Whether in a tenth of the batches requests waited beside free seats and a token budget that was not used up."""
+    scheduler = replica.scheduler
+    waited: Array = (
+        (iterations["num_waiting"] > 0)
+        & (iterations["num_running"] < scheduler.max_num_seqs)
+        & (iterations["num_tokens"] < (scheduler.max_num_batched_tokens or math.inf))
+    )
+    return bool(waited.mean() > OFTEN)
 
 
 def _where(iterations: Columns, duration: float) -> Mapping[str, float]:

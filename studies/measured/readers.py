@@ -129,7 +129,7 @@ class _Reader:
             table = pq.read_table(path / "requests.parquet").to_pandas().sort_values("request_id")
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{path} is no run's folder: {' '.join(str(error).split())[:200]}") from None
-        arrived = np.sort((table["arrived_at_s"] - table["arrived_at_s"].min()).to_numpy())
+        arrived = np.sort((table["arrived_s"] - table["arrived_s"].min()).to_numpy())
         users = config.get("max_concurrency")
         workload = Workload(
             path.name,
