@@ -391,6 +391,41 @@ def _evaluate(
     evaluate(device, train or [], test, json_)
 
 
+@calibrate.command("adjust")
+@partial(_with_settings, RunConfig)
+def calibrate_adjust(
+    *,
+    results: Annotated[
+        Path, typer.Argument(help="Measured results of your server, as `validate --against` reads them.")
+    ],
+    flags: dict[str, Any],
+    output: Annotated[Path, typer.Option(help="New YAML file for the preset, which --engine takes.")],
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Constants to fit, such as iteration_s,sequence_s. Default: those that the engine has."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Fit to the points whose id or load has this text alone.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings of the replica; flags override it.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="What the file leaves open, by name or a YAML file.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Who sent the requests: aiperf, inferencemax or vllm-bench.")
+    ] = None,
+    warmup_requests: Annotated[int | None, typer.Option(help="First requests to leave out.")] = None,
+) -> None:
+    """Fit an engine's host constants to benchmark results of your own server and write them as a preset."""
+    from cli.adjust import run
+
+    given = load_file(config, FileConfig) | {name: value for name, value in flags.items() if value is not None}
+    columns = given.pop("columns", None)
+    free = tuple(fit.split(",")) if fit else ()
+    run(
+        results, given, output, free=free, only=only, source=source, client=client, columns=columns,
+        warmup_requests=warmup_requests,
+    )  # fmt: skip
+
+
 @calibrate.command("report")
 def _report(
     device: _Device,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 
 import windtunnel
 from cli.main import run
@@ -193,3 +194,33 @@ def test_the_public_files_are_recognised() -> None:
     counts = {file.format: len(file.points) for file in files.values()}
     assert counts["silicon"] == 120 and counts["offline"] == 120 and counts["aggregates"] == 4
     assert files["aiconfigurator_silicon.csv"].source == "aiconfigurator and inferencemax"
+
+
+def test_constants_of_a_server_are_found_again_and_predict_other_loads(tmp_path: Path) -> None:
+    hidden = {"iteration_s": 2e-3, "sequence_s": 6e-5, "transit_s": 0.012}
+    preset = tmp_path / "true.yaml"
+    preset.write_text(yaml.safe_dump({"base": "vllm@0.12", "host": {**hidden, "layer_s": 0.0, "source": "a test"}}))
+    rows = []
+    for users in (1, 2, 4, 8, 32):
+        ours = windtunnel.simulate(
+            **DEVICE, engine=preset, workload="fixed", input_len=256, output_len=32, max_concurrency=users,
+            num_prompts=10 * users, request_rate=float("inf"), max_num_batched_tokens=256 + users,
+        ).summary  # fmt: skip
+        rows.append(silicon_row(users, ours["mean_ttft_ms"], ours["mean_tpot_ms"]))
+    low = silicon(tmp_path, *rows[:4])
+    output = tmp_path / "mine.yaml"
+    arguments = ["calibrate", "adjust", str(low), "--output", str(output)]
+    assert run(arguments) == (0, "")
+    assert run(arguments)[0] == 2  # the file is there
+    found = yaml.safe_load(output.read_text())["host"]
+    for name, value in hidden.items():
+        assert found[name] == pytest.approx(value, rel=0.05), name
+    high = silicon(tmp_path, rows[4])
+    before, after = (validate_measured(high, given, workers=1) for given in ({}, {"engine": str(output)}))
+    assert after["tpot"]["mape"] < 0.01 < before["tpot"]["mape"]
+    assert after["ttft"]["mape"] < 0.02 < before["ttft"]["mape"]
+
+
+def test_a_fit_of_more_constants_than_figures_is_refused(tmp_path: Path) -> None:
+    code, error = run(["calibrate", "adjust", str(silicon(tmp_path, silicon_row(2))), "--output", "mine.yaml"])
+    assert code == 2 and "2 measured figures of 1 points can't fit 3 constants" in error
