@@ -172,13 +172,13 @@ def validate(
         if load is not None:
             raise InputError(f"--load {load} has no meaning with --against: the load is the measured one")
         run_measured(
-            Path(against), given, output_dir, source=source, client=client, columns=columns,
+            Path(against), given, output_dir, only=only, source=source, client=client, columns=columns,
             warmup_requests=warmup_requests, as_json=json_,
         )  # fmt: skip
         return
     from cli.validate import run
 
-    for flag, value in (("source", source), ("client", client), ("warmup-requests", warmup_requests)):
+    for flag, value in (("only", only), ("source", source), ("client", client), ("warmup-requests", warmup_requests)):
         if value is not None:
             raise InputError(f"--{flag} {value} needs --against")
     if output_dir is None:

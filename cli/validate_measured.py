@@ -24,6 +24,7 @@ def run(
     given: dict[str, Any],
     output_dir: Path | None,
     *,
+    only: str | None,
     source: str | None,
     client: str | None,
     columns: str | None,
@@ -38,7 +39,7 @@ def run(
         with progress_bar("points") as progress:
             task = progress.add_task("predicting", total=None)
             return validate_measured(
-                path, given, source=source, client=client, columns=columns, warmup_requests=warmup_requests,
+                path, given, only=only, source=source, client=client, columns=columns, warmup_requests=warmup_requests,
                 on_progress=lambda done, of: progress.update(task, completed=done, total=of),
             )  # fmt: skip
 

@@ -32,6 +32,7 @@ def validate_measured(
     path: Path,
     given: Mapping[str, Any],
     *,
+    only: str | None = None,
     source: str | None = None,
     client: str | None = None,
     columns: str | None = None,
@@ -43,13 +44,14 @@ def validate_measured(
 
     Args:
         given: settings of the replica that win over what the file and its source say.
+        only: keeps the points whose id or load has this text.
         source, client, columns, warmup_requests: see `studies.measured.readers.read`.
         workers: processes; None: one a processor.
         on_progress: called with how many points are predicted, and of how many.
 
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
     """
-    found = _read(path, given, source, client, columns, warmup_requests)
+    found = _read(path, given, source, client, columns, warmup_requests, only)
     return _predicted(path, found, workers, on_progress)
 
 
@@ -72,10 +74,7 @@ def adjust_preset(
     text. What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
     constants that the points can't tell apart, and the errors `before` and `after`, of the points fitted to.
     """
-    _, ready, refused = _read(path, given, source, client, columns, warmup_requests)
-    kept = [each for each in ready if only is None or only in each.point.id or only in each.point.load]
-    if not kept:
-        raise InputError(f"--only {only!r}: none of the {len(ready)} points of {path} has it in its id or load")
+    _, kept, refused = _read(path, given, source, client, columns, warmup_requests, only)
     names = sorted({each.replica.engine.name for each in kept})
     if len(names) > 1:
         raise InputError(f"{path} has points of {' and '.join(names)}: give --engine, or --only some of them")
@@ -102,7 +101,7 @@ def adjust_preset(
         for results in evaluate([before, found.constants])
     ]
     fitted = {**asdict(host), **found.constants}
-    rows = f"{len(kept)} of {len(ready)} points of {path.name}" + (f" (those with {only!r})" if only else "")
+    rows = f"{len(kept)} points of {path.name}" + (f" (those with {only!r})" if only else "")
     fitted["source"] = f"fitted by 'windtunnel calibrate adjust' to {rows}: {', '.join(chosen)}; the rest as {names[0]}"
     own = {key: value for key, value in fitted.items() if key not in ("name", "graph_sizes", "kernels")}
     return {
@@ -141,6 +140,7 @@ def _read(
     client: str | None,
     columns: str | None,
     warmup_requests: int | None,
+    only: str | None,
 ) -> _Found:
     """Return what the file or folder holds, the points that can be predicted, and rows that can't, with the reason."""
     for name in given:
@@ -149,6 +149,11 @@ def _read(
                 f"--{name.replace('_', '-')} {given[name]} has no meaning with --against: the load is the measured one"
             )
     files = read(path, given, source, client, columns, warmup_requests)
+    if only is not None:
+        every = sum(len(file.points) + len(file.refused) for file in files)
+        files = [file.only(only) for file in files]
+        if not any(file.points or file.refused for file in files):
+            raise InputError(f"--only {only!r}: none of the {every:,} points of {path} has it in its id or load")
     total = sum(len(file.points) for file in files)
     if total > MOST_POINTS:
         raise InputError(f"{path} holds {total:,} points: give at most {MOST_POINTS:,} at a time")

@@ -6,7 +6,7 @@ A point is one run of a server: of a benchmark's results file, of a row of a tab
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.results.tables import Array
@@ -43,3 +43,8 @@ class Measurements:
     points: list[Point]
     assumed: tuple[str, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+
+    def only(self, text: str) -> Measurements:
+        """Return the points and rows that have a text in their id or load."""
+        points = [point for point in self.points if text in point.id or text in point.load]
+        return replace(self, points=points, refused=tuple(row for row in self.refused if text in row[0]))
