@@ -147,6 +147,9 @@ def validate(
             "JSON, a run's folder, AIConfigurator's or LLM-Inference-Bench's CSV, a CSV with a line a request)."
         ),
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="With --against: only the points whose id or load has this text.")
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option(
