@@ -60,7 +60,7 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
     begin = settings.request_rate or guess(workload, deployments, settings.router)
     capacity = find_capacity(trial, begin, tolerance)
     gpus = sum(kind.parallel.world_size for kind in deployments)
-    things = "requests" if settings.turns is None or capacity.outcome == "all" else "conversations"
+    things = "conversations" if workload.has_conversations and capacity.outcome != "all" else "requests"
     found: dict[str, Any] = {
         "status": "done",
         **capacity.to_json(),

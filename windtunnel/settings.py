@@ -258,7 +258,8 @@ class RunConfig(ReplicaConfig):
     columns: str | None = _field(
         None,
         "Workload",
-        "Columns of a trace of another format: prompt=NAME,output=NAME[,time=NAME][,hash_ids=NAME or prompt_id=NAME].",
+        "Columns of a trace of another format: prompt=NAME,output=NAME[,time=NAME][,hash_ids=NAME or prompt_id=NAME or "
+        "session=NAME][,priority=NAME]; of a known format, those that it lacks.",
     )
     tokenizer: Path | None = _field(None, "Workload", "Model folder whose tokenizer counts the tokens of a text trace.")
     hash_id_tokens: int = _field(_WORKLOAD.hash_id_tokens, "Workload", "Prompt tokens of each of a trace's hash ids.")
@@ -269,6 +270,12 @@ class RunConfig(ReplicaConfig):
     )
     system_prompt_len: int = _field(
         _WORKLOAD.system_prompt_len, "Workload", "Tokens before every prompt, the same for all."
+    )
+    priorities: str | None = _field(
+        None,
+        "Workload",
+        "Priorities and the share of the requests that has each, such as 0=0.2,1=0.8; the lowest goes first with "
+        "--scheduling-policy priority.",
     )
     turns: str | int | None = _field(
         None, "Workload", "Requests of a conversation (N or LOW:HIGH), each going on from the one before."
@@ -341,6 +348,7 @@ class RunConfig(ReplicaConfig):
             tokenizer=self.tokenizer,
             hash_id_tokens=self.hash_id_tokens,
             system_prompt_len=self.system_prompt_len,
+            priorities=self.priorities,
             turns=self.turns,
             turn_input_len=self.turn_input_len,
             think_time_s=self.think_time,

@@ -42,7 +42,7 @@ class ClientSpec:
 
 @dataclass(frozen=True)
 class Turn:
-    """A request that is sent `think_s` seconds after another has ended."""
+    """A request that is sent `think_s` seconds after another has ended, and not before its `arrived_at`."""
 
     request: Request
     after: int  # the other's id
@@ -53,7 +53,7 @@ class Client:
     """Sends requests; a `Turn` among them waits for the one before. `arrived_at` becomes when a request is sent.
 
     Args:
-        requests: in order of arrival; turns may stand anywhere after the request that they follow.
+        requests: in order of arrival; the turns that follow one another stand right after the first of them.
     """
 
     def __init__(self, requests: Iterable[Request | Turn], spec: ClientSpec | None = None) -> None:
@@ -100,7 +100,8 @@ class Client:
             heappush(self._seats, time + self.spec.overhead_s)
         turn = self._turns.pop(request.id, None)
         if turn is not None:
-            heappush(self._ready, (time + turn.think_s, next(self._number), turn.request))
+            at = max(time + turn.think_s, turn.request.arrived_at)
+            heappush(self._ready, (at, next(self._number), turn.request))
 
     def _advance(self) -> None:
         """Find the next request that hangs on no other."""
