@@ -11,7 +11,7 @@ more. A file of one's own has the same keys, or those that differ and a `base`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,13 @@ LATEST = "latest"
 MEASURED = "measured"  # the setting that takes the host overhead of the device's own calibration
 USAGES = ("server", "offline")
 GRAPH_SIZES = ("vllm", "none")
+GRAPH_MODES = ("full_and_piecewise", "full", "piecewise")
+_GRAPH_KEYS: dict[str, tuple[type, str]] = {
+    "mode": (str, "full_and_piecewise, full or piecewise"),
+    "largest": (int, "a number of tokens"),
+    "largest_named": (dict, "a mapping of parts of devices' names to numbers of tokens"),
+    "with_limits": (bool, "true or false"),
+}
 _HOST_SECONDS = ("iteration_s", "sequence_s", "layer_s")
 _WINDTUNNEL_HOSTS = {"cuda": "cuda_graphs", "cpu": "eager_cpu"}  # estimates, for devices whose host was not measured
 FILES = (".yaml", ".yml", ".json")  # how the name of a file of one's own ends
@@ -41,6 +48,8 @@ _KEYS = {  # of a file: the type of each value, and how to say it
     "gpu_memory_utilization": (int | float, "a share such as 0.9"),
     "async_scheduling": (bool, "true or false"),
     "graph_sizes": (str, "vllm or none"),
+    "graphs": (dict, "a mapping of mode, largest, largest_named and with_limits"),
+    "reserve_gib": (int | float, "a number of GiB"),
     "host": (str | dict, "a name of --host-overhead or a mapping"),
 }
 
@@ -62,6 +71,10 @@ class EnginePreset:
     gpu_memory_utilization: float = 0.9
     async_scheduling: bool = False
     graph_sizes: str = "none"  # how CUDA graphs are sized: vllm, or none: batches are not padded
+    graph_mode: str = "full_and_piecewise"  # full: one graph for a batch of decodes; piecewise: without its attention
+    largest_graph: int = 512  # tokens
+    graphs_of_limits: bool = False  # one more of exactly max_num_seqs and max_num_batched_tokens each, where they fit
+    reserve_bytes: int = 0  # of each device's memory, kept off the KV cache for CUDA graphs
     ships: bool = True
     overrides: tuple[str, ...] = field(default=(), compare=False)
 
@@ -81,14 +94,21 @@ class EnginePreset:
         """Return the preset with its CUDA-graph sizes for a resolved scheduler, to which batches are padded."""
         if self.graph_sizes != "vllm":
             return self
-        return replace(self, host=replace(self.host, graph_sizes=vllm_graph_sizes(scheduler)))
+        sizes = vllm_graph_sizes(scheduler, self.largest_graph, self.graphs_of_limits)
+        full = [size for size in sizes if size <= scheduler.max_num_seqs] if "full" in self.graph_mode else []
+        decodes = self.host.graph_decodes or max(full, default=0)
+        return replace(self, host=replace(self.host, graph_sizes=sizes, graph_decodes=decodes))
 
 
-def vllm_graph_sizes(scheduler: SchedulerSpec) -> tuple[int, ...]:
-    """Batch sizes that vLLM V1 captures (config/vllm.py: _set_cudagraph_sizes)."""
-    top = min(2 * scheduler.max_num_seqs, 512, scheduler.max_num_batched_tokens or 512)
-    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    return tuple(size for size in sizes if size <= top)
+def vllm_graph_sizes(scheduler: SchedulerSpec, largest: int = 512, of_limits: bool = False) -> tuple[int, ...]:
+    """Batch sizes that vLLM V1 captures (config/vllm.py: _set_cudagraph_sizes), those of its limits if it does."""
+    seqs, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens or largest
+    most = min(2 * seqs, largest)
+    top = min(most, tokens)
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)}
+    if of_limits:
+        sizes |= {tokens} | ({seqs} if seqs <= most else set())
+    return tuple(sorted(size for size in sizes if size <= top))
 
 
 def names() -> list[str]:
@@ -130,8 +150,18 @@ def preset(
         host=host,
         scheduler={**limits, **own},
         ships=not engine.endswith(FILES),
+        reserve_bytes=int(data.get("reserve_gib", 0) * GIB),
+        **_graphs(data.get("graphs") or {}, device),
         **{key: data[key] for key in ("gpu_memory_utilization", "async_scheduling", "graph_sizes") if key in data},
     )
+
+
+def _graphs(data: Mapping[str, Any], device: DeviceSpec) -> dict[str, Any]:
+    """The fields of a preset that its `graphs` decide on a device."""
+    named = [size for part, size in (data.get("largest_named") or {}).items() if part in device.name.lower()]
+    names = {"mode": "graph_mode", "largest": "largest_graph", "with_limits": "graphs_of_limits"}
+    found = {field: data[key] for key, field in names.items() if key in data}
+    return found | ({"largest_graph": named[0]} if named else {})
 
 
 def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
@@ -162,7 +192,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{path}: base {data['base']!r}: give an engine that ships: {', '.join(names())}")
         _, base = _read(data["base"])
     merged = {**base, **data}
-    for key in ("scheduler", "host"):
+    for key in ("scheduler", "host", "graphs"):
         if isinstance(base.get(key), dict) and isinstance(data.get(key), dict):
             merged[key] = {**base[key], **data[key]}
     return path.stem, merged
@@ -203,6 +233,16 @@ def _parse(path: Path) -> dict[str, Any]:
                 raise InputError(f"{path}: {error}") from None
     for tier in data.get("limits", ()):
         _check_tier(path, tier)
+    for name, value in data.get("graphs", {}).items():
+        if name not in _GRAPH_KEYS:
+            raise unknown(f"key in {path}: graphs", str(name), _GRAPH_KEYS)
+        kind_of, words = _GRAPH_KEYS[name]
+        if not isinstance(value, kind_of) or (isinstance(value, bool) and kind_of is not bool):
+            raise InputError(f"{path}: graphs {name} {value!r}: give {words}")
+    if (mode := data.get("graphs", {}).get("mode", GRAPH_MODES[0])) not in GRAPH_MODES:
+        raise unknown(f"graphs mode in {path}", mode, GRAPH_MODES)
+    if not 0 <= data.get("reserve_gib", 0) < 1 << 20:
+        raise InputError(f"{path}: reserve_gib {data['reserve_gib']}: give a number of GiB, 0 or more")
     return data
 
 
@@ -220,6 +260,8 @@ def _check_tier(path: Path, tier: Any) -> None:
     for name, value in tier.items():
         if name not in ("least_memory_gib", "not_named", *USAGES):
             raise unknown(f"key in {path}: limits", str(name), ("least_memory_gib", "not_named", *USAGES))
+        if name == "not_named" and not all(isinstance(part, str) for part in _listed(value)):
+            raise InputError(f"{path}: limits not_named {value!r}: give a part of a device's name, or a list of them")
         if name == "least_memory_gib" and not isinstance(value, int | float):
             raise InputError(f"{path}: limits least_memory_gib {value!r}: give a number of GiB")
 
@@ -245,6 +287,10 @@ def _host(name: str, own: Any, setting: str, device: DeviceSpec) -> tuple[str, H
     return host.name, host
 
 
+def _listed(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _limits(
     name: str, tiers: list[dict[str, Any]], device: DeviceSpec, usage: str, max_model_len: int, given: Mapping[str, Any]
 ) -> dict[str, int]:
@@ -255,7 +301,7 @@ def _limits(
     """
     for tier in tiers:
         small = device.memory_bytes < tier.get("least_memory_gib", 0) * GIB
-        if small or tier.get("not_named", "\n") in device.name.lower():
+        if small or any(part in device.name.lower() for part in _listed(tier.get("not_named", ()))):
             continue
         tokens, sequences = tier[usage]
         if max_model_len:

@@ -79,6 +79,7 @@ class ReplicaSpec:
             self.scheduler,
             self.gpu_memory_utilization,
             policies.largest_batch(self.scheduler),
+            self.engine.reserve_bytes,
         )
 
     def with_blocks(self, num_blocks: int) -> ReplicaSpec:
