@@ -175,6 +175,9 @@ def _read(engine: str) -> tuple[str, dict[str, Any]]:
         return _read_file(Path(engine).expanduser())
     known = names()
     family, _, version = engine.partition("@")
+    version = ".".join(version.split(".")[:2])  # 0.15.1 has the rules of 0.15
+    if f"{family}@{version}" in known:
+        engine = f"{family}@{version}"
     mine = [name for name in known if name == family or name.startswith(f"{family}@")]
     if version in ("", LATEST) and mine:
         return mine[-1], _parse(ENGINES / f"{mine[-1]}.json")

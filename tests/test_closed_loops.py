@@ -287,6 +287,32 @@ def test_a_known_format_takes_the_columns_that_it_lacks(tmp_path: Path) -> None:
     assert made.priorities is not None and made.priorities.tolist() == [0, 10, 5, 15]
 
 
+def conversing(run: Run, turns: int) -> int:
+    """Most conversations, of so many turns each, that have begun and not ended at once."""
+    table = {name: column[np.argsort(run.requests["request_id"])] for name, column in run.requests.items()}
+    begun, ended = table["arrived_s"][::turns], table["last_token_s"][turns - 1 :: turns]
+    return int(max(((begun <= at) & (ended > at)).sum() for at in begun))
+
+
+def test_users_keep_their_place_while_they_think_and_a_concurrency_does_not() -> None:
+    spec = WorkloadSpec(lengths="fixed", input_len=8, output_len=4, turns=3, num_prompts=90, max_model_len=LONGEST,
+                        think_time_s=1.0, arrival="burst", users=4)  # fmt: skip
+    run = simulate(make_workload(spec), [deployment("sarathi", 1, 60)])
+    assert conversing(run, 3) == 4 and in_system(run.requests) <= 4
+    assert run.summary["saturation"]["verdict"].startswith("4 users: the client waits")
+    seats = simulate(make_workload(replace(spec, users=None, max_concurrency=4)), [deployment("sarathi", 1, 60)])
+    assert conversing(seats, 3) > 10 and in_system(seats.requests) == 4
+    assert seats.summary["duration"] < run.summary["duration"]
+    ramped = make_workload(replace(spec, users=4, ramp_up_s=2.0, client_overhead_s=0.5, think_time_s=0.0))
+    requests = simulate(ramped, [deployment("sarathi", 1, 60)]).requests
+    order = np.argsort(requests["request_id"])
+    sent, ended = requests["arrived_s"][order], requests["last_token_s"][order]
+    np.testing.assert_allclose(sent[0:12:3], [0, 0.5, 1.0, 1.5])
+    np.testing.assert_allclose(sent[1:3] - ended[0:2], 0.5)
+    driven = drive(ramped, deployment("sarathi", 1, 60))
+    np.testing.assert_array_equal(driven.requests["arrived_s"][np.argsort(driven.requests["request_id"])], sent)
+
+
 def test_the_urgent_go_first_where_the_scheduler_looks() -> None:
     spec = WorkloadSpec(lengths="fixed", input_len=20, output_len=10, num_prompts=300, request_rate=120.0,
                         max_model_len=LONGEST, priorities="0=0.3,7=0.7")  # fmt: skip
@@ -315,7 +341,9 @@ def test_the_urgent_go_first_where_the_scheduler_looks() -> None:
     ("changes", "told"),
     [
         ({"max_concurrency": 0}, "max_concurrency 0: give 1 or more"),
-        ({"client_overhead_s": 1.0}, "overhead_s 1.0 needs max_concurrency"),
+        ({"client_overhead_s": 1.0}, "overhead_s 1.0 needs max_concurrency or users"),
+        ({"users": 0}, "users 0: give 1 or more"),
+        ({"users": 2, "max_concurrency": 3}, "max_concurrency 3 and users 2 both bound the load"),
         ({"turns": "3:1"}, "turns '3:1' must be a number of requests"),
         ({"think_time_s": 2.0}, "think_time_s 2.0 needs turns"),
         ({"turns": 2, "clip_tokens": 50}, "clip_tokens 50 has no meaning with turns"),

@@ -103,6 +103,7 @@ def test_versions_differ_in_what_vllm_changed() -> None:
     assert (old.gpu_memory_utilization, new.gpu_memory_utilization) == (0.9, 0.92)
     assert (old.scheduler.scheduler_reserve_full_isl, new.scheduler.scheduler_reserve_full_isl) == (False, True)
     assert all(replica.scheduler.enable_prefix_caching for replica in (old, new))
+    assert resolve(MODEL, "h100", engine="vllm@0.12.0") == old
     assert resolve(MODEL, "h100", engine="vllm@latest") == new == resolve(MODEL, "h100", engine="vllm")
     assert new.new_scheduler(101).kv_cache.num_blocks == 100  # block 0 of vLLM's is never handed out
 

@@ -287,7 +287,16 @@ class RunConfig(ReplicaConfig):
         _WORKLOAD.think_time_s, "Workload", "Seconds between an answer and the next turn, on average."
     )
     max_concurrency: int | None = _field(
-        None, "Workload", "Closed loop: most requests in the system at once; the next is sent when one has ended."
+        None,
+        "Workload",
+        "Closed loop: most requests in the system at once; the next is sent when one has ended, of another "
+        "conversation while a user thinks.",
+    )
+    users: int | None = _field(
+        None,
+        "Workload",
+        "Closed loop: number of users, each in one conversation at a time, who keep their place while they think "
+        "(--turns or a trace's sessions, --think-time).",
     )
     ramp_up: float = _field(_WORKLOAD.ramp_up_s, "Workload", "Seconds over which the first of these are sent.")
     client_overhead_ms: float = _field(
@@ -338,7 +347,7 @@ class RunConfig(ReplicaConfig):
             if self.workload not in (None, "random") or lengths[name] is not None:
                 raise InputError(f"random_{name} {value} is for random lengths: leave out workload and {name}")
             named["lengths"], lengths[name] = "random", value
-        closed = not burst and self.max_concurrency is not None
+        closed = not burst and (self.max_concurrency is not None or self.users is not None)
         at_once = closed and self.request_rate is None and self.arrival is None
         return WorkloadSpec(
             **named,
@@ -353,6 +362,7 @@ class RunConfig(ReplicaConfig):
             turn_input_len=self.turn_input_len,
             think_time_s=self.think_time,
             max_concurrency=self.max_concurrency if not burst else None,
+            users=self.users if not burst else None,
             ramp_up_s=self.ramp_up if not burst else 0.0,
             client_overhead_s=self.client_overhead_ms / 1e3 if not burst else 0.0,
             zipf_alpha=self.zipf_alpha,

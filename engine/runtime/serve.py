@@ -86,8 +86,7 @@ def serve(
 
             pq.write_table(to_arrow(ranks.columns()), folder / "ranks.parquet", compression="zstd")
     requests = recorder.requests()
-    closed = workload.client.max_concurrency
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
     summary["workload_notes"] = workload.notes_on([replica.scheduler])

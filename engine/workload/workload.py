@@ -65,7 +65,7 @@ class WorkloadSpec:
     arrival: `poisson`, `gamma` (gaps with the coefficient of variation `arrival_cv`), `static` (evenly spaced), `trace`
         (as recorded, `rate_scale` times as fast) or `burst` (all at 0). None is `trace` for a trace that has arrival
         times when no `request_rate` is given, and `poisson` otherwise. The first request of a process arrives at 0.
-    max_concurrency, ramp_up_s, client_overhead_s: of the client, see `engine.workload.client.ClientSpec`.
+    max_concurrency, users, ramp_up_s, client_overhead_s: of the client, see `engine.workload.client.ClientSpec`.
     num_prompts: None is every row of a trace, or 1000 requests of a distribution.
     max_model_len: requests with more tokens, prompt and output together, are dropped, and others take their place.
     clip_tokens: longer requests are shortened to this many tokens instead, the prompt first, then the output.
@@ -86,6 +86,7 @@ class WorkloadSpec:
     turn_input_len: str | int | None = None
     think_time_s: float = 0.0
     max_concurrency: int | None = None
+    users: int | None = None
     ramp_up_s: float = 0.0
     client_overhead_s: float = 0.0
     arrival: str | None = None
@@ -173,7 +174,10 @@ class WorkloadSpec:
     def client(self) -> ClientSpec:
         """How its requests are sent."""
         return ClientSpec(
-            max_concurrency=self.max_concurrency, ramp_up_s=self.ramp_up_s, overhead_s=self.client_overhead_s
+            max_concurrency=self.max_concurrency,
+            users=self.users,
+            ramp_up_s=self.ramp_up_s,
+            overhead_s=self.client_overhead_s,
         )
 
     def _check_arrival(self) -> None:
@@ -288,7 +292,7 @@ class Workload:
     @property
     def waits(self) -> bool:
         """Whether when a request is sent hangs on how others fared."""
-        return self.after is not None or self.client.max_concurrency is not None
+        return self.after is not None or self.client.seats is not None
 
     def sender(self) -> Client:
         """Make the client that sends these requests."""
@@ -390,6 +394,9 @@ def _replay(spec: WorkloadSpec, path: Path, lengths_rng: np.random.Generator, rn
     dropped = int(rows[-1]) + 1 - len(rows) if spec.num_prompts is not None else len(prompt) - len(fits)
     if spec.hash_id_tokens != _HASH_ID_TOKENS and not trace.ids_are_hashes:
         raise InputError(f"hash_id_tokens {spec.hash_id_tokens} needs hash ids: {path} has none that are read")
+    if trace.arrived_at is not None and spec.client().seats is not None and spec.arrival == "burst":
+        unused = "the recorded times are not used: a closed loop sends the next request when one has ended"
+        trace = replace(trace, notes=(*trace.notes, f"{unused} (--arrival trace uses them)"))
     notes = trace.notes
     if trace.sessions is not None:
         return _sessions(spec, trace, rows, dropped, lengths_rng, rng)
