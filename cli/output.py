@@ -103,7 +103,7 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
     memory = [f"KV cache at most {summary['peak_kv_utilization']:.0%} full"] * bool(summary["peak_kv_utilization"])
     if summary["preemptions"]:
         lost = sum(replica["recomputed_tokens"] for replica in summary["replicas"])
-        memory.append(f"{summary['preemptions']:,} preemptions, for which {lost:,} tokens were computed again")
+        memory.append(f"{summary['preemptions']:,} preemptions, which threw {lost:,} computed tokens away")
     if memory:
         console.print("; ".join(memory))
     if "steady_window_s" in summary:
