@@ -11,6 +11,7 @@ more. A file of one's own has the same keys, or those that differ and a `base`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,6 +182,10 @@ def _read(engine: str) -> tuple[str, dict[str, Any]]:
     mine = [name for name in known if name == family or name.startswith(f"{family}@")]
     if version in ("", LATEST) and mine:
         return mine[-1], _parse(ENGINES / f"{mine[-1]}.json")
+    if engine not in known and mine and re.fullmatch(r"[\d.]+", version):
+        before = [name for name in mine if _by_version(name) < _by_version(engine)]
+        nearest = f"the one before it is {before[-1]}" if before else f"the oldest is {mine[0]}"
+        raise InputError(f"no preset of {family} {version}: {nearest}, the newest {mine[-1]}")
     if engine not in known:
         raise unknown("engine", engine, [*known, *{f"{name.split('@')[0]}@{LATEST}" for name in known if "@" in name}])
     return engine, _parse(ENGINES / f"{engine}.json")

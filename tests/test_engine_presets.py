@@ -180,7 +180,7 @@ def test_pipeline_stages_are_scheduled_in_turn() -> None:
 
 
 def test_unknown_names_are_said() -> None:
-    with pytest.raises(InputError, match=r"unknown engine 'vllm@0\.16': did you mean"):
+    with pytest.raises(InputError, match=r"no preset of vllm 0\.16: the one before it is vllm@0\.15"):
         resolve(MODEL, "h100", engine="vllm@0.16")
     with pytest.raises(InputError, match="unknown usage 'batch'"):
         resolve(MODEL, "h100", engine="vllm@0.15", usage="batch")

@@ -41,7 +41,7 @@ class ClientSpec:
                              "leave one out")  # fmt: skip
         for name in ("ramp_up_s", "overhead_s"):
             if not 0 <= getattr(self, name) < inf:
-                raise InputError(f"{name} {getattr(self, name)}: give a number of seconds, 0 or more")
+                raise InputError(f"{name} {getattr(self, name)}: give 0 or more")
             if getattr(self, name) and self.seats is None:
                 raise InputError(f"{name} {getattr(self, name)} needs max_concurrency or users")
 

@@ -125,7 +125,11 @@ class WorkloadSpec:
             raise unknown("lengths", self.lengths, (*builtin_names(), *SYNTHETIC))
         for name, value in (("input_len", self.input_len), ("output_len", self.output_len)):
             if self.lengths in SYNTHETIC:
-                _range(name, value, fixed=self.lengths in ("fixed", "random"))
+                _range(
+                    f"random_{name}" if self.lengths == "random" else name,
+                    value,
+                    fixed=self.lengths in ("fixed", "random"),
+                )
             elif value is not None:
                 source = f"lengths {self.lengths!r}" if self.trace is None else f"trace {self.trace}"
                 raise InputError(
@@ -149,7 +153,10 @@ class WorkloadSpec:
         sessions = self.has_conversations and self.turns is None
         for name in ("turn_input_len", "think_time_s"):
             if getattr(self, name) and self.turns is None and not (sessions and name == "think_time_s"):
-                raise InputError(f"{name} {getattr(self, name)} needs turns, the requests of a conversation")
+                more = ", or a trace with sessions (columns session=NAME)" if name == "think_time_s" else ""
+                raise InputError(
+                    f"{name} {getattr(self, name)} needs turns{more or ', the requests of a conversation'}"
+                )
         if sessions and self.clip_tokens is not None:
             raise InputError(f"clip_tokens {self.clip_tokens} has no meaning with sessions: leave one out")
         if self.priorities is not None:
