@@ -336,12 +336,18 @@ def selfcheck(
 
 @app.command()
 def engines(
+    name: Annotated[str | None, typer.Argument(help="An engine preset or a YAML file. Default: all that ship.")] = None,
     device: Annotated[str, typer.Option(help="Device whose limits to show.")] = "h100",
+    usage: Annotated[str, typer.Option(help="Limits to show: server or offline.")] = "server",
+    model: Annotated[
+        str | None, typer.Option(help="Model of which to show a replica's settings and KV blocks.")
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of GPUs of that replica.")] = 1,
 ) -> None:
     """List the engine presets: what each decides, and where its numbers come from."""
     from cli.engines import show
 
-    show(device)
+    show(name, device, usage, model, tensor_parallel_size)
 
 
 calibrate = typer.Typer(help="Fit a device's calibration to measurements, show it, evaluate it.", no_args_is_help=True)

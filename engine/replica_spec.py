@@ -81,6 +81,7 @@ class ReplicaSpec:
             self.gpu_memory_utilization,
             policies.largest_batch(self.scheduler),
             self.engine.profile_run,
+            self.engine.reserve_bytes,
         )
 
     def with_blocks(self, num_blocks: int) -> ReplicaSpec:

@@ -237,11 +237,10 @@ def simulate(
         if collected:
             gc.enable()
     requests = recorder.requests()
-    closed = workload.client.max_concurrency
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
-    summary["workload_notes"] = list(workload.notes)
+    summary["workload_notes"] = workload.notes_on(deployment.scheduler for deployment in deployments)
     summary["router"] = router
     busy = recorder.busy_share(summary.get("steady_window_s"))
     summary["replicas"] = [

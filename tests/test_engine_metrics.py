@@ -323,6 +323,15 @@ def test_requests_that_pile_up_while_running_are_growth_if_any_waits() -> None:
     assert verdict["growth"] == pytest.approx(0.3 / 1.3, abs=0.03)
 
 
+def test_bursts_that_queue_are_a_finding_of_their_own() -> None:
+    summary = {"saturation": {"growing": False, "verdict": "sustained: fine"}, "slos": [],
+               "median_scheduling_delay_ms": 10.0, "p99_scheduling_delay_ms": 28_000.0}  # fmt: skip
+    found = "bursts queue: one request in a hundred waits 28 s or more for its first batch"
+    assert describe(summary) == ["sustained: fine", found]
+    assert describe({**summary, "p99_scheduling_delay_ms": 900.0}) == ["sustained: fine"]
+    assert describe({**summary, "saturation": {"growing": True, "verdict": "saturated"}}) == ["saturated"]
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_quantiles_of_the_gaps_are_those_of_numpy(exact: bool) -> None:
     values = np.random.default_rng(3).lognormal(-3, 1, 20_000)

@@ -17,6 +17,8 @@ _FLAG_OF_FIELD = {  # of fields inside that are called otherwise than their sett
     "think_time_s": "think-time",
     "ramp_up_s": "ramp-up",
     "turns": "turns",
+    "users": "users",
+    "priorities": "priorities",
     "columns": "columns",
     "tokenizer": "tokenizer",
 }
@@ -32,7 +34,9 @@ def in_flags(message: str) -> str:
         return message
     message = _FIELD.sub(lambda found: "--" + found[1].replace("_", "-"), message)
     message = _OTHER_FIELD.sub(lambda found: "--" + _FLAG_OF_FIELD[found[1]], message)
-    message = re.sub(r"(?<=needs )(turns|max_concurrency)\b(?!-)", lambda f: "--" + f[1].replace("_", "-"), message)
+    message = re.sub(r"(?<=needs )turns\b", "--turns", message)
+    message = re.sub(r"\b(or|and) users\b", r"\1 --users", message)
+    message = message.replace("(columns session=", "(--columns session=")
     message = _OVERHEAD.sub(lambda found: f"--client-overhead-ms {1e3 * float(found[1]):g}", message)
     message = re.sub(r"\blengths (?=')|(?<=choose )lengths ", "--workload ", message)
     return re.sub(r"(?<![\w-])arrival (?=')", "--arrival ", message)

@@ -15,6 +15,7 @@ from engine.results.metric_table import METRICS, Metric, drawn_metrics, find_met
 from engine.results.slo import SLO
 from engine.results.tables import Array, Columns
 from engine.scheduling.scheduler import Scheduler
+from engine.workload.client import ClientSpec
 
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %
@@ -207,16 +208,17 @@ def summarize(
     slos: Sequence[SLO],
     num_arrived: int,
     num_dropped: int,
-    max_concurrency: int | None = None,
+    client: ClientSpec | None = None,
 ) -> dict[str, Any]:
     """The summary of a run: vLLM's benchmark keys, then ours. Latencies in ms, rates per second.
 
     `num_arrived` requests came in; those that are not among `requests` failed. `num_dropped` were too long to be asked.
-    `max_concurrency` is a closed loop's.
+    `client` says whether it was a closed loop.
     """
     count = len(requests.get("arrived_s", ()))
     if not count:
         raise ValueError("no request finished, so there is nothing to summarise")
+    max_concurrency, users = (None, None) if client is None else (client.max_concurrency, client.users)
     calm = steady(requests, max_concurrency, gaps)  # first: the statistics of all gaps sort them
     percentiles = tuple(sorted({50.0, *PERCENTILES, *(s.percentile for s in slos if s.percentile is not None)}))
     table = {name: statistics(column[~np.isnan(column)], percentiles) for name, column in latencies(requests).items()}
@@ -252,8 +254,10 @@ def summarize(
     summary["requests_meeting_slos"] = good
     summary["preemptions"] = int(requests["preemptions"].sum())
     summary["token_percentiles"] = gaps.method
-    closed = f"at most {max_concurrency} requests at once: the client waits, so no queue shows saturation"
-    summary["saturation"] = saturation(requests) if max_concurrency is None else _unknown(closed)
+    bound = f"{users} users" if users is not None else f"at most {max_concurrency} requests at once"
+    closed = client is not None and client.seats is not None
+    why = f"{bound}: the client waits, so no queue shows saturation"
+    summary["saturation"] = _unknown(why) if closed else saturation(requests)
     return summary | calm
 
 

@@ -286,6 +286,7 @@ class Recorder:
                     r.preemptions,
                     len(r.token_times),
                     r.prefix_hit_tokens,
+                    r.priority,
                 )
                 for r, replica in self._requests
             ]
@@ -309,6 +310,7 @@ class Recorder:
             "output_tokens": counts.astype(np.int32),
             "preemptions": rows[:, 5].astype(np.int32),
             "prefix_hit_tokens": rows[:, 7].astype(np.int32),  # of its prompt, when it was first admitted
+            "priority": rows[:, 8].astype(np.int64),  # the lowest first
         }
         groups = counts - 1  # gaps of each request
         columns["max_tbt_s"] = grouped_percentile(gaps, groups, [100.0])[0]

@@ -86,11 +86,10 @@ def serve(
 
             pq.write_table(to_arrow(ranks.columns()), folder / "ranks.parquet", compression="zstd")
     requests = recorder.requests()
-    closed = workload.client.max_concurrency
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
-    summary["workload_notes"] = list(workload.notes)
+    summary["workload_notes"] = workload.notes_on([replica.scheduler])
     summary["router"] = "none"
     busy = recorder.busy_share(summary.get("steady_window_s"))
     stages = [busy.get((0, stage), 0.0) for stage in range(len(driver.busy_s))] if busy else ()
@@ -127,7 +126,8 @@ class Sender:
 
     def pop(self) -> TokenSequence:
         request = self._client.pop()
-        tokens = self._ended.pop(self._before.get(request.id, -1), [])[: request.prompt_tokens]
+        before = self._ended.pop(self._before.get(request.id, -1), [])
+        tokens = [*before] if len(before) <= request.prompt_tokens else []  # else it is a prompt of its own
         if request.content is None:
             return TokenSequence(request, tokens + self._draw([request.id], len(tokens), request.prompt_tokens))
         for stream, start, end in request.content.pieces(request.prompt_tokens):

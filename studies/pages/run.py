@@ -88,10 +88,15 @@ def _setting(record: Record) -> str:
         parts.append(f"{copies}{engine}, {replica['parallel']}, under the {replica['scheduler']} scheduler{limit}")
     asked = record.config.get("request_rate")
     closed = record.config.get("max_concurrency")
-    if closed:
+    users = record.config.get("users")
+    named = str(record.config.get("columns") or "").replace(" ", "")
+    things = "conversation" if record.config.get("turns") or "session=" in named else "request"
+    if users:
+        rate = f"by {users:,} user{'s' * (users != 1)}"
+    elif closed:
         rate = f"with at most {closed:,} in the system at once"
     elif asked:
-        rate = f"at {number(asked)} request{'s' * (asked != 1)}/s"
+        rate = f"at {number(asked)} {things}{'s' * (asked != 1)}/s"
     elif record.arrival_rate is not None:
         rate = f"that came at {number(record.arrival_rate)} requests/s"
     else:
