@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.errors import InputError
 from engine.specs import ExpertsSpec, ModelSpec
 from engine.worker import layers
 from engine.worker.layers import NewParameter, TensorModule
@@ -73,11 +72,6 @@ class Experts(TensorModule):
     def __init__(self, spec: ModelSpec, rank: Rank, new: NewParameter, products: Products) -> None:
         super().__init__()
         assert spec.experts is not None
-        if spec.experts.intermediate_size % rank.tp_size:
-            raise InputError(
-                f"{spec.name} can't be cut into tensor_parallel_size={rank.tp_size}: it must divide the experts' width "
-                f"{spec.experts.intermediate_size}: use a divisor of it"
-            )
         count, width = spec.experts.num_experts, spec.experts.intermediate_size // rank.tp_size
         self.gate_up_proj = new(count, 2 * width, spec.hidden_size)
         self.down_proj = new(count, spec.hidden_size, width)

@@ -184,6 +184,11 @@ class Decoder(nn.Module):
         super().__init__()
         check_supported(spec)
         rank.parallel.validate(spec)
+        if rank.parallel.data_parallel_size > 1 or rank.parallel.expert_parallel_size > 1:
+            raise InputError(
+                f"{rank.parallel}: the engine cuts every expert over the tensor-parallel ranks: give "
+                "data_parallel_size=1 and expert_parallel_size=1, or simulate it"
+            )
         self.spec, self.rank, self.links = spec, rank, links
         self.frequencies: Tensor
         self.register_buffer("frequencies", layers.rotary_frequencies(spec).to(device), persistent=False)
