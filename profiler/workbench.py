@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.runtime.engine_spec import DECODE_GRAPHS
@@ -182,7 +183,7 @@ class Workbench:
         branches = [self._random(rows, hidden) for _ in range(2 if layer.parallel_block and layer.tp_size == 1 else 1)]
         return self.in_turns(every, lambda module, x: getattr(module, name)(x, *branches), rows, hidden)
 
-    def expert_calls(self, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[Call]:
+    def expert_calls(self, chosen: NDArray[np.int64]) -> list[Call]:
         """Calls of a layer's experts on tokens of which each has chosen some (rows, top_k), all as good."""
         experts = torch.from_numpy(chosen).to(self.device)
         weights = torch.full(chosen.shape, 1 / chosen.shape[1], device=self.device)

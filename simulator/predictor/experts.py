@@ -19,8 +19,8 @@ from engine.errors import InputError
 from engine.results.tables import Array
 from engine.specs import DeviceSpec, catalog
 from engine.specs.model import EXPERT_LOADS, QUANTIZED_BYTES
+from profiler import expert_load
 from profiler.expert_kinds import Experts as Operator
-from simulator.predictor import expert_load
 from simulator.predictor.forest import Forest
 from simulator.predictor.grids import MOST_ROWS
 from simulator.predictor.kind import RowsModel, Site
