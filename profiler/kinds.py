@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from engine.specs import ModelSpec
+from profiler.expert_kinds import AllGather, AllToAll, Experts, ReduceScatter
 from profiler.grids import Limits, Point, farthest_first, steps
 from profiler.kind import Bench, Call, Form, OfRows, Operator, Sequences
 
@@ -28,6 +31,7 @@ class Gemm(OfRows):
 
     k: int = 0
     n: int = 0
+    dtype: str | None = None  # of the weights: in engine.specs.model.QUANTIZED_BYTES; None: 16 bits, as the model's
 
     def at(self, rows: Any) -> dict[str, Any]:
         return {"m": rows, "k": self.k, "n": self.n}
@@ -69,6 +73,7 @@ class Attention(Operator):
     num_kv_heads: int = 0
     head_dim: int = 0
     sliding_window: int | None = None
+    windowed_apart: bool = False  # a window of some layers only: a batch's cached tokens are counted without it
 
     @property
     def heads(self) -> dict[str, int]:
@@ -122,6 +127,15 @@ class AttentionDecode(Attention):
 
     kind: ClassVar[str] = "attention_decode"
     columns: ClassVar[Mapping[str, Form]] = {"batch_size": "whole", "kv_tokens": "whole", **HEADS}
+
+    def seen(self, batch_size: Any, kv_tokens: Any) -> Any:
+        """Return how many of a batch's cached tokens these layers attend to: at most a window of each request.
+
+        Where all layers have the window the batch counts them so already.
+        """
+        if not self.windowed_apart or self.sliding_window is None:
+            return kv_tokens
+        return np.minimum(kv_tokens, batch_size * self.sliding_window)
 
     def at(self, batch_size: Any, kv_tokens: Any) -> dict[str, Any]:
         """Return the columns of a table that say what so many decodes are."""
@@ -217,7 +231,11 @@ class Send(Message):
 
 
 KINDS: dict[str, type[Operator]] = {
-    each.kind: each for each in (Gemm, Elementwise, AttentionPrefill, AttentionDecode, AllReduce, Send)
+    each.kind: each
+    for each in (
+        *(Gemm, Elementwise, AttentionPrefill, AttentionDecode, AllReduce, Send),
+        *(Experts, AllGather, ReduceScatter, AllToAll),
+    )
 }
 
 

@@ -331,7 +331,7 @@ def test_a_kind_of_whole_batches_is_asked_for_each(
 def test_an_unknown_kind_in_an_inventory_raises(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store.save(calibration_fit.fit(DEVICE, [measured(tmp_path / "profile")], on_progress=lambda line: None), cache)
     emitted(monkeypatch, EXPERTS)
-    known = "all_reduce, attention_decode, attention_prefill, elementwise, gemm, send"
+    known = "all_gather, all_reduce, all_to_all, attention_decode, attention_prefill, elementwise, gemm, moe, .*, send"
     with pytest.raises(LookupError, match=f"'moe_experts' is of kind 'experts', which profiler.kinds lacks.*{known}"):
         list(points(MODEL, 1, LIMITS))
     for maker in (Roofline, learned):
@@ -346,7 +346,7 @@ def test_an_unknown_kind_in_measured_data_raises(cache: Path, tmp_path: Path, mo
     foreign = frame.assign(kind=frame["kind"].replace("gemm", "gemms"))
     with pytest.raises(InputError, match=r"unknown kind in a table row 0 'gemms': did you mean 'gemm'\?"):
         table.validate(foreign[foreign["kind"] == "gemms"].reset_index(drop=True), "a table")
-    told = "unknown kind of operator in the tables to {} 'gemms': did you mean 'gemm'?.*known are all_reduce"
+    told = "unknown kind of operator in the tables to {} 'gemms': did you mean 'gemm'?.*known are all_gather"
     for learn in (calibration_fit.learn, calibration_fit.fit):
         with pytest.raises(InputError, match=told.format("learn from")):
             learn(DEVICE, [frame, foreign])
@@ -355,7 +355,7 @@ def test_an_unknown_kind_in_measured_data_raises(cache: Path, tmp_path: Path, mo
         calibration_errors.evaluate(calibration, [foreign])
     store.save(calibration, cache)
     (cache / "experts.json").write_text("{}")
-    with pytest.raises(InputError, match=rf"unknown kind of operator in {cache} 'experts': .*known are all_reduce"):
+    with pytest.raises(InputError, match=rf"unknown kind of operator in {cache} 'experts': .*known are all_gather"):
         store.load(cache, DEVICE)
 
 

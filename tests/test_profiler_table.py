@@ -23,6 +23,19 @@ ROWS = [
     {"kind": "attention_decode", "batch_size": 8, "kv_tokens": 8192, "time_ms": 1 / 3, "spread_ms": 0.0, **HEADS},
     {"kind": "all_reduce", "time_ms": 4.3, "kernel": 'a "kernel"', **MESSAGE},
     {"kind": "send", "time_ms": 4.3, "date": "2026-01-31", **MESSAGE},
+    *({"kind": kind, "time_ms": 4.3, **MESSAGE} for kind in ("all_gather", "reduce_scatter", "all_to_all")),
+    {
+        "operator": "experts",
+        "kind": "moe",
+        "expert_tokens": 64,
+        "hidden_size": 2048,
+        "expert_width": 768,
+        "local_experts": 32,
+        "num_experts": 128,
+        "top_k": 8,
+        "expert_load": "balanced",
+        "time_ms": 0.1,
+    },
     {"operator": "schedule", "kind": "host", "batch_size": 8, "tensor_parallel_size": 2, "time_ms": 0.04},
 ]
 

@@ -367,8 +367,6 @@ def assert_shards(decoder: Decoder) -> None:
     spec, rank = decoder.spec, decoder.rank
     held = sum(parameter.numel() * parameter.element_size() for parameter in decoder.parameters())
     assert held == weight_bytes(spec, rank.parallel, rank.stage)
-    if spec.experts is not None:  # TODO
-        return
     operators = {each.name: each for each in inventory(spec, rank.parallel, rank.stage)}
     gemms = {name: each for name, each in operators.items() if each.kind == "gemm"}
     found: dict[str, list[tuple[int, ...]]] = {}
@@ -377,8 +375,8 @@ def assert_shards(decoder: Decoder) -> None:
             found.setdefault(name.split(".")[-1], []).append(tuple(module.weight.shape))
     assert found == {name: [(each.n, each.k)] * each.count for name, each in gemms.items()}
     for name, each in operators.items():
-        if each.kind in ("gemm", "elementwise") and name != "sampler":
-            assert any(callable(getattr(holder, name, None)) for holder in (decoder, decoder.layers[0])), name
+        if each.kind in ("gemm", "elementwise", "moe") and name != "sampler":
+            assert any(callable(getattr(holder, name, None)) for holder in (decoder, *decoder.layers)), name
 
 
 @pytest.mark.parametrize(
@@ -414,10 +412,17 @@ def test_a_cut_that_does_not_fit_is_refused() -> None:
         Decoder(catalog.model("Yi-34B"), rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, CPU)
 
 
+@pytest.mark.parametrize("apart", [{"data_parallel_size": 2}, {"expert_parallel_size": 2}])
+def test_experts_apart_are_refused(apart: dict[str, int], oracle: Callable[[str], Oracle]) -> None:
+    rank = Rank(0, ParallelSpec(tensor_parallel_size=2, **apart))
+    with pytest.raises(InputError, match="the engine cuts every expert over the tensor-parallel ranks"):
+        Decoder(oracle("mixtral").spec, rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, CPU)
+
+
 def test_experts_that_ranks_cannot_share_are_refused(oracle: Callable[[str], Oracle]) -> None:
     spec = oracle("mixtral").spec
     assert spec.experts is not None
     spec = replace(spec, experts=replace(spec.experts, intermediate_size=33))
     rank = Rank(0, ParallelSpec(tensor_parallel_size=2))
-    with pytest.raises(InputError, match=r"can't be cut into tensor_parallel_size=2.*experts' width 33"):
+    with pytest.raises(InputError, match=r"can't be cut into .*2 of each expert.*width 33"):
         Decoder(spec, rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, torch.device("meta"))

@@ -82,10 +82,11 @@ def weight_bytes(model: ModelSpec, parallel: ParallelSpec, stage: int) -> int:
 
 def _expert_parameters(model: ModelSpec, experts: ExpertsSpec, parallel: ParallelSpec) -> tuple[int, int, int]:
     """Parameters of a layer on each rank: of the experts' matrices, of the shared ones', and of routers and biases."""
-    tp = parallel.tensor_parallel_size
-    width, shared = experts.intermediate_size // tp, experts.shared_intermediate_size // tp
-    matrices = experts.num_experts * model.mlp_parameters(width)
-    biases = experts.num_experts * model.mlp_parameters(width, experts.bias) - matrices
+    width = experts.intermediate_size // parallel.expert_tensor_size
+    shared = experts.shared_intermediate_size // parallel.tensor_parallel_size
+    local = experts.num_experts // parallel.expert_parallel_size
+    matrices = local * model.mlp_parameters(width)
+    biases = local * model.mlp_parameters(width, experts.bias) - matrices
     router = experts.num_experts * (model.hidden_size + experts.router_bias) + model.hidden_size * experts.shared_gate
     return matrices, model.mlp_parameters(shared), biases + router
 
@@ -137,14 +138,16 @@ def profiled_bytes(
 def _token_bytes(model: ModelSpec, parallel: ParallelSpec) -> int:
     """Bytes per rank of a token's activations in the widest part of a layer.
 
-    Of experts: for each that the token passes gate and up, or the output in the same buffer, and their product.
+    Of experts: for each that the token passes gate and up, or the output in the same buffer, and their product; and as
+    much for the tokens of each replica that shares the experts.
     """
     tp = parallel.tensor_parallel_size
     attention = 2 * model.q_size // tp + 2 * parallel.kv_heads_per_rank(model) * model.head_dim
     widest = max(attention, model.mlp_matrices * model.intermediate_size // tp if model.has_mlps else 0)
     if (experts := model.experts) is not None:
-        width = experts.intermediate_size // tp
-        widest = max(widest, experts.top_k * (max((model.mlp_matrices - 1) * width, model.hidden_size) + width))
+        width = experts.intermediate_size // parallel.expert_tensor_size
+        passed = experts.top_k * (max((model.mlp_matrices - 1) * width, model.hidden_size) + width)
+        widest = max(widest, parallel.data_parallel_size * passed)
     return (2 * model.hidden_size + widest) * model.activation_itemsize
 
 

@@ -19,6 +19,7 @@ QUANTIZED_BYTES = {  # of a weight of a linear layer or an expert, its share of 
     "mxfp4": (4 + 8 / 32) / 8,  # an 8-bit scale for each group of 32
 }
 DTYPES = ("bfloat16", "float16", "float32")  # that a whole model is served in; the others are of some tensors
+EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")  # see profiler/expert_load.py
 QUANTIZATIONS = ("none", *QUANTIZED_BYTES)
 
 
@@ -55,10 +56,13 @@ class ExpertsSpec:
     router_bias: bool = False
     bias: bool = False  # of the experts' own matrices
     dense_layers: tuple[int, ...] = ()  # that have a plain MLP of the model's intermediate_size
+    load: str = "power_law_1.01"  # how a batch's tokens are taken to spread over the experts
 
     def __post_init__(self) -> None:
         check_fields(self, "num_experts top_k intermediate_size")
         check_fields(self, "shared_intermediate_size", zero=True)
+        if self.load not in EXPERT_LOADS:
+            raise unknown("expert load", self.load, EXPERT_LOADS)
         if self.shared_gate and not self.shared_intermediate_size:
             raise InputError("shared_gate is for a model with shared experts: give shared_intermediate_size")
         if self.top_k > self.num_experts:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.errors import InputError
 from engine.specs import ExpertsSpec, ModelSpec
 from engine.worker import layers
 from engine.worker.layers import NewParameter, TensorModule
@@ -33,8 +32,8 @@ def plain(spec: ExpertsSpec) -> bool:
     return not (spec.shared_intermediate_size or spec.shared_gate or spec.router_bias or spec.bias)
 
 
-def route(logits: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
-    """Return each token's weights (t, top_k), float32, and experts (t, top_k) of the router's logits (t, experts)."""
+def choose(logits: Tensor, spec: ExpertsSpec) -> tuple[Tensor, Tensor]:
+    """Return weights, float32, and numbers (t, top_k) of each token's experts by the router's logits (t, experts)."""
     weights, experts = logits.softmax(-1, dtype=torch.float32).topk(spec.top_k, dim=-1)
     return (weights / weights.sum(-1, keepdim=True) if spec.normalize else weights), experts
 
@@ -60,9 +59,9 @@ def one_by_one(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Products of one expert after the other; the host waits for `ends`."""
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
     start = 0
-    for matrix, end in zip(matrices, ends.tolist(), strict=True):
+    for expert, end in enumerate(ends.tolist()):
         if end > start:
-            torch.mm(rows[start:end], matrix, out=out[start:end])
+            torch.mm(rows[start:end], matrices[expert], out=out[start:end])
         start = end
     return out
 
@@ -73,19 +72,13 @@ class Experts(TensorModule):
     def __init__(self, spec: ModelSpec, rank: Rank, new: NewParameter, products: Products) -> None:
         super().__init__()
         assert spec.experts is not None
-        if spec.experts.intermediate_size % rank.tp_size:
-            raise InputError(
-                f"{spec.name} can't be cut into tensor_parallel_size={rank.tp_size}: it must divide the experts' width "
-                f"{spec.experts.intermediate_size}: use a divisor of it"
-            )
         count, width = spec.experts.num_experts, spec.experts.intermediate_size // rank.tp_size
         self.gate_up_proj = new(count, 2 * width, spec.hidden_size)
         self.down_proj = new(count, spec.hidden_size, width)
-        self.spec, self.activation, self.products = spec.experts, spec.activation, products
+        self.activation, self.products = spec.activation, products
 
-    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
-        """(t, h), and the router's logits of them (t, experts) -> (t, h), this rank's part of the sum."""
-        weights, experts = route(logits, self.spec)
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """(t, h), and what `choose` returned of them -> (t, h), this rank's part of the sum."""
         chosen, order = experts.flatten().sort(stable=True)
         count = torch.arange(self.gate_up_proj.shape[0], device=chosen.device)
         ends = torch.searchsorted(chosen, count, right=True, out_int32=True)

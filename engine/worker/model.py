@@ -19,7 +19,7 @@ from engine.errors import InputError
 from engine.specs import ModelSpec
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend
-from engine.worker.experts import Experts, Products, has_grouped_kernel, in_one_kernel, one_by_one, plain
+from engine.worker.experts import Experts, Products, choose, has_grouped_kernel, in_one_kernel, one_by_one, plain
 from engine.worker.inputs import Inputs
 from engine.worker.layers import Embedding, Linear, NewParameter, Norm
 from engine.worker.names import FAMILIES, vocabulary_rows
@@ -55,8 +55,8 @@ class Layer(nn.Module):
     mlp_gate_up_proj: Linear  # one of the first two and the third, or else the others
     mlp_up_proj: Linear
     mlp_down_proj: Linear
-    moe_router: Linear
-    moe_experts: Experts
+    router: Linear
+    experts: Experts
 
     def __init__(
         self, spec: ModelSpec, number: int, rank: Rank, links: Links, new: NewParameter, products: Products
@@ -77,10 +77,10 @@ class Layer(nn.Module):
         self.k_norm = Norm(spec, new, self.head_dim) if spec.qk_norm else None
         self.output_proj = Linear(q, hidden, spec.attention_output_bias, new, adds_bias=first)
         self.post_attention_norm = Norm(spec, new) if spec.norms_per_layer == 2 else None
-        self.experts = spec.experts if spec.has_experts(number) else None
-        if self.experts is not None:
-            self.moe_router = Linear(hidden, self.experts.num_experts, False, new)
-            self.moe_experts = Experts(spec, rank, new, products)
+        self.mixture = spec.experts if spec.has_experts(number) else None
+        if self.mixture is not None:
+            self.router = Linear(hidden, self.mixture.num_experts, False, new)
+            self.experts = Experts(spec, rank, new, products)
             return
         if self.gated:
             self.mlp_gate_up_proj = Linear(hidden, 2 * mlp, spec.mlp_bias, new)
@@ -134,8 +134,8 @@ class Layer(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         """(t, hidden_size) -> (t, hidden_size), this rank's part of the sum; of the MLP or of the experts."""
-        if self.experts is not None:
-            return self.moe_experts(x, self.moe_router(x))
+        if self.mixture is not None:
+            return self.experts(x, *self.expert_choice(self.router(x)))
         return self.mlp_down_proj(self.mlp_activation(self.mlp_gate_up_proj(x) if self.gated else self.mlp_up_proj(x)))
 
     def qk_norm(self, qkv: Tensor) -> Tensor:
@@ -162,6 +162,11 @@ class Layer(nn.Module):
         """Output of the up (or gate and up) projection -> input of the down projection."""
         return layers.gated_activate(up, self.activation) if self.gated else layers.activate(up, self.activation)
 
+    def expert_choice(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits (t, experts) -> weights, float32, and numbers (t, top_k) of each token's experts."""
+        assert self.mixture is not None
+        return choose(logits, self.mixture)
+
     def mlp_residual_norm(self, residual: Tensor, *branches: Tensor) -> tuple[Tensor, Tensor]:
         """The residual plus what the layer before put out, and its norm for the attention."""
         return self.input_norm.of_sum(residual, *branches)
@@ -179,6 +184,11 @@ class Decoder(nn.Module):
         super().__init__()
         check_supported(spec)
         rank.parallel.validate(spec)
+        if rank.parallel.data_parallel_size > 1 or rank.parallel.expert_parallel_size > 1:
+            raise InputError(
+                f"{rank.parallel}: the engine cuts every expert over the tensor-parallel ranks: give "
+                "data_parallel_size=1 and expert_parallel_size=1, or simulate it"
+            )
         self.spec, self.rank, self.links = spec, rank, links
         self.frequencies: Tensor
         self.register_buffer("frequencies", layers.rotary_frequencies(spec).to(device), persistent=False)

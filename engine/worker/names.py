@@ -33,19 +33,19 @@ _LLAMA = {
     "lm_head": "lm_head",
 }
 _MIXTRAL = _LLAMA | {
-    "moe_router": "block_sparse_moe.gate",
-    "moe_experts.gate_up_proj": "block_sparse_moe.experts.{}.w1 block_sparse_moe.experts.{}.w3",
-    "moe_experts.down_proj": "block_sparse_moe.experts.{}.w2",
+    "router": "block_sparse_moe.gate",
+    "experts.gate_up_proj": "block_sparse_moe.experts.{}.w1 block_sparse_moe.experts.{}.w3",
+    "experts.down_proj": "block_sparse_moe.experts.{}.w2",
 }
 _QWEN3_MOE = _LLAMA | {
-    "moe_router": "mlp.gate",
-    "moe_experts.gate_up_proj": "mlp.experts.{}.gate_proj mlp.experts.{}.up_proj",
-    "moe_experts.down_proj": "mlp.experts.{}.down_proj",
+    "router": "mlp.gate",
+    "experts.gate_up_proj": "mlp.experts.{}.gate_proj mlp.experts.{}.up_proj",
+    "experts.down_proj": "mlp.experts.{}.down_proj",
 }
 _FUSED_EXPERTS = {  # as transformers 5 holds any family's, and saves them with save_original_format=False
-    "moe_router": "mlp.gate",
-    "moe_experts.gate_up_proj": "mlp.experts.gate_up_proj",
-    "moe_experts.down_proj": "mlp.experts.down_proj",
+    "router": "mlp.gate",
+    "experts.gate_up_proj": "mlp.experts.gate_up_proj",
+    "experts.down_proj": "mlp.experts.down_proj",
 }
 _PHI = {
     "embedding": "model.embed_tokens",
@@ -116,7 +116,7 @@ def first_layer(spec: ModelSpec, rank: Rank) -> int:
 
 def are_fused(tensors: Iterable[str]) -> bool:
     """Return whether a checkpoint with tensors of these names has each layer's experts in one tensor."""
-    return any(tensor.endswith(_FUSED_EXPERTS["moe_experts.down_proj"]) for tensor in tensors)
+    return any(tensor.endswith(_FUSED_EXPERTS["experts.down_proj"]) for tensor in tensors)
 
 
 def tensor_names(spec: ModelSpec, fused_experts: bool = False) -> dict[str, str]:
@@ -138,7 +138,7 @@ def pieces(spec: ModelSpec, rank: Rank, parameter: str, fused_experts: bool = Fa
     if module.startswith("layers."):
         _, layer, module = module.split(".")
         prefix = names["layers"].format(first_layer(spec, rank) + int(layer))
-    if module == "moe_experts":
+    if module == "experts":
         sources = [f"{prefix}{each}" for each in names[f"{module}.{kind}"].split()]
         return _experts(spec, rank, sources, kind, fused_experts)
     source = names["embedding" if parameter == "lm_head.weight" and spec.tie_word_embeddings else module]
@@ -155,7 +155,7 @@ def pieces(spec: ModelSpec, rank: Rank, parameter: str, fused_experts: bool = Fa
     if module in ("output_proj", "mlp_down_proj") and kind == "weight":
         width = spec.q_size if module == "output_proj" else mlp
         return [Piece(tensors[0], (hidden, width), 1, *_share(width, rank))]
-    if module == "moe_router":
+    if module == "router":
         assert spec.experts is not None
         return [Piece(tensors[0], (spec.experts.num_experts, *columns), 0, 0, spec.experts.num_experts)]
     size = spec.head_dim if module in ("q_norm", "k_norm") else hidden

@@ -149,7 +149,7 @@ def dummy(decoder: Decoder, seed: int) -> None:
     """
     for name, parameter in decoder.named_parameters():
         whole_name = pieces(decoder.spec, decoder.rank, name)[0].tensor  # with the layer's number in the model
-        part = decoder.rank.tp_rank if parameter.dim() > 1 and "moe_router" not in name else 0
+        part = decoder.rank.tp_rank if parameter.dim() > 1 and not name.endswith("router.weight") else 0
         generator = torch.Generator(parameter.device)
         generator.manual_seed(zlib.crc32(f"{seed} {part} {whole_name}".encode()))
         parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, DUMMY_STD, generator=generator)

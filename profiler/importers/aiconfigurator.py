@@ -6,6 +6,7 @@ generation_attention_perf  decode: each request attends to `step` tokens, its ne
                            sequences of that length with one query token)
 custom_allreduce_perf      vLLM's all-reduce in a CUDA graph, and eager, where the host's launch is in the time
 nccl_perf                  NCCL; only all_reduce has a place in the calibration table
+moe_perf                   experts, see aiconfigurator_experts
 
 `message_size` counts elements, not bytes: collect_nccl.py divides nccl-tests' bytes by the element's, and
 collect_all_reduce.py makes a tensor of that many bfloat16. The numbers agree: the largest all-reduces of 8 GPUs attain
@@ -25,9 +26,10 @@ import pandas as pd
 from engine.errors import InputError
 from engine.specs import catalog
 from profiler import table
+from profiler.importers import aiconfigurator_experts
 from profiler.importers.common import Part, assemble, choose_device, find, finish, nothing_known, shorten
 
-WANTED = "AIConfigurator's {gemm,context_attention,generation_attention,custom_allreduce,nccl}_perf.parquet"
+WANTED = "AIConfigurator's {gemm,context_attention,generation_attention,custom_allreduce,nccl,moe}_perf.parquet"
 PRODUCTS = {  # in the name that CUDA gives the card: name in engine.specs.catalog
     r"\bA100.*PCI": "a100_pcie",
     r"\bA100.*SXM": "a100_sxm",
@@ -138,4 +140,5 @@ _READERS: dict[tuple[str, ...], Callable[[pd.DataFrame], tuple[pd.DataFrame, lis
     ("m", "n", "k"): _gemm,
     ("batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "step"): _attention,
     ("num_gpus", "message_size"): _collective,
+    aiconfigurator_experts.NUMBERS: aiconfigurator_experts.experts,
 }

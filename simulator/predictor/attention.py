@@ -156,6 +156,14 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
     held_out: ClassVar[tuple[str, str]] = ("batch", "batch_size")
 
     @classmethod
+    def seen(cls, op: DecodeOperator, requests: Array, kv_tokens: Array) -> Array:
+        return np.asarray(op.seen(requests, kv_tokens))
+
+    @classmethod
+    def straight(cls, op: DecodeOperator) -> bool:
+        return not op.windowed_apart
+
+    @classmethod
     def data_sheet(cls, op: DecodeOperator, site: Site) -> tuple[float, float]:
         """Each cached token is read once, and a request's query and output once."""
         kv_bytes = 2 * op.num_kv_heads * op.head_dim * site.kv_width

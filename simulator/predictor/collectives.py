@@ -17,8 +17,8 @@ import numpy as np
 from engine.errors import InputError, unknown
 from engine.results.tables import Array
 from engine.specs import DeviceSpec
+from profiler.kind import OfRows
 from profiler.kinds import AllReduce as AllReduceOperator
-from profiler.kinds import Message
 from profiler.kinds import Send as SendOperator
 from simulator.predictor.curves import Curve
 from simulator.predictor.kind import KindModel, RowsModel, SendModel, Site
@@ -42,10 +42,10 @@ class Layout(NamedTuple):
         return self.ranks_per_node < self.num_ranks
 
 
-MessageOp = TypeVar("MessageOp", bound=Message)
+MessageOp = TypeVar("MessageOp", bound=OfRows)
 
 
-class _Collective(KindModel[MessageOp]):
+class Collective(KindModel[MessageOp]):
     """Curves by kernel (the table's `backend`) and layout.
 
     Args:
@@ -210,7 +210,7 @@ class _Collective(KindModel[MessageOp]):
         return self
 
 
-class AllReduce(_Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
+class AllReduce(Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
     """All-reduce of `num_bytes` on each of `num_ranks` ranks.
 
     Among rank counts that were measured the logarithms of the times are interpolated, beyond them bytes follow the ring
@@ -236,7 +236,7 @@ class AllReduce(_Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
         return float(np.log2(ranks))
 
 
-class Send(_Collective[SendOperator], SendModel[SendOperator]):
+class Send(Collective[SendOperator], SendModel[SendOperator]):
     """A message of `num_bytes` from one rank to another, on the same node where `ranks_per_node` is 2."""
 
     kind: ClassVar[str] = "send"

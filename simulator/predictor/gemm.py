@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.results.tables import Array
 from engine.specs import DeviceSpec
+from engine.specs.model import QUANTIZED_BYTES
 from profiler.kinds import Gemm as Operator
 from simulator.predictor.forest import Forest
 from simulator.predictor.kind import RowsModel, Site
@@ -30,10 +31,21 @@ TILES = (
 SPLITS = (1, 2, 4, 8)  # ways that a kernel may cut k (split-K), so that few tiles fill the SMs
 LAUNCH_S, SPLIT_S, DRAM_SHARE = 2.5e-6, 3e-6, 0.87
 WIDTH = 2  # bytes of an element
+WIDEN_ROWS, WIDEN_LANES, WIDEN_HZ = 128, 128, 1.5e9  # of a tile, of a multiprocessor, about what the cards run at
 FOREST: dict[str, Any] = {"trees": 18, "max_leaf_nodes": 2000, "max_features": 0.6}
 
 
 SMALL = 4000  # rows up to which weight shapes keep their own measurements; of more, forests know enough
+
+
+def widened(k: int, n: int, rows: Array, device: DeviceSpec) -> Array:
+    """Seconds to widen (k, n) weights to 16 bits in the multiplying kernel, an estimate.
+
+    Each weight takes an instruction (two for a pair: a shift with a mask, and a fused multiply-add) in each of the
+    passes over the rows, WIDEN_ROWS at a time, on all lanes of the multiprocessors. It is added to the products'
+    time; behind the reading of the weights it hides.
+    """
+    return np.asarray(np.ceil(rows / WIDEN_ROWS) * (k * n / (device.num_sms * WIDEN_LANES * WIDEN_HZ)))
 
 
 class Gemm(RowsModel[Operator]):
@@ -58,9 +70,21 @@ class Gemm(RowsModel[Operator]):
 
     @classmethod
     def data_sheet(cls, op: Operator, site: Site, rows: Array) -> Array:
+        """Quantised weights are read in their format; see `widened` for those that are computed with in 16 bits."""
         flops = 2.0 * rows * op.k * op.n
-        traffic = rows * (op.k + op.n) * site.width + op.k * op.n * site.weight_width
-        return np.asarray(op.count * np.maximum(flops / site.flops, traffic / site.bandwidth))
+        byte = site.weight_width if op.dtype is None else QUANTIZED_BYTES[op.dtype]
+        traffic = rows * (op.k + op.n) * site.width + op.k * op.n * byte
+        rate, widening = site.flops, np.zeros(1)
+        fp8 = site.device.peak_fp8_flops
+        if op.dtype in ("fp8", "fp8_block") and fp8 is not None:
+            rate = fp8 * site.device.matmul_efficiency
+        elif op.dtype is not None:
+            widening = widened(op.k, op.n, rows, site.device)
+        return np.asarray(op.count * np.maximum(flops / rate + widening, traffic / site.bandwidth))
+
+    def applies(self, op: Operator, site: Site) -> bool:
+        """Only 16 bits were measured."""
+        return op.dtype is None
 
     def fit(self, frame: pd.DataFrame) -> Self:
         rows = frame.groupby(["m", "k", "n"], as_index=False)["time_ms"].median()  # models share shapes

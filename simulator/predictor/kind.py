@@ -226,8 +226,18 @@ class DecodeModel(KindModel[Op]):
     def roofline(cls, op: Op, site: Site, requests: Array, kv_tokens: Array) -> Array:
         """Return seconds by the data sheet from the launch floor up, (rows,)."""
         per_request, per_kv_token = cls.data_sheet(op, site)
-        seconds = per_request * requests + per_kv_token * kv_tokens
+        seconds = per_request * requests + per_kv_token * cls.seen(op, requests, kv_tokens)
         return np.asarray(np.maximum(seconds, op.count * cls.launch_floor(op, site)))
+
+    @classmethod
+    def seen(cls, op: Op, requests: Array, kv_tokens: Array) -> Array:
+        """Return how many of the batch's cached tokens the operator attends to."""
+        return kv_tokens
+
+    @classmethod
+    def straight(cls, op: Op) -> bool:
+        """Return whether its time is a straight line in the cached tokens."""
+        return True
 
     def times(self, op: Op, site: Site, requests: Array, kv_tokens: Array) -> Array:
         """Return seconds as learned, (rows,)."""

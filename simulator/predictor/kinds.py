@@ -17,11 +17,17 @@ from profiler.table import HOST
 from simulator.predictor.attention import AttentionDecode, AttentionPrefill
 from simulator.predictor.collectives import AllReduce, Send
 from simulator.predictor.elementwise import Elementwise
+from simulator.predictor.exchanges import AllGather, AllToAll, ReduceScatter
+from simulator.predictor.experts import Experts
 from simulator.predictor.gemm import Gemm
 from simulator.predictor.kind import BatchModel, DecodeModel, KindModel, PromptModel, RowsModel, SendModel
 
 KINDS: dict[str, type[KindModel[Any]]] = {
-    model.kind: model for model in (Gemm, Elementwise, AttentionPrefill, AttentionDecode, AllReduce, Send)
+    model.kind: model
+    for model in (
+        *(Gemm, Elementwise, AttentionPrefill, AttentionDecode, AllReduce, Send),
+        *(Experts, AllGather, ReduceScatter, AllToAll),
+    )
 }
 
 

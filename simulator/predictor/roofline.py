@@ -131,7 +131,8 @@ def _stage(
     tp, layers = parallel.tensor_parallel_size, parallel.stage_layers(model.num_layers)[stage]
     site = Site(device, network, model, tp, stage * tp)
     operators = sort_out(inventory(model, parallel, stage))
-    stepped = operators.batches or any(kind.launch_floor(op, site) for op, kind in operators.decodes)
+    bent = any(kind.launch_floor(op, site) or not kind.straight(op) for op, kind in operators.decodes)
+    stepped = operators.batches or bent
     kind_of_stage = _SteppedStage if stepped else _Stage
     return kind_of_stage(operators, site, host, layers, parallel.world_size, stage)
 

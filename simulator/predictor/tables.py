@@ -106,8 +106,8 @@ class TableMaker:
         requests, kv = (grid.ravel() for grid in np.meshgrid(REQUESTS, KV_TOKENS, indexing="ij"))
         kv = np.maximum(requests, kv)
         seconds = np.zeros(len(kv))
-        for op, _ in self.sorted[stage].decodes:
-            seconds += self._source(op, stage)(requests, kv)
+        for op, kind in self.sorted[stage].decodes:
+            seconds += self._source(op, stage)(requests, kind.seen(op, requests, kv))
         # along the cached tokens alone: the same tokens in fewer requests may well take longer
         grid = np.maximum.accumulate(seconds.reshape(len(REQUESTS), len(KV_TOKENS)), axis=1)
         every = np.arange(MOST_REQUESTS + 1)

@@ -192,6 +192,44 @@ class _Send(_Message):
     name, size, moved = "Send", "Bytes", "bytes"
 
 
+class _Ring(_Message):
+    size, moved = "Bytes of each rank", "bytes that each rank sends in a ring"
+
+    def share(self, ranks: Array) -> Array:
+        return np.asarray(ranks - 1)
+
+
+class _AllGather(_Ring):
+    name = "All-gather"
+
+
+class _ReduceScatter(_Ring):
+    name = "Reduce-scatter"
+
+
+class _AllToAll(_Message):
+    name, size, moved = "All-to-all", "Bytes that leave each rank", "bytes"
+
+
+class _Moe(KindPage):
+    name, size, shapes, target = "Experts", "Tokens", "hidden size, width, experts of a rank and top-k; format", 0.10
+
+    def left_out(self, record: Mapping[str, Any]) -> str:
+        return "whole shapes (hidden size, width, experts of a rank, top-k)"
+
+    def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
+        names = ("hidden_size", "expert_width", "local_experts", "top_k", "dtype", "expert_load")
+        shapes = zip(*(columns[name].tolist() for name in names), strict=True)
+        labels = [f"{h} x {w}, {e} experts, top {k}, {dtype}, {load}" for h, w, e, k, dtype, load in shapes]
+        return model.bound(columns), np.asarray(columns["expert_tokens"], float), np.array(labels, dtype=object)
+
+    def range_words(self, model: Any) -> list[str]:
+        return [
+            f"{dtype}: " + ", ".join(f"{name.replace('_', ' ')} {_span(limits)}" for name, limits in sizes.items())
+            for dtype, sizes in model.range_.items()
+        ]
+
+
 PAGES: dict[str, KindPage] = {
     "gemm": _Gemm(),
     "elementwise": _Elementwise(),
@@ -199,6 +237,10 @@ PAGES: dict[str, KindPage] = {
     "attention_decode": _AttentionDecode(),
     "all_reduce": _AllReduce(),
     "send": _Send(),
+    "moe": _Moe(),
+    "all_gather": _AllGather(),
+    "reduce_scatter": _ReduceScatter(),
+    "all_to_all": _AllToAll(),
 }
 
 
