@@ -100,7 +100,9 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
             f"prefix cache: {summary['prefix_hit_rate']:.1%} of prompt tokens found "
             f"({summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted)"
         )
-    memory = [f"KV cache at most {summary['peak_kv_utilization']:.0%} full"] * bool(summary["peak_kv_utilization"])
+    memory = [f"KV cache at most {100 * summary['peak_kv_utilization']:.3g}% full"] * bool(
+        summary["peak_kv_utilization"]
+    )
     if summary["preemptions"]:
         lost = sum(replica["recomputed_tokens"] for replica in summary["replicas"])
         memory.append(f"{summary['preemptions']:,} preemptions, which threw {lost:,} computed tokens away")

@@ -81,12 +81,15 @@ specs = st.builds(
     ahead=st.booleans(),
     overhead=st.sampled_from([0.0, 0.013]),
     think=st.sampled_from([0.0, 0.5]),
+    people=st.booleans(),
 )
 def test_the_driver_the_fast_path_and_single_steps_agree(  # type: ignore[no-untyped-def]
-    spec, policy, stages, blocks, ahead, overhead, think
+    spec, policy, stages, blocks, ahead, overhead, think, people
 ) -> None:
     if spec.max_concurrency is not None:
         spec = replace(spec, client_overhead_s=overhead, ramp_up_s=10 * overhead)
+        if people:
+            spec = replace(spec, users=spec.max_concurrency, max_concurrency=None)
     if spec.turns is not None:
         spec = replace(spec, think_time_s=think)
     workload = make_workload(spec)

@@ -53,7 +53,7 @@ def test_repeats_equal_single_steps_and_the_driver(
     assert driven.summary["recomputed_tokens"] == fast.summary["replicas"][0]["recomputed_tokens"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     jobs=sharers,
     policy=st.sampled_from(SHARING_POLICIES),
