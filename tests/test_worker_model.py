@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -331,8 +332,8 @@ def test_compiled_chains_compute_the_same(device: str) -> None:
 
 def supported() -> list[ModelSpec]:
     """Of each shape that the engine runs one model."""
-    known = [replace(spec, name="") for spec in catalog.MODELS.values() if spec.model_type in FAMILIES]
-    every = dict(zip(known, (spec for spec in catalog.MODELS.values() if spec.model_type in FAMILIES), strict=True))
+    no_shape: dict[str, Any] = {"name": "", "max_position_embeddings": 1, "rope_theta": 1.0, "rope_scaling": None}
+    every = {replace(spec, **no_shape): spec for spec in catalog.MODELS.values() if spec.model_type in FAMILIES}
     return [spec for spec in every.values() if spec.quantization == "none" and not spec.full_attention_layers]
 
 
