@@ -7,15 +7,19 @@ with code 2. Anything else that is raised is a defect of Windtunnel and keeps it
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+SHOWN = 24  # names that an error lists beside the nearest one
+
 
 class InputError(ValueError):
     """The input asks for something impossible; the message names the value and the fix."""
 
 
 def unknown(kind: str, value: str, known: Iterable[str]) -> InputError:
-    """An error for a name that is not known, with the nearest known one."""
+    """An error for a name that is not known, with the nearest known one, and all of them where they are few."""
     names = sorted(known)
     folded = {name.casefold(): name for name in names}
     near = get_close_matches(value.casefold(), folded, n=1, cutoff=0.4)
-    hint = f"did you mean {folded[near[0]]!r}? " if near else ""
-    return InputError(f"unknown {kind} {value!r}: {hint}known are {', '.join(names)}")
+    hint = f"did you mean {folded[near[0]]!r}?" if near else ""
+    if hint and len(names) > SHOWN:
+        return InputError(f"unknown {kind} {value!r}: {hint}")
+    return InputError(f"unknown {kind} {value!r}: {hint}{' ' * bool(hint)}known are {', '.join(names)}")

@@ -12,7 +12,7 @@ from the data sheet and the engine measures.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 from engine.engine_preset import DEFAULT, EnginePreset, preset
@@ -56,6 +56,7 @@ class ReplicaSpec:
     async_scheduling: bool
     gpu_memory_utilization: float
     num_gpu_blocks_override: int | None
+    card: str = field(default="", compare=False)  # which one it is, where the device's name left that open
 
     def __post_init__(self) -> None:
         self.parallel.validate(self.model)
@@ -107,7 +108,7 @@ class ReplicaSpec:
     def notes(self) -> list[str]:
         """Return what a reader of the results should know."""
         length, positions = self.scheduler.max_model_len or 0, self.model.max_position_embeddings
-        notes = []
+        notes = [self.card] * bool(self.card)
         if length > positions:
             notes.append(
                 f"--max-model-len {length} is past the {positions} positions that {self.model.name} was made for"
@@ -122,6 +123,12 @@ class ReplicaSpec:
             notes.append(f"{self.scheduler.policy} runs a prompt over its token budget whole; {longest}")
         if self.scheduler.policy == "vllm" and self.engine.scheduler.get("policy") == "vllm_v0":
             notes.append(f"the scheduler vllm is vLLM V1's; that of {self.engine.name} is vllm_v0")
+        sharers = self.parallel.data_parallel_size
+        if sharers > 1:
+            notes.append(
+                f"{sharers} such replicas share the experts: deploy a multiple of {sharers}. The batches of the others "
+                "are taken to be as large as each one's own, and to run in step with it"
+            )
         tp, node = self.parallel.tensor_parallel_size, self.network.gpus_per_node
         if tp > node:
             rate = self.network.internode.bandwidth_bytes_per_s / 1e9
@@ -224,6 +231,7 @@ def resolve(
         host_overhead: see `engine.engine_preset.preset`.
         num_gpu_blocks_override: KV blocks; None: what the memory holds.
     """
+    card = catalog.which_card(device) if isinstance(device, str) else ""
     device = catalog.device(device) if isinstance(device, str) else device
     if isinstance(model, str):
         named = catalog.model(model)
@@ -265,6 +273,7 @@ def resolve(
         async_scheduling=ahead,
         gpu_memory_utilization=share,
         num_gpu_blocks_override=num_gpu_blocks_override,
+        card=card,
     )
 
 

@@ -10,34 +10,100 @@ import pytest
 import yaml
 
 from engine.errors import InputError
+from engine.replica_spec import resolve
 from engine.specs import DeviceSpec, Link, catalog
 
-# The count that each model's repository publishes, except two worked out by hand. falcon-180B, whose LM head is tied:
+# The count that each model's repository publishes, except those worked out by hand. falcon-180B, whose LM head is tied:
 # 80 * (2 * 14848^2 + 2 * 14848 * 512 + 8 * 14848^2 + 4 * 14848) + 65024 * 14848 + 2 * 14848. internlm-20b:
-# 60 * (4 * 5120^2 + 3 * 5120 * 13824 + 2 * 5120) + 2 * 103168 * 5120 + 5120.
+# 60 * (4 * 5120^2 + 3 * 5120 * 13824 + 2 * 5120) + 2 * 103168 * 5120 + 5120. Gemma 3 from 4B on: the text decoder.
 PARAMETERS = {
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
-    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Instruct-2407": 12_247_782_400,
+    "mistralai/Mistral-Small-Instruct-2409": 22_247_282_688,
+    "mistralai/Mistral-Small-24B-Instruct-2501": 23_572_403_200,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
     "01-ai/Yi-34B": 34_388_917_248,
     "01-ai/Yi-34B-200K": 34_388_917_248,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-2-13b-hf": 13_015_864_320,
     "meta-llama/Llama-2-70b-hf": 68_976_648_192,
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
-    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
     "codellama/CodeLlama-34b-Instruct-hf": 33_743_970_304,
     "tiiuae/falcon-180B": 178_557_088_768,
     "Qwen/Qwen-72B": 72_287_920_128,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
     "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
     "internlm/internlm-20b": 20_088_714_240,
     "microsoft/phi-2": 2_779_683_840,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/Phi-3-medium-4k-instruct": 13_960_238_080,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320,
+    "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-4b-it": 3_880_263_168,
+    "google/gemma-3-12b-it": 11_766_034_176,
+    "google/gemma-3-27b-it": 27_009_346_304,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "openai/gpt-oss-20b": 20_914_757_184,
 }
 
 
 def test_every_model_has_its_published_size() -> None:
-    assert {name: model.num_parameters for name, model in catalog.MODELS.items()} == PARAMETERS
+    every = {name: model.num_parameters for name, model in catalog.MODELS.items()}
+    assert {name: every[name] for name in PARAMETERS} == PARAMETERS
+    assert set(every.values()) == {*PARAMETERS.values()}  # those left out are other releases of the same shapes
+
+
+def test_models_of_the_catalog_are_as_their_configs_have_them() -> None:
+    oss, qwen = catalog.model("gpt-oss-120b"), catalog.model("Qwen3-30B-A3B-FP8")
+    assert (oss.expert_dtype, oss.linear_dtype, oss.sliding_window) == ("mxfp4", None, 128)
+    assert (qwen.linear_dtype, qwen.quantization) == ("fp8_block", "fp8_block")
+    assert catalog.model("Qwen3-30B-A3B") == replace(qwen, name="Qwen/Qwen3-30B-A3B", linear_dtype=None)
+    scaling = catalog.model("Llama-3.1-8B").rope_scaling
+    assert scaling is not None and (scaling.kind, scaling.factor) == ("llama3", 8.0)
+    gemma = catalog.model("gemma-3-27b-it")
+    assert (gemma.norms_per_layer, gemma.qk_norm, len(gemma.full_attention_layers)) == (4, True, 10)
+
+
+def test_a_near_miss_names_the_nearest_and_no_list() -> None:
+    with pytest.raises(InputError) as error:
+        catalog.model("Qwen3-30B-A3")
+    assert str(error.value).startswith("unknown model 'Qwen3-30B-A3': did you mean 'Qwen3-30B-A3B'?")
+    assert "Llama" not in str(error.value)
+    with pytest.raises(InputError, match=r"did you mean 'b200'\? known are a100, a100_pcie"):
+        catalog.device("b201")
+
+
+def test_a_name_of_several_cards_says_which_is_meant() -> None:
+    said = catalog.which_card("a100")
+    assert "a100_pcie (NVIDIA A100 80GB PCIe, on pairwise_nvlink)" in said and "a100_sxm" in said
+    assert said in resolve("phi-2", "a100").notes()
+    assert catalog.which_card("a100_sxm") == "" and resolve("phi-2", "a100_sxm").notes() == []
+    assert resolve("phi-2", "a100") == resolve("phi-2", "a100_pcie")
 
 
 def test_kv_bytes_per_token_by_hand() -> None:
@@ -88,6 +154,10 @@ def test_peaks_are_the_data_sheets() -> None:
         "h100": (989e12, 3.35e12, 80e9),
         "h200": (989e12, 4.8e12, 141e9),
         "l4": (121e12, 0.3e12, 24e9),
+        "b200": (2250e12, 8e12, 192e9),
+        "h20": (148e12, 4e12, 96 * 2**30),
+        "rtx_pro_6000": (500e12, 1.597e12, 96 * 2**30),
+        "mi300x": (1307.4e12, 5.3e12, 192 * 2**30),
     }
     for name, (flops, bandwidth, capacity) in sheet.items():
         device = catalog.device(name)

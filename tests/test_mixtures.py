@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InputError
 from engine.replica_spec import resolve
+from engine.runtime.engine_spec import EngineSpec
 from engine.scheduling.request import BatchShape
 from engine.specs import ExpertsSpec, ModelSpec, ParallelSpec, catalog, memory
 from engine.specs.model import EXPERT_LOADS
@@ -23,6 +24,7 @@ from profiler.operators import inventory
 from simulator.predictor import experts as estimator
 from simulator.predictor.kind import Site
 from simulator.predictor.roofline import Roofline
+from windtunnel.settings import ReplicaConfig
 
 QWEN = ModelSpec(
     name="Qwen3-30B-A3B", model_type="qwen3_moe", num_layers=48, hidden_size=2048, intermediate_size=6144,
@@ -116,6 +118,17 @@ def test_an_exchange_by_expert_sends_a_row_to_the_ranks_that_have_its_experts() 
 def test_cuts_that_can_not_be_are_refused(model: ModelSpec, cut: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         ParallelSpec(**cut).validate(model)  # type: ignore[arg-type]
+
+
+def test_replicas_that_share_experts_are_said_to() -> None:
+    settings = ReplicaConfig(model="Qwen3-30B-A3B", device="h100", tensor_parallel_size=2, data_parallel_size=2,
+                             enable_expert_parallel=True)  # fmt: skip
+    cut = settings.parallel_spec()
+    assert (str(cut), cut.expert_parallel_size) == ("TP2-PP1-DP2-EP4", 4)
+    replica = resolve("Qwen3-30B-A3B", "h100", parallel=cut)
+    assert any("2 such replicas share the experts" in note for note in replica.notes())
+    with pytest.raises(InputError, match="TP2-PP1-DP2-EP4: the engine cuts experts by width"):
+        EngineSpec.of(replica.with_blocks(9), folder=None)
 
 
 # -- how tokens spread -------------------------------------------------------------------------------------------------

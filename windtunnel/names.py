@@ -17,7 +17,6 @@ SYNONYMS: dict[str, tuple[str, ...]] = {  # words of other tools, and the settin
     "pp_size": ("pipeline_parallel_size",),
     "pipeline_parallel": ("pipeline_parallel_size",),
     "dp": ("num_replicas",),
-    "data_parallel_size": ("num_replicas",),
     "replicas": ("num_replicas",),
     "gpu": ("device",),
     "gpu_type": ("device",),

@@ -57,6 +57,22 @@ class ServingSettings(_Settings):
         _PARALLEL.tensor_parallel_size, "Deployment", "Number of GPUs that share each layer."
     )
     pipeline_parallel_size: int = _field(_PARALLEL.pipeline_parallel_size, "Deployment", "Number of pipeline stages.")
+    data_parallel_size: int = _field(
+        _PARALLEL.data_parallel_size,
+        "Deployment",
+        "Number of replicas that share the experts of a mixture, each with its own attention and KV cache. --num-replicas "
+        "is then a multiple of it.",
+    )
+    enable_expert_parallel: bool = _field(
+        False,
+        "Deployment",
+        "Whether the ranks that share the experts hold whole experts, instead of a share of each.",
+    )
+    expert_exchange: Literal["all_gather", "all_to_all"] = _field(
+        _PARALLEL.expert_exchange,
+        "Deployment",
+        "How tokens reach experts of other replicas: all_gather (and reduce-scatter) or all_to_all (whole experts only).",
+    )
     dtype: str = _field(
         _REPLICA["dtype"],
         "Deployment",
@@ -155,8 +171,13 @@ class ServingSettings(_Settings):
     )
 
     def parallel_spec(self) -> ParallelSpec:
+        every = self.tensor_parallel_size * self.data_parallel_size
         return ParallelSpec(
-            tensor_parallel_size=self.tensor_parallel_size, pipeline_parallel_size=self.pipeline_parallel_size
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            data_parallel_size=self.data_parallel_size,
+            expert_parallel_size=every if self.enable_expert_parallel else 1,
+            expert_exchange=self.expert_exchange,
         )
 
     def scheduler_settings(self) -> dict[str, Any]:
@@ -186,7 +207,8 @@ class ReplicaConfig(ServingSettings):
     device: str = _field(
         "",
         "Deployment",
-        "Device: a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, cpu, a YAML file or a calibration's folder.",
+        "Device: a100 (a100_pcie), a100_sxm, a40, h100, h200, l4, b200, h20, rtx_pro_6000, mi300x, cpu, a YAML file or "
+        "a calibration's folder.",
     )
     network: str | None = _field(
         _REPLICA["network"],

@@ -60,6 +60,11 @@ class EngineSpec:
                 f"cache in {model.kv_cache_dtype}: the engine keeps all three in one of {', '.join(DTYPES)}"
             )
         self.parallel.validate(self.model)
+        if self.parallel.data_parallel_size > 1 or self.parallel.expert_parallel_size > 1:
+            raise InputError(
+                f"{self.parallel}: the engine cuts experts by width alone, over tensor-parallel ranks: give "
+                "--tensor-parallel-size, or simulate it"
+            )
 
     @property
     def dtype(self) -> str:

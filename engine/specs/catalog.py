@@ -1,5 +1,8 @@
 """The models, devices, networks and host overheads that have a name, and their look-ups.
 
+Models are the published configs in data/models.json, of Gemma 3 its text decoder; devices that nobody measured here are
+in data/devices.json.
+
 Names ignore case, and a model's organisation may be left out. Instead of a name, a look-up takes a file of the user's
 own: for a model a Hugging Face folder or config.json, for a device or network a YAML file whose keys are the fields of
 DeviceSpec or NetworkSpec. Data-sheet peaks are exact; efficiencies, link times and host times are estimates until a
@@ -23,62 +26,26 @@ GIB = 1 << 30
 _CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
     name: name.lower() for name in ("A40", "H100", "H200", "L4")
 }  # NVIDIA's names
+DATA = Path(__file__).parent / "data"
 DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
 Spec = TypeVar("Spec", DeviceSpec, NetworkSpec, Link)
 
 
-def _decoder(name: str, model_type: str, shape: tuple[int, int, int, int, int], vocab: int, positions: int,
-             theta: float = 10000.0, **more: Any) -> ModelSpec:  # fmt: skip
-    """A model by the numbers of its config.json: (layers, hidden, intermediate, heads, KV heads), vocabulary, ..."""
-    layers, hidden, intermediate, heads, kv_heads = shape
-    return ModelSpec(
-        name=name,
-        model_type=model_type,
-        num_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        vocab_size=vocab,
-        max_position_embeddings=positions,
-        rope_theta=theta,
-        **more,
-    )
+def _models() -> dict[str, ModelSpec]:
+    """The models of data/models.json: of each the part of its published config.json that says its shape.
+
+    One that is `like` another has that one's keys where it has none of its own.
+    """
+    data = json.loads((DATA / "models.json").read_text(encoding="utf-8"))
+
+    def config(name: str) -> dict[str, Any]:
+        own = dict(data[name])
+        return {**config(own.pop("like")), **own} if "like" in own else own
+
+    return {name: hf_config.read(config(name), name) for name in data}
 
 
-_MISTRAL = (32, 4096, 14336, 32, 8)
-_YI = (60, 7168, 20480, 56, 8)
-_LLAMA_70B = (80, 8192, 28672, 64, 8)
-_FALCON: dict[str, Any] = {"gated_mlp": False, "parallel_block": True, "norm": "layer", "tie_word_embeddings": True,
-                           "activation": "gelu"}  # fmt: skip
-_QWEN: dict[str, Any] = {"qkv_bias": True, "norm_eps": 1e-6}
-_PHI: dict[str, Any] = {"gated_mlp": False, "parallel_block": True, "norm": "layer", "norms_per_layer": 1,
-                        "qkv_bias": True, "attention_output_bias": True, "mlp_bias": True,
-                        "lm_head_bias": True, "activation": "gelu_tanh"}  # fmt: skip
-
-MODELS = {
-    spec.name: spec
-    for spec in (
-        _decoder("mistralai/Mistral-7B-v0.1", "mistral", _MISTRAL, 32000, 32768, sliding_window=4096),
-        _decoder("mistralai/Mistral-7B-Instruct-v0.2", "mistral", _MISTRAL, 32000, 32768, 1e6),
-        _decoder("mistralai/Mistral-7B-Instruct-v0.3", "mistral", _MISTRAL, 32768, 32768, 1e6),
-        _decoder("01-ai/Yi-34B", "llama", _YI, 64000, 4096, 5e6),
-        _decoder("01-ai/Yi-34B-200K", "llama", _YI, 64000, 200000, 1e7),
-        _decoder("meta-llama/Llama-2-7b-hf", "llama", (32, 4096, 11008, 32, 32), 32000, 4096),
-        _decoder("meta-llama/Llama-2-13b-hf", "llama", (40, 5120, 13824, 40, 40), 32000, 4096),
-        _decoder("meta-llama/Llama-2-70b-hf", "llama", _LLAMA_70B, 32000, 4096),
-        _decoder("meta-llama/Meta-Llama-3-8B", "llama", _MISTRAL, 128256, 8192, 5e5),
-        _decoder("meta-llama/Meta-Llama-3-70B", "llama", _LLAMA_70B, 128256, 8192, 5e5),
-        _decoder("codellama/CodeLlama-34b-Instruct-hf", "llama", (48, 8192, 22016, 64, 8), 32000, 16384, 1e6),
-        _decoder("tiiuae/falcon-180B", "falcon", (80, 14848, 59392, 232, 8), 65024, 2048, **_FALCON),
-        _decoder("Qwen/Qwen-72B", "qwen", (80, 8192, 24576, 64, 64), 152064, 32768, 1e6, **_QWEN),
-        _decoder("Qwen/Qwen2.5-7B", "qwen2", (28, 3584, 18944, 28, 4), 152064, 131072, 1e6, **_QWEN),
-        _decoder("Qwen/Qwen2.5-72B", "qwen2", (80, 8192, 29568, 64, 8), 152064, 131072, 1e6, **_QWEN),
-        _decoder("internlm/internlm-20b", "internlm", (60, 5120, 13824, 40, 40), 103168, 4096, norm_eps=1e-6),
-        _decoder("microsoft/phi-2", "phi", (32, 2560, 10240, 32, 32), 51200, 2048, rotary_fraction=0.4, **_PHI),
-    )
-}
+MODELS = _models()
 
 _SHEET = "NVIDIA data sheet for the peaks, CUDA's total for the memory; efficiencies are estimates"
 DEVICES = {
@@ -125,6 +92,7 @@ DEVICES = {
             name="h100",
             description="NVIDIA H100 80GB SXM5",
             peak_flops=989e12,
+            peak_fp8_flops=1979e12,
             memory_bandwidth=3.35e12,
             memory_bytes=int(79.1 * GIB),
             num_sms=132,
@@ -138,6 +106,7 @@ DEVICES = {
             name="h200",
             description="NVIDIA H200 141GB SXM5",
             peak_flops=989e12,
+            peak_fp8_flops=1979e12,
             memory_bandwidth=4.8e12,
             memory_bytes=int(139.8 * GIB),
             num_sms=132,
@@ -151,6 +120,7 @@ DEVICES = {
             name="l4",
             description="NVIDIA L4 24GB PCIe",
             peak_flops=121e12,
+            peak_fp8_flops=242e12,
             memory_bandwidth=0.3e12,
             memory_bytes=int(22.0 * GIB),
             num_sms=58,
@@ -175,7 +145,14 @@ DEVICES = {
         ),
     )
 }
+DEVICES |= {
+    name: DeviceSpec(name=name, **values)
+    for name, values in json.loads((DATA / "devices.json").read_text(encoding="utf-8")).items()
+}
 _DEVICE_ALIASES = {"a100": "a100_pcie"}  # as in the Sarathi-Serve paper
+_SEVERAL_CARDS = {  # aliases that leave open which card is meant, and the others that may be
+    "a100": "a100_sxm",
+}
 
 INTERNODES = {  # between nodes, per GPU and step of a collective; and where the numbers come from
     "ethernet_100g": (
@@ -246,6 +223,31 @@ NETWORKS = {
             node=Link(10e-6, 20e9),
             internode=_ETHERNET,
             source=f"32 GB/s line rate, what is attained of it is an estimate; {_ETHERNET_SOURCE}",
+        ),
+        NetworkSpec(
+            name="nvswitch_b200",
+            description="8 GPUs on NVSwitch, NVLink 5",
+            gpus_per_node=8,
+            node=Link(3e-6, 720e9),
+            internode=_IB,
+            source=f"data sheet 900 GB/s per direction, 80% and 3 us a step are an estimate; {_IB_SOURCE}",
+        ),
+        NetworkSpec(
+            name="infinity_fabric_mi300x",
+            description="8 MI300X, each linked with each",
+            gpus_per_node=8,
+            node=Link(5e-6, 310e9),
+            internode=_IB,
+            source="data sheet 7 links of 64 GB/s per direction, what is attained of them is an estimate; "
+            + _IB_SOURCE,
+        ),
+        NetworkSpec(
+            name="pcie_gen5",
+            description="8 GPUs over PCIe 5 x16, no bridges",
+            gpus_per_node=8,
+            node=Link(8e-6, 40e9),
+            internode=_ETHERNET,
+            source=f"64 GB/s line rate, what is attained of it is an estimate; {_ETHERNET_SOURCE}",
         ),
         NetworkSpec(
             name="shared_memory",
@@ -328,9 +330,9 @@ def model(name_or_path: str) -> ModelSpec:
     if found is None and _is_file(name_or_path, (".json",)):
         return hf_config.read(name_or_path)
     if found is None:
-        raise InputError(
-            f"{unknown('model', name_or_path, MODELS)}; or give a folder with a config.json (here is none)"
-        )
+        short = (name.split("/")[1] for name in MODELS)
+        error = unknown("model", name_or_path, MODELS if "/" in name_or_path else short)
+        raise InputError(f"{error}; or give a folder with a config.json (here is none)")
     return MODELS[found]
 
 
@@ -349,6 +351,18 @@ def device(name_or_path: str) -> DeviceSpec:
             raise InputError(f"device {name_or_path!r} is not one: name the GPU, such as a100 or h100, or give cpu")
         raise unknown("device", name_or_path, (*DEVICES, *_DEVICE_ALIASES))
     return DEVICES[found]
+
+
+def which_card(name: str) -> str:
+    """Return which card and network a name means that leaves it open; "" for one that does not."""
+    other = _SEVERAL_CARDS.get(name.casefold())
+    if other is None:
+        return ""
+    spec = device(name)
+    return (
+        f"{name} is taken as {spec.name} ({spec.description}, on {spec.network}); "
+        f"the other is {other} ({DEVICES[other].description}, on {DEVICES[other].network})"
+    )
 
 
 def device_of_hardware(hardware: str) -> str | None:
