@@ -60,8 +60,8 @@ class ServingSettings(_Settings):
     data_parallel_size: int = _field(
         _PARALLEL.data_parallel_size,
         "Deployment",
-        "Number of replicas that share the experts of a mixture, each with its own attention and KV cache. --num-replicas "
-        "is then a multiple of it.",
+        "Number of replicas that share the experts of a mixture, each with its own attention and KV cache. "
+        "--num-replicas is then a multiple of it.",
     )
     enable_expert_parallel: bool = _field(
         False,
@@ -71,7 +71,7 @@ class ServingSettings(_Settings):
     expert_exchange: Literal["all_gather", "all_to_all"] = _field(
         _PARALLEL.expert_exchange,
         "Deployment",
-        "How tokens reach experts of other replicas: all_gather (and reduce-scatter) or all_to_all (whole experts only).",
+        "How tokens reach experts of other replicas: all_gather (with reduce-scatter) or all_to_all (whole experts).",
     )
     dtype: str = _field(
         _REPLICA["dtype"],

@@ -332,7 +332,7 @@ def model(name_or_path: str) -> ModelSpec:
     if found is None:
         short = (name.split("/")[1] for name in MODELS)
         error = unknown("model", name_or_path, MODELS if "/" in name_or_path else short)
-        raise InputError(f"{error}; or give a folder with a config.json (here is none)")
+        raise InputError(f"{error} (or give a folder with a config.json: here is none)")
     return MODELS[found]
 
 

@@ -84,8 +84,17 @@ class Experts(RowsModel[Operator]):
         read = work.touched * weights * byte / site.bandwidth
         product = 2 * weights * _in_tiles(work) / (flops * site.device.matmul_efficiency)
         moved = _moved(columns, work) / site.bandwidth
-        seconds = np.maximum(read, product) / attained + moved + KERNELS * LAUNCH_S
+        seconds = np.maximum(read, product) / attained + moved
         return np.asarray(op.count * np.interp(rows, grid, np.maximum.accumulate(seconds)))
+
+    @classmethod
+    def launch_floor(cls, op: Operator, site: Site) -> float:
+        return KERNELS * LAUNCH_S
+
+    @classmethod
+    def roofline(cls, op: Operator, site: Site, rows: Array) -> Array:
+        """Return seconds by the data sheet, with the launches of kernels that wait for each other."""
+        return np.asarray(cls.data_sheet(op, site, rows) + op.count * cls.launch_floor(op, site))
 
     @classmethod
     def usable(cls, rows: pd.DataFrame) -> pd.DataFrame:
