@@ -27,7 +27,7 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
     with progress_bar("simulations") as progress:
         task = progress.add_task("fitting", total=None)
         found = adjust_preset(
-            results, given, on_progress=lambda done, of: progress.update(task, completed=done), **options
+            results, given, workers=None, on_progress=lambda done, of: progress.update(task, completed=done), **options
         )
     write_whole(output, yaml.safe_dump(found["preset"], sort_keys=False))
     console.print(f"fitted to {found['points']:,} points, from {found['preset']['base']}:")

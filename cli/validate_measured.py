@@ -40,7 +40,7 @@ def run(
             task = progress.add_task("predicting", total=None)
             return validate_measured(
                 path, given, only=only, source=source, client=client, columns=columns, warmup_requests=warmup_requests,
-                on_progress=lambda done, of: progress.update(task, completed=done, total=of),
+                workers=None, on_progress=lambda done, of: progress.update(task, completed=done, total=of),
             )  # fmt: skip
 
     if output_dir is None:

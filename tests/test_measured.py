@@ -44,7 +44,7 @@ def simulated(users: int, **settings: Any) -> dict[str, Any]:
 def test_a_row_is_the_closed_loop_that_it_describes(tmp_path: Path) -> None:
     ours = simulated(4)
     path = silicon(tmp_path, silicon_row(4, ours["mean_ttft_ms"] / 1.1, ours["mean_tpot_ms"] / 0.8))
-    found = validate_measured(path, {}, workers=1)
+    found = validate_measured(path, {})
     assert found["points"] == found["predicted"] == 1
     assert found["ttft"] == pytest.approx({"mape": 0.1, "bias": 0.1})
     assert found["tpot"] == pytest.approx({"mape": 0.2, "bias": -0.2})
@@ -55,14 +55,14 @@ def test_a_row_is_the_closed_loop_that_it_describes(tmp_path: Path) -> None:
 def test_settings_that_are_given_win_over_the_file_and_its_source(tmp_path: Path) -> None:
     ours = simulated(4, max_num_seqs=2)
     path = silicon(tmp_path, silicon_row(4, ours["mean_ttft_ms"], ours["mean_tpot_ms"]))
-    assert validate_measured(path, {"max_num_seqs": "2"}, workers=1)["ttft"]["mape"] == pytest.approx(0)
-    assert validate_measured(path, {}, workers=1)["ttft"]["mape"] > 0.3
+    assert validate_measured(path, {"max_num_seqs": "2"})["ttft"]["mape"] == pytest.approx(0)
+    assert validate_measured(path, {})["ttft"]["mape"] > 0.3
 
 
 def test_rows_that_cannot_be_run_are_named_and_the_others_are(tmp_path: Path) -> None:
     rows = (silicon_row(2), silicon_row(3, backend="trtllm"), silicon_row(4, model_path="nobody/knows"),
             silicon_row(5, tp_size=64), silicon_row(6, silicon_ttft_ms=-1.0))  # fmt: skip
-    found = validate_measured(silicon(tmp_path, *rows), {}, workers=1)
+    found = validate_measured(silicon(tmp_path, *rows), {})
     assert (found["points"], found["predicted"]) == (5, 1)
     reasons = {row["id"]: row["why"] for row in found["refused"]}
     assert set(reasons) == {"c3", "c4", "c5", "c6"}
@@ -71,7 +71,7 @@ def test_rows_that_cannot_be_run_are_named_and_the_others_are(tmp_path: Path) ->
 
 def test_points_that_wait_for_kv_blocks_are_a_group_of_their_own(tmp_path: Path) -> None:
     path = silicon(tmp_path, silicon_row(2), silicon_row(32))
-    found = validate_measured(path, {"num_gpu_blocks_override": 80}, workers=1)
+    found = validate_measured(path, {"num_gpu_blocks_override": 80})
     assert [(record["id"], record["kv_limited"]) for record in found["records"]] == [("c2", False), ("c32", True)]
     counts = {group["group"]: group["count"] for group in found["groups"]}
     assert counts == {"not KV-limited": 1, "KV-limited": 1, "Mistral-7B-v0.1 a100_sxm bfloat16 TP1-PP1": 1}
@@ -101,18 +101,18 @@ def requests_file(folder: Path, rows: int = 60, **changed: Any) -> Path:
 
 def test_a_file_with_a_line_a_request_is_replayed_with_its_shared_prompts(tmp_path: Path) -> None:
     path = requests_file(tmp_path)
-    found = validate_measured(path, {**DEVICE}, warmup_requests=20, workers=1)
+    found = validate_measured(path, {**DEVICE}, warmup_requests=20)
     for measure in ("ttft", "tpot", "e2e"):
         assert found[measure]["mape"] == pytest.approx(0, abs=1e-6)
     assert found["per_request"] == pytest.approx({"ttft": 0, "e2e": 0}, abs=1e-6)
     assert found["cold"] == pytest.approx({"ttft": 0, "e2e": 0}, abs=1e-6)
-    cold = validate_measured(path, {**DEVICE, "enable_prefix_caching": False}, warmup_requests=20, workers=1)
+    cold = validate_measured(path, {**DEVICE, "enable_prefix_caching": False}, warmup_requests=20)
     assert cold["ttft"]["bias"] > 0.05
 
 
 def test_prompts_of_one_id_and_other_lengths_share_nothing_and_this_is_said(tmp_path: Path) -> None:
     path = requests_file(tmp_path, input_tokens=(25, 300))
-    found = validate_measured(path, {**DEVICE}, warmup_requests=20, workers=1)
+    found = validate_measured(path, {**DEVICE}, warmup_requests=20)
     assert any("1 of 60 requests have prompt ids that contradict lengths" in text for text in found["assumed"])
 
 
@@ -124,7 +124,7 @@ def test_a_result_of_vllms_benchmark_is_read(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result))
     given = {**DEVICE, "engine": "vllm@0.12", "max_num_batched_tokens": 260}
-    found = validate_measured(path, given, workers=1)
+    found = validate_measured(path, given)
     for measure in ("ttft", "tpot", "e2e", "throughput"):
         assert found[measure]["mape"] == pytest.approx(0, abs=1e-9)
 
@@ -216,7 +216,7 @@ def test_constants_of_a_server_are_found_again_and_predict_other_loads(tmp_path:
     for name, value in hidden.items():
         assert found[name] == pytest.approx(value, rel=0.05), name
     high = silicon(tmp_path, rows[4])
-    before, after = (validate_measured(high, given, workers=1) for given in ({}, {"engine": str(output)}))
+    before, after = (validate_measured(high, given) for given in ({}, {"engine": str(output)}))
     assert after["tpot"]["mape"] < 0.01 < before["tpot"]["mape"]
     assert after["ttft"]["mape"] < 0.02 < before["ttft"]["mape"]
 

@@ -37,7 +37,7 @@ def validate_measured(
     client: str | None = None,
     columns: str | None = None,
     warmup_requests: int | None = None,
-    workers: int | None = None,
+    workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Predict every point of a file or folder of measured results and return what `validation.json` holds.
@@ -46,7 +46,7 @@ def validate_measured(
         given: settings of the replica that win over what the file and its source say.
         only: keeps the points whose id or load has this text.
         source, client, columns, warmup_requests: see `studies.measured.readers.read`.
-        workers: processes; None: one a processor.
+        workers: processes; None: one a processor. More than one needs the caller's script to guard `__main__`.
         on_progress: called with how many points are predicted, and of how many.
 
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
@@ -65,7 +65,7 @@ def adjust_preset(
     client: str | None = None,
     columns: str | None = None,
     warmup_requests: int | None = None,
-    workers: int | None = None,
+    workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Fit the host constants of an engine preset to measured results; return a preset, and the errors before and after.

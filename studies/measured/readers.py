@@ -178,10 +178,11 @@ class _Reader:
             ("tp_size", "tensor_parallel_size"),
             ("pp_size", "pipeline_parallel_size"),
             ("attention_dp_size", "data_parallel_size"),
-            ("moe_ep_size", "expert_parallel_size"),
         ):
             if _given(row.get(key)) and _whole(path, name, row, key) > 1:
                 settings[setting] = _whole(path, name, row, key)
+        if _given(row.get("moe_ep_size")) and _whole(path, name, row, "moe_ep_size") > 1:
+            settings["enable_expert_parallel"] = True
         ttft, tpot = (_seconds(path, name, row, key) for key in ("silicon_ttft_ms", "silicon_tpot_ms"))
         how = client(self.client_name or source.client)
         return Point(
