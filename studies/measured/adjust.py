@@ -30,6 +30,7 @@ _WEIGHTS = {"tpot": 1.0, "ttft": 0.5, "e2e": 1.0}  # a TTFT hangs on how a close
 _HUBER = 0.1  # of a log error; larger ones count linearly
 _STEP = 0.2  # of a unit, for slopes
 _MOST_STEPS = 8
+_DAMPINGS = (0.01, 0.1, 1.0)  # of steps, which are tried beside each other
 _ENOUGH = 1e-3  # a step that lessens the loss by less, as a share, is the last
 ALIKE = 0.95  # correlation from which on two constants are said not to be told apart
 _Z90 = 1.645
@@ -72,8 +73,7 @@ def adjust(points: Sequence[Point], start: Constants, evaluate: Evaluate) -> Adj
         trials = [x + _STEP * np.eye(len(names))[i] for i in range(len(names))]
         found = [_residuals(points, each) for each in evaluate([_named(names, trial) for trial in trials])]
         slopes = (np.array(found) - residuals).T / _STEP
-        direction = _step(slopes, residuals, x)
-        trials = [x + share * direction for share in (1.0, 0.5, 0.2)]
+        trials = [x + _step(slopes, residuals, x, damping) for damping in _DAMPINGS]
         found = [_residuals(points, each) for each in evaluate([_named(names, trial) for trial in trials])]
         best = int(np.argmin([_loss(each) for each in found]))
         gain = 1 - _loss(found[best]) / _loss(residuals)
@@ -108,13 +108,12 @@ def _loss(residuals: Array) -> float:
     return float(np.where(large, _HUBER * (2 * np.abs(residuals) - _HUBER), residuals**2).sum())
 
 
-def _step(slopes: Array, residuals: Array, x: Array) -> Array:
-    """The step that lessens the loss most as far as slopes tell, no constant below zero."""
+def _step(slopes: Array, residuals: Array, x: Array, damping: float) -> Array:
+    """The step that lessens the loss most as far as slopes tell, no constant below zero; damped, a shorter one."""
     from scipy.optimize import lsq_linear
 
     weights = np.sqrt(_HUBER / np.maximum(np.abs(residuals), _HUBER))
-    damping = 1e-2 * np.sqrt(len(residuals)) * np.eye(len(x)) * _HUBER  # of what the points say nothing about
-    left = np.vstack([weights[:, None] * slopes, damping])
+    left = np.vstack([weights[:, None] * slopes, damping * np.sqrt(len(residuals)) * _HUBER * np.eye(len(x))])
     right = np.concatenate([-weights * residuals, np.zeros(len(x))])
     found: Array = lsq_linear(left, right, bounds=(np.minimum(-x, -1e-12), np.inf)).x
     return found
