@@ -125,6 +125,52 @@ def bench(
 
 @app.command()
 @partial(_with_settings, BenchConfig)
+def serve(
+    *,
+    flags: dict[str, Any],
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Serve simulated replicas in place of this machine's engine.")
+    ] = False,
+    time_scale: Annotated[
+        float, typer.Option(help="Simulated seconds that pass in a real one, with --simulate.")
+    ] = 1.0,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model in the API; repeatable. Default: --model.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="WINDTUNNEL_API_KEY", help="Key that clients have to bring. Default: none.")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Number of requests that may wait; more are turned away with status 503.")
+    ] = 4096,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
+) -> None:
+    """Serve an OpenAI-compatible API, from this machine's engine or from simulated replicas, until SIGTERM."""
+    from cli.serve import run
+
+    run(
+        _load_config(config, flags, BenchConfig),
+        simulated=simulate,
+        time_scale=time_scale,
+        address=(host, port),
+        names=served_model_name or [],
+        api_key=api_key,
+        max_queue=max_queue,
+        output_dir=output_dir,
+        as_json=json_,
+    )
+
+
+@app.command()
+@partial(_with_settings, BenchConfig)
 def validate(
     *,
     flags: dict[str, Any],

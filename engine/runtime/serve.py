@@ -52,7 +52,7 @@ def serve(
     """
     scheduler, vocab_size = replica.new_scheduler(executor.num_blocks), replica.model.vocab_size
     workload.check_fits(scheduler)
-    _warm_up(replica.new_scheduler(executor.num_blocks), executor, vocab_size, clock)
+    warm_up(replica.new_scheduler(executor.num_blocks), executor, vocab_size, clock)
     recorder = Recorder(folder, tbt_percentiles(slos), predicted=False)
     ranks = _RankTimes()
     finished = 0
@@ -151,7 +151,7 @@ def _sequences(requests: Iterator[Request], vocab_size: int) -> Iterator[TokenSe
         yield TokenSequence(request, rng.integers(0, vocab_size, request.prompt_tokens).tolist())
 
 
-def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock | None) -> None:
+def warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock | None) -> None:
     """Run a few requests of the largest prompts, for what is slow only once: compiling, allocating, page faults."""
     spec = scheduler.spec
     count, output = WARM_UP
