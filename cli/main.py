@@ -22,7 +22,7 @@ from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
-from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
+from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, LoadConfig, RunConfig, from_flags
 from windtunnel.settings import load as _load_config
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
@@ -116,8 +116,34 @@ def bench(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(help="URL of an OpenAI-compatible server to measure in place of this machine's engine."),
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="With --url: endpoint of the server, completions or chat.")] = (
+        "completions"
+    ),
+    timeout: Annotated[float, typer.Option(help="With --url: seconds without a byte after which a request failed.")] = (
+        300.0
+    ),
+    save_result: Annotated[
+        Path | None, typer.Option(help="With --url: JSON file to write, in the form of vLLM's benchmark results.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="WINDTUNNEL_API_KEY", help="With --url: the server's key. Default: none.")
+    ] = None,
 ) -> None:
-    """Serve a workload on this machine's engine in real time and write a report."""
+    """Serve a workload on this machine's engine, or send it to a server, in real time and write a report."""
+    if url is not None:
+        from cli.bench_url import run as run_on_server
+
+        LoadConfig.check(flags)
+        load = _load_config(config, flags, LoadConfig)
+        server = {"url": url, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        run_on_server(load, server, output_dir, save_result, as_json=json_)
+        return
+    if save_result is not None:
+        raise InputError(f"--save-result {save_result} needs --url")
     from cli.bench import run
 
     run(_load_config(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)

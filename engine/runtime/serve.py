@@ -124,13 +124,17 @@ class Sender:
 
     def pop(self) -> TokenSequence:
         request = self._client.pop()
-        tokens = self._ended.pop(self._before.get(request.id, -1), [])[: request.prompt_tokens]
+        before = self._ended.pop(self._before.get(request.id, -1), [])
+        return TokenSequence(request, self._tokens(request, before[: request.prompt_tokens]))
+
+    def _tokens(self, request: Request, tokens: list[int]) -> list[int]:
+        """The prompt of a request that begins with `tokens`."""
         if request.content is None:
-            return TokenSequence(request, tokens + self._draw([request.id], len(tokens), request.prompt_tokens))
+            return tokens + self._draw([request.id], len(tokens), request.prompt_tokens)
         for stream, start, end in request.content.pieces(request.prompt_tokens):
             if end > len(tokens):
                 tokens += self._draw([abs(stream), 1 + (stream < 0)], max(start, len(tokens)), end)
-        return TokenSequence(request, tokens)
+        return tokens
 
     def finished(self, sequence: TokenSequence, time: float) -> None:
         if sequence.request.id in self._followed:
