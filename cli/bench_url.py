@@ -25,6 +25,7 @@ from engine.results.recorder import ITERATION_COLUMNS, Recorder
 from engine.results.run_folder import kept_if_interrupted, run_folder, write_config, write_summary
 from engine.results.slo import SLO
 from engine.results.tables import Columns, to_arrow
+from engine.runtime.executor import freeze_start_up
 from engine.server.text import TextCodec, load_tokenizer
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from windtunnel.plugins import load_plugin
@@ -136,6 +137,7 @@ def measure(load: Load, recorder: Recorder, on_progress: Callable[[int], None]) 
     async def send() -> None:
         found.append(await load.send(recorder, on_progress))
 
+    freeze_start_up()
     with runner:
         runner.run(send())
     recorder.close()

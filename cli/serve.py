@@ -25,7 +25,7 @@ from engine.results.recorder import Recorder
 from engine.results.run_folder import keep_incomplete, run_folder, write_config, write_summary
 from engine.results.tables import Columns
 from engine.runtime.driver import Driver
-from engine.runtime.executor import WorkerError
+from engine.runtime.executor import WorkerError, freeze_start_up
 from engine.runtime.serve import warm_up
 from engine.server.app import Server
 from engine.server.live import Backend, LiveEngine
@@ -82,6 +82,7 @@ def run(
             host, port = http.address
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             started = time.perf_counter()
+            freeze_start_up()
             http.run(lambda: _say(console, url, limits, made, time_scale))
         finally:
             made.close()
@@ -151,7 +152,7 @@ class _Simulated:
         self._cluster.on_failure = stop
 
     def close(self) -> None:
-        pass
+        self._cluster.close()
 
     def summary(self, recorder: Recorder, duration: float, served_s: float) -> dict[str, Any]:
         pairs = zip(self.deployments, self.copies, strict=True)

@@ -5,8 +5,8 @@ says, in real time.
     cluster.start(asyncio.get_running_loop())
 
 A `Backend` of the server (`engine.server.live`). Everything happens at simulated times, which follow the clock
-`time_scale` times as fast; what reaches a client late, for the machine is busy or timers are coarse, makes no later
-event late. So the run is what `simulate` gives for the same arrivals.
+`time_scale` times as fast; what reaches a client late, for the machine is busy, makes no later event late. So the run
+is what `simulate` gives for the same arrivals.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
@@ -25,11 +26,12 @@ from engine.runtime.driver import Driver, VirtualClock
 from engine.runtime.sequences import Sequence as TokenSequence
 from engine.scheduling.request import Request
 from engine.server.live import Channel, Channels, Gauges
+from simulator.alarm import Alarm
 from simulator.cluster import Deployment
 from simulator.predicted_executor import PredictedExecutor
 from simulator.router import ROUTERS
 
-TICK_S = 1e-3  # timers of an event loop are no finer
+_LATER = itemgetter(0)
 
 
 class LiveCluster:
@@ -67,10 +69,15 @@ class LiveCluster:
         ]
         self._checked = list({id(each.driver.scheduler.spec): each for each in self.replicas}.values())
         self._at: dict[int, LiveReplica] = {}  # where each request is, by its id
+        self._tokens: list[tuple[bool, int, int, float, str | None]] = []  # of a batch, before they are given out
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
         self._origin = perf_counter()
+        self._alarm = Alarm(loop, self._come)
+
+    def close(self) -> None:
+        """Let go of the loop."""
+        self._alarm.close()
 
     def now(self) -> float:
         return (perf_counter() - self._origin) * self.time_scale
@@ -79,20 +86,22 @@ class LiveCluster:
         for replica in self._checked:
             replica.driver.scheduler.check(request)
 
-    def submit(self, sequence: TokenSequence, channel: Channel, place: int) -> None:
+    def submit(self, sequence: TokenSequence, channel: Channel, place: int, arrived: float) -> None:
         request = sequence.request
-        request.arrived_at = self.now()
+        request.arrived_at = (arrived - self._origin) * self.time_scale
         self._channels.add(request.id, channel, place)
         for replica in self.replicas:
             replica.advance(request.arrived_at)
         replica = self._choose(request, self.replicas)
         self._at[request.id] = replica
         replica.submit(sequence)
+        self._set_alarm()
 
     def abort(self, id: int) -> None:
         self._channels.remove(id)
         if (replica := self._at.pop(id, None)) is not None:
             replica.abort(id, self.now())
+            self._set_alarm()
 
     def stop(self, id: int) -> None:
         self.abort(id)  # no text of a simulated model is ever complete before its length
@@ -107,12 +116,36 @@ class LiveCluster:
         if self.on_failure is not None:
             self.on_failure()
 
+    def _set_alarm(self) -> None:
+        """Come again when the first batch in flight ends."""
+        due = min(replica.due for replica in self.replicas)
+        if due < math.inf:
+            self._alarm.set((due - self.now()) / self.time_scale)
+
+    def _come(self) -> None:
+        try:
+            now = self.now()
+            for replica in self.replicas:
+                replica.advance(now)
+            self._set_alarm()
+        except Exception as error:
+            self.fail(error)
+            raise
+
     def token(self, sequence: TokenSequence, token: int) -> None:
         """A replica has generated a token."""
         request = sequence.request
         if sequence.finish_reason is not None:
             self._at.pop(request.id, None)
-        self._channels.deliver(request.id, token, request.token_times[-1], sequence.finish_reason)
+        times = request.token_times
+        self._tokens.append((len(times) > 1, request.id, token, times[-1], sequence.finish_reason))
+
+    def give_out(self) -> None:
+        """Give out the tokens of a batch, first tokens first: a TTFT shows the time that the others' sending takes."""
+        tokens, self._tokens = self._tokens, []
+        tokens.sort(key=_LATER)
+        for _, id, token, time, finish_reason in tokens:
+            self._channels.deliver(id, token, time, finish_reason)
 
 
 class LiveReplica:
@@ -139,8 +172,11 @@ class LiveReplica:
             replica=number,
             on_token=cluster.token,
         )
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_due = math.inf
+
+    @property
+    def due(self) -> float:
+        """When its oldest batch in flight ends; infinity without one."""
+        return self._executor.due
 
     @property
     def outstanding_requests(self) -> int:
@@ -155,44 +191,18 @@ class LiveReplica:
 
     def advance(self, now: float) -> None:
         """Let everything happen that happens until `now`."""
-        if self._executor.due > now:
-            return
         while self._executor.due <= now:
             self.driver.step()
+            self._cluster.give_out()
             self.driver.launch()
-        self._set_timer()
 
     def submit(self, sequence: TokenSequence) -> None:
         """A sequence arrives, after `advance` to that time."""
         self.driver.submit(sequence, sequence.request.arrived_at)
         self.driver.launch()
-        self._set_timer()
 
     def abort(self, id: int, now: float) -> None:
         self.advance(now)
         self.driver.clock.sleep_until(now)
         self.driver.abort(id)
         self.driver.launch()
-        self._set_timer()
-
-    def _set_timer(self) -> None:
-        """Come again when the oldest batch in flight ends."""
-        due = self._executor.due
-        if due == self._timer_due:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._timer_due = due
-        if due < math.inf:
-            left = max(0.0, due - self._cluster.now()) / self._cluster.time_scale
-            self._timer = self._cluster.loop.call_later(math.ceil(left / TICK_S) * TICK_S, self._come)
-
-    def _come(self) -> None:
-        self._timer, self._timer_due = None, math.inf
-        try:
-            self.advance(self._cluster.now())
-            self._set_timer()
-        except Exception as error:
-            self._cluster.fail(error)
-            raise

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from importlib.metadata import version
 from itertools import count
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -202,8 +203,9 @@ class Server:
     async def _answer(self, request: HttpRequest, read: Callable[..., Asked]) -> Response:
         from starlette.responses import Response
 
+        arrived = request.scope.get("arrived", perf_counter())
         asked = read(await _read_json(request), self.codec, self.limits)
-        channel, choices = self._submit(asked)
+        channel, choices = self._submit(asked, arrived)
         id = f"{'chatcmpl' if asked.chat else 'cmpl'}-{uuid4().hex}"
         created = int(time.time())
         if asked.stream:
@@ -220,7 +222,7 @@ class Server:
             collecting.cancel()
             self.let_go(choices)
 
-    def _submit(self, asked: Asked) -> tuple[Channel, list[_Choice]]:
+    def _submit(self, asked: Asked, arrived: float) -> tuple[Channel, list[_Choice]]:
         """Give a request's sequences to the backend. Raises ApiError where that can't be."""
         if self.backend.error is not None:
             raise ApiError(500, f"the engine failed: {self.backend.error}")
@@ -242,7 +244,7 @@ class Server:
             raise ApiError(400, str(error)) from None
         channel = Channel()
         for each in choices:
-            self.backend.submit(each.sequence, channel, each.place)
+            self.backend.submit(each.sequence, channel, each.place, arrived)
         self.num_requests += len(choices)
         return channel, choices
 

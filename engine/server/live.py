@@ -99,8 +99,8 @@ class Backend(Protocol):
     def check(self, request: Request) -> None:
         """Raise InputError for a request that could never run."""
 
-    def submit(self, sequence: TokenSequence, channel: Channel, place: int) -> None:
-        """Take in a sequence that arrives now; its tokens go to `channel` under `place`."""
+    def submit(self, sequence: TokenSequence, channel: Channel, place: int, arrived: float) -> None:
+        """Take in a sequence that `arrived` just now (time.perf_counter); its tokens go to `channel` under `place`."""
 
     def abort(self, id: int) -> None:
         """Let go of a sequence whose client went away, by its request's id."""
@@ -184,8 +184,8 @@ class LiveEngine:
     def check(self, request: Request) -> None:
         self.driver.scheduler.check(request)
 
-    def submit(self, sequence: TokenSequence, channel: Channel, place: int) -> None:
-        sequence.request.arrived_at = self.driver.time()
+    def submit(self, sequence: TokenSequence, channel: Channel, place: int, arrived: float) -> None:
+        sequence.request.arrived_at = arrived - self.driver.origin
         self._channels.add(sequence.request.id, channel, place)
         if self.error is not None:
             self._channels.fail(self.error)

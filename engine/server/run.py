@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Any
 
 from engine.errors import InputError
@@ -93,6 +94,8 @@ def _limited_protocol() -> Any:
         def on_message_begin(self) -> None:
             self._in_headers, self._header_bytes = True, 0
             super().on_message_begin()
+            scope: dict[str, Any] = self.scope  # type: ignore[assignment]
+            scope["arrived"] = perf_counter()  # parsing and waiting for the loop are part of what a client sees
 
         def on_headers_complete(self) -> None:
             self._in_headers = False
