@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ def measure(load: Load, recorder: Recorder, on_progress: Callable[[int], None]) 
     freeze_start_up()
     with runner:
         runner.run(send())
+    gc.unfreeze()
     recorder.close()
     measured = found[0]
     if not recorder.requests():

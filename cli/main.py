@@ -211,15 +211,35 @@ def validate(
         Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="URL of an OpenAI-compatible server to validate against (not implemented yet).")
+        str | None, typer.Option(help="URL of a server to validate against, in place of this machine's engine.")
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="With --against: endpoint of the server, completions or chat.")] = (
+        "completions"
+    ),
+    timeout: Annotated[
+        float, typer.Option(help="With --against: seconds without a byte after which a request failed.")
+    ] = 300.0,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="With --against: the model's name at the server. Default: its first.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="WINDTUNNEL_API_KEY", help="With --against: the server's key. Default: none.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
-    """Run a workload on this machine's engine and in the simulator, and report the differences and their causes."""
+    """Run a workload on this machine's engine, or on a server, and in the simulator, and report the differences."""
+    settings = _load_config(config, flags, BenchConfig)
+    if against is not None and against.startswith(("http://", "https://")):
+        from cli.validate_url import run as run_against
+
+        server = {"url": against, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        run_against(settings, server, load, served_model_name, output_dir, as_json=json_)
+        return
+    if against is not None:
+        raise InputError(f"--against {against}: give a URL such as http://127.0.0.1:8000")
     from cli.validate import run
 
-    settings = _load_config(config, flags, BenchConfig)
-    run(settings, load, against, output_dir, as_json=json_)
+    run(settings, load, output_dir, as_json=json_)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import resource
 import time
@@ -85,6 +86,7 @@ def run(
             freeze_start_up()
             http.run(lambda: _say(console, url, limits, made, time_scale))
         finally:
+            gc.unfreeze()
             made.close()
             recorder.close()
         requests = recorder.requests()
