@@ -226,6 +226,11 @@ class EngineSettings(_Settings):
         "Decode batch sizes to capture as CUDA graphs, such as 1,2,4,8; others run eagerly. Default: up to 256.",
     )
     distributed_port: int | None = _field(None, "Engine", "Port for the rendezvous of ranks. Default: a free port.")
+    distributed_interface: str | None = _field(
+        None,
+        "Engine",
+        "Network interface that ranks on several machines listen on, such as eth1: a private network. Default: Ray's.",
+    )
 
 
 ENGINE_KEYS = frozenset(EngineSettings.model_fields)
