@@ -197,8 +197,14 @@ class LiveReplica:
             self.driver.launch()
 
     def submit(self, sequence: TokenSequence) -> None:
-        """A sequence arrives, after `advance` to that time."""
-        self.driver.submit(sequence, sequence.request.arrived_at)
+        """A sequence arrives, after `advance` to that time.
+
+        What has happened already stays as it is: it came after that, if only by the smallest of times.
+        """
+        request = sequence.request
+        if request.arrived_at <= self.driver.now:
+            request.arrived_at = math.nextafter(self.driver.now, math.inf)
+        self.driver.submit(sequence, request.arrived_at)
         self.driver.launch()
 
     def abort(self, id: int, now: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -20,7 +21,7 @@ BACKLOG = 4096
 
 
 class HttpServer:
-    """Serves an ASGI application. `stop` may be called from the loop: it lets what runs finish."""
+    """Serves an ASGI application, in the main thread until a signal too. `stop` lets what runs finish."""
 
     def __init__(self, app: Any, host: str, port: int) -> None:
         import uvicorn
@@ -59,8 +60,9 @@ class HttpServer:
 
     async def _serve(self, on_ready: Callable[[], None]) -> None:
         loop = asyncio.get_running_loop()
-        for which in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(which, self.stop)
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(which, self.stop)
         serving = asyncio.ensure_future(self._server.serve(sockets=[self.socket]))
         while not self._server.started and not serving.done():
             await asyncio.sleep(0.005)
