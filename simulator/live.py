@@ -69,6 +69,7 @@ class LiveCluster:
         ]
         self._checked = list({id(each.driver.scheduler.spec): each for each in self.replicas}.values())
         self._at: dict[int, LiveReplica] = {}  # where each request is, by its id
+        self._newest = 0.0  # no request arrives before this: the router chooses in the order of arrivals
         self._tokens: list[tuple[bool, int, int, float, str | None]] = []  # of a batch, before they are given out
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -88,13 +89,14 @@ class LiveCluster:
 
     def submit(self, sequence: TokenSequence, channel: Channel, place: int, arrived: float) -> None:
         request = sequence.request
-        request.arrived_at = (arrived - self._origin) * self.time_scale
+        request.arrived_at = max((arrived - self._origin) * self.time_scale, self._newest)
         self._channels.add(request.id, channel, place)
         for replica in self.replicas:
             replica.advance(request.arrived_at)
         replica = self._choose(request, self.replicas)
         self._at[request.id] = replica
         replica.submit(sequence)
+        self._newest = math.nextafter(request.arrived_at, math.inf)
         self._set_alarm()
 
     def abort(self, id: int) -> None:
