@@ -7,7 +7,8 @@ import gc
 import json
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -67,59 +68,66 @@ def run(
     made = _Simulated(config, time_scale) if simulated else _Engine(config)
     slos = config.slos()
     target = output_dir or default_folder(made.kinds[0], "served", "serve-")
-    with run_folder(target) as folder:
-        recorder = Recorder(folder, tbt_percentiles(slos), exact_gaps=False, predicted=simulated)
-        backend, http, server = made.backend(recorder), None, None
-        try:
-            limits = Limits(
-                models=tuple(names) or (made.model,),
-                max_model_len=min(kind.scheduler.max_model_len or 0 for kind in made.kinds),
-                simulated=simulated,
-                draw_length=_draw_length(config, made.kinds) if simulated else None,
-            )
-            server = Server(backend, made.codec, limits, max_queue=max_queue, api_key=api_key)
-            http = HttpServer(server.app(), *address)
-            made.on_failure(http.stop)
-            host, port = http.address
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            started = time.perf_counter()
-            freeze_start_up()
-            http.run(lambda: _say(console, url, limits, made, time_scale))
-        finally:
-            gc.unfreeze()
-            made.close()
-            recorder.close()
-        requests = recorder.requests()
-        if requests:
-            summary = summarize(requests, recorder.gaps, slos, server.num_requests - server.num_aborted, 0)
-            served_s = time.perf_counter() - started
-            summary |= made.summary(recorder, summary["duration"], served_s)
-            summary["workload"] = "served requests"
-            summary["trace_failures"] = 0
-            summary["workload_notes"] = _notes(server, made.codec, time_scale)
-            summary["version"] = version("windtunnel")
-            _write_trace(folder / TRACE, requests)
-            write_config(folder, _config(config, made.kinds, len(requests["arrived_s"]), target))
-            write_summary(folder, summary)
-        if backend.error is not None:
-            kept = f". What was finished is in {keep_incomplete(folder, target)}" if requests else ""
-            raise WorkerError(f"{backend.error}{kept}")
-        if not requests:
-            raise _NothingServedError
-        from studies.pages.run import write_report
+    with _noted_if_nothing_served(console):
+        with run_folder(target) as folder:
+            recorder = Recorder(folder, tbt_percentiles(slos), exact_gaps=False, predicted=simulated)
+            backend, http, server = made.backend(recorder), None, None
+            try:
+                limits = Limits(
+                    models=tuple(names) or (made.model,),
+                    max_model_len=min(kind.scheduler.max_model_len or 0 for kind in made.kinds),
+                    simulated=simulated,
+                    draw_length=_draw_length(config, made.kinds) if simulated else None,
+                )
+                server = Server(backend, made.codec, limits, max_queue=max_queue, api_key=api_key)
+                http = HttpServer(server.app(), *address)
+                made.on_failure(http.stop)
+                host, port = http.address
+                url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+                started = time.perf_counter()
+                freeze_start_up()
+                http.run(lambda: _say(console, url, limits, made, time_scale))
+            finally:
+                gc.unfreeze()
+                made.close()
+                recorder.close()
+            requests = recorder.requests()
+            if requests:
+                summary = summarize(requests, recorder.gaps, slos, server.num_requests - server.num_aborted, 0)
+                served_s = time.perf_counter() - started
+                summary |= made.summary(recorder, summary["duration"], served_s)
+                summary["workload"] = "served requests"
+                summary["trace_failures"] = 0
+                summary["workload_notes"] = _notes(server, made.codec, time_scale)
+                summary["version"] = version("windtunnel")
+                _write_trace(folder / TRACE, requests)
+                write_config(folder, _config(config, made.kinds, len(requests["arrived_s"]), target))
+                write_summary(folder, summary)
+            if backend.error is not None:
+                kept = f". What was finished is in {keep_incomplete(folder, target)}" if requests else ""
+                raise WorkerError(f"{backend.error}{kept}")
+            if not requests:
+                raise _NothingServedError
+            from studies.pages.run import write_report
 
-        write_report(folder)
-    print_summary(summary, made.copies, target, console)
-    if as_json:
-        print(json.dumps({**summary, "output_dir": str(target)}, allow_nan=False))
-    return summary
+            write_report(folder)
+        print_summary(summary, made.copies, target, console)
+        if as_json:
+            print(json.dumps({**summary, "output_dir": str(target)}, allow_nan=False))
+        return summary
+    return None
 
 
-class _NothingServedError(InputError):
+class _NothingServedError(Exception):
     """No request was finished, so there is no run to write."""
 
-    def __init__(self) -> None:
-        super().__init__("no request was finished: no folder is written")
+
+@contextmanager
+def _noted_if_nothing_served(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except _NothingServedError:
+        console.print("no request was finished: no folder is written")
 
 
 class _Simulated:

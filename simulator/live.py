@@ -60,6 +60,7 @@ class LiveCluster:
         if not 0 < time_scale <= 1e6:
             raise InputError(f"time_scale {time_scale}: give a factor above 0, such as 10 for ten times as fast")
         self.error: str | None = None
+        self._alarm: Alarm | None = None  # from the start on
         self.on_failure = on_failure
         self.time_scale = time_scale
         self._choose: Any = ROUTERS[router](np.random.default_rng(seed))  # asks what `LiveReplica` knows
@@ -78,7 +79,8 @@ class LiveCluster:
 
     def close(self) -> None:
         """Let go of the loop."""
-        self._alarm.close()
+        if self._alarm is not None:
+            self._alarm.close()
 
     def now(self) -> float:
         return (perf_counter() - self._origin) * self.time_scale
@@ -121,7 +123,7 @@ class LiveCluster:
     def _set_alarm(self) -> None:
         """Come again when the first batch in flight ends."""
         due = min(replica.due for replica in self.replicas)
-        if due < math.inf:
+        if due < math.inf and self._alarm is not None:
             self._alarm.set((due - self.now()) / self.time_scale)
 
     def _come(self) -> None:
