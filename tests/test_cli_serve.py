@@ -136,11 +136,11 @@ def test_what_cannot_be_served_is_said(tmp_path: Path) -> None:
     for arguments, word in (
         (["--model", "microsoft/phi-2", "--device", "cpu", "--time-scale", "2"], "2.0 needs --simulate"),
         (["--model", str(config), "--device", "cpu", "--load-format", "dummy"], "no tokenizer"),
-        ([*SIMULATED, "--time-scale", "0"], "time_scale 0"),
-        ([*SIMULATED, "--max-queue", "0"], "max_queue 0"),
+        ([*SIMULATED, "--time-scale", "0"], "--time-scale 0"),
+        ([*SIMULATED, "--max-queue", "0"], "--max-queue 0"),
         ([*SIMULATED, "--host", "no.such.host.invalid"], "can't listen at no.such.host.invalid:8000"),
         ([*SIMULATED, "--tokenizer", str(config)], "has no tokenizer.json"),
     ):
         code, error = run(["serve", *arguments, *folder])
-        assert code == 2 and word in error.replace("--max-queue", "max_queue"), error
+        assert code == 2 and word in error, error
         assert not (tmp_path / "run").exists()

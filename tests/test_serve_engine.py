@@ -1,20 +1,24 @@
 """Our own engine behind the server, on a CPU: what it says is what transformers generates."""
 
+import asyncio
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
 import httpx
+import numpy as np
 import openai
 import pytest
 import torch
-from http_serving import Running, running
+from http_serving import Running, Steady, deployment, running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.executors.start import start
 from engine.replica_spec import resolve
 from engine.results.recorder import Recorder
-from engine.runtime.driver import Driver
+from engine.runtime.driver import Driver, VirtualClock
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import Result, Step, WorkerError
 from engine.runtime.sequences import Sequence
@@ -22,6 +26,8 @@ from engine.scheduling.request import Request
 from engine.server.live import LiveEngine
 from engine.server.requests import Limits
 from engine.server.text import load_tokenizer
+from engine.specs import ParallelSpec
+from simulator.predicted_executor import PredictedExecutor
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}a"
 PROMPT = [5, 17, 9, 3, 24]
@@ -149,6 +155,46 @@ def test_seeds_repeat_and_a_chat_goes_through_the_template(served: Running, clie
     assert answer.usage.prompt_tokens == len(served.server.codec.encode("u hello you a"))
 
 
+def test_a_client_that_leaves_frees_its_blocks(served: Running) -> None:
+    driver = served.server.backend.driver  # type: ignore[attr-defined]
+    body = {"prompt": PROMPT, "max_tokens": 120, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+        assert driver.unfinished == 1
+    for _ in range(2000):
+        if not driver.unfinished:
+            break
+        time.sleep(0.01)
+    assert (driver.unfinished, driver.scheduler.kv_cache.num_used) == (0, 0)
+    answer = httpx.post(f"{served.url}/v1/completions", json={**body, "max_tokens": 2, "stream": False}, timeout=60)
+    assert answer.json()["usage"]["completion_tokens"] == 2
+
+
+def test_on_a_pipeline_requests_join_while_a_batch_is_in_flight() -> None:
+    replica = deployment().replica
+    spec = replace(replica, parallel=ParallelSpec(pipeline_parallel_size=2), async_scheduling=False)
+    driver = Driver(spec.new_scheduler(), PredictedExecutor(Steady(0.15), 400, num_stages=2), Recorder())
+    engine = LiveEngine(driver)
+    limits = Limits(models=("phi",), max_model_len=512, simulated=False)
+
+    async def ask(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            body = {"prompt": [1, 2, 3], "max_tokens": 4}
+            first = asyncio.create_task(client.post("/v1/completions", json=body))
+            while driver.in_flight < 1:
+                await asyncio.sleep(0.002)
+            second = asyncio.create_task(client.post("/v1/completions", json=body))
+            assert [(await each).status_code for each in (first, second)] == [200, 200]
+
+    with running(engine, limits=limits) as served:
+        asyncio.run(ask(served.url))
+    engine.close()
+    driver.recorder.close()
+    rows = driver.recorder.iterations_kept()
+    first_stage = rows["start_s"][rows["stage"] == 0]
+    assert (np.diff(first_stage) < 0.29).any()  # the second was launched before the first had left both stages
+
+
 def test_what_the_engine_cannot_do_is_refused(served: Running) -> None:
     for field, value in {"echo": True, "best_of": 2, "presence_penalty": 0.5, "tools": [{}]}.items():
         answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": PROMPT, field: value})
@@ -182,13 +228,7 @@ def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
     engine.close()
 
 
-def test_a_stopped_sequence_counts_as_finished_and_an_aborted_one_does_not(served: Running) -> None:
-    assert served.recorder is not None
-    from http_serving import Steady, deployment
-
-    from engine.runtime.driver import VirtualClock
-    from simulator.predicted_executor import PredictedExecutor
-
+def test_a_stopped_sequence_counts_as_finished_and_an_aborted_one_does_not() -> None:
     clock, recorder = VirtualClock(), Recorder()
     driver = Driver(deployment().new_scheduler(), PredictedExecutor(Steady(), 400, clock=clock), recorder, clock=clock)
     driver.start()
