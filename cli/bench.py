@@ -71,7 +71,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
         summary = result.summary
         summary["version"] = version("windtunnel")
         summary["engine"] |= {"dtype": spec.dtype, "load_format": "dummy" if spec.folder is None else "safetensors"}
-        summary["replicas"] = [{**replica.describe(_source(executor, spec)), **summary["replicas"][0]}]
+        summary["replicas"] = [{**replica.describe(source_of_times(executor, spec)), **summary["replicas"][0]}]
         write_summary(folder, summary)
         if chrome_trace:
             write_chrome_trace(folder)
@@ -99,7 +99,7 @@ def _check_names(config: BenchConfig, group: ReplicaGroup) -> None:
             raise unknown(what, name, known)
 
 
-def _source(executor: Executor, spec: EngineSpec) -> str:
+def source_of_times(executor: Executor, spec: EngineSpec) -> str:
     """Return the line that names the source of the times."""
     torch = version("torch")
     return f"measured on {executor.hardware} ({spec.dtype}, {executor.attention_backend} attention, torch {torch})"

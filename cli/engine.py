@@ -41,6 +41,7 @@ def engine_spec(replica: ReplicaSpec, model: str, engine: EngineSettings, seed: 
         cuda_graphs=_graph_sizes(engine),
         seed=seed,
         port=port,
+        interface=engine.distributed_interface,
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from cli.engine import engine_device, engine_spec
 from engine.errors import InputError
-from engine.executors.start import need, start
+from engine.executors.start import start
 from engine.results.recorder import Recorder
 from engine.runtime.driver import Driver
 from engine.runtime.engine_spec import EngineSpec
@@ -17,6 +16,7 @@ from engine.runtime.executor import SamplingParams
 from engine.runtime.sequences import Sequence
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
+from engine.server.text import end_tokens, load_tokenizer
 from windtunnel.settings import GenerateConfig
 
 
@@ -34,8 +34,9 @@ def run(
     replica = config.replica_spec(engine_device(config.device))
     spec = engine_spec(replica, config.model, config, config.seed)
     ids = [_parse(text) for text in prompt_token_ids]
-    stop = frozenset() if ignore_eos else _end_tokens(spec.folder)
-    tokenizer = _tokenizer(spec.folder)
+    stop = frozenset() if ignore_eos else end_tokens(spec.folder)
+    codec = load_tokenizer(spec.folder)
+    tokenizer: Any = codec.tokenizer if codec is not None else None
     if prompts and tokenizer is None:
         raise InputError(f"{config.model} has no tokenizer for --prompt: give --prompt-token-ids 1,2,3")
     ids = [*(tokenizer.encode(text) for text in prompts), *ids]
@@ -125,36 +126,8 @@ class _Stream:
         print(text[self._shown :])
 
 
-def _tokenizer(folder: Path | None) -> Any:
-    """Return the tokenizer in a model's folder; None if there is none."""
-    if folder is None or not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        return None
-    need("transformers", "engine")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of many kinds, from several packages
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"can't read the tokenizer in {folder} ({what}): download its files again") from None
-
-
 def _parse(text: str) -> list[int]:
     try:
         return [int(token) for token in text.split(",")]
     except ValueError:
         raise InputError(f"--prompt-token-ids {text!r}: give whole numbers such as 1,2,3") from None
-
-
-def _end_tokens(folder: Path | None) -> frozenset[int]:
-    """Return the end-of-text tokens in a model's folder."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name if folder is not None else None
-        if path is not None and path.is_file():
-            try:
-                found = json.loads(path.read_text("utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise InputError(f"{path} holds no JSON object ({error}): download it again") from None
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
-    return frozenset()

@@ -22,7 +22,16 @@ from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
-from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags, load_file
+from windtunnel.settings import (
+    TOLERANCE,
+    BenchConfig,
+    FileConfig,
+    GenerateConfig,
+    LoadConfig,
+    RunConfig,
+    from_flags,
+    load_file,
+)
 from windtunnel.settings import load as _load_config
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
@@ -116,11 +125,83 @@ def bench(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(help="URL of an OpenAI-compatible server to measure in place of this machine's engine."),
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="With --url: endpoint of the server, completions or chat.")] = (
+        "completions"
+    ),
+    timeout: Annotated[float, typer.Option(help="With --url: seconds without a byte after which a request failed.")] = (
+        300.0
+    ),
+    save_result: Annotated[
+        Path | None, typer.Option(help="With --url: JSON file to write, in the form of vLLM's benchmark results.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="WINDTUNNEL_API_KEY", help="With --url: the server's key. Default: none.")
+    ] = None,
 ) -> None:
-    """Serve a workload on this machine's engine in real time and write a report."""
+    """Serve a workload on this machine's engine, or send it to a server, in real time and write a report."""
+    if url is not None:
+        from cli.bench_url import run as run_on_server
+
+        LoadConfig.check(flags)
+        load = _load_config(config, flags, LoadConfig)
+        server = {"url": url, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        run_on_server(load, server, output_dir, save_result, as_json=json_)
+        return
+    if save_result is not None:
+        raise InputError(f"--save-result {save_result} needs --url")
     from cli.bench import run
 
     run(_load_config(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)
+
+
+@app.command()
+@partial(_with_settings, BenchConfig)
+def serve(
+    *,
+    flags: dict[str, Any],
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Serve simulated replicas in place of this machine's engine.")
+    ] = False,
+    time_scale: Annotated[
+        float, typer.Option(help="Simulated seconds that pass in a real one, with --simulate.")
+    ] = 1.0,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model in the API; repeatable. Default: --model.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="WINDTUNNEL_API_KEY", help="Key that clients have to bring. Default: none.")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Number of requests that may wait; more are turned away with status 503.")
+    ] = 4096,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
+) -> None:
+    """Serve an OpenAI-compatible API, from this machine's engine or from simulated replicas, until SIGTERM."""
+    from cli.serve import run
+
+    run(
+        _load_config(config, flags, BenchConfig),
+        simulated=simulate,
+        time_scale=time_scale,
+        address=(host, port),
+        names=served_model_name or [],
+        api_key=api_key,
+        max_queue=max_queue,
+        output_dir=output_dir,
+        as_json=json_,
+    )
 
 
 @app.command()
@@ -143,30 +224,45 @@ def validate(
     against: Annotated[
         str | None,
         typer.Option(
-            help="Measured results of a server, in place of this machine's engine: a file or folder (vLLM's benchmark "
+            help="What to hold the simulator against, in place of this machine's engine: the URL of a server, or a "
+            "file or folder of measured results (vLLM's benchmark "
             "JSON, a run's folder, AIConfigurator's or LLM-Inference-Bench's CSV, a CSV with a line a request)."
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="With --against: only the points whose id or load has this text.")
+        str | None, typer.Option(help="With a file: only the points whose id or load has this text.")
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(
-            help="With --against: what the file does not say, by name or a YAML file. Default: by its columns."
-        ),
+        typer.Option(help="With a file: what the file does not say, by name or a YAML file. Default: by its columns."),
     ] = None,
     client: Annotated[
-        str | None, typer.Option(help="With --against: who sent the requests: aiperf, inferencemax or vllm-bench.")
+        str | None, typer.Option(help="With a file: who sent the requests: aiperf, inferencemax or vllm-bench.")
     ] = None,
     warmup_requests: Annotated[
         int | None,
-        typer.Option(help="With --against: first requests to leave out. Default: 200 where there is a cache to warm."),
+        typer.Option(help="With a file: first requests to leave out. Default: 200 where there is a cache to warm."),
+    ] = None,
+    endpoint: Annotated[str, typer.Option(help="With a URL: endpoint of the server, completions or chat.")] = (
+        "completions"
+    ),
+    timeout: Annotated[
+        float, typer.Option(help="With a URL: seconds without a byte after which a request failed.")
+    ] = 300.0,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="With a URL: the model's name at the server. Default: its first.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="WINDTUNNEL_API_KEY", help="With a URL: the server's key. Default: none.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
-    """Run a workload on this machine's engine and in the simulator, and report the differences and their causes."""
-    if against is not None:
+    """Run a workload on this machine's engine, or on a server, and in the simulator, and report the differences."""
+    url = against is not None and against.startswith(("http://", "https://"))
+    for flag, value in (("only", only), ("source", source), ("client", client), ("warmup-requests", warmup_requests)):
+        if value is not None and (against is None or url):
+            raise InputError(f"--{flag} {value} needs --against with a file of measured results")
+    if against is not None and not url:
         from cli.validate_measured import run as run_measured
 
         given = load_file(config, FileConfig)
@@ -179,14 +275,18 @@ def validate(
             warmup_requests=warmup_requests, as_json=json_,
         )  # fmt: skip
         return
-    from cli.validate import run
-
-    for flag, value in (("only", only), ("source", source), ("client", client), ("warmup-requests", warmup_requests)):
-        if value is not None:
-            raise InputError(f"--{flag} {value} needs --against")
     if output_dir is None:
         raise InputError("no --output-dir: name a new folder for the results")
-    run(_load_config(config, flags, BenchConfig), load, output_dir, as_json=json_)
+    settings = _load_config(config, flags, BenchConfig)
+    if url:
+        from cli.validate_url import run as run_against
+
+        server = {"url": against, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        run_against(settings, server, load, served_model_name, output_dir, as_json=json_)
+        return
+    from cli.validate import run
+
+    run(settings, load, output_dir, as_json=json_)
 
 
 @app.command()

@@ -69,6 +69,9 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
     for count in copies:
         kind = summary["replicas"][first]
         first += count
+        if "server" in summary:
+            console.print(f"{kind['model']} at {kind['device']}, measured from outside")
+            continue
         console.print(
             f"{count} x {kind['model']} on {kind['device']}, {kind['parallel']}, {_engine_words(kind)}: "
             f"{kind['kv_cache_tokens']:,} tokens of KV cache{' each' if count > 1 else ''}",
@@ -95,6 +98,13 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         + (f" ({summary['trace_failures']:,} failed rows of the trace left out)" if summary["trace_failures"] else "")
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
     )
+    if server := summary.get("server"):
+        late = server["generator_lateness_ms"]
+        console.print(
+            f"the generator sent requests {late['p50']:.2g} ms late in the median, {late['p99']:.2g} ms in P99"
+        )
+        for what, count in server["errors"].items():
+            console.print(f"failed: {count:,} times {what}", style="red")
     if "prefix_hit_rate" in summary:
         console.print(
             f"prefix cache: {summary['prefix_hit_rate']:.1%} of prompt tokens found "

@@ -17,7 +17,7 @@ from cli.engine import engine_spec
 from cli.output import progress_bar
 from engine.errors import InputError
 from engine.executors.start import start
-from engine.results.metric_table import drawn_metrics
+from engine.results.metric_table import METRICS
 from engine.results.run_folder import keep_incomplete, kept_if_interrupted, run_folder, write_config, write_summary
 from engine.runtime.executor import WorkerError
 from engine.workload.workload import make_workload
@@ -130,24 +130,26 @@ def _print(result: Mapping[str, Any], console: Console, calibrated: bool) -> Non
         f"batches: {batches['engine']:,} on the engine, {batches['simulated']:,} simulated; {first}; replayed with "
         f"measured durations {'the same' if replay['same'] else 'NOT the same'}"
     )
-    table = Table(box=None, header_style="bold", pad_edge=False)
     console.print("latencies on the engine / simulated (ms), and the error:")
-    table.add_column("")
-    for statistic in STATISTICS:
-        table.add_column(statistic if statistic == "mean" else statistic.upper(), justify="right")
-    for metric in drawn_metrics():
-        cells = []
-        for statistic in STATISTICS:
-            value = result["latencies"][metric.key].get(statistic)
-            cells.append("-" if value is None else _cell(value))
-        table.add_row(metric.name, *cells)
-    console.print(table)
+    print_latencies(result["latencies"], console)
     throughput = result["throughput"]["output_throughput"]
     console.print(
         f"output throughput: {throughput['engine']:,.0f} / {throughput['simulated']:,.0f} tokens/s "
         f"({throughput['error']:+.1%})"
     )
     console.print(f"largest: {result['largest']}")
+
+
+def print_latencies(found: Mapping[str, Any], console: Console) -> None:
+    """Print each statistic of each latency on both sides, and the error."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    for statistic in STATISTICS:
+        table.add_column(statistic if statistic == "mean" else statistic.upper(), justify="right")
+    for key, statistics in found.items():
+        values = [statistics.get(statistic) for statistic in STATISTICS]
+        table.add_row(METRICS[key].name, *("-" if value is None else _cell(value) for value in values))
+    console.print(table)
 
 
 def _cell(value: Mapping[str, Any]) -> str:

@@ -3,12 +3,13 @@
     driver = Driver(scheduler, PredictedExecutor(predictor, num_blocks=1000, clock=clock), recorder, clock=clock)
 
 With a VirtualClock a run takes no time and gives what the simulator's replica gives; with a RealClock it takes as long
-as the real one would, to stand in for an engine. Every sampled token is 0.
+as the real one would, to stand in for an engine.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 
 from engine.runtime.driver import Clock, RealClock
 from engine.runtime.executor import RankTime, Result, StageTime, Step
@@ -22,6 +23,7 @@ class PredictedExecutor:
     Args:
         num_blocks: KV blocks that it says it has.
         sliding_window: tokens that the model's attention looks back, if it is bounded.
+        token: what every sampled token is.
     """
 
     attention_backend = "predicted"
@@ -33,14 +35,21 @@ class PredictedExecutor:
         num_stages: int = 1,
         sliding_window: int | None = None,
         clock: Clock | None = None,
+        token: int = 0,
     ) -> None:
         self.predictor = predictor
         self.num_blocks = num_blocks
         self.hardware = predictor.description
         self._clock = clock or RealClock()
         self._window = sliding_window
+        self._token = token
         self._free = [0.0] * num_stages  # end of the newest step on each stage
         self._results: deque[tuple[float, Result]] = deque()  # and when each is due
+
+    @property
+    def due(self) -> float:
+        """When the oldest step in flight ends (s of the clock); infinity without one."""
+        return self._results[0][0] if self._results else inf
 
     def launch(self, step: Step) -> None:
         shape = shape_of(step, self._window)
@@ -53,7 +62,7 @@ class PredictedExecutor:
             time = end + self.predictor.send_time(shape, stage)
         times = [RankTime(stage, start, start + duration) for stage, (start, duration) in enumerate(stages)]
         in_range = self.predictor.in_range(shape)
-        result = Result(step.number, [0] * len(step.sampled), times, stages=stages, in_range=in_range)
+        result = Result(step.number, [self._token] * len(step.sampled), times, stages=stages, in_range=in_range)
         self._results.append((end, result))
 
     def wait(self, timeout: float | None) -> Result | None:

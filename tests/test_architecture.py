@@ -20,7 +20,11 @@ HEAVY = {  # what takes seconds to import or is not always installed, and where 
     "safetensors": ("engine/worker/",),
     "flash_attn": ("engine/worker/attention/",),
     "flashinfer": ("engine/worker/attention/",),
-    "transformers": ("cli/generate.py", "engine/workload/traces.py"),
+    "transformers": ("engine/server/text.py", "engine/workload/traces.py"),
+    "fastapi": ("engine/server/",),
+    "uvicorn": ("engine/server/",),
+    "prometheus_client": ("engine/server/",),
+    "aiohttp": ("engine/loadgen/",),
     "ray": ("engine/executors/ray_executor.py", "studies/jobs/pool.py"),
 }
 TIMING = {  # the half of the profiler that runs kernels, which torch is for

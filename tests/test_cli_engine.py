@@ -23,7 +23,7 @@ from rich.progress import TaskID
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from cli.generate import _Stream, _tokenizer
+from cli.generate import _Stream
 from cli.main import app, run
 from cli.output import ProgressBar
 from engine.replica_spec import resolve
@@ -31,6 +31,7 @@ from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import POLICIES, largest_batch
 from engine.scheduling.request import Request
+from engine.server.text import load_tokenizer
 from windtunnel.settings import EngineSettings
 
 PROMPTS = ([5, 17, 90, 3, 44], [8], list(range(3, 60)))
@@ -157,7 +158,9 @@ def test_text_comes_out_as_it_grows(speaking: Path, tmp_path: Path, capsys: pyte
 
 
 def test_half_a_character_is_not_printed(speaking: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = _tokenizer(speaking)
+    codec = load_tokenizer(speaking)
+    assert codec is not None
+    tokenizer = codec.tokenizer
     tokens = tokenizer.encode("né")
     assert len(tokens) == 3  # the accented letter is two bytes, a token each
     sequence, stream = Sequence(Request(0, 0.0, 1, 4), [1]), _Stream(tokenizer)

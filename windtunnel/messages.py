@@ -9,8 +9,11 @@ import re
 
 from windtunnel.settings import BenchConfig, GenerateConfig
 
+_OF_SERVE = ("time_scale", "max_queue")  # that are no settings of a run
 _NAMES = sorted(  # longest first, so that one that begins like another is found
-    (name for name in {**BenchConfig.model_fields, **GenerateConfig.model_fields} if "_" in name), key=len, reverse=True
+    (name for name in {*BenchConfig.model_fields, *GenerateConfig.model_fields, *_OF_SERVE} if "_" in name),
+    key=len,
+    reverse=True,
 )
 _FIELD = re.compile(rf"(?<![\w.])(?:(?:Scheduler|Parallel)Spec )?({'|'.join(_NAMES)})\b(?!: )")
 _FLAG_OF_FIELD = {  # of fields inside that are called otherwise than their setting

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -268,6 +268,11 @@ class EngineSettings(_Settings):
         "Decode batch sizes to capture as CUDA graphs, such as 1,2,4,8; others run eagerly. Default: up to 256.",
     )
     distributed_port: int | None = _field(None, "Engine", "Port for the rendezvous of ranks. Default: a free port.")
+    distributed_interface: str | None = _field(
+        None,
+        "Engine",
+        "Network interface that ranks on several machines listen on, such as eth1: a private network. Default: Ray's.",
+    )
 
 
 ENGINE_KEYS = frozenset(EngineSettings.model_fields)
@@ -371,7 +376,7 @@ class RunConfig(ReplicaConfig):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str | Path) else value
 
-    def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
+    def workload_spec(self, max_model_len: int | None, burst: bool = False) -> WorkloadSpec:
         """Return the workload without requests over `max_model_len` tokens. `burst`: all at once, at no rate."""
         if self.trace is not None:
             check_no_result(self.trace)
@@ -426,6 +431,8 @@ class ReplicaGroup(ReplicaConfig):
 class FileConfig(RunConfig):
     """A run's YAML file: the flags' names, and `replicas` for a cluster of several kinds."""
 
+    needed: ClassVar[tuple[str, ...]] = ("model", "device")
+
     replicas: list[dict[str, Any]] = Field([], description="Groups of replicas of different kinds.")
 
     def groups(self) -> list[ReplicaGroup]:
@@ -446,6 +453,33 @@ class FileConfig(RunConfig):
 
 class BenchConfig(FileConfig, EngineSettings):
     """A run on the engine: the simulator's settings and the engine's own."""
+
+
+class LoadConfig(BenchConfig):
+    """A load on a server that runs already, which decides what it is itself; a file's other settings are left alone."""
+
+    needed: ClassVar[tuple[str, ...]] = ()
+    _own: ClassVar[frozenset[str]] = frozenset({"model", "max_model_len", "plugin"})
+
+    @classmethod
+    def check(cls, flags: dict[str, Any]) -> None:
+        """Raise InputError for a flag that only the server itself could heed."""
+        for name, value in flags.items():
+            extra = cls.model_fields[name].json_schema_extra
+            of_server = isinstance(extra, dict) and extra["panel"] not in ("Workload", "Goals")
+            if value is not None and of_server and name not in cls._own:
+                raise InputError(f"--{name.replace('_', '-')} {value} has no meaning with --url: leave it out")
+
+    def workload_settings(self, num_prompts: int) -> dict[str, Any]:
+        """Return the model and the workload, as a config file holds them."""
+        values = self.model_dump(mode="json", exclude_none=True)
+        own = {
+            name
+            for name, field in type(self).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra["panel"] in ("Workload", "Goals")
+        }
+        kept = {name: value for name, value in values.items() if name in own | self._own}
+        return {**kept, "num_prompts": num_prompts}
 
 
 class GenerateConfig(EngineSettings, ServingSettings):
@@ -500,7 +534,7 @@ def combined(values: dict[str, Any], given: dict[str, Any], where: str, kind: ty
             raise InputError(
                 f"--{key.replace('_', '-')} {given[key]} and replicas[{i}] of {where} both set {key}: change one"
             )
-    for needed in ("model", "device"):
+    for needed in kind.needed:
         if not getattr(config, needed) and not all(group.get(needed) for group in config.replicas or [{}]):
             raise InputError(f"no {needed} given: add --{needed} NAME")
     if config.num_replicas < 1:

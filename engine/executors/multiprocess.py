@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from engine.errors import InputError
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine, freeze_start_up
+from engine.runtime.network import LOCALHOST
 
 CLOSE_S = 5.0  # for ranks to end by themselves
 BLAME_S = 1.0  # a rank that fails may have lost another: how long that one's end may take to show
@@ -33,7 +34,7 @@ class MultiprocessExecutor:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["engine.worker.rank_process"])  # torch is imported once for all ranks
         _start_fork_server()
-        meeting_point = f"tcp://127.0.0.1:{spec.port or free_port()}"
+        meeting_point = f"tcp://{LOCALHOST}:{spec.port or free_port()}"
         if spec.port is not None:
             check_port(spec.port)
         self._reports: dict[int, list[RankReport]] = {}
@@ -209,7 +210,7 @@ def _run_rank(driver: Connection, spec: EngineSpec, rank: int, meeting_point: st
 def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOCALHOST, 0))
         return int(probe.getsockname()[1])
 
 
@@ -218,7 +219,7 @@ def check_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((LOCALHOST, port))
         except OSError as error:
             raise InputError(
                 f"port {port} can't be had ({error.strerror}): give another --distributed-port, or leave it out"

@@ -26,6 +26,7 @@ from engine.executors import ray_reaper
 from engine.executors.multiprocess import BLAME_S, free_port
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import RankReport, Result, Step, WorkerError, combine, freeze_start_up
+from engine.runtime.network import LOCALHOST, address_of, interface_of
 
 if TYPE_CHECKING:
     from engine.worker.runner import Pending
@@ -50,13 +51,17 @@ class RankActor:
 
     def meeting_point(self) -> str:
         """Where the ranks may meet, on this actor's machine."""
-        return f"tcp://{ray.util.get_node_ip_address()}:{self._spec.port or free_port()}"
+        interface = self._spec.interface
+        address = ray.util.get_node_ip_address() if interface is None else address_of(interface)
+        return f"tcp://{address}:{self._spec.port or free_port()}"
 
     def join(self, meeting_point: str) -> tuple[int, str, str, bool]:
         """Become a rank. Returns what the runner's `describe` says."""
         from engine.worker.rank import join
 
-        self._runner = join(self._spec, self._rank, 0, meeting_point)  # Ray shows an actor its own GPU only
+        interface = self._spec.interface or interface_of(ray.util.get_node_ip_address())
+        # Ray shows an actor its own GPU only
+        self._runner = join(self._spec, self._rank, 0, meeting_point, interface)
         return self._runner.describe()
 
     def clock(self) -> tuple[str, float]:
@@ -93,7 +98,7 @@ class RayExecutor:
             before = ray_reaper.descendants(os.getpid())
             os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # what fails is raised by `wait`
             os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 makes ranks give way to all that is running
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+            _init()
             _silence()
             self._reaper = ray_reaper.start(before)
         self._actors: list[Any] = []
@@ -167,6 +172,8 @@ class RayExecutor:
             self._group = None
         if self._started_ray:
             ray.shutdown()
+            os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = True
         if self._reaper is not None:
             self._reaper.communicate()
             self._reaper = None
@@ -216,6 +223,22 @@ class RayExecutor:
             if isinstance(error, RayTaskError) and isinstance(error.cause, InputError):
                 raise InputError(str(error.cause)) from None
         raise WorkerError(f"rank {first} failed: {errors[first]}") from None
+
+
+def _init() -> None:
+    """Join the Ray cluster that runs, or start one of this machine alone, which listens to no other machine."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if (address := os.environ.get("RAY_ADDRESS", "auto")) != "local":
+        try:
+            ray.init(address=address, **quiet)
+            return
+        except ConnectionError:
+            if address != "auto":
+                raise
+    # as Ray does by itself on other systems; these names are private to it, and a test looks at what listens
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init(address="local", include_dashboard=False, _node_ip_address=LOCALHOST, **quiet)
 
 
 def _silence() -> None:

@@ -373,7 +373,8 @@ def saturation(requests: Columns) -> dict[str, Any]:
     def growth_of(left: Array) -> float | None:
         return _growth((came - np.searchsorted(np.sort(left), arrived, side="right"))[warm_up:])
 
-    growth = growth_of(requests["scheduled_s"])
+    outside = bool(np.isnan(requests["scheduled_s"]).any())  # measured there: nobody knows when it was scheduled
+    growth = growth_of(requests["first_token_s" if outside else "scheduled_s"])
     if growth is None:
         usual = float(np.median(requests["last_token_s"] - requests["arrived_s"]))
         if arrived[warm_up] - arrived[0] < usual:  # it is still filling up

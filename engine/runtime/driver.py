@@ -88,6 +88,7 @@ class Driver:
     Args:
         scheduler: decides also how many batches are launched before the first has to be done.
         recorder: gets the same reports as from the simulator.
+        replica: its number among the recorder's.
         on_token, on_finished: called with a sequence when its next token, and its last, is known.
         on_result: called with each finished step.
     """
@@ -100,6 +101,7 @@ class Driver:
         *,
         clock: Clock | None = None,
         seed: int = 0,
+        replica: int = 0,
         on_token: Callable[[Sequence, int], None] | None = None,
         on_finished: Callable[[Sequence], None] | None = None,
         on_result: Callable[[Batch, Result], None] | None = None,
@@ -108,6 +110,7 @@ class Driver:
         self.executor = executor
         self.recorder = recorder
         self.clock = clock or RealClock()
+        self.replica = replica
         self.on_token = on_token
         self.on_finished = on_finished
         self.on_result = on_result
@@ -129,6 +132,11 @@ class Driver:
     def unfinished(self) -> int:
         """Sequences that are here."""
         return len(self.steps.sequences)
+
+    @property
+    def in_flight(self) -> int:
+        """Batches that are launched and not done."""
+        return len(self._flights)
 
     def start(self) -> None:
         """Begin to count the time: now is 0."""
@@ -160,16 +168,26 @@ class Driver:
 
         What batches in flight make of it counts for nothing. It is not among the recorder's requests.
         """
+        self._let_go(id, "abort")
+
+    def stop(self, id: int) -> None:
+        """End the sequence with a request's id, whose text is complete: as `abort`, but it counts as finished."""
+        sequence = self._let_go(id, "stop")
+        if sequence is not None and sequence.request.token_times:
+            self.recorder.finished(sequence.request, self.replica)
+
+    def _let_go(self, id: int, reason: str) -> Sequence | None:
         sequence = self.steps.sequences.get(id)
         if sequence is None or sequence.finish_reason is not None:  # one that a callback hears of as finished
-            return
+            return None
         self.now = max(self.now, self.time())
-        sequence.finish_reason = "abort"
+        sequence.finish_reason = reason
         if not sequence.request.finished:  # by the batch whose tokens are given out just now
             self.scheduler.abort(sequence.request)
         self._remove(sequence)
         if self._arrivals is not None:
             self._arrivals.finished(sequence, self.now)
+        return sequence
 
     def step(self, until: float = inf) -> bool:
         """Launch what can be, wait for the oldest batch in flight, and give its tokens out.
@@ -177,7 +195,7 @@ class Driver:
         Returns False if nothing is in flight, and if a batch could join those in flight and `until` comes before the
         oldest one's end: what arrives then may start one. Raises WorkerError when a worker fails.
         """
-        self._launch()
+        self.launch()
         if not self._flights:
             return False
         room = not self.scheduler.async_scheduling and len(self._flights) < self.num_stages
@@ -190,6 +208,17 @@ class Driver:
         self._done = None
         self._complete(result, ended_at)
         return True
+
+    def launch(self) -> None:
+        """Form and launch batches until as many are in flight as there may be, or nothing more can run."""
+        if self.scheduler.async_scheduling and self._done is not None:
+            return
+        while (batch := self.scheduler.schedule()) is not None:
+            counted = self.scheduler.max_in_flight > 1
+            step = self.steps.build(batch, self.origin + self.now, counted=counted)
+            running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+            self._flights.append(_Flight(batch, step.number, self.now, running, waiting))
+            self.executor.launch(step)
 
     def run(self, sequences: Iterable[Sequence] | Arrivals) -> None:
         """Serve `sequences`, which come in order of arrival, each when its time has come, to their ends.
@@ -227,17 +256,6 @@ class Driver:
         """When a result came: now, or when it was predicted to."""
         return self.time() if result.stages is None else sum(result.stages[-1]) - self.origin
 
-    def _launch(self) -> None:
-        """Form and launch batches until as many are in flight as there may be, or nothing more can run."""
-        if self.scheduler.async_scheduling and self._done is not None:
-            return
-        while (batch := self.scheduler.schedule()) is not None:
-            counted = self.scheduler.max_in_flight > 1
-            step = self.steps.build(batch, self.origin + self.now, counted=counted)
-            running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-            self._flights.append(_Flight(batch, step.number, self.now, running, waiting))
-            self.executor.launch(step)
-
     def _complete(self, result: Result, time: float) -> None:
         """A batch is done, at `time`: commit it, record what it took, and give its tokens out."""
         flight = self._flights.popleft()
@@ -245,12 +263,13 @@ class Driver:
         self.now = starts[-1] + durations[-1]  # `time`, but for rounding, as the simulator will have it
         # a batch that was formed ahead begins when the one before ends
         self.recorder.scheduled(flight.batch, starts[0] if self.scheduler.async_scheduling else flight.launched_at)
-        batch, tokens = _still_wanted(flight.batch, result.tokens)
+        batch, wanted = _still_wanted(flight.batch)
+        tokens = list(compress(result.tokens, wanted))
         max_tbt = self.recorder.completed(batch, [self.now])
         for stage in range(self.num_stages):
             self.busy_s[stage] += durations[stage]
             self.recorder.iterations(
-                0,
+                self.replica,
                 stage,
                 starts[stage : stage + 1],
                 durations[stage : stage + 1],
@@ -264,12 +283,16 @@ class Driver:
         if self.on_result is not None:
             self.on_result(flight.batch, result)
         sampled = [self.steps.sequences[request.id] for request in batch.sampled]
+        if result.logprobs is not None:
+            for sequence, logprobs in zip(sampled, compress(result.logprobs, wanted), strict=True):
+                if logprobs is not None:
+                    sequence.logprobs.append(logprobs)
         stopped = []
         for sequence, token in zip(sampled, tokens, strict=True):
             sequence.tokens.append(token)
             if self._hashed is not None and sequence.request.block_hashes is sequence.block_hashes:
                 sequence.hash_blocks(self._hashed)
-            if token in sequence.stop_tokens:
+            if sequence.stops_at(token):
                 stopped.append(sequence.request)
         self.scheduler.commit(flight.batch, stopped=stopped)
         for sequence in sampled:
@@ -277,12 +300,12 @@ class Driver:
                 continue
             token = sequence.tokens[-1]
             if sequence.request.finished:
-                sequence.finish_reason = "stop" if token in sequence.stop_tokens else "length"
+                sequence.finish_reason = "stop" if sequence.stops_at(token) else "length"
             if self.on_token is not None:
                 self.on_token(sequence, token)
-            if sequence.request.finished and sequence.finish_reason != "abort":
+            if sequence.request.finished and sequence.request.id in self.steps.sequences:  # no callback let it go
                 self._remove(sequence)
-                self.recorder.finished(sequence.request, 0)
+                self.recorder.finished(sequence.request, self.replica)
                 if self._arrivals is not None:
                     self._arrivals.finished(sequence, self.now)
                 if self.on_finished is not None:
@@ -320,14 +343,14 @@ class Driver:
         return starts, durations
 
 
-def _still_wanted(batch: Batch, tokens: list[int]) -> tuple[Batch, list[int]]:
-    """`batch` and its tokens without the requests that met a stop token in the batch before, or were aborted."""
+def _still_wanted(batch: Batch) -> tuple[Batch, list[bool]]:
+    """`batch` without the requests that met a stop token in the batch before, or were aborted; who of it is left."""
     wanted = [not request.finished for request in batch.sampled]
     if all(wanted):
-        return batch, tokens
+        return batch, wanted
     decodes = [request for request in batch.decodes if not request.finished]
     completing = [request for request in batch.completing if not request.finished]
-    return replace(batch, decodes=decodes, completing=completing), list(compress(tokens, wanted))
+    return replace(batch, decodes=decodes, completing=completing), wanted
 
 
 class Arrivals(Protocol):

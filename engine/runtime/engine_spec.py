@@ -46,6 +46,7 @@ class EngineSpec:
     seed: int = 0
     keep_logits: bool = False
     port: int | None = None  # where the ranks meet; None: a free one
+    interface: str | None = None  # of the network among several machines; None: Ray's
 
     def __post_init__(self) -> None:
         if self.model.dtype not in DTYPES:
@@ -75,8 +76,8 @@ class EngineSpec:
     def of(cls, replica: ReplicaSpec, folder: Path | None, **run: Any) -> EngineSpec:
         """Return what the workers of a replica need to know.
 
-        `run` are the fields that are no part of what the replica is: attention_backend, cuda_graphs, seed, keep_logits
-        and port.
+        `run` are the fields that are no part of what the replica is: attention_backend, cuda_graphs, seed, keep_logits,
+        port and interface.
         """
         scheduler = replica.scheduler
         return cls(

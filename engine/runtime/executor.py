@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from engine.errors import InputError
 
 Ints = NDArray[np.int32]
+MOST_LOGPROBS = 20  # of a token, as in vLLM
 LAST_SAMPLED = -1  # in Step.tokens: the token that the worker sampled last for this row
 
 
@@ -30,13 +31,14 @@ class SamplingParams:
     """How the next token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave every token in.
 
     The same seed gives the same tokens whatever else is in the batch. A request without one gets its own from the
-    engine's seed.
+    engine's seed. Log probabilities are of the logits as the model gives them.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    logprobs: int | None = None  # of how many of the likeliest tokens, beside the chosen one's; None: of none at all
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -45,6 +47,8 @@ class SamplingParams:
             raise InputError(f"top_k {self.top_k}: give 0 (every token) or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p}: give a share above 0 and up to 1")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise InputError(f"logprobs {self.logprobs}: give 0 to {MOST_LOGPROBS}")
 
 
 GREEDY = SamplingParams()
@@ -95,6 +99,13 @@ class RankTime(NamedTuple):
     end: float
 
 
+class Logprobs(NamedTuple):
+    """Log probabilities of a sampled token and of the likeliest ones, the likeliest first."""
+
+    chosen: float
+    top: list[tuple[int, float]]  # token id, log probability
+
+
 class RankReport(NamedTuple):
     """What one rank says of a finished step. The first rank of the last stage has the tokens."""
 
@@ -102,6 +113,7 @@ class RankReport(NamedTuple):
     time: RankTime
     tokens: list[int] | None
     logits: NDArray[np.float32] | None
+    logprobs: list[Logprobs | None] | None = None  # (m,) None: nobody asked
 
 
 class StageTime(NamedTuple):
@@ -120,13 +132,16 @@ class Result(NamedTuple):
     logits: NDArray[np.float32] | None = None  # (m, vocabulary), if the executor was asked to keep them
     stages: list[StageTime] | None = None  # if they were predicted
     in_range: bool = True  # of what the predictor was calibrated on
+    logprobs: list[Logprobs | None] | None = None  # (m,) of the sampled tokens; None: nobody asked
 
 
 def combine(reports: Sequence[RankReport]) -> Result:
     """The result of a step that every rank has reported."""
-    tokens, logits = next((each.tokens, each.logits) for each in reports if each.tokens is not None)
+    tokens, logits, logprobs = next(
+        (each.tokens, each.logits, each.logprobs) for each in reports if each.tokens is not None
+    )
     times = sorted(each.time for each in reports)
-    return Result(reports[0].number, tokens, times, logits)
+    return Result(reports[0].number, tokens, times, logits, logprobs=logprobs)
 
 
 def freeze_start_up() -> None:

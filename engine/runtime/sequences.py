@@ -11,19 +11,22 @@ from hashlib import blake2b
 
 import numpy as np
 
-from engine.runtime.executor import GREEDY, LAST_SAMPLED, NewBlocks, SamplingParams, Step
+from engine.runtime.executor import GREEDY, LAST_SAMPLED, Logprobs, NewBlocks, SamplingParams, Step
 from engine.scheduling.request import Batch, Entry, Request
 
 
 class Sequence:
     """A request and its tokens: the prompt's, then what was generated.
 
-    `stop_tokens` end it early; with none it runs to the request's `output_tokens`.
+    `stop_tokens` end it early, but not before it has `min_tokens` of them; with none it runs to the request's
+    `output_tokens`.
     """
 
     __slots__ = (
         "block_hashes",
         "finish_reason",
+        "logprobs",
+        "min_tokens",
         "request",
         "sampling",
         "sent_blocks",
@@ -38,11 +41,14 @@ class Sequence:
         prompt: Iterable[int],
         sampling: SamplingParams = GREEDY,
         stop_tokens: frozenset[int] = frozenset(),
+        min_tokens: int = 0,
     ) -> None:
         self.request = request
         self.tokens = list(prompt)
         self.sampling = sampling
         self.stop_tokens = stop_tokens
+        self.min_tokens = min_tokens
+        self.logprobs: list[Logprobs] = []  # of each output token, if its sampling asks for them
         self.block_hashes: list[int] = []  # of its tokens, where prefixes are cached and nobody gave the request any
         self.finish_reason: str | None = None  # "stop", "length" or "abort", once it is finished
         self.sent_blocks = 0  # of request.blocks, that the workers know of
@@ -52,6 +58,10 @@ class Sequence:
     def output(self) -> list[int]:
         """The generated tokens."""
         return self.tokens[self.request.prompt_tokens :]
+
+    def stops_at(self, token: int) -> bool:
+        """Return whether `token`, its newest, ends it."""
+        return token in self.stop_tokens and len(self.tokens) - self.request.prompt_tokens >= self.min_tokens
 
     def hash_blocks(self, block_size: int) -> None:
         """Make a hash for each block that its tokens fill by now, of these and all before them."""
@@ -114,7 +124,7 @@ class StepBuilder:
             _ints(tokens_of),
             self._new_blocks(sequence for sequence, _ in entries),
             _ints(sampled),
-            None if all(each.temperature == 0 for each in sampling) else tuple(sampling),
+            None if all(each.temperature == 0 and each.logprobs is None for each in sampling) else tuple(sampling),
         )
 
     def _new_blocks(self, sequences: Iterable[Sequence]) -> NewBlocks:

@@ -52,7 +52,7 @@ def serve(
     """
     scheduler, vocab_size = replica.new_scheduler(executor.num_blocks), replica.model.vocab_size
     workload.check_fits(scheduler)
-    _warm_up(replica.new_scheduler(executor.num_blocks), executor, vocab_size, clock)
+    warm_up(replica.new_scheduler(executor.num_blocks), executor, vocab_size, clock)
     recorder = Recorder(folder, tbt_percentiles(slos), predicted=False)
     ranks = _RankTimes()
     finished = 0
@@ -127,13 +127,17 @@ class Sender:
     def pop(self) -> TokenSequence:
         request = self._client.pop()
         before = self._ended.pop(self._before.get(request.id, -1), [])
-        tokens = [*before] if len(before) <= request.prompt_tokens else []  # else it is a prompt of its own
+        known = [*before] if len(before) <= request.prompt_tokens else []  # else it is a prompt of its own
+        return TokenSequence(request, self._tokens(request, known))
+
+    def _tokens(self, request: Request, tokens: list[int]) -> list[int]:
+        """The prompt of a request that begins with `tokens`."""
         if request.content is None:
-            return TokenSequence(request, tokens + self._draw([request.id], len(tokens), request.prompt_tokens))
+            return tokens + self._draw([request.id], len(tokens), request.prompt_tokens)
         for stream, start, end in request.content.pieces(request.prompt_tokens):
             if end > len(tokens):
                 tokens += self._draw([abs(stream), 1 + (stream < 0)], max(start, len(tokens)), end)
-        return TokenSequence(request, tokens)
+        return tokens
 
     def finished(self, sequence: TokenSequence, time: float) -> None:
         if sequence.request.id in self._followed:
@@ -154,7 +158,7 @@ def _sequences(requests: Iterator[Request], vocab_size: int) -> Iterator[TokenSe
         yield TokenSequence(request, rng.integers(0, vocab_size, request.prompt_tokens).tolist())
 
 
-def _warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock | None) -> None:
+def warm_up(scheduler: Scheduler, executor: Executor, vocab_size: int, clock: Clock | None) -> None:
     """Run a few requests of the largest prompts, for what is slow only once: compiling, allocating, page faults."""
     spec = scheduler.spec
     count, output = WARM_UP

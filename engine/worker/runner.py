@@ -27,7 +27,7 @@ from engine.worker.inputs import Inputs, Rows
 from engine.worker.layers import compile_elementwise
 from engine.worker.model import Decoder
 from engine.worker.parallel import Links, Rank
-from engine.worker.sampler import NO_NUMBER, sample
+from engine.worker.sampler import NO_NUMBER, SampledLogprobs, sample
 
 RESERVED_BYTES = GIB // 2  # of a GPU, for what libraries take later (cuBLAS, NCCL, fragmentation)
 GRAPH_BYTES = 16 << 20  # of a CUDA graph: 8 MiB for flashinfer's plan, and an estimate for its kernels' arguments
@@ -242,7 +242,12 @@ class ModelRunner:
                 return Pending(self, step.number, started, ended)
             tokens = sample(output, step.sampling, (step.starts + step.chunks)[step.sampled])
             self.rows.remember(sampled_rows, tokens)
-            return Pending(self, step.number, started, self._stamp(), tokens, output if self.spec.keep_logits else None)
+            logprobs = None
+            if self.rank.tp_rank == 0 and any(each.logprobs is not None for each in step.sampling or ()):
+                assert step.sampling is not None
+                logprobs = SampledLogprobs(output, tokens, step.sampling)
+            logits = output if self.spec.keep_logits else None
+            return Pending(self, step.number, started, self._stamp(), tokens, logits, logprobs)
 
     def _forward(self, inputs: Inputs, attention: AttentionBackend, hidden: Tensor | None) -> Tensor:
         output: Tensor = self.model(inputs, attention, self.kv_caches, hidden)
@@ -267,12 +272,14 @@ class Pending:
         ended: float | torch.cuda.Event,
         tokens: Tensor | None = None,
         logits: Tensor | None = None,
+        logprobs: SampledLogprobs | None = None,
     ) -> None:
         self._rank = runner.rank
         self._clock = runner._clock
         self._number = number
         self._started, self._ended = started, ended
         self._logits = logits
+        self._logprobs = logprobs
         self._tokens = tokens if self._rank.tp_rank == 0 else None
         self._copied: torch.cuda.Event | None = None
         self._seen_busy = 0.0  # when `ready` last found it on its way
@@ -317,6 +324,7 @@ class Pending:
             RankTime(self._rank.rank, started, ended),
             tokens,
             None if self._logits is None or self._tokens is None else self._logits.float().cpu().numpy(),
+            None if self._logprobs is None else self._logprobs.read(),
         )
 
 

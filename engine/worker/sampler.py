@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from engine.runtime.executor import SamplingParams
+from engine.runtime.executor import Logprobs, SamplingParams
 
 COLDEST = 1e-30  # what is colder could be 0 in float32
 
@@ -44,6 +44,31 @@ def sample(logits: Tensor, params: tuple[SamplingParams, ...] | None, positions:
     drawn = (scores.softmax(dim=-1) / noise).argmax(dim=-1)
     tokens[which] = torch.where(tokens[which] == NO_NUMBER, NO_NUMBER, drawn)
     return tokens
+
+
+class SampledLogprobs:
+    """Log probabilities of sampled tokens, on their way from the device."""
+
+    def __init__(self, logits: Tensor, tokens: Tensor, params: tuple[SamplingParams, ...]) -> None:
+        """logits: (m, vocabulary); tokens: (m,) the sampled ones; params: one a row."""
+        self._wanted = [each.logprobs for each in params]
+        rows = [row for row, count in enumerate(self._wanted) if count is not None]
+        which = _on_device(rows, torch.int64, logits.device)
+        scores = logits[which].float().log_softmax(dim=-1)
+        most = min(max(count for count in self._wanted if count is not None), logits.shape[-1])
+        top, ids = scores.topk(most, dim=-1) if most else (scores[:, :0], scores[:, :0].long())
+        chosen = scores.gather(1, tokens[which].clamp(min=0)[:, None])[:, 0]
+        self._chosen, self._top, self._ids = (each.to("cpu", non_blocking=True) for each in (chosen, top, ids))
+
+    def read(self) -> list[Logprobs | None]:
+        """Return those of each row, None of one that did not ask; call once the device is done."""
+        found: list[Logprobs | None] = [None] * len(self._wanted)
+        rows = zip(self._chosen.tolist(), self._top.tolist(), self._ids.tolist(), strict=True)
+        for row, count in enumerate(self._wanted):
+            if count is not None:
+                chosen, top, ids = next(rows)
+                found[row] = Logprobs(chosen, list(zip(ids, top, strict=True))[:count])
+        return found
 
 
 def _scores(logits: Tensor, params: list[SamplingParams]) -> Tensor:

@@ -77,6 +77,8 @@ def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
 def _describe(record: Record) -> str:
     """Return a run in a line."""
     first = record.summary["replicas"][0]
+    if "server" in record.summary:
+        return f"{first['model']} at {first['device']}, measured from outside; {record.summary['completed']:,} requests"
     summary, others = record.summary, len({str(each.get("device")) for each in record.summary["replicas"]}) > 1
     device = "devices" if others else first["device"]
     rate = record.config.get("request_rate") or record.arrival_rate
@@ -210,6 +212,8 @@ def output_over_time(sides: Sequence[Side]) -> Panel:
     figure = new_figure()
     for i, (side, timeline) in enumerate(zip(sides, timelines, strict=True)):
         colour, dash = series_style(i)
+        if not timeline.batches:  # measured from outside
+            continue
         add_line(
             figure,
             timeline.output_s / unit_s,
@@ -232,7 +236,7 @@ def stage_bubbles(sides: Sequence[Side]) -> Panel:
     for i, side in enumerate(sides):
         colour, _ = series_style(i)
         shares = 100 * bubbles(side.record)
-        highest = max(highest, float(shares.max()))
+        highest = max(highest, float(shares.max(initial=0.0)))
         figure.add_bar(
             x=[f"stage {j}" for j in range(len(shares))], y=shares, name=side.name,
             marker={"color": colour, "line": {"width": 0}},

@@ -144,7 +144,8 @@ def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
 def _settings(record: Record) -> Iterator[tuple[str, str]]:
     yield from flat(record.config, number="{:.6g}".format)
     replicas = record.summary["replicas"]
-    yield "KV blocks", f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
+    if "server" not in record.summary:
+        yield "KV blocks", f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
     yield "times", "; ".join(dict.fromkeys(replica.get("predictor") or "measured" for replica in replicas))
 
 
@@ -157,17 +158,22 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
         found = [summary.get(key) for summary in summaries]
         rows.append(Headline(name, unit, [each / 1e3 if unit == "s" and each is not None else each for each in found]))
     devices = [num_gpus(side.record) for side in sides]
-    per_device = [summary["output_throughput"] / count for summary, count in zip(summaries, devices, strict=True)]
-    rows.insert(4, Headline("Output per device", "tokens/s", list(per_device)))
-    stalls = [100 * timeline.stalled_batches / timeline.batches for timeline in timelines]
-    rows.append(Headline("Batches that ended a stall", "%", list(stalls)))
-    rows.append(Headline("KV cache, peak use", "%", [timeline.peak_kv_percent for timeline in timelines]))
+    per_device = [
+        summary["output_throughput"] / count if count else None
+        for summary, count in zip(summaries, devices, strict=True)
+    ]
+    rows.insert(4, Headline("Output per device", "tokens/s", per_device))
+    seen = [timeline if timeline.batches else None for timeline in timelines]
+    stalls = [None if each is None else 100 * each.stalled_batches / each.batches for each in seen]
+    rows.append(Headline("Batches that ended a stall", "%", stalls))
+    peaks = [None if each is None else each.peak_kv_percent for each in seen]
+    rows.append(Headline("KV cache, peak use", "%", peaks))
     return rows
 
 
 def num_gpus(record: Record) -> int:
-    """Return devices of all replicas."""
-    return sum(replica["num_gpus"] for replica in record.summary["replicas"])
+    """Return devices of all replicas; 0 of a server that was measured from outside."""
+    return sum(replica.get("num_gpus", 0) for replica in record.summary["replicas"])
 
 
 def same_requests(sides: Sequence[Side]) -> bool:
@@ -178,5 +184,5 @@ def same_requests(sides: Sequence[Side]) -> bool:
 
 def bubbles(record: Record) -> Array:
     """Return (stages,) the share of the time with requests that each stage idled, mean over its replicas."""
-    shares = [replica["stage_bubbles"] for replica in record.summary["replicas"]]
+    shares = [replica.get("stage_bubbles", []) for replica in record.summary["replicas"]]
     return np.array([np.mean([each[j] for each in shares if len(each) > j]) for j in range(max(map(len, shares)))])

@@ -27,6 +27,8 @@ _FILES = {
     "requests.parquet": "one row a request",
     "iterations.parquet": "one row a batch and stage",
     "ranks.parquet": "one row a batch and rank: when it computed",
+    "gauges.parquet": "the server's own gauges, once a second",
+    "trace.csv": "the requests as they came, to be simulated",
     "trace.json": "Chrome trace",
 }
 
@@ -70,6 +72,9 @@ def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
 
 def _served(record: Record) -> str:
     """Return which model on how many devices."""
+    if "server" in record.summary:
+        (replica,) = record.summary["replicas"]
+        return f"{replica['model'].rstrip('/').split('/')[-1]} at {replica['device']}"
     parts = []
     for count, replica in _kinds(record):
         devices = count * replica["num_gpus"]
@@ -80,7 +85,7 @@ def _served(record: Record) -> str:
 def _setting(record: Record) -> str:
     """Return the parallelism, the scheduler, the workload and its rate."""
     parts = []
-    for count, replica in _kinds(record):
+    for count, replica in _kinds(record) if "server" not in record.summary else ():
         budget = replica.get("max_num_batched_tokens")
         copies = "one replica" if count == 1 else f"{count} replicas"
         limit = f" (token budget {budget:,})" if budget else ""
@@ -102,7 +107,7 @@ def _setting(record: Record) -> str:
     else:
         rate = "that came at once"
     requests = record.summary["completed"] + record.summary["failed"]
-    how = "; ".join(parts)
+    how = "; ".join(parts) or "a server, measured from outside"
     return (
         f"{how[0].upper()}{how[1:]}, serving {requests:,} {'request' if requests == 1 else 'requests'} "
         f"({record.summary.get('workload', 'no named workload')}) {rate}."
@@ -127,6 +132,12 @@ def times_source(record: Record) -> tuple[Tone, str, str]:
     timeline = record.timeline
     predictors = list(dict.fromkeys(replica.get("predictor", "") for replica in record.summary["replicas"]))
     text = "Times come from: " + "; ".join(filter(None, predictors)) + "."
+    if (server := record.summary.get("server")) is not None:
+        late = server["generator_lateness_ms"].get("p99", 0.0) / 1e3
+        text = f"Times are those of the client. It sent 99 % of its requests at most {seconds(late)} late."
+        for what, count in server["errors"].items():
+            text += f" {count:,} requests failed: {escape(what)}."
+        return ("bad" if server["errors"] else "good"), "Measured from outside", text
     if not timeline.predicted_batches:
         return "good", "Measured", text
     if timeline.outside_range:
@@ -144,7 +155,7 @@ def _cards(record: Record) -> str:
     finished = f"{summary['completed']:,} finished in {seconds(summary['duration'])}"
     share = 100 * summary["requests_meeting_slos"] / summary["completed"]
     met = f"{number(share)} % met every SLO" if summary["slos"] else "no SLO set"
-    blocks = sum(replica["num_gpu_blocks"] for replica in summary["replicas"])
+    blocks = sum(replica.get("num_gpu_blocks", 0) for replica in summary["replicas"])
     many = len(summary["replicas"]) > 1
     steady = "steady_" if "steady_window_s" in summary else ""
     whole = [f"{number(summary[key])} over the whole run" for key in ("request_throughput", "output_throughput")]
@@ -174,6 +185,9 @@ def _cards(record: Record) -> str:
     if "prefix_hit_rate" in summary:
         found = f"{summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted"
         entries.insert(-2, ("Prefix cache hits", f"{number(100 * summary['prefix_hit_rate'])} %", found))
+    if "server" in summary:
+        inside = ("Sched. delay, median", "KV cache, peak use", "Preemptions")
+        entries = [entry for entry in entries if entry[0] not in inside]
     if summary["failed"]:
         entries.append(("Failed requests", f"{summary['failed']:,}", "never finished"))
     return cards(entries)
@@ -202,7 +216,11 @@ def _about(record: Record) -> str:
         took = f" · {simulator['batches']:,} batches simulated in {seconds(simulator['loop_seconds'])}"
     version = record.summary.get("version")
     files = [(name, f"{size(length)} · {_FILES[name]}") for name, length in record.files.items() if name in _FILES]
-    if simulator:
+    if "server" in record.summary:
+        again = """
+<p style='margin-top:12px'>In the run's folder, the same requests go to a simulated deployment:</p>
+<pre>windtunnel simulate --config config.yaml --device NAME --output-dir ../simulated</pre>"""
+    elif simulator:
         again = """
 <p style='margin-top:12px'>In the run's folder, the same configuration gives the same run:</p>
 <pre>windtunnel simulate --config config.yaml --output-dir ../again</pre>"""

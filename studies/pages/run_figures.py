@@ -30,8 +30,11 @@ from studies.words import number, seconds
 
 def panels(record: Record) -> list[tuple[str, list[Panel]]]:
     """Return the sections of a report: a heading and its panels."""
+    latency = ("Latency", [_latency(record, metric) for metric in drawn_metrics()])
+    if "server" in record.summary:  # measured from outside, where no batch is seen
+        return [latency]
     return [
-        ("Latency", [_latency(record, metric) for metric in drawn_metrics()]),
+        latency,
         ("Over time", [tbt_over_time(record), batch_composition(record), kv_use(record), queue(record)]),
         ("Stages", [stage_use(record)]),
     ]

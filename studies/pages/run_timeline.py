@@ -60,8 +60,9 @@ def read_timeline(
 
     `first_token_s` are the requests' first tokens, which no decode is counted for.
     """
-    blocks = np.array([replica["num_gpu_blocks"] for replica in summary["replicas"]], dtype=float)
-    stages = np.array([len(replica["stage_utilization"]) for replica in summary["replicas"]])
+    # of a server that was measured from outside there are no batches, and nothing is known
+    blocks = np.array([replica.get("num_gpu_blocks", 1) for replica in summary["replicas"]], dtype=float)
+    stages = np.array([len(replica.get("stage_utilization", [0.0])) for replica in summary["replicas"]])
     median_ms = summary.get(summary_key("p50", "tbt"))
     threshold = None if median_ms is None else STALL_FACTOR * median_ms / 1e3
     with pq.ParquetFile(path) as file:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.results.metric_table import drawn_metrics
 from studies.calibration.kinds import PAGES
 from studies.pages.figures import Panel
 from studies.pages.page import (
@@ -58,7 +59,10 @@ def write_validation(results: Mapping[str, Any], path: Path) -> Path:
     page.add_panels("Errors by load", [_by_load(loads)])
     for load in loads:
         page.add_panels(_capital(_where(load)), panels(load), _about(load))
-    page.add_panels("Operators", [_operators(results["operators"])])
+    if "against" in results:
+        page.add_panels("What was assumed", [_assumed(results)])
+    else:
+        page.add_panels("Operators", [_operators(results["operators"])])
     page.add(details("What ran", facts_table(_facts(results))))
     page.add(footer(f" {results['version']}" if "version" in results else ""))
     return page.write(path)
@@ -74,7 +78,14 @@ def _header(results: Mapping[str, Any]) -> str:
     source: tuple[Tone, str, str] = ("good", "Targets", _TARGETS)
     if results["device"] == "cpu":
         source = ("unsure", "A shared CPU", _SHARED_CPU)
-    worst = max(results["loads"], key=lambda load: abs(load["iterations"]["bias_of_time"]))
+    if "against" in results:
+        setting = (
+            f"A server at {results['against']}, measured from outside, and the simulator ({results['engine']} on "
+            f"{results['device']}) served the same requests ({results['workload']})."
+        )
+        worst = results["loads"][0]
+    else:
+        worst = max(results["loads"], key=lambda load: abs(load["iterations"]["bias_of_time"]))
     largest: tuple[Tone, str, str] = ("unsure", "Largest", _largest(worst, results["loads"]))
     title = f"{_short_name(results)} on {results['device']}"
     return header("Windtunnel · validation", title, setting, verdicts(results), [source, largest])
@@ -95,6 +106,8 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[Tone, str]]:
         error = percent(worst.error, sign=what != "Iterations")
         words = " ".join(filter(None, [worst.statistic, error, _among(load, loads)]))
         chips.append(("good" if worst.met else "bad", f"{what}: {words} ({of_whom} {100 * worst.target:.0f} %)"))
+    if "against" in results:
+        return chips
     other = [load for load in loads if not load["replay"]["same"]]
     if other:
         where = " and ".join(filter(None, [_among(load, loads) for load in other]))
@@ -138,6 +151,8 @@ def _among(load: Mapping[str, Any], loads: Sequence[Mapping[str, Any]]) -> str:
 
 def _cards(results: Mapping[str, Any]) -> str:
     loads, capacity = results["loads"], results["capacity"]
+    if "against" in results:
+        return cards(_outside_cards(results))
     iterations = [load["iterations"] for load in loads]
     count = sum(each["count"] for each in iterations)
     mean, inside = (sum(each["count"] * each[name] for each in iterations) / count for name in ("mape", "in_range"))
@@ -156,19 +171,39 @@ def _cards(results: Mapping[str, Any]) -> str:
     return cards(entries)
 
 
+def _outside_cards(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    (load,) = results["loads"]
+    found = [("Requests", f"{load['requests']:,}", "answered and simulated"),
+             ("Time on the server", seconds(load["engine_s"]), "first arrival to last token")]  # fmt: skip
+    for metric in drawn_metrics():
+        if (value := load["latencies"][metric.key].get("p50")) is not None:
+            sides = f"{seconds(value['engine_s'])} measured, {seconds(value['simulated_s'])} simulated"
+            found.append((f"{metric.name}, median", percent(value["error"], sign=True), sides))
+    return found
+
+
+def _assumed(results: Mapping[str, Any]) -> Panel:
+    said = [f"{name} {value}" for name, value in results["said"].items()]
+    words = f"The server says of itself: {', '.join(said)}. " if said else "The server says nothing of itself. "
+    return Panel("Taken for granted", f"{words}Assumed: {'; '.join(results['assumed'])}.")
+
+
 def _by_load(loads: Sequence[Mapping[str, Any]]) -> Panel:
     columns = [f"{e.what} {e.statistic}" if e.statistic in ("P50", "P99") else e.what for e in judge(loads[0])]
     rows: list[tuple[str, list[Cell]]] = []
     for load in loads:
         errors = [coloured(percent(e.error, sign=e.what != "Iterations"), e.met) for e in judge(load)]
-        same = load["replay"]["same"]
-        rows.append((_capital(_where(load)), [*errors, coloured("same" if same else "others", same)]))
+        if load["replay"] is not None:
+            same = load["replay"]["same"]
+            errors.append(coloured("same" if same else "others", same))
+        rows.append((_capital(_where(load)), errors))
     caption = (
         "Simulated over measured, less 1. Iterations: mean error of the engine's own batches, predicted. Throughput: "
         "the furthest off of requests and tokens a second. Replay: the batches that the simulator forms when it is "
         "given the measured durations."
     )
-    return Panel("Held against the targets", caption, table=numbers_table(("Load", *columns, "Replay"), rows))
+    replayed = ["Replay"] * (loads[0]["replay"] is not None)
+    return Panel("Held against the targets", caption, table=numbers_table(("Load", *columns, *replayed), rows))
 
 
 def _about(load: Mapping[str, Any]) -> str:

@@ -7,23 +7,30 @@ from typing import Any
 
 import numpy as np
 
-from engine.results.metric_table import Metric, drawn_metrics
+from engine.results.metric_table import METRICS, Metric, drawn_metrics
 from engine.results.metrics import QUANTILES
 from studies.pages.figures import BLUE, GOOD, ORANGE, Panel, Points, predicted_by_measured
 from studies.pages.latency_figures import Curve, latency_cdf
 from studies.pages.page import ERROR_HEADS, Cell, coloured, error_cells, numbers_table
 from studies.validation.compare import BATCH_KINDS, STATISTICS
 from studies.validation.record import judge
-from studies.words import percent, seconds
+from studies.words import number, percent, seconds
 
 _NO_GAPS = "No request has more than one output token on both sides."
 _COLOURS = dict(zip(BATCH_KINDS, (BLUE, ORANGE, GOOD), strict=True))
+_GAUGE_NAMES = {
+    "num_requests_running": "Running requests",
+    "num_requests_waiting": "Waiting requests",
+    "kv_cache_usage_perc": "KV cache use",
+}
 _STATISTICS = {name: name if name == "mean" else name.upper() for name in STATISTICS}
 
 
 def panels(load: Mapping[str, Any]) -> list[Panel]:
     """Return all panels of a load."""
     distributions = [_latency(load, metric) for metric in drawn_metrics()]
+    if load["iterations"] is None:  # measured from outside
+        return [*distributions, latency_table(load), *gauge_table(load)]
     return [*distributions, iteration_times(load), latency_table(load), iteration_table(load), batch_order(load)]
 
 
@@ -61,7 +68,7 @@ def latency_table(load: Mapping[str, Any]) -> Panel:
     """Draw each statistic of each latency on both sides; those that have a target are coloured."""
     met = {(each.what, each.statistic): each.met for each in judge(load)}
     rows: list[tuple[str, list[Cell]]] = []
-    for metric in drawn_metrics():
+    for metric in [METRICS[key] for key in load["latencies"]]:
         for statistic, words in _STATISTICS.items():
             found = load["latencies"][metric.key].get(statistic)
             if found is None:
@@ -70,15 +77,30 @@ def latency_table(load: Mapping[str, Any]) -> Panel:
             sides = seconds(found["engine_s"]), seconds(found["simulated_s"])
             rows.append((f"{metric.name}, {words}", [*sides, error]))
     together = [
-        f"{metric.name} {load['latencies'][metric.key]['pearson_r']:.3f}"
-        for metric in drawn_metrics()
-        if "pearson_r" in load["latencies"][metric.key]
+        f"{METRICS[key].name} {found['pearson_r']:.3f}"
+        for key, found in load["latencies"].items()
+        if "pearson_r" in found
     ]
     caption = "Of all requests, or of all gaps between tokens."
     if together:
         caption += f" How the requests' own values go together (Pearson's r): {', '.join(together)}."
     table = numbers_table(("Latency", "Engine", "Simulated", "Error"), rows)
     return Panel("Latencies", caption, width="half", table=table)
+
+
+def gauge_table(load: Mapping[str, Any]) -> list[Panel]:
+    """Draw the server's own gauges and the simulation's at the same times; no panel where it has none."""
+    rows: list[tuple[str, list[Cell]]] = []
+    for name, found in load["gauges"].items():
+        form = percent if name == "kv_cache_usage_perc" else number
+        cells = [form(found[f"{side}_{what}"]) for what in ("mean", "max") for side in ("engine", "simulated")]
+        rows.append((_GAUGE_NAMES[name], list(cells)))
+    if not rows:
+        return []
+    count = max(found["samples"] for found in load["gauges"].values())
+    caption = f"The server's own gauges, looked at {count:,} times, and the simulation's state at the same times."
+    heads = ("", "Server, mean", "Simulated, mean", "Server, peak", "Simulated, peak")
+    return [Panel("Requests and KV cache", caption, width="half", table=numbers_table(heads, rows))]
 
 
 def iteration_table(load: Mapping[str, Any]) -> Panel:

@@ -86,8 +86,10 @@ def compare(pair: Pair, deployment: Deployment, workload: Workload) -> dict[str,
         "iterations": _iteration_errors(pair, deployment),
         "batches": _batch_sequences(measured, simulated),
         "replay": _replay(deployment, workload, measured),
-        "latencies": _latencies(pair),
-        "throughput": _ratios(pair, ("request_throughput", "output_throughput", "total_token_throughput")),
+        "latencies": compare_latencies(pair.engine, pair.simulated, [metric.key for metric in drawn_metrics()]),
+        "throughput": compare_summaries(
+            pair.engine, pair.simulated, ("request_throughput", "output_throughput", "total_token_throughput")
+        ),
     }
     result["largest"] = in_words(result)
     return result
@@ -190,20 +192,21 @@ def _replay(deployment: Deployment, workload: Workload, measured: Columns) -> di
     return _batch_sequences(measured, _iterations(run, None))
 
 
-def _latencies(pair: Pair) -> dict[str, Any]:
+def compare_latencies(engine: Run, simulated: Run, metrics: Sequence[str]) -> dict[str, Any]:
     """Return each metric's statistics on both sides (s), and how the requests' own values go together."""
-    ours, theirs = (latencies(_by_id(run.requests)) for run in (pair.engine, pair.simulated))
+    ours, theirs = (latencies(_by_id(run.requests)) for run in (engine, simulated))
+    same = len(engine.requests["request_id"]) == len(simulated.requests["request_id"])
     result: dict[str, Any] = {}
-    for metric in [drawn.key for drawn in drawn_metrics()]:
+    for metric in metrics:
         statistics = {}
         for statistic in STATISTICS:
             key = summary_key(statistic, metric)
-            real, predicted = (run.summary.get(key) for run in (pair.engine, pair.simulated))
+            real, predicted = (run.summary.get(key) for run in (engine, simulated))
             if real is not None and predicted is not None:
                 error = predicted / real - 1 if real else None
                 statistics[statistic] = {"engine_s": real / 1e3, "simulated_s": predicted / 1e3, "error": error}
         result[metric] = statistics
-        if metric in ours and len(ours[metric]) > 2 and ours[metric].std() > 0 and theirs[metric].std() > 0:
+        if same and metric in ours and len(ours[metric]) > 2 and ours[metric].std() > 0 and theirs[metric].std() > 0:
             result[metric]["pearson_r"] = float(np.corrcoef(ours[metric], theirs[metric])[0, 1])
     return result
 
@@ -213,10 +216,10 @@ def _by_id(requests: Columns) -> Columns:
     return {name: column[order] for name, column in requests.items()}
 
 
-def _ratios(pair: Pair, keys: Sequence[str]) -> dict[str, Any]:
+def compare_summaries(engine: Run, simulated: Run, keys: Sequence[str]) -> dict[str, Any]:
     """Return keys of the summaries on both sides, and the simulated one's error."""
     found = {}
     for key in keys:
-        real, predicted = (run.summary[key] for run in (pair.engine, pair.simulated))
+        real, predicted = (run.summary[key] for run in (engine, simulated))
         found[key] = {"engine": real, "simulated": predicted, "error": predicted / real - 1}
     return found

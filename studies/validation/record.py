@@ -43,10 +43,15 @@ class Judgement:
 
 
 def judge(load: Mapping[str, Any]) -> list[Judgement]:
-    """Return the errors of one load that have a target: always the same ones, in the same order."""
+    """Return the errors of one load that have a target: always the same ones, in the same order.
+
+    A server that was measured from outside has none of iterations, whose batches nobody saw.
+    """
     near = load["load"] is not None and load["load"] >= NEAR_CAPACITY
     target = NEAR_CAPACITY_TARGET if near else LATENCY_TARGET
-    found = [Judgement("Iterations", "mean error", load["iterations"].get("mape"), ITERATION_TARGET)]
+    found = []
+    if load["iterations"] is not None:
+        found.append(Judgement("Iterations", "mean error", load["iterations"].get("mape"), ITERATION_TARGET))
     for metric in drawn_metrics():
         for statistic in ("p50", "p99"):
             error = load["latencies"][metric.key].get(statistic, {}).get("error")
@@ -62,12 +67,7 @@ def curves(pair: Pair, deployment: Deployment) -> dict[str, Any]:
     absent where no request has two tokens. `iterations` has the measured_ms, predicted_ms and kind of the engine's
     batches on each stage, or of a sample of them.
     """
-    runs = {"engine": _quantiles(pair.engine), "simulated": _quantiles(pair.simulated)}
-    drawn: dict[str, Any] = {
-        metric.key: {name: _short(each[metric.key]) for name, each in runs.items()}
-        for metric in drawn_metrics()
-        if all(metric.key in each for each in runs.values())
-    }
+    drawn = latency_curves(pair.engine, pair.simulated)
     measured, predicted, kinds = iteration_times(pair, deployment)
     chosen = np.arange(measured.size)
     if len(chosen) > MOST_POINTS:
@@ -78,6 +78,16 @@ def curves(pair: Pair, deployment: Deployment) -> dict[str, Any]:
         "kind": np.broadcast_to(kinds, measured.shape).ravel()[chosen].tolist(),
     }
     return drawn
+
+
+def latency_curves(engine: Run, simulated: Run) -> dict[str, Any]:
+    """Return the quantiles of each drawn metric on both sides."""
+    runs = {"engine": _quantiles(engine), "simulated": _quantiles(simulated)}
+    return {
+        metric.key: {name: _short(each[metric.key]) for name, each in runs.items()}
+        for metric in drawn_metrics()
+        if all(metric.key in each for each in runs.values())
+    }
 
 
 def _quantiles(run: Run) -> dict[str, Array]:

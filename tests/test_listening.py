@@ -1,0 +1,68 @@
+"""What listens, and to whom: on one machine nothing of the engine's is reached from another."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from listening import descendants, listening
+
+from engine.errors import InputError
+from engine.executors.start import start
+from engine.runtime.engine_spec import EngineSpec
+from engine.runtime.network import LOCALHOST, address_of, interface_of
+from engine.server.run import HttpServer
+from engine.specs import ModelSpec, ParallelSpec, hf_config
+
+CONFIG = """{"model_type": "llama", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+ "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}"""
+LOOPBACK = {LOCALHOST, "::1", f"::ffff:{LOCALHOST}"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(CONFIG)
+    return hf_config.read(folder).in_dtype("float32")
+
+
+@pytest.mark.parametrize("executor", ["multiprocess", "ray"])
+def test_ranks_of_one_machine_listen_to_no_other(executor: str, model: ModelSpec) -> None:
+    spec = EngineSpec(
+        model=model, folder=None, device="cpu", max_num_seqs=4, max_model_len=64, max_batch_tokens=64, block_size=4,
+        num_blocks=32, parallel=ParallelSpec(tensor_parallel_size=2), attention_backend="sdpa",
+    )  # fmt: skip
+    ours = listening([os.getpid()])
+    others = {int(path.name) for path in Path("/proc").glob("[0-9]*")}
+    running = start(spec, executor)
+    try:
+        new = {int(path.name) for path in Path("/proc").glob("[0-9]*")} - others
+        started = {pid for pid in descendants(os.getpid()) if pid in new or executor == "multiprocess"}
+        found = listening([os.getpid(), *started]) - ours
+        assert len(found) >= 2  # the rendezvous and the ranks, at least
+        assert {address for address, _ in found} <= LOOPBACK
+    finally:
+        running.close()
+
+
+def test_the_helper_sees_what_listens_to_everybody() -> None:
+    with socket.socket() as open_to_all:
+        open_to_all.bind(("0.0.0.0", 0))
+        open_to_all.listen()
+        assert ("0.0.0.0", open_to_all.getsockname()[1]) in listening([os.getpid()])
+
+
+def test_a_server_listens_where_it_is_told() -> None:
+    server = HttpServer(None, LOCALHOST, 0)
+    assert server.address in listening([os.getpid()])
+    with pytest.raises(InputError, match=f"{LOCALHOST}:{server.address[1]} .*another --host or --port"):
+        HttpServer(None, *server.address)
+    server.socket.close()
+
+
+def test_an_interface_has_an_address_and_back() -> None:
+    assert address_of("lo") == LOCALHOST
+    assert interface_of(LOCALHOST) == "lo"
+    assert interface_of("203.0.113.1") is None  # nobody's: kept for documentation
+    with pytest.raises(InputError, match=r"distributed_interface 'eth99'.*lo"):
+        address_of("eth99")
