@@ -90,11 +90,12 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         values = [summary.get(summary_key(s, key)) for s in ("mean", "p50", "p90", "p99", "max")]
         table.add_row(metric.name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
     console.print(table)
-    longest = min(replica["max_model_len"] for replica in summary["replicas"])
+    known = [replica["max_model_len"] for replica in summary["replicas"] if "max_model_len" in replica]
+    longest = f"--max-model-len {min(known):,}" if known else "the server's longest"
     how = "simulated" if "simulator" in summary else "measured"
     console.print(
         f"{summary['completed']:,} requests in {summary['duration']:,.1f} s {how}"
-        + (f" ({summary['dropped']:,} over --max-model-len {longest:,}, dropped)" if summary["dropped"] else "")
+        + (f" ({summary['dropped']:,} over {longest}, dropped)" if summary["dropped"] else "")
         + (f" ({summary['trace_failures']:,} failed rows of the trace left out)" if summary["trace_failures"] else "")
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
     )
@@ -110,9 +111,8 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
             f"prefix cache: {summary['prefix_hit_rate']:.1%} of prompt tokens found "
             f"({summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted)"
         )
-    memory = [f"KV cache at most {100 * summary['peak_kv_utilization']:.3g}% full"] * bool(
-        summary["peak_kv_utilization"]
-    )
+    fullest = summary.get("peak_kv_utilization")  # unknown of a server measured from outside
+    memory = [f"KV cache at most {100 * fullest:.3g}% full"] if fullest else []
     if summary["preemptions"]:
         lost = sum(replica["recomputed_tokens"] for replica in summary["replicas"])
         memory.append(f"{summary['preemptions']:,} preemptions, which threw {lost:,} computed tokens away")
