@@ -19,9 +19,9 @@ from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec, hf_config
 from engine.specs.checks import field_types
 
-GIB = 1 << 30
-_CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
-    name: name.lower() for name in ("A40", "H100", "H200", "L4")
+MIB, GIB = 1 << 20, 1 << 30
+_CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie", "H100": "h100_sxm", "H200": "h200_sxm"} | {
+    name: name.lower() for name in ("A40", "L40S", "L4")
 }  # NVIDIA's names
 DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
 Spec = TypeVar("Spec", DeviceSpec, NetworkSpec, Link)
@@ -90,6 +90,8 @@ DEVICES = {
             peak_flops=312e12,
             memory_bandwidth=1.935e12,
             memory_bytes=int(79.1 * GIB),
+            clock_hz=1.41e9,
+            cache_bytes=40 * MIB,
             matmul_efficiency=0.8,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -102,6 +104,8 @@ DEVICES = {
             peak_flops=312e12,
             memory_bandwidth=2.039e12,
             memory_bytes=int(79.1 * GIB),
+            clock_hz=1.41e9,
+            cache_bytes=40 * MIB,
             matmul_efficiency=0.8,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -115,6 +119,8 @@ DEVICES = {
             memory_bandwidth=0.696e12,
             memory_bytes=int(44.4 * GIB),
             num_sms=84,
+            clock_hz=1.74e9,
+            cache_bytes=6 * MIB,
             matmul_efficiency=0.7,
             attention_efficiency=0.5,
             bandwidth_efficiency=0.85,
@@ -122,12 +128,14 @@ DEVICES = {
             source=_SHEET,
         ),
         DeviceSpec(
-            name="h100",
+            name="h100_sxm",
             description="NVIDIA H100 80GB SXM5",
             peak_flops=989e12,
             memory_bandwidth=3.35e12,
             memory_bytes=int(79.1 * GIB),
             num_sms=132,
+            clock_hz=1.98e9,
+            cache_bytes=50 * MIB,
             matmul_efficiency=0.7,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -135,12 +143,14 @@ DEVICES = {
             source=_SHEET,
         ),
         DeviceSpec(
-            name="h200",
+            name="h200_sxm",
             description="NVIDIA H200 141GB SXM5",
             peak_flops=989e12,
             memory_bandwidth=4.8e12,
             memory_bytes=int(139.8 * GIB),
             num_sms=132,
+            clock_hz=1.98e9,
+            cache_bytes=50 * MIB,
             matmul_efficiency=0.7,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -154,11 +164,28 @@ DEVICES = {
             memory_bandwidth=0.3e12,
             memory_bytes=int(22.0 * GIB),
             num_sms=58,
+            clock_hz=2.04e9,
+            cache_bytes=48 * MIB,
             matmul_efficiency=0.6,
             attention_efficiency=0.45,
             bandwidth_efficiency=0.85,
             network="pcie",
             source=_SHEET + "; the 72 W limit keeps long matrix products well under the peak",
+        ),
+        DeviceSpec(
+            name="l40s",
+            description="NVIDIA L40S 48GB PCIe",
+            peak_flops=362e12,
+            memory_bandwidth=0.864e12,
+            memory_bytes=int(44.4 * GIB),
+            num_sms=142,
+            clock_hz=2.52e9,
+            cache_bytes=96 * MIB,
+            matmul_efficiency=0.7,
+            attention_efficiency=0.5,
+            bandwidth_efficiency=0.85,
+            network="pcie",
+            source=_SHEET,
         ),
         DeviceSpec(
             name="cpu",
@@ -175,7 +202,7 @@ DEVICES = {
         ),
     )
 }
-_DEVICE_ALIASES = {"a100": "a100_pcie"}  # as in the Sarathi-Serve paper
+_DEVICE_ALIASES = {"a100": "a100_pcie", "h100": "h100_sxm", "h200": "h200_sxm"}  # a100 as in the Sarathi-Serve paper
 
 INTERNODES = {  # between nodes, per GPU and step of a collective; and where the numbers come from
     "ethernet_100g": (
@@ -337,7 +364,7 @@ def model(name_or_path: str) -> ModelSpec:
 def device(name_or_path: str) -> DeviceSpec:
     """The device of that name, of a YAML file with DeviceSpec's fields, or of a calibration's folder.
 
-    `a100` is `a100_pcie`.
+    `a100` is `a100_pcie`, `h100` is `h100_sxm`, `h200` is `h200_sxm`.
     """
     found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
     if found is None and Path(name_or_path).expanduser().is_dir():

@@ -24,10 +24,13 @@ class DeviceSpec:
     network: str  # name of the NetworkSpec it usually comes with
     source: str  # where the numbers come from
     num_sms: int = 108  # streaming multiprocessors, over which a kernel's tiles are spread
+    clock_hz: float = 1.98e9  # boost clock, in whose cycles a launch takes as long everywhere
+    cache_bytes: int = 0  # of the last-level cache; 0: not known, and nothing is taken to stay in it
     calibration: str | None = None  # folder of its calibration; None: what ships under its name, if anything
 
     def __post_init__(self) -> None:
-        check_fields(self, "peak_flops memory_bandwidth memory_bytes num_sms")
+        check_fields(self, "peak_flops memory_bandwidth memory_bytes num_sms clock_hz")
+        check_fields(self, "cache_bytes", zero=True)
         for name in ("matmul_efficiency", "attention_efficiency", "bandwidth_efficiency"):
             check_fields(self, name)
             if getattr(self, name) > 1:

@@ -113,6 +113,9 @@ class _Collective(KindModel[MessageOp]):
         """The kernels that were measured."""
         return list(self.curves_)
 
+    def _networks_of(self, kernel: str) -> set[str]:
+        return {layout.network for layout in self.curves_.get(kernel, {})}
+
     @property
     def networks_(self) -> list[str]:
         """The networks that were measured; `seconds` raises InputError for any other."""
@@ -224,6 +227,12 @@ class AllReduce(_Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
         latency = site.network.allreduce_time(0, site.first_rank, site.tp)
         per_row = site.network.allreduce_time(op.bytes_per_row, site.first_rank, site.tp) - latency
         return np.asarray(op.count * (latency + rows * per_row))
+
+    def asked(self, columns: Mapping[str, Any], count: int, site: Site) -> dict[str, Array]:
+        """The columns, and the engine's own kernel in a CUDA graph where it was measured (vLLM's, up to 8 MiB)."""
+        asked = super().asked(columns, count, site)
+        own = f"{(site.engine or '').partition('@')[0]}_graph"
+        return asked | {"kernel": np.full(count, own)} if site.network.name in self._networks_of(own) else asked
 
     def applies(self, op: AllReduceOperator, site: Site) -> bool:
         """Only over links like those that were measured."""

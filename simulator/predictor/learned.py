@@ -54,16 +54,16 @@ def learned(
         known = ", ".join(known_devices()) or "none"
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
     stages = range(parallel.pipeline_parallel_size)
-    calibration = store.load(folder, device)
-    maker = TableMaker(calibration, model, device, network, parallel, host.attention_kernel)
-    learned_on = [model.device for model in calibration.models.values()]
+    calibration = store.load(folder, device, host.kernels)
+    maker = TableMaker(calibration, model, device, network, parallel, host.attention_kernel, host.kernels)
     arguments = (
         model,
         device,
         network,
         parallel,
         host.attention_kernel,
-        learned_on,
+        host.kernels,
+        sorted(calibration.software.items()),
         maker.operators,
         store.fingerprint(folder),
         table_cache.code_hash(),
