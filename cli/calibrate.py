@@ -145,7 +145,9 @@ def show_calibration(calibration: store.Calibration) -> None:
                   for name in ("mape", "p50", "p95", "bias")]  # fmt: skip
         rows = f"{record['provenance']['rows']:,}"
         version = f" ({calibration.software[kind]})" if kind in calibration.software else ""
-        table.add_row(store.in_words(kind), record["learned_on"] + version, rows, *shares, f"{record['interval']['covers']:.0%}")
+        table.add_row(
+            store.in_words(kind), record["learned_on"] + version, rows, *shares, f"{record['interval']['covers']:.0%}"
+        )
     console.print(table)
     if calibration.host is not None:
         host = calibration.host.overhead
@@ -159,7 +161,9 @@ def show_calibration(calibration: store.Calibration) -> None:
     for warning in calibration.warnings(calibration.records):
         console.print(f"WARNING: {warning}", style="bold red")
     for kind, record in calibration.records.items():
-        console.print(f"{store.in_words(kind)}: measured over {'; '.join(page_of(kind).range_words(calibration.models[kind]))}")
+        console.print(
+            f"{store.in_words(kind)}: measured over {'; '.join(page_of(kind).range_words(calibration.models[kind]))}"
+        )
         provenance = record["provenance"]
         sources = provenance["sources"]
         more = f" and {len(sources) - 3} more" if len(sources) > 3 else ""
@@ -204,7 +208,9 @@ def evaluate(
         for kind, values in operators.items():
             shares = [f"{values[name]:+.1%}" if name == "bias" else f"{values[name]:.1%}"
                       for name in ("mape", "p50", "p95", "bias", "in_range", "covers")]  # fmt: skip
-            table.add_row(store.in_words(kind), values["learned_on"], values["measured_on"], f"{values['count']:,}", *shares)
+            table.add_row(
+                store.in_words(kind), values["learned_on"], values["measured_on"], f"{values['count']:,}", *shares
+            )
         console = Console(highlight=False, width=140, soft_wrap=True)
         console.print(table)
         for warning in calibration.warnings(operators):

@@ -314,8 +314,8 @@ _Device = Annotated[str, typer.Option(help="Known device, or the folder of a cal
 _Software = Annotated[
     list[str] | None,
     typer.Option(
-        help="Engine and version whose measurements to take, such as vllm@0.14, and nccl@2.27; repeatable. Needed where "
-        "tables hold several."
+        help="Engine and version whose measurements to take, such as vllm@0.14, and nccl@2.27; repeatable. Needed "
+        "where tables hold several."
     ),
 ]
 _Dtype = Annotated[str | None, typer.Option(help="Only matrix products of this dtype: bfloat16, fp8, fp8_block.")]

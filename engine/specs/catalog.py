@@ -225,6 +225,7 @@ NETWORKS = {
             description="8 GPUs on NVSwitch, NVLink 3",
             gpus_per_node=8,
             node=Link(3e-6, 230e9),
+            switched=True,
             internode=_IB,
             source="data sheet 300 GB/s per direction; an estimate of what NCCL attains, from published nccl-tests and "
             f"ai-dynamo/aiconfigurator's A100-SXM table (small messages 10 to 22 us on 2 to 8 GPUs); {_IB_SOURCE}",
@@ -234,6 +235,7 @@ NETWORKS = {
             description="8 GPUs on NVSwitch, NVLink 4",
             gpus_per_node=8,
             node=Link(3e-6, 360e9),
+            switched=True,
             internode=_IB,
             source=f"data sheet 450 GB/s per direction, 80% and 3 us a step are an estimate; {_IB_SOURCE}",
         ),

@@ -119,7 +119,9 @@ def read(
         if len(rows := rows[rows["kind"].notna()]):
             parts.append(finish(Part(rows, file.devices, [f"{name}: {note}" for note in remarks]), name))
     if not parts:
-        raise InputError(f"{place} holds no row of {chosen} that was asked for: {'; '.join(notes) or 'nothing is left'}")
+        raise InputError(
+            f"{place} holds no row of {chosen} that was asked for: {'; '.join(notes) or 'nothing is left'}"
+        )
     if chosen in catalog.DEVICES:
         spec = catalog.DEVICES[chosen]
         parts = [without_outliers(part, spec) for part in parts]
@@ -168,9 +170,7 @@ def _release(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _versions(
-    files: Iterable[_File], select: Selection, device: str, place: Path, notes: list[str]
-) -> dict[str, str]:
+def _versions(files: Iterable[_File], select: Selection, device: str, place: Path, notes: list[str]) -> dict[str, str]:
     """The one version to take, or its beginning, by framework. Raises InputError where there are several."""
     there: dict[str, dict[str, set[str]]] = {}  # framework: release: tables
     for file in files:
@@ -188,12 +188,15 @@ def _versions(
         if not any(_begins(each, version) for each in every):
             raise InputError(f"{place} holds no measurements of {device} with {text}: there are {listed}")
     engines = sorted(set(there) - {NCCL})
-    named = {framework: version for framework in there if (version := select.named(framework)) is not None}
+    given = {framework: select.named(framework) for framework in there}
+    named = {framework: version for framework, version in given.items() if version is not None}
     asked = [framework for framework in engines if framework in named]
     if len(asked) > 1:
         raise InputError(f"software {', '.join(select.software)}: give one framework beside nccl")
     if not asked and len(engines) > 1:
-        raise InputError(f"{place} holds measurements of {device} with several frameworks: choose one (software=...) of {listed}")
+        raise InputError(
+            f"{place} holds measurements of {device} with several frameworks: choose one (software=...) of {listed}"
+        )
     wanted = {}
     for framework in [*(asked or engines), *([NCCL] if NCCL in there else [])]:
         releases = sorted(there[framework], key=_order)
@@ -212,9 +215,7 @@ def _begins(version: str, start: str) -> bool:
     return version == start or re.match(re.escape(start) + r"(?!\d)", version) is not None
 
 
-def _selected(
-    file: _File, wanted: dict[str, str], select: Selection, name: str
-) -> tuple[pd.DataFrame, list[str]]:
+def _selected(file: _File, wanted: dict[str, str], select: Selection, name: str) -> tuple[pd.DataFrame, list[str]]:
     """The rows of a file that are asked for: of the last version that a start like 0.19 leaves, of one window."""
     frame, notes = file.rows, list[str]()
     if file.framework not in wanted:
@@ -226,7 +227,9 @@ def _selected(
         kept = frame["version"].astype(str) == mine[-1]
         if len(mine) > 1:
             dropped = frame["version"].astype(str).isin(mine[:-1])
-            notes.append(f"{name}: {int(dropped.sum())} rows of version {', '.join(mine[:-1])} left out beside {mine[-1]}")
+            notes.append(
+                f"{name}: {int(dropped.sum())} rows of version {', '.join(mine[:-1])} left out beside {mine[-1]}"
+            )
         frame = frame[kept]
     if "window_size" in frame:
         others = frame["window_size"] != select.window
@@ -237,9 +240,9 @@ def _selected(
     elif select.window and "isl" in frame:
         notes.append(f"{name}: measured without a window, left out")
         frame = frame.iloc[:0]
-    for column, value in (("gemm_dtype", select.dtype), ("kv_cache_dtype", select.kv_dtype)):
-        if value is not None and column in frame:
-            frame = frame[frame[column] == value]
+    for column, wanted_dtype in (("gemm_dtype", select.dtype), ("kv_cache_dtype", select.kv_dtype)):
+        if wanted_dtype is not None and column in frame:
+            frame = frame[frame[column] == wanted_dtype]
     return frame, notes
 
 

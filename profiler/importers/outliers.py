@@ -45,7 +45,9 @@ def without_outliers(part: Part, device: DeviceSpec) -> Part:
         worst = bad.sort_values("time_ms", ascending=False).head(NAMED)
         named = "; ".join(_words(row) for _, row in worst.iterrows())
         more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-        notes.append(f"{source}: {len(bad)} outlier{'s' * (len(bad) > 1)} left out, which no neighbour supports: {named}{more}")
+        notes.append(
+            f"{source}: {len(bad)} outlier{'s' * (len(bad) > 1)} left out, which no neighbour supports: {named}{more}"
+        )
     return Part(rows[~wrong].reset_index(drop=True), part.devices, notes)
 
 

@@ -39,6 +39,7 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
     columns: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix", *HEADS)
     sizes: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix")
     held_out: ClassVar[tuple[str, str]] = ("chunk", "chunk")
+    launch_s: ClassVar[float] = 10e-6
 
     @classmethod
     def data_sheet(cls, op: PrefillOperator, site: Site, chunk: int, prefix: int) -> float:
@@ -98,7 +99,9 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
         blocks, longest, shown, hidden = self._tiles(columns)
         processors = self.device.num_sms
         tile = 4 * QUERY_TILE * KV_TILE * d * processors / self.device.peak_flops  # seconds of one on a multiprocessor
-        new = 2 * b * c * (WIDTH * h + self.kv_width * kv) * d / self.device.memory_bandwidth  # cached KV is read behind the arithmetic
+        new = (
+            2 * b * c * (WIDTH * h + self.kv_width * kv) * d / self.device.memory_bandwidth
+        )  # cached KV is read behind the arithmetic
         work = [longest * tile, shown / processors * tile, blocks / processors * tile, hidden / processors * tile]
         return np.stack([np.full(len(b), slower_clock(self.device)), new, *work], axis=1)
 
@@ -157,6 +160,7 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
     columns: ClassVar[tuple[str, ...]] = ("batch_size", "kv_tokens", *HEADS)
     sizes: ClassVar[tuple[str, ...]] = ("batch_size", "length")
     held_out: ClassVar[tuple[str, str]] = ("batch", "batch_size")
+    launch_s: ClassVar[float] = 12e-6
 
     @classmethod
     def data_sheet(cls, op: DecodeOperator, site: Site) -> tuple[float, float]:
@@ -175,7 +179,9 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
         op = operators[0]  # those of all stages are alike
         requests, lengths = self._edges("batch_size", REQUESTS), self._edges("length", KV_TOKENS)
         batches = [self._most(op, site, requests, batch_size=requests, kv_tokens=each * requests) for each in (16, 512)]
-        tokens = [count * self._most(op, site, lengths, batch_size=count, kv_tokens=count * lengths) for count in (1, 8, 64)]
+        tokens = [
+            count * self._most(op, site, lengths, batch_size=count, kv_tokens=count * lengths) for count in (1, 8, 64)
+        ]
         return {
             "requests": max(batches),
             "kv_tokens": max(tokens),
@@ -197,7 +203,9 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
         b, kv_tokens, h, kv, d = (columns[name] for name in self.columns)
         length, split, blocks, parts = self._shape(columns)
         bandwidth, processors = self.device.memory_bandwidth, self.device.num_sms
-        tile = 2 * self.kv_width * KV_TILE * d * processors / bandwidth  # seconds to read one tile's share of the bandwidth
+        tile = (
+            2 * self.kv_width * KV_TILE * d * processors / bandwidth
+        )  # seconds to read one tile's share of the bandwidth
         tiles = np.ceil(length / KV_TILE)
         waves = np.ceil(blocks / processors)
         terms = [

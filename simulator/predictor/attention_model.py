@@ -166,7 +166,8 @@ class AttentionModel(KindModel[AttentionOp]):
         self.forest_ = self._forest(self._seen(columns, kernels), residual, weights, self.leaves)
 
     def _forest(self, x: Array, y: Array, weights: Array, leaves: int) -> Forest:
-        return Forest.fit(x, y, weights=weights, trees=self.trees, max_leaf_nodes=leaves)
+        most = leaves * len(self.heads_["head_dim"])
+        return Forest.fit(x, y, weights=weights, trees=self.trees, max_leaf_nodes=most)
 
     def _base(self, columns: Columns, kernels: Array) -> Array:
         """Seconds by the terms alone, from the roofline up."""
@@ -180,7 +181,10 @@ class AttentionModel(KindModel[AttentionOp]):
 
     def _seen(self, columns: Columns, kernels: Array) -> Array:
         """The forest's input: the features within the measured range, and the kernel."""
-        return np.column_stack([self.features(self._clipped(columns, kernels)), kernels])
+        seen = [self.features(self._clipped(columns, kernels)), kernels]
+        if len(self.heads_["head_dim"]) > 1:
+            seen.append(np.log2(columns["head_dim"]))
+        return np.column_stack(seen)
 
     def _clipped(self, columns: Columns, kernels: Array) -> dict[str, Array]:
         """The rows with their sizes held at the edges of the range that their kernel was measured over."""

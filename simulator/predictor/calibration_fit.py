@@ -23,7 +23,8 @@ from simulator.predictor.kinds import KINDS, check_kinds
 if TYPE_CHECKING:
     import pandas as pd
 
-FOLDS = 6
+FOLDS, FEW_FOLDS = 6, 3
+LARGE, MANY_GROUPS = 20_000, 50  # rows and groups beyond which there are few folds
 PREFIX_RULE = (
     "not measured: a cached token costs a tile of queries what a visible one of the prompt does. On the A100 table that "
     "has prefixes (microsoft/vidur, a100_pcie, chunk lengths held out) the rule is off by 6 % of an operator's time, by "
@@ -41,15 +42,15 @@ def gather(frames: Sequence[pd.DataFrame], device: DeviceSpec) -> dict[str, pd.D
 
     for frame in frames:
         check_kinds(frame["kind"].unique(), "the tables to learn from")
-    found = {}
+    found: dict[str, pd.DataFrame] = {}
     for kind, model in KINDS.items():
         parts: dict[str, list[pd.DataFrame]] = {}
         for rows in (rows_of(model, frame) for frame in frames):
             for variant, part in rows.groupby(model.variant(rows)) if len(rows) else ():
                 parts.setdefault(str(variant), []).append(part)
-        for variant, rows in sorted(parts.items()):
-            own = [part for part in rows if (part["device"] == device.name).all()]
-            chosen = rows if model.pooled else own[:1]
+        for variant in sorted(parts):
+            own = [part for part in parts[variant] if (part["device"] == device.name).all()]
+            chosen = parts[variant] if model.pooled else own[:1]
             if chosen:
                 found[named(kind, variant)] = pd.concat(chosen, ignore_index=True)
     if not found:
@@ -128,11 +129,15 @@ def _learned_on(device: DeviceSpec, rows: pd.DataFrame) -> DeviceSpec:
 
 
 def _folds(names: pd.Series) -> Array:
-    """A fold for each row; rows of a group share it. As many folds as groups, FOLDS at most; of one group, by row."""
+    """A fold for each row; rows of a group share it. As many folds as groups, FOLDS at most; of one group, by row.
+
+    Of a large table of many groups there are FEW_FOLDS: it takes long, and half of it knows almost as much.
+    """
     order = {name: i for i, name in enumerate(sorted(names.unique()))}
     if len(order) == 1:
         return np.arange(len(names)) % FOLDS
-    return np.array([order[name] % min(FOLDS, len(order)) for name in names])
+    most = FEW_FOLDS if len(names) > LARGE and len(order) > MANY_GROUPS else FOLDS
+    return np.array([order[name] % min(most, len(order)) for name in names])
 
 
 def _doubt(rows: pd.DataFrame) -> str | None:

@@ -97,7 +97,7 @@ class KindModel(Generic[Op]):
     columns: ClassVar[tuple[str, ...]]
     family: ClassVar[str] = "other"  # linear, attention, communication or other, for reports
     pooled: ClassVar[bool] = False  # learned from every table given, of whichever device of the family
-    launch_s: ClassVar[float] = 0.0  # of one run without any work, on GPUs of today: what `launch_floor` returns
+    launch_s: ClassVar[float] = 0.0  # of one run without any work, at CLOCK_HZ
 
     def __init__(self, device: DeviceSpec) -> None:
         self.device = device
@@ -171,7 +171,7 @@ class KindModel(Generic[Op]):
     @classmethod
     def launch_floor(cls, op: Op, site: Site) -> float:
         """Return the seconds of one run without any work, which the roofline adds to those of its work."""
-        return cls.launch_s
+        return cls.launch_s * slower_clock(site.device) if site.device.runs_on == "cuda" else 0.0
 
     def names(self, op: Operator) -> bool:
         """Return whether this very operator was measured, and not only others of its kind."""

@@ -156,7 +156,7 @@ class StageTimes:
             few = rows[i][place][0] + rows[i][place][1] * past
             if count < _MOST_PROMPTS:
                 many = rows[i + 1][place][0] + rows[i + 1][place][1] * past
-                few += (many - few) * (count / _PROMPTS[i] - 1)  # each number of prompts is twice the one before
+                few += (many - few) * (count - _PROMPTS[i]) / (_PROMPTS[i + 1] - _PROMPTS[i])
             else:
                 few *= count / _MOST_PROMPTS
             seconds += few * work / total

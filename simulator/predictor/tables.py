@@ -18,6 +18,7 @@ from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, Paral
 from profiler.kind import Operator
 from profiler.operators import inventory
 from simulator.predictor.calibration import Calibration, in_words, named
+from simulator.predictor.carried import SOURCE
 from simulator.predictor.grids import CHUNKS, LENGTHS, MOST_REQUESTS, MOST_ROWS, PREFIXES, PROMPTS, REQUESTS, ROWS
 from simulator.predictor.kind import KindModel, Site
 from simulator.predictor.kinds import Sorted, kind_of, sort_out
@@ -102,7 +103,7 @@ class TableMaker:
         seconds = np.zeros(len(chunks))
         for op, kind in self.sorted[stage].prompts:
             if self.knows(op, stage):
-                seconds += self.models[self._name(op, stage)].times(op, self.sites[stage], prompts, chunks, prefixes)
+                seconds += self._source(op, stage)(prompts, chunks, prefixes)
                 continue
             site, sizes = self.sites[stage], zip(chunks[: axes[0][0].size], prefixes, strict=False)
             each = np.array([kind.data_sheet(op, site, int(chunk), int(prefix)) for chunk, prefix in sizes])
@@ -146,6 +147,11 @@ class TableMaker:
         """Return one line for reports: what was measured, what was carried over or estimated."""
         device, network = self.sites[0].device, self.sites[0].network
         text = f"calibrated on measurements of {device.name} ({network.name}, host overhead {host.name})"
+        if not self.calibration.records:
+            return (
+                f"an estimate for {device.name} ({network.name}, host overhead {host.name}) by its data sheet, with "
+                f"floors and efficiencies carried over from {SOURCE}; nothing in it is measured"
+            )
         every = [(op, stage) for stage, operators in enumerate(self.operators) for op in operators]
         used = sorted({self._name(op, stage) for op, stage in every if self.knows(op, stage)})
         if software := self.calibration.software_of(used):
