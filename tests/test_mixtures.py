@@ -228,7 +228,7 @@ def table(sizes: list[tuple[int, int, int, int]], factor: float = 1.3) -> pd.Dat
         for tokens in (1, 4, 16, 64, 256, 1024, 4096, 16384):
             rows.append({"kind": "moe", "operator": "experts", "expert_tokens": tokens, "hidden_size": hidden,
                          "expert_width": width, "local_experts": local, "num_experts": 128, "top_k": top_k,
-                         "expert_load": "balanced", "dtype": "bfloat16", "device": "h100"})  # fmt: skip
+                         "expert_load": "balanced", "dtype": "bfloat16", "device": H100.name})  # fmt: skip
     frame = pd.DataFrame(rows)
     model = estimator.Experts(H100)
     _, log_model, _ = model._features(model.columns_of(frame))
