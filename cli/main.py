@@ -22,7 +22,7 @@ from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
-from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags
+from windtunnel.settings import TOLERANCE, BenchConfig, FileConfig, GenerateConfig, RunConfig, from_flags, load_file
 from windtunnel.settings import load as _load_config
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has its own copy of click in some versions, click's in others
@@ -128,7 +128,9 @@ def bench(
 def validate(
     *,
     flags: dict[str, Any],
-    output_dir: Annotated[Path, typer.Option(help="New folder for the results.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="New folder for the results. May be left out with --against.")
+    ] = None,
     load: Annotated[
         str | None,
         typer.Option(
@@ -139,15 +141,52 @@ def validate(
         Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="URL of an OpenAI-compatible server to validate against (not implemented yet).")
+        str | None,
+        typer.Option(
+            help="Measured results of a server, in place of this machine's engine: a file or folder (vLLM's benchmark "
+            "JSON, a run's folder, AIConfigurator's or LLM-Inference-Bench's CSV, a CSV with a line a request)."
+        ),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="With --against: only the points whose id or load has this text.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="With --against: what the file does not say, by name or a YAML file. Default: by its columns."
+        ),
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="With --against: who sent the requests: aiperf, inferencemax or vllm-bench.")
+    ] = None,
+    warmup_requests: Annotated[
+        int | None,
+        typer.Option(help="With --against: first requests to leave out. Default: 200 where there is a cache to warm."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
 ) -> None:
     """Run a workload on this machine's engine and in the simulator, and report the differences and their causes."""
+    if against is not None:
+        from cli.validate_measured import run as run_measured
+
+        given = load_file(config, FileConfig)
+        given |= {name: value for name, value in flags.items() if value is not None}
+        columns = given.pop("columns", None)
+        if load is not None:
+            raise InputError(f"--load {load} has no meaning with --against: the load is the measured one")
+        run_measured(
+            Path(against), given, output_dir, only=only, source=source, client=client, columns=columns,
+            warmup_requests=warmup_requests, as_json=json_,
+        )  # fmt: skip
+        return
     from cli.validate import run
 
-    settings = _load_config(config, flags, BenchConfig)
-    run(settings, load, against, output_dir, as_json=json_)
+    for flag, value in (("only", only), ("source", source), ("client", client), ("warmup-requests", warmup_requests)):
+        if value is not None:
+            raise InputError(f"--{flag} {value} needs --against")
+    if output_dir is None:
+        raise InputError("no --output-dir: name a new folder for the results")
+    run(_load_config(config, flags, BenchConfig), load, output_dir, as_json=json_)
 
 
 @app.command()
@@ -297,12 +336,18 @@ def selfcheck(
 
 @app.command()
 def engines(
+    name: Annotated[str | None, typer.Argument(help="An engine preset or a YAML file. Default: all that ship.")] = None,
     device: Annotated[str, typer.Option(help="Device whose limits to show.")] = "h100",
+    usage: Annotated[str, typer.Option(help="Limits to show: server or offline.")] = "server",
+    model: Annotated[
+        str | None, typer.Option(help="Model of which to show a replica's settings and KV blocks.")
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="Number of GPUs of that replica.")] = 1,
 ) -> None:
     """List the engine presets: what each decides, and where its numbers come from."""
     from cli.engines import show
 
-    show(device)
+    show(name, device, usage, model, tensor_parallel_size)
 
 
 calibrate = typer.Typer(help="Fit a device's calibration to measurements, show it, evaluate it.", no_args_is_help=True)
@@ -353,6 +398,41 @@ def _evaluate(
     from cli.calibrate import evaluate
 
     evaluate(device, train or [], test, json_)
+
+
+@calibrate.command("adjust")
+@partial(_with_settings, RunConfig)
+def calibrate_adjust(
+    *,
+    results: Annotated[
+        Path, typer.Argument(help="Measured results of your server, as `validate --against` reads them.")
+    ],
+    flags: dict[str, Any],
+    output: Annotated[Path, typer.Option(help="New YAML file for the preset, which --engine takes.")],
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Constants to fit, such as iteration_s,sequence_s. Default: those that the engine has."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Fit to the points whose id or load has this text alone.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings of the replica; flags override it.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="What the file leaves open, by name or a YAML file.")] = None,
+    client: Annotated[
+        str | None, typer.Option(help="Who sent the requests: aiperf, inferencemax or vllm-bench.")
+    ] = None,
+    warmup_requests: Annotated[int | None, typer.Option(help="First requests to leave out.")] = None,
+) -> None:
+    """Fit an engine's host constants to benchmark results of your own server and write them as a preset."""
+    from cli.adjust import run
+
+    given = load_file(config, FileConfig) | {name: value for name, value in flags.items() if value is not None}
+    columns = given.pop("columns", None)
+    free = tuple(fit.split(",")) if fit else ()
+    run(
+        results, given, output, free=free, only=only, source=source, client=client, columns=columns,
+        warmup_requests=warmup_requests,
+    )  # fmt: skip
 
 
 @calibrate.command("report")
@@ -432,11 +512,30 @@ def _study_run(
     )
 
 
+_SWITCHES = frozenset(
+    f"--{name.replace('_', '-')}"
+    for name, field in {**BenchConfig.model_fields, **GenerateConfig.model_fields}.items()
+    if bool in (field.annotation, *get_args(field.annotation))
+)
+
+
 def _one_each(arguments: list[str]) -> list[str]:
-    """Return `--train A B --test C` as `--train A --train B --test C`: several folders may follow one flag."""
+    """Return the arguments with one value for each flag that takes one.
+
+    Several folders may follow a flag (`--train A B` is `--train A --train B`), and a setting that is true or false may
+    stand alone, as in vLLM: `--enable-prefix-caching` and `--no-enable-prefix-caching`.
+    """
     result: list[str] = []
     flag = None
-    for word in arguments:
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if word in _SWITCHES and following.startswith("--"):
+            result += [word, "true"]
+            flag = None
+            continue
+        if word.startswith("--no-") and (switch := f"--{word.removeprefix('--no-')}") in _SWITCHES:
+            result += [switch, "false"]
+            flag = None
+            continue
         if word.startswith("-"):
             flag = word if word in ("--train", "--test", "--source") else None
         elif flag is not None and result[-1] != flag:

@@ -87,10 +87,11 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         values = [summary.get(summary_key(s, key)) for s in ("mean", "p50", "p90", "p99", "max")]
         table.add_row(metric.name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
     console.print(table)
+    longest = min(replica["max_model_len"] for replica in summary["replicas"])
     how = "simulated" if "simulator" in summary else "measured"
     console.print(
         f"{summary['completed']:,} requests in {summary['duration']:,.1f} s {how}"
-        + (f" ({summary['dropped']:,} too long, dropped)" if summary["dropped"] else "")
+        + (f" ({summary['dropped']:,} over --max-model-len {longest:,}, dropped)" if summary["dropped"] else "")
         + (f" ({summary['trace_failures']:,} failed rows of the trace left out)" if summary["trace_failures"] else "")
         + f": {summary['request_throughput']:.3g} requests/s, {summary['output_throughput']:,.0f} output tokens/s",
     )
@@ -99,11 +100,22 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
             f"prefix cache: {summary['prefix_hit_rate']:.1%} of prompt tokens found "
             f"({summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted)"
         )
+    memory = [f"KV cache at most {100 * summary['peak_kv_utilization']:.3g}% full"] * bool(
+        summary["peak_kv_utilization"]
+    )
+    if summary["preemptions"]:
+        lost = sum(replica["recomputed_tokens"] for replica in summary["replicas"])
+        memory.append(f"{summary['preemptions']:,} preemptions, which threw {lost:,} computed tokens away")
+    if memory:
+        console.print("; ".join(memory))
     if "steady_window_s" in summary:
         start, end = summary["steady_window_s"]
+        busy = summary.get("steady_utilization")
         console.print(
             f"steady window {start:,.1f} to {end:,.1f} s: {summary['steady_request_throughput']:.3g} requests/s, "
             f"{summary['steady_output_throughput']:,.0f} output tokens/s"
+            + _steady_latencies(summary)
+            + ("" if busy is None else f", {'GPUs' if how == 'simulated' else 'workers'} {busy:.0%} busy")
         )
     if simulator := summary.get("simulator"):
         console.print(
@@ -113,6 +125,17 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         )
     console.print(f"verdict: {'; '.join(describe(summary))}", style="bold")
     console.print(f"report: {target / 'report.html'}")
+
+
+def _steady_latencies(summary: dict[str, Any]) -> str:
+    """TTFT and TBT of the steady window."""
+    parts = []
+    for key in ("ttft", "tbt"):
+        values = [summary.get(f"steady_{summary_key(statistic, key)}") for statistic in ("p50", "p99")]
+        known = [value for value in values if value is not None]
+        if len(known) == 2:
+            parts.append(f", {METRICS[key].name} P50 {known[0] / 1e3:.3g} s P99 {known[1] / 1e3:.3g} s")
+    return "".join(parts)
 
 
 def _engine_words(kind: dict[str, Any]) -> str:

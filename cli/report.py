@@ -14,7 +14,7 @@ def run(folders: list[Path], output: Path | None) -> Path:
     for folder in folders:
         _check_folder(folder)
     path = write_page(folders, output)
-    print(f"report: {path}")
+    print(f"report: {path if len(folders) == 1 else path.absolute()}")  # several: beside none of the folders
     return path
 
 

@@ -203,7 +203,8 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         console.print(f"{len(rows[0]['trials'])} trials; times: {rows[0]['predictor']}", style="dim")
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = ["point", "capacity (requests/s)", "per GPU", "P99 TBT (ms)", "P50 TTFT (ms)", "binding SLO", "Pareto"]
+    things = " or ".join(sorted({row["rate_of"] for row in rows if row.get("rate_of")})) or "requests"
+    columns = ["point", f"capacity ({things}/s)", "per GPU", "P99 TBT (ms)", "P50 TTFT (ms)", "binding SLO", "Pareto"]
     if priced:
         columns.insert(3, "requests/$")
     for column in columns:

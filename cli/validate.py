@@ -31,12 +31,8 @@ from windtunnel.settings import BenchConfig
 MOSTLY = 0.9  # of the batches within the calibrated range; with fewer a note is printed
 
 
-def run(
-    config: BenchConfig, loads: str | None, against: str | None, output_dir: Path, *, as_json: bool
-) -> dict[str, Any]:
+def run(config: BenchConfig, loads: str | None, output_dir: Path, *, as_json: bool) -> dict[str, Any]:
     """Run both, write `validation.json` and `validation.html`, and print and return the comparison."""
-    if against is not None:
-        raise InputError("--against is not implemented yet: leave it out to validate this machine's engine")
     for plugin in config.plugin:
         load_plugin(plugin)
     group = only_group(config)

@@ -11,13 +11,15 @@ more. A file of one's own has the same keys, or those that differ and a `base`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from engine.errors import InputError, unknown
+from engine.scheduling import policies
 from engine.specs import DeviceSpec, HostOverhead, SchedulerSpec, catalog
 from engine.specs.checks import field_types
 from engine.specs.device_folder import ENGINES, measured_host
@@ -29,6 +31,13 @@ LATEST = "latest"
 MEASURED = "measured"  # the setting that takes the host overhead of the device's own calibration
 USAGES = ("server", "offline")
 GRAPH_SIZES = ("vllm", "none")
+GRAPH_MODES = ("full_and_piecewise", "full", "piecewise")
+_GRAPH_KEYS: dict[str, tuple[type, str]] = {
+    "mode": (str, "full_and_piecewise, full or piecewise"),
+    "largest": (int, "a number of tokens"),
+    "largest_named": (dict, "a mapping of parts of devices' names to numbers of tokens"),
+    "with_limits": (bool, "true or false"),
+}
 _HOST_SECONDS = ("iteration_s", "sequence_s", "layer_s")
 _LEFT_OPEN: dict[str, dict[str, Any]] = {  # values that a file may take from its base
     "host": dict.fromkeys(_HOST_SECONDS, 0.0),
@@ -46,6 +55,8 @@ _KEYS = {  # of a file: the type of each value, and how to say it
     "async_scheduling": (bool, "true or false"),
     "graph_sizes": (str, "vllm or none"),
     "profile_run": (dict, "a mapping of base_bytes, parallel_bytes and logit_bytes"),
+    "graphs": (dict, "a mapping of mode, largest, largest_named and with_limits"),
+    "reserve_gib": (int | float, "a number of GiB"),
     "host": (str | dict, "a name of --host-overhead or a mapping"),
 }
 
@@ -68,6 +79,10 @@ class EnginePreset:
     async_scheduling: bool = False
     profile_run: ProfileRun | None = None  # how it measures its memory; None: the estimate of `engine.specs.memory`
     graph_sizes: str = "none"  # how CUDA graphs are sized: vllm, or none: batches are not padded
+    graph_mode: str = "full_and_piecewise"  # full: one graph for a batch of decodes; piecewise: without its attention
+    largest_graph: int = 512  # tokens
+    graphs_of_limits: bool = False  # one more of exactly max_num_seqs and max_num_batched_tokens each, where they fit
+    reserve_bytes: int = 0  # of each device's memory, kept off the KV cache for CUDA graphs
     ships: bool = True
     overrides: tuple[str, ...] = field(default=(), compare=False)
 
@@ -78,20 +93,30 @@ class EnginePreset:
 
     def scheduler_spec(self, given: Mapping[str, Any]) -> SchedulerSpec:
         """Return the scheduler's spec with the fields of `given` in place of the preset's."""
-        return SchedulerSpec(**{**self.scheduler, **given})
+        own = dict(self.scheduler)
+        if given.get("policy") not in (None, own.get("policy")):  # what its own policy alone reads
+            own = {name: value for name, value in own.items() if name not in policies.VLLM_OPTIONS}
+        return SchedulerSpec(**{**own, **given})
 
     def padded(self, scheduler: SchedulerSpec) -> EnginePreset:
         """Return the preset with its CUDA-graph sizes for a resolved scheduler, to which batches are padded."""
         if self.graph_sizes != "vllm":
             return self
-        return replace(self, host=replace(self.host, graph_sizes=vllm_graph_sizes(scheduler)))
+        sizes = vllm_graph_sizes(scheduler, self.largest_graph, self.graphs_of_limits)
+        full = [size for size in sizes if size <= scheduler.max_num_seqs] if "full" in self.graph_mode else []
+        decodes = self.host.graph_decodes or max(full, default=0)
+        return replace(self, host=replace(self.host, graph_sizes=sizes, graph_decodes=decodes))
 
 
-def vllm_graph_sizes(scheduler: SchedulerSpec) -> tuple[int, ...]:
-    """Batch sizes that vLLM V1 captures (config/vllm.py: _set_cudagraph_sizes)."""
-    top = min(2 * scheduler.max_num_seqs, 512, scheduler.max_num_batched_tokens or 512)
-    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    return tuple(size for size in sizes if size <= top)
+def vllm_graph_sizes(scheduler: SchedulerSpec, largest: int = 512, of_limits: bool = False) -> tuple[int, ...]:
+    """Batch sizes that vLLM V1 captures (config/vllm.py: _set_cudagraph_sizes), those of its limits if it does."""
+    seqs, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens or largest
+    most = min(2 * seqs, largest)
+    top = min(most, tokens)
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)}
+    if of_limits:
+        sizes |= {tokens} | ({seqs} if seqs <= most else set())
+    return tuple(sorted(size for size in sizes if size <= top))
 
 
 def names() -> list[str]:
@@ -134,8 +159,18 @@ def preset(
         scheduler={**limits, **own},
         ships=not engine.endswith(FILES),
         profile_run=ProfileRun(**data["profile_run"]) if "profile_run" in data else None,
+        reserve_bytes=int(data.get("reserve_gib", 0) * GIB),
+        **_graphs(data.get("graphs") or {}, device),
         **{key: data[key] for key in ("gpu_memory_utilization", "async_scheduling", "graph_sizes") if key in data},
     )
+
+
+def _graphs(data: Mapping[str, Any], device: DeviceSpec) -> dict[str, Any]:
+    """The fields of a preset that its `graphs` decide on a device."""
+    named = [size for part, size in (data.get("largest_named") or {}).items() if part in device.name.lower()]
+    names = {"mode": "graph_mode", "largest": "largest_graph", "with_limits": "graphs_of_limits"}
+    found = {field: data[key] for key, field in names.items() if key in data}
+    return found | ({"largest_graph": named[0]} if named else {})
 
 
 def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
@@ -149,9 +184,16 @@ def _read(engine: str) -> tuple[str, dict[str, Any]]:
         return _read_file(Path(engine).expanduser())
     known = names()
     family, _, version = engine.partition("@")
+    version = ".".join(version.split(".")[:2])  # 0.15.1 has the rules of 0.15
+    if f"{family}@{version}" in known:
+        engine = f"{family}@{version}"
     mine = [name for name in known if name == family or name.startswith(f"{family}@")]
     if version in ("", LATEST) and mine:
         return mine[-1], _parse(ENGINES / f"{mine[-1]}.json")
+    if engine not in known and mine and re.fullmatch(r"[\d.]+", version):
+        before = [name for name in mine if _by_version(name) < _by_version(engine)]
+        nearest = f"the one before it is {before[-1]}" if before else f"the oldest is {mine[0]}"
+        raise InputError(f"no preset of {family} {version}: {nearest}, the newest {mine[-1]}")
     if engine not in known:
         raise unknown("engine", engine, [*known, *{f"{name.split('@')[0]}@{LATEST}" for name in known if "@" in name}])
     return engine, _parse(ENGINES / f"{engine}.json")
@@ -166,7 +208,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
             raise InputError(f"{path}: base {data['base']!r}: give an engine that ships: {', '.join(names())}")
         _, base = _read(data["base"])
     merged = {**base, **data}
-    for key in ("scheduler", "host", "profile_run"):
+    for key in ("scheduler", "host", "profile_run", "graphs"):
         if isinstance(base.get(key), dict) and isinstance(data.get(key), dict):
             merged[key] = {**base[key], **data[key]}
     return path.stem, merged
@@ -207,6 +249,16 @@ def _parse(path: Path) -> dict[str, Any]:
                 raise InputError(f"{path}: {error}") from None
     for tier in data.get("limits", ()):
         _check_tier(path, tier)
+    for name, value in data.get("graphs", {}).items():
+        if name not in _GRAPH_KEYS:
+            raise unknown(f"key in {path}: graphs", str(name), _GRAPH_KEYS)
+        kind_of, words = _GRAPH_KEYS[name]
+        if not isinstance(value, kind_of) or (isinstance(value, bool) and kind_of is not bool):
+            raise InputError(f"{path}: graphs {name} {value!r}: give {words}")
+    if (mode := data.get("graphs", {}).get("mode", GRAPH_MODES[0])) not in GRAPH_MODES:
+        raise unknown(f"graphs mode in {path}", mode, GRAPH_MODES)
+    if not 0 <= data.get("reserve_gib", 0) < 1 << 20:
+        raise InputError(f"{path}: reserve_gib {data['reserve_gib']}: give a number of GiB, 0 or more")
     return data
 
 
@@ -224,6 +276,8 @@ def _check_tier(path: Path, tier: Any) -> None:
     for name, value in tier.items():
         if name not in ("least_memory_gib", "not_named", *USAGES):
             raise unknown(f"key in {path}: limits", str(name), ("least_memory_gib", "not_named", *USAGES))
+        if name == "not_named" and not all(isinstance(part, str) for part in _listed(value)):
+            raise InputError(f"{path}: limits not_named {value!r}: give a part of a device's name, or a list of them")
         if name == "least_memory_gib" and not isinstance(value, int | float):
             raise InputError(f"{path}: limits least_memory_gib {value!r}: give a number of GiB")
 
@@ -249,6 +303,10 @@ def _host(name: str, own: Any, setting: str, device: DeviceSpec) -> tuple[str, H
     return host.name, host
 
 
+def _listed(value: str | Sequence[str]) -> Sequence[str]:
+    return [value] if isinstance(value, str) else value
+
+
 def _limits(
     name: str, tiers: list[dict[str, Any]], device: DeviceSpec, usage: str, max_model_len: int, given: Mapping[str, Any]
 ) -> dict[str, int]:
@@ -259,7 +317,7 @@ def _limits(
     """
     for tier in tiers:
         small = device.memory_bytes < tier.get("least_memory_gib", 0) * GIB
-        if small or tier.get("not_named", "\n") in device.name.lower():
+        if small or any(part in device.name.lower() for part in _listed(tier.get("not_named", ()))):
             continue
         tokens, sequences = tier[usage]
         if max_model_len:

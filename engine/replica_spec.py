@@ -82,6 +82,7 @@ class ReplicaSpec:
             self.gpu_memory_utilization,
             policies.largest_batch(self.scheduler),
             self.engine.profile_run,
+            self.engine.reserve_bytes,
         )
 
     def with_blocks(self, num_blocks: int) -> ReplicaSpec:
@@ -120,8 +121,8 @@ class ReplicaSpec:
             notes.append(f"{self.scheduler.policy} has no token budget: a batch may hold many whole prompts; {longest}")
         elif not policy.strict_budget:
             notes.append(f"{self.scheduler.policy} runs a prompt over its token budget whole; {longest}")
-        if self.scheduler.policy == "vllm" and not self.engine.name.startswith("vllm@"):
-            notes.append("the scheduler vllm is vLLM V1's since this release; the one of vLLM 0.2 is vllm_v0")
+        if self.scheduler.policy == "vllm" and self.engine.scheduler.get("policy") == "vllm_v0":
+            notes.append(f"the scheduler vllm is vLLM V1's; that of {self.engine.name} is vllm_v0")
         sharers = self.parallel.data_parallel_size
         if sharers > 1:
             notes.append(

@@ -2,8 +2,8 @@
 
 A rank has `local_experts` of a layer's experts, each of `width` neurons: its share under expert or tensor parallelism.
 What its batch's rows are sent to is shared by the `replicas` ranks of attention data parallelism, each with a batch of
-its own that is taken to be as large: the experts see `replicas` times the rows. Not measured by `windtunnel profile`:
-measurements of experts come from the importers.
+its own that is taken to be as large: the experts see `replicas` times the rows. `windtunnel profile` measures a rank
+with all experts, or a share of each one's width; what moves tokens between ranks is not measured by it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from profiler.expert_load import deal, loads
 from profiler.grids import Limits, Point
-from profiler.kind import Form, OfRows
+from profiler.kind import Bench, Call, Form, OfRows
 
 EXPERT_COLUMNS: Mapping[str, Form] = {
     **{"hidden_size": "whole", "expert_width": "whole", "local_experts": "whole"},
@@ -52,8 +53,11 @@ class Experts(OfRows):
             "dtype": self.dtype,
         }
 
-    def points(self, limits: Limits) -> Iterator[Point]:
-        return iter(())
+    @classmethod
+    def calls(cls, bench: Bench, point: Point) -> list[Call]:
+        tokens, num_experts, top_k = (int(point[name]) for name in ("expert_tokens", "num_experts", "top_k"))
+        spread = loads(str(point["expert_load"]), tokens, num_experts, top_k, 1)
+        return bench.expert_calls(deal(spread, tokens, top_k))
 
 
 @dataclass(frozen=True)

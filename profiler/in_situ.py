@@ -19,10 +19,11 @@ import torch
 
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import Step, lone_step
-from engine.specs import ParallelSpec
+from engine.specs import ExpertsSpec, ParallelSpec
 from engine.worker.parallel import Rank
 from engine.worker.runner import ModelRunner
 from engine.worker.sampler import sample
+from profiler.expert_load import deal, loads
 from profiler.grids import Point
 from profiler.operators import inventory
 from profiler.timing import Timing
@@ -130,7 +131,10 @@ class InSitu:
         decoder, attention = self._runner.model, self._runner.attention
         for name in ("embedding", "final_norm", "lm_head"):
             self._wrap(getattr(decoder, name), "forward", name)
+        layer: Any
         for layer in decoder.layers:
+            if layer.mixture is not None:
+                layer.expert_choice = self._dealt(layer.expert_choice, layer.mixture)
             for name in self._operators:
                 part = getattr(layer, name, None)
                 if isinstance(part, torch.nn.Module):
@@ -139,6 +143,20 @@ class InSitu:
                     self._wrap(layer, name, name)
         self._wrap(attention, "decode", "attention_decode")
         self._wrap(attention, "prefill", "attention_prefill")
+
+    @staticmethod
+    def _dealt(choice: Callable[..., Any], mixture: ExpertsSpec) -> Callable[..., Any]:
+        """The choice of experts, with its outcome replaced: tokens spread over experts as the mixture's load has it."""
+        known: dict[int, torch.Tensor] = {}
+
+        def dealt(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            weights, _ = choice(logits)
+            if (tokens := len(logits)) not in known:
+                spread = loads(mixture.load, tokens, mixture.num_experts, mixture.top_k, 1)
+                known[tokens] = torch.from_numpy(deal(spread, tokens, mixture.top_k))
+            return weights, known[tokens]
+
+        return dealt
 
     def _wrap(self, owner: Any, method: str, name: str) -> None:
         run: Callable[..., Any] = getattr(owner, method)

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.specs import ModelSpec
 from profiler.grids import Limits, Point, farthest_first, steps
 
@@ -23,6 +26,7 @@ class Bench(Protocol):
     def attention_calls(self, chunks: list[int], kv_lens: list[int], decodes: int) -> list[Call]: ...
     def gemm_calls(self, name: str, rows: int) -> list[Call]: ...
     def elementwise_calls(self, name: str, rows: int) -> list[Call]: ...
+    def expert_calls(self, chosen: NDArray[np.int64]) -> list[Call]: ...
     def in_turns(self, modules: Sequence[Any], run: Callable[..., object], rows: int, width: int) -> list[Call]: ...
 
 

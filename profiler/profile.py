@@ -228,6 +228,7 @@ def _provenance(spec: ProfileSpec, backend: str, reference: Reference | None) ->
         "date": datetime.now(UTC).date().isoformat(),
         "dtype": spec.dtype,
         "attention_backend": backend,
+        "experts": "torch",
         "collectives": "gloo" if spec.on == "cpu" else "nccl",
         "software": f"torch {torch.__version__}",
         "python": platform.python_version(),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.runtime.engine_spec import DECODE_GRAPHS
@@ -70,7 +71,7 @@ class Workbench:
         torch.manual_seed(seed)
         rank = Rank(0, parallel)
         layer_bytes = model.matmul_parameters // model.num_layers // tensor_parallel_size * model.weight_itemsize
-        few = replace(model, num_layers=min(model.num_layers, CACHE_BYTES // max(1, layer_bytes) + 2))
+        few = _of_few_layers(model, CACHE_BYTES // max(1, layer_bytes) + 2)
         with torch.inference_mode():
             self.decoder = Decoder(few, rank, NoLinks(rank), dtype, device)
             weights.dummy(self.decoder, seed)
@@ -136,7 +137,7 @@ class Workbench:
             head = self.decoder.lm_head
             assert head is not None
             return self.in_turns([head], lambda module, x: module(x).float(), rows, self.model.hidden_size)
-        modules: list[Any] = [getattr(layer, name) for layer in self.decoder.layers]
+        modules: list[Any] = [getattr(layer, name) for layer in self.decoder.layers if hasattr(layer, name)]
         return self.in_turns(modules, lambda module, x: module(x), rows, modules[0].weight.shape[1])
 
     def elementwise_calls(self, name: str, rows: int) -> list[Call]:
@@ -156,6 +157,10 @@ class Workbench:
         if name in ("input_norm", "post_attention_norm"):
             norms = [getattr(each, name) for each in every]
             return self.in_turns(norms, lambda module, x: module(x), rows, hidden)
+        if name == "qk_norm":
+            shape = rows, layer.heads + 2 * layer.kv_heads, layer.head_dim
+            width = shape[1] * shape[2]
+            return self.in_turns(every, lambda module, x: module.qk_norm(x.view(shape)), rows, width)
         if name == "rotary_kv_write":
             angles = layers.rotation(torch.arange(rows, device=self.device), decoder.frequencies)
             slots = torch.randperm(self.limits.kv_tokens, device=self.device)[:rows]
@@ -167,11 +172,23 @@ class Workbench:
 
             places = list(zip(every, self.caches, strict=True))
             return self.in_turns(places, rotary_kv_write, rows, heads * layer.head_dim)
+        if name == "expert_choice":
+            every = [each for each in every if each.mixture is not None]
+            return self.in_turns(every, lambda module, x: module.expert_choice(x), rows, every[0].mixture.num_experts)
         if name == "mlp_activation":
+            every = [each for each in every if each.mixture is None]
+            layer = every[0]
             width = (layer.mlp_gate_up_proj if layer.gated else layer.mlp_up_proj).weight.shape[0]
             return self.in_turns(every, lambda module, x: module.mlp_activation(x), rows, width)
         branches = [self._random(rows, hidden) for _ in range(2 if layer.parallel_block and layer.tp_size == 1 else 1)]
         return self.in_turns(every, lambda module, x: getattr(module, name)(x, *branches), rows, hidden)
+
+    def expert_calls(self, chosen: NDArray[np.int64]) -> list[Call]:
+        """Calls of a layer's experts on tokens of which each has chosen some (rows, top_k), all as good."""
+        experts = torch.from_numpy(chosen).to(self.device)
+        weights = torch.full(chosen.shape, 1 / chosen.shape[1], device=self.device)
+        every: list[Any] = [layer.experts for layer in self.decoder.layers if layer.mixture is not None]
+        return self.in_turns(every, lambda module, x: module(x, weights, experts), len(chosen), self.model.hidden_size)
 
     def in_turns(self, modules: Sequence[Any], run: Callable[..., object], rows: int, width: int) -> list[Call]:
         """Calls of `run` on each module, and random inputs (rows, width)."""
@@ -191,6 +208,15 @@ class Workbench:
         places = [np.arange(end - count, end) % len(self._blocks) for count, end in zip(need, ends, strict=True)]
         table = np.stack([np.pad(self._blocks[each], (0, max(need) - len(each))) for each in places])
         return AttentionBatch(decodes, chunks, kv_lens, table, self.device)
+
+
+def _of_few_layers(model: ModelSpec, most: int) -> ModelSpec:
+    """Return the model with so many layers of each kind, if it has them; plain ones and those with experts in turns."""
+    count, experts = model.num_layers, model.experts
+    if experts is None or not experts.dense_layers:
+        return replace(model, num_layers=min(count, most))
+    most = min(most, len(experts.dense_layers), count - len(experts.dense_layers))
+    return replace(model, num_layers=2 * most, experts=replace(experts, dense_layers=tuple(range(0, 2 * most, 2))))
 
 
 def _bind(run: Callable[..., object], *arguments: object) -> Call:

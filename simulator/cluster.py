@@ -24,7 +24,7 @@ from simpy.events import URGENT
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
-from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
+from engine.results.metrics import memory_and_steady_use, prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.scheduling.request import Request
@@ -197,13 +197,18 @@ def simulate(
     ]
     choose = ROUTERS[router](np.random.default_rng(seed))
 
+    front_ends = [FrontEnd(env, replica, each.host) for replica, each in zip(replicas, deployments, strict=True)]
+
+    def receive(replica: Replica, request: Request) -> None:
+        front_ends[replica.index].receive(request)
+
     client = workload.sender() if workload.waits else None
     due = inf  # when `send` is called next, as far as that is known
 
     def arrivals() -> Generator[simpy.Event, Any, None]:
         for request in workload.requests():
             yield env.at(request.arrived_at, URGENT)
-            choose(request, replicas).add(request)
+            receive(choose(request, replicas), request)
 
     def send(event: simpy.Event | None = None) -> None:
         """Send what the client has to send now, and come again when there is more."""
@@ -211,7 +216,7 @@ def simulate(
         assert client is not None
         while client.next_at <= env.now:
             request = client.pop()
-            choose(request, replicas).add(request)
+            receive(choose(request, replicas), request)
         if due <= env.now:
             due = inf
         if client.next_at < due:
@@ -232,28 +237,55 @@ def simulate(
         if collected:
             gc.enable()
     requests = recorder.requests()
-    closed = workload.client.max_concurrency
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
-    summary["workload_notes"] = list(workload.notes)
+    summary["workload_notes"] = workload.notes_on(deployment.scheduler for deployment in deployments)
     summary["router"] = router
+    busy = recorder.busy_share(summary.get("steady_window_s"))
     summary["replicas"] = [
         {
             **deployment.describe(),
-            **replica_use(replica.scheduler, replica.busy_s, replica.occupied_s, summary["duration"]),
+            **replica_use(
+                replica.scheduler,
+                replica.busy_s,
+                replica.occupied_s,
+                summary["duration"],
+                recorder.peak_kv_blocks.get(replica.index, 0),
+                [busy.get((replica.index, stage), 0.0) for stage in range(replica.num_stages)] if busy else (),
+            ),
         }
         for deployment, replica in zip(deployments, replicas, strict=True)
     ]
-    summary |= prefix_use(summary["replicas"])
+    summary |= prefix_use(summary["replicas"]) | memory_and_steady_use(summary["replicas"])
     if stopped_early is not None:
         summary["stopped_early"] = stopped_early
     summary["simulator"] = {"batches": recorder.num_batches, "loop_seconds": loop_seconds}
     return Run(summary, requests, None if folder else recorder.iterations_kept())
 
 
+class FrontEnd:
+    """What a replica's server does before its scheduler sees a request: `HostOverhead.receive_s` and the like."""
+
+    def __init__(self, env: Clock, replica: Replica, host: HostOverhead | None) -> None:
+        self.env = env
+        self.replica = replica
+        self.host = host if host is not None and host.receives else None
+        self._free = 0.0  # when the next request can be taken up
+
+    def receive(self, request: Request) -> None:
+        """A request arrives, now."""
+        if self.host is None:
+            self.replica.add(request)
+            return
+        work = self.host.receive_s + self.host.receive_token_s * request.prompt_tokens
+        self._free = max(self._free, self.env.now) + work
+        arrival = self.env.at(self._free + self.host.transit_s, URGENT)
+        arrival.callbacks.append(lambda event: self.replica.add(request))
+
+
 def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
-    """Run the simulation; RuntimeError if a policy leaves requests waiting for ever."""
+    """Run the simulation. Raises InputError if a policy leaves requests waiting for ever."""
     try:
         env.run(until=until)
     except RuntimeError as error:
@@ -261,7 +293,7 @@ def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:
         if not str(error).startswith("No scheduled events") or not left:
             raise
         scheduler = left[0].scheduler
-        raise RuntimeError(
+        raise InputError(
             f"the policy {scheduler.spec.policy} schedules nothing although {len(scheduler.running)} requests are "
-            f"running and {len(scheduler.waiting)} are waiting"
+            f"running and {len(scheduler.waiting)} are waiting: its plan() must give a batch while any can run"
         ) from error

@@ -283,7 +283,8 @@ class Replica:
         flight = self._flights.pop(0)
         batch = flight.batch
         runs = self._last + 1 if self.num_stages == 1 else 1
-        flight.max_tbt = self.recorder.completed(batch, flight.ends[:runs])
+        ends = flight.ends
+        flight.max_tbt = self.recorder.completed(batch, ends if runs == len(ends) else ends[:runs])
         more = [0] * runs  # KV blocks than the run before had
         more[0] = flight.kv_blocks
         if self.async_scheduling:
@@ -292,7 +293,7 @@ class Replica:
             finished, taken = self.scheduler.commit(batch, repeats=runs)
             for run in taken:
                 more[run] += 1
-            self._write(flight, 0, runs, list(accumulate(more)))
+            self._write(flight, 0, runs, list(accumulate(more)) if taken else more[:1] * runs)
         self._tokens_done += runs * batch.shape.num_tokens + len(finished)
         if len(self._completions) > (1 if self.num_stages == 1 else len(self._flights) + 1):  # it had looked ahead
             self._reach = min(max(8, 2 * self._last + 2), MOST_REPEATS)

@@ -15,6 +15,8 @@ _SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidd
                           "num_attention_heads": 8, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 _LLAMA: dict[str, Any] = {**_SIZES, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 256,
                           "tie_word_embeddings": False}  # fmt: skip
+_QWEN3_MOE: dict[str, Any] = {**_LLAMA, "head_dim": 12, "num_experts": 6, "num_experts_per_tok": 3,
+                              "moe_intermediate_size": 32, "mlp_only_layers": [1]}  # fmt: skip
 _FALCON: dict[str, Any] = {**_SIZES, "num_hidden_layers": 2}
 _NEW_FALCON: dict[str, Any] = {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
@@ -43,6 +45,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # the class's name without C
     "qwen2_unused_keys": ("Qwen2", _LLAMA | {"num_key_value_heads": 4}),
     "qwen2_window": ("Qwen2", _LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
     "qwen2_no_layer_windowed": ("Qwen2", _LLAMA | {"use_sliding_window": True, "sliding_window": 5}),
+    "qwen3": ("Qwen3", _LLAMA | {"head_dim": 12}),
+    "mixtral": ("Mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", _QWEN3_MOE),
     "falcon_new": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 2}),
     "falcon_new_one_norm": ("Falcon", _NEW_FALCON | {"num_ln_in_parallel_attn": 1}),
     "falcon_multi_query": ("Falcon", _FALCON | {"multi_query": True, "parallel_attn": True}),
@@ -71,8 +76,8 @@ def write(folder: Path, name: str, **save: Any) -> transformers.PreTrainedModel:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 1.5 / parameter.shape[1] ** 0.5, generator=generator)
+            if parameter.dim() > 1:
+                parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5, generator=generator)
             else:
                 parameter.normal_(0.0 if key.endswith("bias") else 1.0, 0.3, generator=generator)
     model.save_pretrained(folder, **save)

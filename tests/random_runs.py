@@ -62,7 +62,7 @@ def with_async(kind: Deployment, ahead: bool) -> Deployment:
 class Sharing(Workload):
     """A workload whose requests have the KV blocks' hashes and priorities that are given."""
 
-    hashes: tuple[list[int], ...] = ()
+    hashes: tuple[list[int] | None, ...] = ()
     priorities: tuple[int, ...] = ()
 
     def requests(self) -> Iterator[Request]:

@@ -177,3 +177,78 @@ def test_json_lines_are_a_trace(tmp_path: Path) -> None:
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done = run(["simulate", *BASE[:4], "--trace", str(tmp_path / "trace.jsonl"), "--output-dir", str(tmp_path / "out")])
     assert done == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheduling-policy", "priority"], "--scheduling-policy priority is an option of the scheduler vllm"),
+        (["--long-prefill-token-threshold", "64"], "--long-prefill-token-threshold 64 is an option of the scheduler"),
+        (["--vllm-version", "0.15"], "--vllm-version 0.15 is an option of the scheduler vllm, which sarathi would"),
+        (["--engine", "orca", "--no-scheduler-reserve-full-isl"], "--scheduler-reserve-full-isl False is an option of"),
+        (
+            ["--engine", "vllm@0.15", "--long-prefill-token-threshold-adaptive"],
+            "--long-prefill-token-threshold-adaptive true: vLLM 0.15 has no such option",
+        ),
+        (["--hash-id-tokens", "256"], "--hash-id-tokens 256 needs a trace"),
+        (["--think-time", "3"], "--think-time 3.0 needs --turns, or a trace with sessions (--columns session=NAME)"),
+        (["--ramp-up", "3"], "--ramp-up 3.0 needs --max-concurrency or --users"),
+        (["--max-concurrency", "2", "--ramp-up", "-3"], "--ramp-up -3.0: give 0 or more"),
+        (["--client-overhead-ms", "20"], "--client-overhead-ms 20 needs --max-concurrency"),
+        (["--turns", "2", "--clip-tokens", "99"], "--clip-tokens 99 has no meaning with turns"),
+        (["--users", "3", "--max-concurrency", "2"], "--max-concurrency 2 and --users 3 both bound the load"),
+        (["--priorities", "0=0.3"], "--priorities '0=0.3': give PRIORITY=SHARE,..."),
+        (["--random-input-len", "0", "--random-output-len", "5"], "--random-input-len 0 must be a number of tokens"),
+        (["--workload", "random"], "--random-input-len is missing: give a number of tokens"),
+        (["--engine", "vllm@0.20"], "no preset of vllm 0.20: the one before it is vllm@0.15, the newest vllm@0.33"),
+        (["--engine", "vllm@0.2"], "no preset of vllm 0.2: the oldest is vllm@0.12, the newest vllm@0.33"),
+        (["--zipf-alpha", "2"], "--zipf-alpha 2.0 needs --workload 'zipf'"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_by_the_flags_name(arguments: list[str], message: str) -> None:
+    code, found = run([*SIMULATE, *arguments])
+    assert code == 2 and found.startswith(message) and len(found.splitlines()) == 1
+
+
+def test_a_policy_that_plans_nothing_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fault = "from engine.scheduling.policies import BatchPlan; return BatchPlan()"
+    (tmp_path / "mine.py").write_text(POLICY.format(fault=fault))
+    (tmp_path / "run.yaml").write_text("plugin: mine.py\nslo: p99_tbt<=1\n")  # each is one of a list
+    try:
+        code, message = run([*SIMULATE, "--config", "run.yaml", "--scheduler", "mine", "--output-dir", "out"])
+    finally:
+        POLICIES.pop("mine", None)
+    assert code == 2 and message.startswith("the policy mine schedules nothing although 0 requests are running")
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_settings_that_are_true_or_false_may_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for number, flags in enumerate([["--enable-prefix-caching"], ["--no-enable-prefix-caching"]]):
+        out = ["--output-dir", str(tmp_path / str(number)), "--json"]
+        assert run([*SIMULATE, "--engine", "vllm@0.15", *flags, *out]) == (0, "")
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["replicas"][0]["prefix_caching"])
+    assert found == [True, False]
+
+
+def test_a_version_in_a_file_may_look_like_a_number(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("engine: vllm@0.33\nvllm_version: 0.15\n")
+    done = run([*SIMULATE, "--config", str(tmp_path / "run.yaml"), "--output-dir", str(tmp_path / "out")])
+    assert done == (0, "")
+    (tmp_path / "run.yaml").write_text("engine: vllm@0.33\nvllm_version: 0.20\n")
+    code, message = run([*SIMULATE, "--config", str(tmp_path / "run.yaml")])
+    assert code == 2 and message.startswith("unknown vLLM version '0.2': did you mean '0.12'? known are 0.12, 0.15")
+
+
+def test_another_policy_on_a_vllm_preset_leaves_vllms_own_options_behind(tmp_path: Path) -> None:
+    done = run([*SIMULATE, "--engine", "vllm@0.15", "--scheduler", "sarathi", "--output-dir", str(tmp_path / "out")])
+    assert done == (0, "")
+    assert run(
+        ["simulate", "--config", str(tmp_path / "out" / "config.yaml"), "--output-dir", str(tmp_path / "2")]
+    ) == (
+        0,
+        "",
+    )

@@ -316,3 +316,38 @@ def test_a_range_in_a_file_is_a_range(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("turns: 1:5\ninput-len: 1:50\nrequest_rate: 2.5\nnum_prompts: 7\n")
     assert read_file(path) == {"turns": "1:5", "input_len": "1:50", "request_rate": 2.5, "num_prompts": 7}
+
+
+def test_the_printed_summary_has_memory_preemptions_and_the_steady_window(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [
+        "simulate",
+        "--model",
+        "Mistral-7B-v0.1",
+        "--device",
+        "a100",
+        "--max-model-len",
+        "2048",
+        "--engine",
+        "vllm@0.15",
+    ]
+    flags += [
+        "--random-input-len",
+        "400",
+        "--random-output-len",
+        "200",
+        "--num-prompts",
+        "60",
+        "--max-concurrency",
+        "20",
+    ]
+    assert run([*flags, "--num-gpu-blocks-override", "300", "--output-dir", str(tmp_path / "tight")]) == (0, "")
+    shown = " ".join(capsys.readouterr().out.split())
+    summary = json.loads((tmp_path / "tight" / "summary.json").read_text("utf-8"))
+    assert summary["preemptions"] > 0
+    assert f"full; {summary['preemptions']:,} preemptions, which threw" in shown
+    assert "KV cache at most 100% full" in shown or "KV cache at most 99" in shown
+    assert "TTFT P50" in shown and "% busy" in shown
+    assert run([*flags, "--output-dir", str(tmp_path / "roomy")]) == (0, "")
+    assert "preemptions" not in capsys.readouterr().out

@@ -81,12 +81,15 @@ specs = st.builds(
     ahead=st.booleans(),
     overhead=st.sampled_from([0.0, 0.013]),
     think=st.sampled_from([0.0, 0.5]),
+    people=st.booleans(),
 )
 def test_the_driver_the_fast_path_and_single_steps_agree(  # type: ignore[no-untyped-def]
-    spec, policy, stages, blocks, ahead, overhead, think
+    spec, policy, stages, blocks, ahead, overhead, think, people
 ) -> None:
     if spec.max_concurrency is not None:
         spec = replace(spec, client_overhead_s=overhead, ramp_up_s=10 * overhead)
+        if people:
+            spec = replace(spec, users=spec.max_concurrency, max_concurrency=None)
     if spec.turns is not None:
         spec = replace(spec, think_time_s=think)
     workload = make_workload(spec)
@@ -205,11 +208,145 @@ def test_prompt_ids_of_a_table_are_shared_prompts(tmp_path: Path) -> None:
     assert unread.contents is None and "prompt_id" in unread.notes[0]
 
 
+CHATS = """at,tokens_in,tokens_out,chat,class
+0,10,6,a,1
+1,12,4,b,0
+9,30,5,a,1
+2,20,3,b,0
+2,40,3,b,0
+"""
+
+
+def chats(folder: Path, text: str = CHATS) -> Path:
+    path = folder / "chats.csv"
+    path.write_text(text)
+    return path
+
+
+def test_sessions_of_a_trace_are_turns_at_their_recorded_times(tmp_path: Path) -> None:
+    spec = WorkloadSpec(trace=chats(tmp_path), columns="prompt=tokens_in,output=tokens_out,time=at,session=chat",
+                        max_model_len=LONGEST)  # fmt: skip
+    workload = make_workload(spec)
+    assert [note.split(": ")[1] for note in workload.notes] == [
+        "class not used", "1 row is earlier than the row before",
+    ]  # fmt: skip
+    assert workload.prompt_tokens.tolist() == [10, 30, 12, 20, 40]
+    assert workload.after is not None and workload.after.tolist() == [-1, 0, -1, 2, 3]
+    run = simulate(workload, [caching(deployment("sarathi", 1, 60))])
+    order = np.argsort(run.requests["request_id"])
+    sent, ended, hits = (run.requests[name][order] for name in ("arrived_s", "last_token_s", "prefix_hit_tokens"))
+    assert sent[:4].tolist() == [0, 9, 1, 2]
+    assert sent[4] == ended[3] > 2  # recorded at 2 too, when the turn before had not ended
+    assert hits.tolist() == [0, 12, 0, 12, 20]  # blocks of 4 of the 15, 15 and 22 computed tokens
+    clock, sequences = VirtualTime(), []
+    scheduler = caching(deployment("sarathi", 1, 60)).replica.new_scheduler(60)
+    driver = Driver(scheduler, FakeWorkers(clock, 1, block_size=4), Recorder(), clock=clock)
+    driver.on_finished = sequences.append
+    driver.run(Sender(workload, vocab_size=1000, seed=3))
+    tokens = {each.request.id: each.tokens for each in sequences}
+    assert tokens[1][:16] == tokens[0] and tokens[4][:23] == tokens[3] != tokens[1][:23]
+
+
+def test_sessions_of_a_trace_with_a_think_time_or_without_times(tmp_path: Path) -> None:
+    columns = "prompt=tokens_in,output=tokens_out,session=chat,priority=class"
+    spec = WorkloadSpec(trace=chats(tmp_path), columns=columns, max_model_len=LONGEST, think_time_s=3.0,
+                        request_rate=0.5)  # fmt: skip
+    workload = make_workload(spec)
+    assert workload.priorities is not None and workload.priorities.tolist() == [1, 1, 0, 0, 0]
+    assert workload.prompt_tokens.tolist() == [10, 30, 12, 20, 40]
+    assert workload.think_s is not None and (workload.think_s > 0).all()
+    run = simulate(workload, [deployment("sarathi", 1, 60)])
+    order = np.argsort(run.requests["request_id"])
+    sent, ended = run.requests["arrived_s"][order], run.requests["last_token_s"][order]
+    np.testing.assert_allclose(sent[[1, 3, 4]] - ended[[0, 2, 3]], workload.think_s[[1, 3, 4]])
+
+
+def test_sessions_that_cannot_be(tmp_path: Path) -> None:
+    columns = "prompt=tokens_in,output=tokens_out,time=at,session=chat"
+    back = chats(tmp_path, CHATS.replace("9,30,5,a", "-1,30,5,a"))
+    told = "chats.csv line 4: session 'a' goes back in time, 1 s before its turn in line 2: put the turns of a session"
+    with pytest.raises(InputError, match=told):
+        make_workload(WorkloadSpec(trace=back, columns=columns))
+    short = chats(tmp_path, CHATS.replace("9,30,5,a", "9,15,5,a"))
+    workload = make_workload(WorkloadSpec(trace=short, columns=columns, max_model_len=LONGEST))
+    assert "1 of 5 turns have prompts shorter than the turn before and its output" in workload.notes[-1]
+    run = simulate(workload, [caching(deployment("sarathi", 1, 60))])
+    assert run.requests["prefix_hit_tokens"][run.requests["request_id"] == 1].tolist() == [0]
+    with pytest.raises(InputError, match="prompt_id and session each say what prompts share"):
+        make_workload(WorkloadSpec(trace=short, columns=f"{columns},prompt_id=class"))
+    with pytest.raises(InputError, match="line 3, column 'chat': the value is missing"):
+        make_workload(WorkloadSpec(trace=chats(tmp_path, CHATS.replace("4,b", "4,")), columns=columns))
+
+
+def test_a_known_format_takes_the_columns_that_it_lacks(tmp_path: Path) -> None:
+    rows = [{"timestamp": 1000 * i, "input_length": 20 + 30 * (i // 2), "output_length": 2, "hash_ids": [7],
+             "chat": i % 2, "urgency": 5 * i} for i in range(4)]  # fmt: skip
+    path = tmp_path / "mooncake.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = make_workload(WorkloadSpec(trace=path, max_model_len=LONGEST))
+    assert plain.notes[0] == "mooncake.jsonl: chat, urgency not used; to use: --columns session=chat"
+    made = make_workload(WorkloadSpec(trace=path, columns="session=chat,priority=urgency", max_model_len=LONGEST))
+    assert made.arrived_at.tolist() == [0, 2, 1, 3] and made.notes == ("mooncake.jsonl: hash_ids not used",)
+    assert made.priorities is not None and made.priorities.tolist() == [0, 10, 5, 15]
+
+
+def conversing(run: Run, turns: int) -> int:
+    """Most conversations, of so many turns each, that have begun and not ended at once."""
+    table = {name: column[np.argsort(run.requests["request_id"])] for name, column in run.requests.items()}
+    begun, ended = table["arrived_s"][::turns], table["last_token_s"][turns - 1 :: turns]
+    return int(max(((begun <= at) & (ended > at)).sum() for at in begun))
+
+
+def test_users_keep_their_place_while_they_think_and_a_concurrency_does_not() -> None:
+    spec = WorkloadSpec(lengths="fixed", input_len=8, output_len=4, turns=3, num_prompts=90, max_model_len=LONGEST,
+                        think_time_s=1.0, arrival="burst", users=4)  # fmt: skip
+    run = simulate(make_workload(spec), [deployment("sarathi", 1, 60)])
+    assert conversing(run, 3) == 4 and in_system(run.requests) <= 4
+    assert run.summary["saturation"]["verdict"].startswith("4 users: the client waits")
+    seats = simulate(make_workload(replace(spec, users=None, max_concurrency=4)), [deployment("sarathi", 1, 60)])
+    assert conversing(seats, 3) > 10 and in_system(seats.requests) == 4
+    assert seats.summary["duration"] < run.summary["duration"]
+    ramped = make_workload(replace(spec, users=4, ramp_up_s=2.0, client_overhead_s=0.5, think_time_s=0.0))
+    requests = simulate(ramped, [deployment("sarathi", 1, 60)]).requests
+    order = np.argsort(requests["request_id"])
+    sent, ended = requests["arrived_s"][order], requests["last_token_s"][order]
+    np.testing.assert_allclose(sent[0:12:3], [0, 0.5, 1.0, 1.5])
+    np.testing.assert_allclose(sent[1:3] - ended[0:2], 0.5)
+    driven = drive(ramped, deployment("sarathi", 1, 60))
+    np.testing.assert_array_equal(driven.requests["arrived_s"][np.argsort(driven.requests["request_id"])], sent)
+
+
+def test_the_urgent_go_first_where_the_scheduler_looks() -> None:
+    spec = WorkloadSpec(lengths="fixed", input_len=20, output_len=10, num_prompts=300, request_rate=120.0,
+                        max_model_len=LONGEST, priorities="0=0.3,7=0.7")  # fmt: skip
+    workload = make_workload(spec)
+    assert workload.priorities is not None and 60 < (workload.priorities == 0).sum() < 120
+    np.testing.assert_array_equal(workload.arrived_at, make_workload(replace(spec, priorities=None)).arrived_at)
+    waits = {}
+    for policy in ("priority", "fcfs"):
+        run = simulate(workload, [deployment("vllm", 1, 60, scheduling_policy=policy)])
+        delay = run.requests["first_token_s"] - run.requests["arrived_s"]
+        urgent = run.requests["priority"] == 0
+        waits[policy] = delay[urgent].mean() / delay[~urgent].mean()
+        assert ("priorities have no effect" in " ".join(run.summary["workload_notes"])) == (policy == "fcfs")
+    assert waits["priority"] < 0.5 < 0.8 < waits["fcfs"] < 1.25
+    same = make_workload(replace(spec, priorities=None))
+    nobody = simulate(same, [deployment("vllm", 1, 60, scheduling_policy="priority")])
+    assert "no request has a priority" in nobody.summary["workload_notes"][0]
+    turns = make_workload(replace(spec, turns=3, priorities="0=0.5,1=0.5", max_model_len=None))
+    assert turns.priorities is not None and (np.diff(turns.priorities.reshape(-1, 3)) == 0).all()
+    for wrong in ("0=0.3,1=0.6", "0", "0=2,1=-1", "0=0.5,0=0.5", "a=1"):
+        with pytest.raises(InputError, match="give PRIORITY=SHARE"):
+            make_workload(replace(spec, priorities=wrong))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({"max_concurrency": 0}, "max_concurrency 0: give 1 or more"),
-        ({"client_overhead_s": 1.0}, "overhead_s 1.0 needs max_concurrency"),
+        ({"client_overhead_s": 1.0}, "overhead_s 1.0 needs max_concurrency or users"),
+        ({"users": 0}, "users 0: give 1 or more"),
+        ({"users": 2, "max_concurrency": 3}, "max_concurrency 3 and users 2 both bound the load"),
         ({"turns": "3:1"}, "turns '3:1' must be a number of requests"),
         ({"think_time_s": 2.0}, "think_time_s 2.0 needs turns"),
         ({"turns": 2, "clip_tokens": 50}, "clip_tokens 50 has no meaning with turns"),

@@ -110,7 +110,7 @@ def test_a_policy_that_leaves_requests_waiting_is_told() -> None:
     schedule = served.driver.scheduler.schedule
     batches = iter(range(2))
     served.driver.scheduler.schedule = lambda: schedule() if next(batches, None) is not None else None  # type: ignore[method-assign]
-    with pytest.raises(RuntimeError, match="schedules nothing although 2 requests are not finished"):
+    with pytest.raises(InputError, match="schedules nothing although 2 requests are not finished"):
         served.driver.run(served.sequences)
 
 

@@ -160,10 +160,13 @@ def test_every_policy_gives_them(policy: str, pp: int, oracle: GetOracle, execut
 
 
 @pytest.mark.parametrize(
-    ("name", "tp", "pp"), [("llama", 2, 1), ("llama", 1, 2), ("mistral", 2, 2), ("falcon_new", 4, 1)]
+    ("name", "tp", "pp"),
+    [("llama", 2, 1), ("llama", 1, 2), ("mistral", 2, 2), ("falcon_new", 4, 1), ("qwen3_moe", 2, 2)],
 )
 def test_every_cut_gives_them(name: str, tp: int, pp: int, oracle: GetOracle, executor: GetExecutor) -> None:
-    """mistral's window is shorter than the prompts; falcon_new has fewer KV heads than there are ranks."""
+    """mistral's window is shorter than the prompts; falcon_new has fewer KV heads than there are ranks; qwen3_moe's
+    second layer has no experts.
+    """
     served = serve(executor(name, tp, pp), oracle(name), stages=pp)
     assert_varied(served)
     assert served.outputs == oracle(name).outputs

@@ -308,13 +308,28 @@ def test_a_burst_of_load_that_ends_before_it_fills_the_server_is_no_verdict() ->
     assert "took 16.6 s" in verdict["verdict"]
 
 
-def test_requests_that_pile_up_while_running_are_growth_too() -> None:
+def test_requests_that_pile_up_while_running_are_growth_if_any_waits() -> None:
     """Without a limit on the running requests the queue is empty and every request takes longer than the last."""
     arrived = np.arange(2000.0)
     requests = {"arrived_s": arrived, "scheduled_s": arrived, "last_token_s": arrived + 10 + 0.3 * arrived}
     verdict = saturation(requests)
+    assert verdict["growing"] is None
+    assert "nobody waits, but requests under way grow by" in verdict["verdict"]
+    batch = {"max_tbt_s": np.full(2000, 0.05), "preemptions": np.zeros(2000)}
+    assert saturation({**requests, **batch, "scheduled_s": arrived + 0.09})["growing"] is None  # within two batches
+    assert saturation({**requests, **batch, "preemptions": np.eye(1, 2000)[0]})["growing"] is True
+    verdict = saturation({**requests, **batch, "scheduled_s": arrived + 0.2})
     assert verdict["growing"] is True
     assert verdict["growth"] == pytest.approx(0.3 / 1.3, abs=0.03)
+
+
+def test_bursts_that_queue_are_a_finding_of_their_own() -> None:
+    summary = {"saturation": {"growing": False, "verdict": "sustained: fine"}, "slos": [],
+               "median_scheduling_delay_ms": 10.0, "p99_scheduling_delay_ms": 28_000.0}  # fmt: skip
+    found = "bursts queue: one request in a hundred waits 28 s or more for its first batch"
+    assert describe(summary) == ["sustained: fine", found]
+    assert describe({**summary, "p99_scheduling_delay_ms": 900.0}) == ["sustained: fine"]
+    assert describe({**summary, "saturation": {"growing": True, "verdict": "saturated"}}) == ["saturated"]
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from cli.main import run
 from engine.engine_preset import names, preset, vllm_graph_sizes
 from engine.errors import InputError
 from engine.replica_spec import resolve
 from engine.scheduling.request import BatchShape
 from engine.specs import HostOverhead, ParallelSpec, SchedulerSpec, catalog
+from engine.specs.memory import kv_bytes_per_block
 from simulator.cluster import Deployment
 
 GIB = 1 << 30
@@ -48,12 +50,60 @@ def test_a_large_device_has_more_in_new_versions_alone() -> None:
     assert preset("vllm@0.15", large).scheduler["max_num_batched_tokens"] == 8192
 
 
+def test_graphs_of_limits_and_of_large_devices_are_those_of_the_version() -> None:
+    odd = {"max_num_seqs": 100, "max_num_batched_tokens": 150}
+    sizes = {
+        v: resolve(MODEL, "h100", engine=f"vllm@{v}", scheduler=odd).engine.host.graph_sizes for v in ("0.15", "0.33")
+    }
+    assert sizes["0.15"] == (1, 2, 4, *range(8, 151, 8)) and set(sizes["0.33"]) - set(sizes["0.15"]) == {100, 150}
+    full = {v: resolve(MODEL, "h100", engine=f"vllm@{v}", scheduler=odd).engine.host.graph_decodes for v in sizes}
+    assert full == {"0.15": 96, "0.33": 100}  # the largest that a batch of decodes alone is padded to
+    blackwell = replace(catalog.device("h200"), name="b200", memory_bytes=179 * GIB)
+    largest = [resolve(MODEL, blackwell, engine=f"vllm@{v}").engine.host.graph_sizes[-1] for v in sizes]
+    assert largest == [512, 1024]
+    small = replace(catalog.device("h200"), name="gb10", memory_bytes=119 * GIB)
+    assert preset("vllm@0.33", small).scheduler["max_num_seqs"] == 256
+    assert preset("vllm@0.15", small).scheduler["max_num_seqs"] == 1024
+
+
+def test_the_newest_version_keeps_memory_for_its_graphs() -> None:
+    new = resolve(MODEL, "h100", engine="vllm@0.33")
+    plain = replace(new, engine=replace(new.engine, reserve_bytes=0))
+    lost = plain.num_kv_blocks() - new.num_kv_blocks()
+    assert (
+        new.engine.reserve_bytes == int(0.44 * GIB)
+        and resolve(MODEL, "h100", engine="vllm@0.15").engine.reserve_bytes == 0
+    )
+    block = kv_bytes_per_block(new.model, new.parallel, 0, 16)
+    assert lost == pytest.approx(new.engine.reserve_bytes / block, abs=1)
+
+
+def test_engines_shows_what_a_preset_is_for_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["engines", "vllm@latest", "--usage", "offline", "--model", MODEL, "--tensor-parallel-size", "2"]) == (
+        0,
+        "",
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    replica = resolve(MODEL, "h100", engine="vllm", usage="offline", parallel=ParallelSpec(tensor_parallel_size=2))
+    for words in ("vllm@0.33: vLLM 0.33", "max_num_batched_tokens 16384", f"num_gpu_blocks {replica.num_kv_blocks()},",
+                  "full for decodes, piecewise for other batches; batches of 51 sizes up to 512 tokens",
+                  "0.44 GiB of each GPU kept"):  # fmt: skip
+        assert words in shown
+    assert "vllm@0.15" not in shown
+    (tmp_path / "own.yaml").write_text("base: vllm@0.15\ngraphs: {mode: piecewise, largest: 64}\nreserve_gib: 1\n")
+    assert run(["engines", str(tmp_path / "own.yaml")]) == (0, "")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "piecewise; batches of sizes up to 64 tokens are padded to the next; 1.00 GiB of each GPU" in shown
+    assert run(["engines", "vllm@0.15", "--usage", "both"])[1].startswith("unknown usage 'both'")
+
+
 def test_versions_differ_in_what_vllm_changed() -> None:
     old, new = (resolve(MODEL, "h100", engine=f"vllm@{version}") for version in ("0.12", "0.33"))
     assert (old.async_scheduling, new.async_scheduling) == (False, True)
     assert (old.gpu_memory_utilization, new.gpu_memory_utilization) == (0.9, 0.92)
     assert (old.scheduler.scheduler_reserve_full_isl, new.scheduler.scheduler_reserve_full_isl) == (False, True)
     assert all(replica.scheduler.enable_prefix_caching for replica in (old, new))
+    assert resolve(MODEL, "h100", engine="vllm@0.12.0") == old
     assert resolve(MODEL, "h100", engine="vllm@latest") == new == resolve(MODEL, "h100", engine="vllm")
     assert new.new_scheduler(101).kv_cache.num_blocks == 100  # block 0 of vLLM's is never handed out
 
@@ -80,6 +130,10 @@ def test_a_file_of_ones_own_goes_on_from_a_base(tmp_path: Path) -> None:
     [
         ("hots: {}", "unknown key in .*'hots': did you mean 'host'"),
         ("scheduler: {max_seqs: 3}", "scheduler 'max_seqs': did you mean 'max_num_seqs'"),
+        ("graphs: {mode: half}", "unknown graphs mode .*'half'"),
+        ("graphs: {most: 5}", "unknown key in .*graphs 'most'"),
+        ("graphs: {largest: true}", "graphs largest True: give a number of tokens"),
+        ("reserve_gib: -1", "reserve_gib -1: give a number of GiB"),
         ("- 5", "holds no mapping"),
         ("a: [", "is no engine file"),
         ("base: vllm@0.15\nlimits: 5", "limits 5: give a list of tiers"),
@@ -126,7 +180,7 @@ def test_pipeline_stages_are_scheduled_in_turn() -> None:
 
 
 def test_unknown_names_are_said() -> None:
-    with pytest.raises(InputError, match=r"unknown engine 'vllm@0\.16': did you mean"):
+    with pytest.raises(InputError, match=r"no preset of vllm 0\.16: the one before it is vllm@0\.15"):
         resolve(MODEL, "h100", engine="vllm@0.16")
     with pytest.raises(InputError, match="unknown usage 'batch'"):
         resolve(MODEL, "h100", engine="vllm@0.15", usage="batch")

@@ -8,6 +8,7 @@ What needs no GPU in particular runs on the CPU too, so that the tests themselve
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from stand_in_cuda import stand_in
+from torch import Tensor
 
 from engine.errors import InputError
 from engine.executors.start import start
@@ -31,18 +33,24 @@ from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import resolve
 from engine.scheduling.request import Batch, Request
 from engine.scheduling.scheduler import Scheduler
-from engine.specs import ModelSpec, SchedulerSpec, hf_config
+from engine.specs import ExpertsSpec, ModelSpec, ParallelSpec, SchedulerSpec, hf_config
 from engine.specs.memory import kv_bytes_per_block
 from engine.worker import layers
 from engine.worker.attention import BACKENDS
 from engine.worker.attention.base import AttentionShape
+from engine.worker.experts import Experts, choose, has_grouped_kernel, in_one_kernel, one_by_one
+from engine.worker.parallel import Rank
 from engine.worker.runner import RESERVED_BYTES, Pending
 
-FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi")
+FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi", "qwen3", "qwen3_moe")
 LENGTHS = (21, 1, 64, 130, 7)  # of the prompts
 OUTPUT, MAX_LEN, BUDGET = 24, 256, 100  # a prompt is longer than the budget: it comes in chunks
 SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
                          "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+SMALL = hf_config.read({"model_type": "llama", "max_position_embeddings": 256, **SIZES})
+MIXTURE = replace(
+    SMALL, model_type="mixtral", num_layers=2, experts=ExpertsSpec(num_experts=8, top_k=2, intermediate_size=256)
+)
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -270,6 +278,54 @@ def test_a_backend_without_graphs_that_nobody_asked_for_is_warned_of(
     assert {name for name, backend in BACKENDS.items() if backend.supports_cuda_graph} == set(GRAPH_BACKENDS)
 
 
+def test_experts_without_a_kernel_for_all_run_without_graphs_and_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = spec_of(None, "cuda", MIXTURE, attention_backend="flashinfer", cuda_graphs=(1, 2))
+    with stand_in(monkeypatch):
+        start(spec).close()
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+        executor: Any = start(spec)
+        assert executor._runner._graphs is None
+        executor.close()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: the experts are computed one after the other, which no CUDA graph can hold")
+        start(replace(spec, cuda_graphs=())).close()
+        assert capsys.readouterr().err == ""
+
+
+@cuda_only
+def test_a_graph_of_experts_sorts_each_batch_anew(device: str) -> None:
+    rank, place = Rank(0, ParallelSpec()), torch.device(device)
+    if not has_grouped_kernel(MIXTURE, rank, torch.bfloat16, place):
+        pytest.skip("no grouped products on this GPU")
+    new = partial(layers.new_parameter, dtype=torch.bfloat16, device=place)
+    captured, plain = (Experts(MIXTURE, rank, new, products) for products in (in_one_kernel, one_by_one))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(device, torch.bfloat16)
+
+    with torch.inference_mode():
+        for ours, theirs in zip(captured.parameters(), plain.parameters(), strict=True):
+            ours.copy_(random(*ours.shape) / ours.shape[-1] ** 0.5)
+            theirs.copy_(ours)
+        x, logits = random(24, MIXTURE.hidden_size), random(24, 8)
+        for _ in range(2):  # what is made at the first call must not be captured
+            captured(x, *choose(logits, MIXTURE.experts))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = captured(x, *choose(logits, MIXTURE.experts))
+        for favour in (0, 3, 7):
+            x.copy_(random(24, MIXTURE.hidden_size))
+            logits.copy_(random(24, 8) + 4 * (torch.arange(8, device=device) == favour))
+            graph.replay()
+            expected = plain(x, *choose(logits, MIXTURE.experts))
+            assert expected.std() > 0.3
+            torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
 @cuda_only
 def test_batches_without_a_bound_are_warned_of(
     device: str, checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
@@ -298,9 +354,6 @@ def test_the_copies_of_a_full_cache_have_room(device: str, checkpoint: Callable[
 LARGE = ModelSpec(name="large", model_type="llama", num_layers=6, hidden_size=2048, intermediate_size=8192,
                   num_attention_heads=16, num_key_value_heads=4, head_dim=128, vocab_size=128_000,
                   max_position_embeddings=8192)  # fmt: skip
-
-
-SMALL = hf_config.read({"model_type": "llama", "max_position_embeddings": 256, **SIZES})
 
 
 @gpu_only

@@ -16,13 +16,13 @@ from engine.scheduling.request import BatchShape
 from engine.specs import ExpertsSpec, ModelSpec, ParallelSpec, catalog, memory
 from engine.specs.model import EXPERT_LOADS
 from profiler.expert_kinds import AllGather, AllToAll, Experts, ReduceScatter
+from profiler.expert_load import deal, loads, padded, touched
 from profiler.importers import read_source
 from profiler.kind import Operator
 from profiler.kinds import Gemm
 from profiler.operators import inventory
 from simulator.cluster import deploy
 from simulator.predictor import experts as estimator
-from simulator.predictor.expert_load import loads, padded, touched
 from simulator.predictor.kind import Site
 from simulator.predictor.roofline import Roofline
 from windtunnel.settings import ReplicaConfig
@@ -151,6 +151,16 @@ def test_every_choice_lands_and_no_expert_gets_a_token_twice(
     assert spread.sum() == pytest.approx(share) if ranks == 1 else spread.sum() >= share - 1e-6
     assert spread.max() <= tokens * (1 + 1e-6) + 1 and 0 < touched(spread) <= len(spread)
     assert padded(spread, 16) >= spread.sum() - 1e-6
+
+
+@pytest.mark.parametrize("load", EXPERT_LOADS)
+@pytest.mark.parametrize(("tokens", "num_experts", "top_k"), [(1, 128, 8), (5, 6, 3), (7, 8, 8), (300, 8, 2)])
+def test_tokens_are_dealt_as_the_load_has_it(load: str, tokens: int, num_experts: int, top_k: int) -> None:
+    chosen = deal(loads(load, tokens, num_experts, top_k, 1), tokens, top_k)
+    assert chosen.shape == (tokens, top_k)
+    assert all(len(set(row)) == top_k for row in chosen.tolist())
+    counts = np.sort(np.bincount(chosen.ravel(), minlength=num_experts))[::-1]
+    assert np.abs(counts - loads(load, tokens, num_experts, top_k, 1)).max() <= 1
 
 
 def test_balanced_tokens_touch_each_expert_in_turn() -> None:

@@ -1,9 +1,12 @@
 """Whole runs of requests that share prefixes: repeats and single steps, driver and replica, and what blocks hold."""
 
 from collections import deque
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +51,28 @@ def test_repeats_equal_single_steps_and_the_driver(
         np.testing.assert_array_equal(driven.requests[column][orders[0]], values[orders[1]], err_msg=column)
     assert rows(driven) == rows(fast)
     assert driven.summary["recomputed_tokens"] == fast.summary["replicas"][0]["recomputed_tokens"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    jobs=sharers,
+    policy=st.sampled_from(SHARING_POLICIES),
+    stages=st.sampled_from([1, 1, 2]),
+    blocks=st.integers(21, 40),
+    ahead=st.booleans(),
+)
+def test_requests_that_share_nothing_run_as_with_hashes_of_their_own(
+    jobs: Jobs, policy: tuple[str, dict[str, Any]], stages: int, blocks: int, ahead: bool
+) -> None:
+    alone = [(*job[:4], 0, job[5]) for job in jobs]
+    hashed = sharing(alone)
+    unhashed = replace(hashed, hashes=(None,) * len(alone))
+    kind = deployment(policy[0], stages, blocks, budget=9, enable_prefix_caching=True, **policy[1])
+    kind = with_async(kind, ahead)
+    one, other = simulate(hashed, [kind]), simulate(unhashed, [kind])
+    assert_same(one, other)
+    for key in ("prefix_query_tokens", "prefix_hit_tokens", "prefix_evictions"):
+        assert one.summary["replicas"][0][key] == other.summary["replicas"][0][key]
 
 
 class Memory:
@@ -144,3 +169,39 @@ def test_there_are_hits_evictions_and_preemptions_in_such_runs(policy: tuple[str
     assert sum(hits) > 100
     assert scheduler.kv_cache.evictions > 10
     assert len(hits) > len(jobs) or reserves  # some were admitted again
+
+
+def test_what_is_found_again_after_a_preemption_is_counted_apart(tmp_path: Path) -> None:
+    jobs = [(0.01 * (i > 0), 20, 30, i % 3, 12, 0) for i in range(60)]
+    kind = deployment("vllm", 1, 40, enable_prefix_caching=True)
+    run = simulate(sharing(jobs), [kind], folder=tmp_path)
+    summary, (replica,) = run.summary, run.summary["replicas"]
+    assert summary["preemptions"] > 5
+    assert summary["prefix_hit_tokens"] == run.requests["prefix_hit_tokens"].sum() > 0
+    assert summary["prefix_hit_rate"] == summary["prefix_hit_tokens"] / run.requests["prompt_tokens"].sum()
+    again = pd.read_parquet(tmp_path / "iterations.parquet")["prefix_hit_tokens"].sum() - summary["prefix_hit_tokens"]
+    assert again == summary["prefix_resumed_hit_tokens"] > 0
+    assert summary["peak_kv_utilization"] == replica["peak_kv_blocks"] / kind.new_scheduler().kv_cache.num_blocks
+    assert 0.9 < summary["peak_kv_utilization"] <= 1
+
+
+def test_the_steady_window_has_use_gaps_and_all_tokens_of_its_own(tmp_path: Path) -> None:
+    jobs = [(0.02 * (i > 0), 20, 1 + i % 30, 0, 0, 0) for i in range(150)]
+    kinds = [deployment("vllm", 2, 60), deployment("sarathi", 1, 60)]
+    run, kept = simulate(sharing(jobs), kinds, folder=tmp_path), simulate(sharing(jobs), kinds)
+    summary = run.summary
+    (start, end), table = summary["steady_window_s"], pd.read_parquet(tmp_path / "iterations.parquet")
+    assert table["start_s"].min() < start < end < table["start_s"].max()
+    ends = (table["start_s"] + table["duration_s"]).clip(upper=end)
+    busy = (ends - table["start_s"].clip(lower=start)).clip(lower=0).groupby([table["replica"], table["stage"]]).sum()
+    found = [share for replica in summary["replicas"] for share in replica["steady_stage_utilization"]]
+    assert found == pytest.approx((busy / (end - start)).tolist()) and len(found) == 3
+    assert summary["steady_utilization"] == pytest.approx(np.mean(found))
+    inside = table[(table["start_s"] >= start) & (table["start_s"] <= end) & (table["stage"] == 0)]
+    assert summary["steady_total_token_throughput"] * (end - start) == pytest.approx(
+        inside["num_tokens"].sum(), rel=0.1
+    )
+    assert 0 < summary["steady_p99_itl_ms"] <= summary["max_itl_ms"]
+    assert summary["steady_mean_itl_ms"] != summary["mean_itl_ms"]
+    steady = {key: value for key, value in summary.items() if key.startswith("steady") and key != "steady_window_s"}
+    assert steady == pytest.approx({key: kept.summary[key] for key in steady}) and len(steady) > 20

@@ -18,7 +18,18 @@ from profiler.timer import CudaTimer
 from profiler.workbench import Workbench
 
 LIMITS = Limits(max_tokens=40, max_requests=6, max_length=24, kv_tokens=96)
-FAMILIES = ["llama", "mistral", "qwen2", "falcon_new", "falcon_multi_query", "falcon_multi_head", "phi"]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "falcon_new",
+    "falcon_multi_query",
+    "falcon_multi_head",
+    "phi",
+    "qwen3",
+    "mixtral",
+    "qwen3_moe",
+]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,7 +48,7 @@ def model_of(name: str, folder: Path) -> ModelSpec:
 def rows_of(point: dict[str, Any]) -> int:
     if point["kind"] == "attention_prefill":
         return int(point["chunk"])
-    return int(point.get("m") or point.get("rows") or point["batch_size"])
+    return int(point.get("m") or point.get("rows") or point.get("expert_tokens") or point["batch_size"])
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -77,7 +88,7 @@ def test_decodes_of_more_tokens_than_the_caches_hold_share_blocks(
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["llama", "falcon_new", "phi"])
+@pytest.mark.parametrize("name", ["llama", "falcon_new", "phi", "qwen3_moe"])
 def test_every_operator_is_timed_where_it_stands(name: str, tp: int, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("profiler.in_situ.BUDGET_S", 0.0)
     model = model_of(name, tmp_path)

@@ -84,6 +84,8 @@ def test_slos_that_nothing_meets_and_that_everything_meets_are_both_said() -> No
     none = find_capacity(lambda rate: trial(rate, False), 5.0)
     assert (none.outcome, none.qps) == ("none", 0.0)
     assert "no rate meets p99_tbt<=0.1s, not even one request at a time" in none.describe()
+    some = find_capacity(lambda rate: trial(rate, rate <= 3.0), 5.0)
+    assert " conversations/s within the SLOs" in some.describe("conversations")
     every = find_capacity(lambda rate: trial(rate, True), 5.0)
     assert (every.outcome, every.qps) == ("all", 7.0)  # the throughput of all requests at once
     assert "even all requests at once" in every.describe()

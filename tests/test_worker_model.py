@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from engine.errors import InputError
-from engine.specs import ModelSpec, ParallelSpec, RopeScaling, catalog, hf_config
+from engine.specs import ExpertsSpec, ModelSpec, ParallelSpec, RopeScaling, catalog, hf_config
 from engine.specs.memory import weight_bytes
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend, AttentionBatch, AttentionShape
@@ -239,6 +240,10 @@ def test_the_oracle_tells_a_wrong_model(oracle: Callable[[str], Oracle]) -> None
         "phi": {"rotary_fraction": 1.0},
         "llama_gelu": {"activation": "gelu"},
         "llama": {"norm_eps": 1e-2},
+        "mixtral": {"experts": ExpertsSpec(num_experts=4, top_k=2, intermediate_size=96, normalize=False)},
+        "qwen3_moe": {
+            "experts": ExpertsSpec(num_experts=6, top_k=3, intermediate_size=32, dense_layers=(1,))  # not normalised
+        },
     }.items():
         expected = oracle(name)
         replica = Replica(replace(expected.spec, **wrong), expected.folder, 1, 1)
@@ -253,7 +258,7 @@ def test_only_the_last_tokens_have_logits(oracle: Callable[[str], Oracle]) -> No
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "falcon_new", "phi"])
+@pytest.mark.parametrize("name", ["llama", "falcon_new", "phi", "qwen3"])
 def test_bfloat16_is_near(name: str, oracle: Callable[[str], Oracle]) -> None:
     expected = oracle(name)
     logits = Replica(expected.spec, expected.folder, 2, 1, torch.bfloat16).step(WHOLE[0], expected.tokens)
@@ -262,7 +267,9 @@ def test_bfloat16_is_near(name: str, oracle: Callable[[str], Oracle]) -> None:
     assert (logits - wanted).norm() < 0.05 * wanted.norm()
 
 
-@pytest.mark.parametrize(("name", "a_layer"), [("llama", 2), ("falcon_new", 1), ("falcon_multi_head", 2), ("phi", 1)])
+@pytest.mark.parametrize(
+    ("name", "a_layer"), [("llama", 2), ("falcon_new", 1), ("falcon_multi_head", 2), ("phi", 1), ("mixtral", 2)]
+)
 def test_a_parallel_block_is_summed_over_ranks_once(name: str, a_layer: int, oracle: Callable[[str], Oracle]) -> None:
     expected = oracle(name)
     replica = Replica(expected.spec, expected.folder, 2, 1)
@@ -284,21 +291,27 @@ def test_compiled_chains_compute_the_same(device: str) -> None:
 
     def outputs(x: Tensor) -> list[Tensor]:
         cos, sin = layers.rotation(torch.arange(len(x), device=device), frequencies)
+        angle = (cos + sin).mean(-1).expand(-1, 4).contiguous()
         keys, values = old.clone(), old.clone()
         slots = torch.arange(len(x), device=device) * 5 % len(old)  # 5 has no divisor in common with it
         q = layers.rotate_and_write(x.view(len(x), -1, 8), cos, sin, slots, 4, keys, values)
+        heads = x.clone().view(len(x), -1, 8)
+        layers.norm_heads(heads, head_weight, 2 * head_weight, 4, 2, 1e-5)
         return [
             layers.norm(x, weight, None, 1e-5),
             *layers.residual_norm(x, twice, None, weight, None, 1e-5),
             *layers.residual_norm(x, twice, x, weight, weight, 1e-5),
             layers.activate(x, "gelu_tanh"),
             layers.gated_activate(x, "silu"),
+            layers.weighted_sum(x.view(len(x), 4, 16), angle.view(len(x), 4)),
+            heads,
             q,
             keys,
             values,
         ]
 
     weight, frequencies, old = random(64), torch.rand(3, device=device), random(256, 2, 8)
+    head_weight = random(8)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     try:
@@ -310,7 +323,7 @@ def test_compiled_chains_compute_the_same(device: str) -> None:
             layers.compile_elementwise(True)
             for compiled, expected in zip(outputs(x), plain, strict=True):
                 torch.testing.assert_close(compiled, expected, rtol=2e-2, atol=2e-2)
-            chains = 7  # residual_norm is two, with a bias and without
+            chains = 9  # residual_norm is two, with a bias and without
             assert counters["stats"]["unique_graphs"] - before == (chains if tokens == 1 else 2 * chains)
             assert (plain[-1] != old).flatten(1).any(1).sum() == tokens  # and no other slot is touched
     finally:
@@ -319,8 +332,8 @@ def test_compiled_chains_compute_the_same(device: str) -> None:
 
 def supported() -> list[ModelSpec]:
     """Of each shape that the engine runs one model."""
-    known = [replace(spec, name="") for spec in catalog.MODELS.values() if spec.model_type in FAMILIES]
-    every = dict(zip(known, (spec for spec in catalog.MODELS.values() if spec.model_type in FAMILIES), strict=True))
+    no_shape: dict[str, Any] = {"name": "", "max_position_embeddings": 1, "rope_theta": 1.0, "rope_scaling": None}
+    every = {replace(spec, **no_shape): spec for spec in catalog.MODELS.values() if spec.model_type in FAMILIES}
     return [spec for spec in every.values() if spec.quantization == "none" and not spec.full_attention_layers]
 
 
@@ -356,6 +369,8 @@ def test_shards_of_every_layout_are_what_profiler_and_memory_count(oracle: Calla
 def assert_shards(decoder: Decoder) -> None:
     """GEMMs by name, count and shape, the names of all other operators, and the bytes of the weights."""
     spec, rank = decoder.spec, decoder.rank
+    held = sum(parameter.numel() * parameter.element_size() for parameter in decoder.parameters())
+    assert held == weight_bytes(spec, rank.parallel, rank.stage)
     operators = {each.name: each for each in inventory(spec, rank.parallel, rank.stage)}
     gemms = {name: each for name, each in operators.items() if each.kind == "gemm"}
     found: dict[str, list[tuple[int, ...]]] = {}
@@ -364,10 +379,8 @@ def assert_shards(decoder: Decoder) -> None:
             found.setdefault(name.split(".")[-1], []).append(tuple(module.weight.shape))
     assert found == {name: [(each.n, each.k)] * each.count for name, each in gemms.items()}
     for name, each in operators.items():
-        if each.kind in ("gemm", "elementwise") and name != "sampler":
-            assert any(callable(getattr(holder, name, None)) for holder in (decoder, decoder.layers[0])), name
-    held = sum(parameter.numel() * parameter.element_size() for parameter in decoder.parameters())
-    assert held == weight_bytes(spec, rank.parallel, rank.stage)
+        if each.kind in ("gemm", "elementwise", "moe") and name != "sampler":
+            assert any(callable(getattr(holder, name, None)) for holder in (decoder, *decoder.layers)), name
 
 
 @pytest.mark.parametrize(
@@ -378,6 +391,12 @@ def assert_shards(decoder: Decoder) -> None:
         ({"rotary_fraction": 0.0}, "no attention without rotary embeddings"),
         ({"activation": "relu2"}, "no activation 'relu2': it knows gelu, gelu_tanh, silu"),
         ({"rope_scaling": RopeScaling(kind="yarn")}, "no rope scaling 'yarn': it knows linear, llama3"),
+        ({"attention_sinks": True}, "no attention sinks"),
+        ({"norms_per_layer": 4}, "no layers of 4 norms"),
+        (
+            {"experts": ExpertsSpec(num_experts=4, top_k=2, intermediate_size=96, shared_intermediate_size=96)},
+            "no experts that are shared, have biases or are not gated",
+        ),
     ],
 )
 def test_what_has_no_layers_here_is_refused(changes: dict[str, object], message: str) -> None:
@@ -395,3 +414,19 @@ def test_a_cut_that_does_not_fit_is_refused() -> None:
     rank = Rank(0, ParallelSpec(tensor_parallel_size=3))
     with pytest.raises(InputError, match="can't be cut into tensor_parallel_size=3"):
         Decoder(catalog.model("Yi-34B"), rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, CPU)
+
+
+@pytest.mark.parametrize("apart", [{"data_parallel_size": 2}, {"expert_parallel_size": 2}])
+def test_experts_apart_are_refused(apart: dict[str, int], oracle: Callable[[str], Oracle]) -> None:
+    rank = Rank(0, ParallelSpec(tensor_parallel_size=2, **apart))
+    with pytest.raises(InputError, match="the engine cuts every expert over the tensor-parallel ranks"):
+        Decoder(oracle("mixtral").spec, rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, CPU)
+
+
+def test_experts_that_ranks_cannot_share_are_refused(oracle: Callable[[str], Oracle]) -> None:
+    spec = oracle("mixtral").spec
+    assert spec.experts is not None
+    spec = replace(spec, experts=replace(spec.experts, intermediate_size=33))
+    rank = Rank(0, ParallelSpec(tensor_parallel_size=2))
+    with pytest.raises(InputError, match=r"can't be cut into .*2 of each expert.*width 33"):
+        Decoder(spec, rank, ThreadLinks(rank, [], threading.Barrier(1)), torch.float32, torch.device("meta"))

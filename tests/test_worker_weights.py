@@ -103,7 +103,9 @@ def test_shards_without_an_index_are_read(sharded: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "falcon_new", "falcon_multi_query", "falcon_multi_head", "phi"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", "falcon_new", "falcon_multi_query", "falcon_multi_head", "phi", "mixtral", "qwen3_moe"]
+)
 def test_ranks_hold_each_checkpoint_number_once_and_copies_where_they_must(
     name: str, saved: Callable[[str], Path]
 ) -> None:
@@ -119,6 +121,18 @@ def test_ranks_hold_each_checkpoint_number_once_and_copies_where_they_must(
         weight = decoder.layers[1].qkv_proj.weight
         assert weight.shape == (spec.q_size // 2 + 2 * kv, spec.hidden_size)
         assert decoder.embedding.first == rank * 51
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor_are_those_of_a_tensor_each(
+    name: str, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoints.write(tmp_path, name, save_original_format=False)
+    assert load_file(tmp_path / WHOLE)["model.layers.0.mlp.experts.gate_up_proj"].dim() == 3
+    for tp, rank in ((1, 0), (2, 1)):
+        one, each = (parameters(loaded(folder, tp=tp, rank=rank)) for folder in (tmp_path, saved(name)))
+        assert one.keys() == each.keys()
+        assert all(torch.equal(one[parameter], each[parameter]) for parameter in one)
 
 
 def test_key_value_heads_that_are_fewer_than_ranks_are_copied(saved: Callable[[str], Path]) -> None:

@@ -60,10 +60,12 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
     begin = settings.request_rate or guess(workload, deployments, settings.router)
     capacity = find_capacity(trial, begin, tolerance)
     gpus = sum(kind.parallel.world_size for kind in deployments)
+    things = "conversations" if workload.has_conversations and capacity.outcome != "all" else "requests"
     found: dict[str, Any] = {
         "status": "done",
         **capacity.to_json(),
-        "words": capacity.describe(),
+        "words": capacity.describe(things),
+        "rate_of": things,
         "slos": [str(slo) for slo in slos],
         "device": deployments[0].device.name,
         "num_gpus": gpus,
@@ -85,9 +87,11 @@ def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
         raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
     if settings.arrival in ("trace", "burst"):
         raise InputError(f"--arrival {settings.arrival} has no rate to search: leave it out")
-    if settings.max_concurrency is not None:
+    for flag, bound in (("max-concurrency", settings.max_concurrency), ("users", settings.users)):
+        if bound is None:
+            continue
         raise InputError(
-            f"--max-concurrency {settings.max_concurrency} bounds the load whatever the rate, so there is no "
+            f"--{flag} {bound} bounds the load whatever the rate, so there is no "
             f"capacity to search: leave it out, or simulate it"
         )
     longest = min(group.replica_spec().scheduler.max_model_len or 0 for group in settings.groups())

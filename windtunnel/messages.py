@@ -13,6 +13,17 @@ _NAMES = sorted(  # longest first, so that one that begins like another is found
     (name for name in {**BenchConfig.model_fields, **GenerateConfig.model_fields} if "_" in name), key=len, reverse=True
 )
 _FIELD = re.compile(rf"(?<![\w.])(?:(?:Scheduler|Parallel)Spec )?({'|'.join(_NAMES)})\b(?!: )")
+_FLAG_OF_FIELD = {  # of fields inside that are called otherwise than their setting
+    "think_time_s": "think-time",
+    "ramp_up_s": "ramp-up",
+    "turns": "turns",
+    "users": "users",
+    "priorities": "priorities",
+    "columns": "columns",
+    "tokenizer": "tokenizer",
+}
+_OTHER_FIELD = re.compile(rf"(?<![\w.-])({'|'.join(_FLAG_OF_FIELD)})(?= \S+(?:: give| needs| has no meaning)| '| must)")
+_OVERHEAD = re.compile(r"(?<![\w.-])(?:client_)?overhead_s ([-+.\w]+)")
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])(?![\w-])")
 _OWN_KEYWORDS = ("config", "output_dir", "tolerance")
 
@@ -22,6 +33,11 @@ def in_flags(message: str) -> str:
     if message.startswith("unknown key"):  # in a file or in Python, where the settings' own names are right
         return message
     message = _FIELD.sub(lambda found: "--" + found[1].replace("_", "-"), message)
+    message = _OTHER_FIELD.sub(lambda found: "--" + _FLAG_OF_FIELD[found[1]], message)
+    message = re.sub(r"(?<=needs )turns\b", "--turns", message)
+    message = re.sub(r"\b(or|and) users\b", r"\1 --users", message)
+    message = message.replace("(columns session=", "(--columns session=")
+    message = _OVERHEAD.sub(lambda found: f"--client-overhead-ms {1e3 * float(found[1]):g}", message)
     message = re.sub(r"\blengths (?=')|(?<=choose )lengths ", "--workload ", message)
     return re.sub(r"(?<![\w-])arrival (?=')", "--arrival ", message)
 

@@ -11,7 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from engine.errors import InputError
 from engine.replica_spec import SETTINGS, ReplicaSettings, ReplicaSpec, resolve
@@ -154,6 +154,12 @@ class ServingSettings(_Settings):
     vllm_version: str | None = _field(
         None, "Scheduler", "Version whose rules the vllm policy follows. Default: the engine's."
     )
+
+    @field_validator("vllm_version", mode="before")
+    @classmethod
+    def _version_as_text(cls, value: Any) -> Any:
+        return str(value) if type(value) in (int, float) else value  # YAML reads 0.15 as a number
+
     chunk_schedule: Literal["fixed", "dynamic"] | None = _field(
         None, "Scheduler", "Chunk size of prompts: fixed or dynamic. Default: the engine's, or fixed."
     )
@@ -280,7 +286,7 @@ class RunConfig(ReplicaConfig):
         None,
         "Workload",
         "Distribution of lengths: openchat_sharegpt4 (the default), arxiv_summarization, azure_code, azure_conv, "
-        "fixed, uniform, zipf or FILE.json.",
+        "fixed, uniform, zipf, random or FILE.json.",
     )
     trace: Path | None = _field(
         None, "Workload", "Recorded trace to replay (CSV or JSONL; docs/settings.md) in place of --workload."
@@ -288,7 +294,8 @@ class RunConfig(ReplicaConfig):
     columns: str | None = _field(
         None,
         "Workload",
-        "Columns of a trace of another format: prompt=NAME,output=NAME[,time=NAME][,hash_ids=NAME or prompt_id=NAME].",
+        "Columns of a trace of another format: prompt=NAME,output=NAME[,time=NAME][,hash_ids=NAME or prompt_id=NAME or "
+        "session=NAME][,priority=NAME]; of a known format, those that it lacks.",
     )
     tokenizer: Path | None = _field(None, "Workload", "Model folder whose tokenizer counts the tokens of a text trace.")
     hash_id_tokens: int = _field(_WORKLOAD.hash_id_tokens, "Workload", "Prompt tokens of each of a trace's hash ids.")
@@ -300,6 +307,12 @@ class RunConfig(ReplicaConfig):
     system_prompt_len: int = _field(
         _WORKLOAD.system_prompt_len, "Workload", "Tokens before every prompt, the same for all."
     )
+    priorities: str | None = _field(
+        None,
+        "Workload",
+        "Priorities and the share of the requests that has each, such as 0=0.2,1=0.8; the lowest goes first with "
+        "--scheduling-policy priority.",
+    )
     turns: str | int | None = _field(
         None, "Workload", "Requests of a conversation (N or LOW:HIGH), each going on from the one before."
     )
@@ -310,7 +323,16 @@ class RunConfig(ReplicaConfig):
         _WORKLOAD.think_time_s, "Workload", "Seconds between an answer and the next turn, on average."
     )
     max_concurrency: int | None = _field(
-        None, "Workload", "Closed loop: most requests in the system at once; the next is sent when one has ended."
+        None,
+        "Workload",
+        "Closed loop: most requests in the system at once; the next is sent when one has ended, of another "
+        "conversation while a user thinks.",
+    )
+    users: int | None = _field(
+        None,
+        "Workload",
+        "Closed loop: number of users, each in one conversation at a time, who keep their place while they think "
+        "(--turns or a trace's sessions, --think-time).",
     )
     ramp_up: float = _field(_WORKLOAD.ramp_up_s, "Workload", "Seconds over which the first of these are sent.")
     client_overhead_ms: float = _field(
@@ -344,6 +366,11 @@ class RunConfig(ReplicaConfig):
         [], "Goals", "Latency goal such as 'p99_tbt<=0.1' (seconds) or 'mean_ttft<=300ms'; repeatable."
     )
 
+    @field_validator("plugin", "slo", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str | Path) else value
+
     def workload_spec(self, max_model_len: int, burst: bool = False) -> WorkloadSpec:
         """Return the workload without requests over `max_model_len` tokens. `burst`: all at once, at no rate."""
         if self.trace is not None:
@@ -356,7 +383,7 @@ class RunConfig(ReplicaConfig):
             if self.workload not in (None, "random") or lengths[name] is not None:
                 raise InputError(f"random_{name} {value} is for random lengths: leave out workload and {name}")
             named["lengths"], lengths[name] = "random", value
-        closed = not burst and self.max_concurrency is not None
+        closed = not burst and (self.max_concurrency is not None or self.users is not None)
         at_once = closed and self.request_rate is None and self.arrival is None
         return WorkloadSpec(
             **named,
@@ -366,10 +393,12 @@ class RunConfig(ReplicaConfig):
             tokenizer=self.tokenizer,
             hash_id_tokens=self.hash_id_tokens,
             system_prompt_len=self.system_prompt_len,
+            priorities=self.priorities,
             turns=self.turns,
             turn_input_len=self.turn_input_len,
             think_time_s=self.think_time,
             max_concurrency=self.max_concurrency if not burst else None,
+            users=self.users if not burst else None,
             ramp_up_s=self.ramp_up if not burst else 0.0,
             client_overhead_s=self.client_overhead_ms / 1e3 if not burst else 0.0,
             zipf_alpha=self.zipf_alpha,

@@ -19,7 +19,7 @@ class InProcessExecutor:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._runner = join(spec, 0, 0, None)
-        self.num_blocks, self.attention_backend, self.hardware = self._runner.describe()
+        self.num_blocks, self.attention_backend, self.hardware, self.has_cuda_graphs = self._runner.describe()
         self._runner.allocate(self.num_blocks)
         self._pending: deque[Pending] = deque()
         freeze_start_up()

@@ -54,6 +54,7 @@ class MultiprocessExecutor:
             ready = self._ask_all("ready")
             self.num_blocks = min(answer[1] for answer in ready)
             self.attention_backend, self.hardware = str(ready[0][2]), str(ready[0][3])
+            self.has_cuda_graphs = bool(ready[0][4])
             self._tell_all(("allocate", self.num_blocks))
             self._ask_all("allocated")
             freeze_start_up()

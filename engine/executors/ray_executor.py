@@ -52,8 +52,8 @@ class RankActor:
         """Where the ranks may meet, on this actor's machine."""
         return f"tcp://{ray.util.get_node_ip_address()}:{self._spec.port or free_port()}"
 
-    def join(self, meeting_point: str) -> tuple[int, str, str]:
-        """Become a rank. Returns the KV blocks there is memory for, the attention backend's name and the hardware's."""
+    def join(self, meeting_point: str) -> tuple[int, str, str, bool]:
+        """Become a rank. Returns what the runner's `describe` says."""
         from engine.worker.rank import join
 
         self._runner = join(self._spec, self._rank, 0, meeting_point)  # Ray shows an actor its own GPU only
@@ -120,6 +120,7 @@ class RayExecutor:
             self.num_blocks: int = min(answer[0] for answer in ready)
             self.attention_backend: str = ready[0][1]
             self.hardware: str = ready[0][2]
+            self.has_cuda_graphs: bool = ready[0][3]
             node, zero = _clock()
             clocks = self._get([actor.clock.remote() for actor in self._actors])
             self._shifts = [0.0 if there == node else of_rank - zero for there, of_rank in clocks]

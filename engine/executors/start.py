@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from typing import Protocol
 
 from engine.errors import InputError, unknown
 from engine.runtime.engine_spec import EXECUTORS, GRAPH_BACKENDS, EngineSpec
 from engine.runtime.executor import Executor
+
+
+class Ranks(Executor, Protocol):
+    """An executor of ranks that were started, which say what they found."""
+
+    has_cuda_graphs: bool  # whether batches of decodes run as CUDA graphs
 
 
 def start(spec: EngineSpec, executor: str | None = None) -> Executor:
@@ -21,13 +28,13 @@ def start(spec: EngineSpec, executor: str | None = None) -> Executor:
     Raises InputError for what can't be (weights that are not there, a model too big, ...), WorkerError for what breaks.
     """
     started = _start(spec, executor)
-    for warning in warnings(spec, started.attention_backend):
+    for warning in warnings(spec, started.attention_backend, started.has_cuda_graphs):
         print(f"warning: {warning}", file=sys.stderr)
     return started
 
 
-def warnings(spec: EngineSpec, attention_backend: str) -> list[str]:
-    """Return what a user should know of a replica that has started with this attention backend."""
+def warnings(spec: EngineSpec, attention_backend: str, has_cuda_graphs: bool) -> list[str]:
+    """Return what a user should know of a replica that has started so."""
     if spec.device != "cuda":
         return []
     found = []
@@ -36,6 +43,12 @@ def warnings(spec: EngineSpec, attention_backend: str) -> list[str]:
             f"the attention backend {attention_backend} has no CUDA graphs, so the kernels of a decode are launched "
             f"one by one: install what {' or '.join(GRAPH_BACKENDS)} needs (docs/engine.md), or ask for it by "
             f"--attention-backend {attention_backend}"
+        )
+    if spec.cuda_graphs and attention_backend in GRAPH_BACKENDS and not has_cuda_graphs:
+        found.append(
+            "the experts are computed one after the other, which no CUDA graph can hold, so the kernels of a decode "
+            "are launched one by one: in bfloat16, on a GPU of compute capability 9 or 10, one kernel computes them "
+            "(docs/engine.md); --enforce-eager true asks for no graphs"
         )
     if spec.num_blocks is None and not spec.bounded_batches:
         found.append(
@@ -46,7 +59,7 @@ def warnings(spec: EngineSpec, attention_backend: str) -> list[str]:
     return found
 
 
-def _start(spec: EngineSpec, executor: str | None) -> Executor:
+def _start(spec: EngineSpec, executor: str | None) -> Ranks:
     need("torch", "engine")
     name = executor or ("in_process" if spec.parallel.world_size == 1 else "multiprocess")
     if name == "in_process":

@@ -15,6 +15,7 @@ from engine.results.metric_table import METRICS, Metric, drawn_metrics, find_met
 from engine.results.slo import SLO
 from engine.results.tables import Array, Columns
 from engine.scheduling.scheduler import Scheduler
+from engine.workload.client import ClientSpec
 
 PERCENTILES = (90.0, 95.0, 99.0, 99.9)
 SKETCH_K = 4096  # of the KLL sketch: percentile ranks within 0.1 %
@@ -73,6 +74,16 @@ class Gaps:
             "max": self._max,
             **{f"p{p:g}": value for p, value in zip(percentiles, self._percentiles(percentiles), strict=True)},
         }
+
+    def of(self, chosen: Array, counts: Array) -> Array | None:
+        """The gaps (s) of the `chosen` (n,) requests, of which each has `counts` (n,), in the order they were added.
+
+        None where they are not kept exactly, or not in order any more: ask before the statistics.
+        """
+        if not self.exact or len(self._sorted) or int(counts.sum()) != self.count:
+            return None
+        every = np.concatenate(self._blocks) if self._blocks else self._sorted
+        return np.asarray(every[np.repeat(chosen, counts)])
 
     def quantiles(self) -> list[tuple[float, float]]:
         """(quantile, gap in s) pairs to draw the distribution from; empty without a gap."""
@@ -197,16 +208,18 @@ def summarize(
     slos: Sequence[SLO],
     num_arrived: int,
     num_dropped: int,
-    max_concurrency: int | None = None,
+    client: ClientSpec | None = None,
 ) -> dict[str, Any]:
     """The summary of a run: vLLM's benchmark keys, then ours. Latencies in ms, rates per second.
 
     `num_arrived` requests came in; those that are not among `requests` failed. `num_dropped` were too long to be asked.
-    `max_concurrency` is a closed loop's.
+    `client` says whether it was a closed loop.
     """
     count = len(requests.get("arrived_s", ()))
     if not count:
         raise ValueError("no request finished, so there is nothing to summarise")
+    max_concurrency, users = (None, None) if client is None else (client.max_concurrency, client.users)
+    calm = steady(requests, max_concurrency, gaps)  # first: the statistics of all gaps sort them
     percentiles = tuple(sorted({50.0, *PERCENTILES, *(s.percentile for s in slos if s.percentile is not None)}))
     table = {name: statistics(column[~np.isnan(column)], percentiles) for name, column in latencies(requests).items()}
     table |= {metric.key: gaps.statistics(percentiles) for metric in METRICS.values() if metric.per_gap}
@@ -241,22 +254,38 @@ def summarize(
     summary["requests_meeting_slos"] = good
     summary["preemptions"] = int(requests["preemptions"].sum())
     summary["token_percentiles"] = gaps.method
-    closed = f"at most {max_concurrency} requests at once: the client waits, so no queue shows saturation"
-    summary["saturation"] = saturation(requests) if max_concurrency is None else _unknown(closed)
-    return summary | steady(requests, max_concurrency)
+    bound = f"{users} users" if users is not None else f"at most {max_concurrency} requests at once"
+    closed = client is not None and client.seats is not None
+    why = f"{bound}: the client waits, so no queue shows saturation"
+    summary["saturation"] = _unknown(why) if closed else saturation(requests)
+    return summary | calm
 
 
 def prefix_use(replicas: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How much of the prompts was found in the replicas' caches; nothing where no prefix is cached.
 
-    `prefix_hit_rate` is hit tokens over the tokens that were looked up at admission, recomputed requests' included.
+    `prefix_hit_rate` is hit tokens over the tokens that were looked up when requests were first admitted. As in vLLM's
+    counters, what requests find again after a preemption is kept apart: `prefix_resumed_hit_tokens`.
     """
-    asked, hit, evicted = (
-        sum(replica[f"prefix_{name}"] for replica in replicas) for name in ("query_tokens", "hit_tokens", "evictions")
+    asked, hit, resumed, evicted = (
+        sum(replica[f"prefix_{name}"] for replica in replicas)
+        for name in ("query_tokens", "hit_tokens", "resumed_hit_tokens", "evictions")
     )
     if not asked:
         return {}
-    return {"prefix_hit_tokens": hit, "prefix_hit_rate": hit / asked, "prefix_evictions": evicted}
+    return {
+        "prefix_hit_tokens": hit,
+        "prefix_hit_rate": hit / asked,
+        "prefix_resumed_hit_tokens": resumed,
+        "prefix_evictions": evicted,
+    }
+
+
+def memory_and_steady_use(replicas: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The fullest that a replica's KV cache was, and the mean share of the steady window that the stages worked."""
+    found = {"peak_kv_utilization": max(replica["peak_kv_utilization"] for replica in replicas)}
+    stages = [share for replica in replicas for share in replica.get("steady_stage_utilization", ())]
+    return found | ({"steady_utilization": sum(stages) / len(stages)} if stages else {})
 
 
 def steady_window(requests: Columns, max_concurrency: int | None = None) -> tuple[float, float] | None:
@@ -278,10 +307,12 @@ def steady_window(requests: Columns, max_concurrency: int | None = None) -> tupl
     return (start, end) if start < end else None
 
 
-def steady(requests: Columns, max_concurrency: int | None = None) -> dict[str, Any]:
+def steady(requests: Columns, max_concurrency: int | None = None, gaps: Gaps | None = None) -> dict[str, Any]:
     """`steady_*` keys of a summary: rates in the steady window and latencies (ms) of the requests that arrive in it.
 
-    A request's output tokens are taken to come evenly between its first and its last; empty without a window.
+    A request's output tokens are taken to come evenly between its first and its last, its prompt to be computed evenly
+    between its first batch and its first token; empty without a window. TBT needs the exact `gaps` of these requests,
+    nothing of which has been asked before.
     """
     window = steady_window(requests, max_concurrency)
     if window is None:
@@ -292,16 +323,27 @@ def steady(requests: Columns, max_concurrency: int | None = None) -> dict[str, A
     if not arrive.any():
         return {}
     first, last = requests["first_token_s"], requests["last_token_s"]
-    inside = np.clip(np.minimum(last, end) - np.maximum(first, start), 0, None)
-    share = np.where(last > first, inside / np.where(last > first, last - first, 1), (first >= start) & (first <= end))
+
+    def within(begun: Array, ended: Array) -> Array:
+        """Share of each span of time that is in the window; of one without a length whether its end is."""
+        inside = np.clip(np.minimum(ended, end) - np.maximum(begun, start), 0, None)
+        long = ended > begun
+        return np.where(long, inside / np.where(long, ended - begun, 1), (ended >= start) & (ended <= end))
+
+    outputs = float((within(first, last) * requests["output_tokens"]).sum())
+    prompts = float((within(requests["scheduled_s"], first) * requests["prompt_tokens"]).sum())
     mine = {name: column[arrive] for name, column in requests.items()}
     found: dict[str, Any] = {
         "steady_window_s": [start, end],
         "steady_requests": int(arrive.sum()),
         "steady_request_throughput": float(((last >= start) & (last <= end)).sum()) / duration,
-        "steady_output_throughput": float((share * requests["output_tokens"]).sum()) / duration,
+        "steady_output_throughput": outputs / duration,
+        "steady_total_token_throughput": (prompts + outputs) / duration,
     }
-    for name, values in latencies(mine).items():
+    table = latencies(mine)
+    if gaps is not None and (own := gaps.of(arrive, requests["output_tokens"] - 1)) is not None:
+        table |= {metric.key: own for metric in METRICS.values() if metric.per_gap}
+    for name, values in table.items():
         for statistic, value in statistics(values[~np.isnan(values)], (50.0, 90.0, 99.0)).items():
             found[f"steady_{summary_key(statistic, name)}"] = 1e3 * value
     return found
@@ -315,8 +357,9 @@ def saturation(requests: Columns) -> dict[str, Any]:
     that over the first. What neither grows nor shrinks wanders like a random walk, by about the standard deviation of a
     step times the root of their number; what is stable stays far below that. The count is growing when it rose by more
     than that, by more than 1 % of the arrivals, and by more than two requests. `growth` is the rise per arrival: the
-    share of the load that is not carried. Near capacity short runs tell little: with Poisson arrivals of equal requests
-    at 90 % load 3 runs of 300 in 100 look saturated, at 110 % load 27 are missed.
+    share of the load that is not carried. Where requests in the system grow and nobody waits for more than two batches,
+    it is not called saturated: the run may be filling up still. Near capacity short runs tell little: with Poisson
+    arrivals of equal requests at 90 % load 3 runs of 300 in 100 look saturated, at 110 % load 27 are missed.
     """
     arrived = np.sort(requests["arrived_s"])
     count = len(arrived)
@@ -340,6 +383,13 @@ def saturation(requests: Columns) -> dict[str, Any]:
                 f"took {usual:.3g} s; raise --num-prompts"
             )
         growth = growth_of(requests["last_token_s"])
+        if growth is not None and not _anyone_waits(requests):
+            return {
+                "growing": None,
+                "growth": growth,
+                "verdict": f"too short to tell whether it is sustained: nobody waits, but requests under way grow by "
+                f"{growth:.0%} of the arrivals; raise --num-prompts",
+            }
     if growth is None:
         return {
             "growing": False,
@@ -348,6 +398,15 @@ def saturation(requests: Columns) -> dict[str, Any]:
         }
     verdict = f"saturated: the queue grows by {growth:.0%} of the arrivals, so no latency here is a steady one"
     return {"growing": True, "growth": growth, "verdict": verdict}
+
+
+def _anyone_waits(requests: Columns) -> bool:
+    """Whether a request waited for its first batch longer than the two that may be under way, or was preempted."""
+    if requests.get("preemptions", np.zeros(1)).any():
+        return True
+    gaps = requests.get("max_tbt_s", np.zeros(1))
+    longest = float(np.nanmax(gaps)) if not np.isnan(gaps).all() else 0.0
+    return bool((requests["scheduled_s"] - requests["arrived_s"] > 2 * longest).any())
 
 
 def _unknown(why: str) -> dict[str, Any]:
@@ -364,8 +423,18 @@ def _growth(level: Array) -> float | None:
 
 
 def describe(summary: Mapping[str, Any]) -> list[str]:
-    """The verdict of a run in words, and then each SLO's."""
-    return [summary["saturation"]["verdict"], *map(describe_slo, summary["slos"])]
+    """The verdict of a run in words, whether bursts queue, and then each SLO's."""
+    bursts = burst_finding(summary)
+    found = [] if bursts is None else [bursts[0].lower() + bursts[1:]]
+    return [summary["saturation"]["verdict"], *found, *map(describe_slo, summary["slos"])]
+
+
+def burst_finding(summary: Mapping[str, Any]) -> str | None:
+    """Return a sentence on requests that wait for long although the queue does not grow; None where none do."""
+    usual, late = (summary.get(summary_key(statistic, "scheduling_delay"), 0.0) / 1e3 for statistic in ("p50", "p99"))
+    if summary["saturation"]["growing"] is not False or late < max(1.0, 10 * usual):
+        return None
+    return f"Bursts queue: one request in a hundred waits {late:.3g} s or more for its first batch"
 
 
 def describe_slo(entry: Mapping[str, Any]) -> str:
@@ -374,14 +443,31 @@ def describe_slo(entry: Mapping[str, Any]) -> str:
     return f"{entry['slo']} is {'met' if entry['met'] else 'missed'}: {value}"
 
 
-def replica_use(scheduler: Scheduler, busy_s: Sequence[float], occupied_s: float, duration: float) -> dict[str, Any]:
-    """How busy a replica's stages were. A bubble is time that a stage idles while requests are at the replica."""
+def replica_use(
+    scheduler: Scheduler,
+    busy_s: Sequence[float],
+    occupied_s: float,
+    duration: float,
+    peak_kv_blocks: int,
+    steady_busy: Sequence[float],
+) -> dict[str, Any]:
+    """How busy a replica's stages were. A bubble is time that a stage idles while requests are at the replica.
+
+    `steady_busy` is the share of the steady window that each stage worked; empty without a window.
+    """
+    resumed_queries, resumed_hits = scheduler.resumed_query_tokens, scheduler.resumed_hit_tokens
+    steady_use = {"steady_stage_utilization": list(steady_busy)} if steady_busy else {}
     return {
         "recomputed_tokens": scheduler.recomputed_tokens,
-        "prefix_query_tokens": scheduler.prefix_query_tokens,
-        "prefix_hit_tokens": scheduler.prefix_hit_tokens,
+        "prefix_query_tokens": scheduler.prefix_query_tokens - resumed_queries,
+        "prefix_hit_tokens": scheduler.prefix_hit_tokens - resumed_hits,
+        "prefix_resumed_query_tokens": resumed_queries,
+        "prefix_resumed_hit_tokens": resumed_hits,
         "prefix_evictions": scheduler.kv_cache.evictions,
+        "peak_kv_blocks": peak_kv_blocks,
+        "peak_kv_utilization": peak_kv_blocks / scheduler.kv_cache.num_blocks,
         "occupied_s": occupied_s,
         "stage_utilization": [min(1.0, busy / duration) for busy in busy_s],
         "stage_bubbles": [max(0.0, 1 - busy / occupied_s) if occupied_s else 0.0 for busy in busy_s],
+        **steady_use,
     }

@@ -9,7 +9,7 @@ long run takes little more memory than its requests' own columns.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
@@ -54,6 +54,9 @@ def request_row(request: Request) -> dict[str, float]:
     return dict(zip(REQUEST_COLUMNS, numbers, strict=True))
 
 
+_MOST_STAGES = 1 << 15
+
+
 class _Table:
     """Blocks of rows of the same columns: kept, or written to a Parquet file as they come."""
 
@@ -76,6 +79,16 @@ class _Table:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+    def read(self, names: list[str]) -> Iterator[Columns]:
+        """Yield the columns of `names`, a block of rows at a time; call after `close`."""
+        if self.path is None:
+            yield from self.blocks
+        elif self.writer is not None:
+            import pyarrow.parquet as pq
+
+            for batch in pq.ParquetFile(self.path).iter_batches(columns=names):
+                yield {name: batch[name].to_numpy(zero_copy_only=False) for name in names}
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,7 @@ class Recorder:
         self.block_rows = block_rows
         self.gaps = Gaps(exact_gaps)
         self.num_batches = 0
+        self.peak_kv_blocks: dict[int, int] = {}  # by replica: the most in use at once
         self._requests: list[tuple[Request, int]] = []
         self._request_tokens = 0
         self._request_blocks: list[Columns] = []
@@ -157,6 +171,9 @@ class Recorder:
         in_range: bool,
     ) -> None:
         """`batch` ran on `stage` of `replica` at `starts`, for `durations` seconds: one row for each repeat."""
+        hits, shape = batch.prefix_hit_tokens, batch.shape
+        if hits:
+            batch.prefix_hit_tokens = 0  # repeats find nothing, and the next stages no more
         self._starts.extend(starts)
         self._durations.extend(durations)
         self._kv_blocks.extend(kv_blocks)
@@ -166,17 +183,15 @@ class Recorder:
                 len(starts),
                 replica,
                 stage,
-                batch.shape.num_tokens,
-                batch.shape.num_decodes,
-                len(batch.shape.prefills),
+                shape.num_tokens,
+                shape.num_decodes,
+                len(shape.prefills),
                 num_running,
                 num_waiting,
                 in_range,
-                batch.prefix_hit_tokens if stage == 0 else 0,
+                hits,
             )
         )
-        if stage == 0:
-            batch.prefix_hit_tokens = 0  # repeats find nothing
         if len(self._starts) >= self.block_rows:
             self._flush_iterations()
 
@@ -209,6 +224,21 @@ class Recorder:
             for name, kind in ITERATION_COLUMNS.items()
         }
 
+    def busy_share(self, window: tuple[float, float] | None) -> dict[tuple[int, int], float]:
+        """Share of `window` (s) that each (replica, stage) worked; empty without a window. Call after `close`."""
+        found: dict[tuple[int, int], float] = {}
+        if window is None:
+            return found
+        start, end = window
+        for block in self._iteration_table.read(["replica", "stage", "start_s", "duration_s"]):
+            ends = block["start_s"] + block["duration_s"]
+            inside = np.clip(np.minimum(ends, end) - np.maximum(block["start_s"], start), 0, None)
+            places, which = np.unique(block["replica"] * _MOST_STAGES + block["stage"], return_inverse=True)
+            for place, busy in zip(places.tolist(), np.bincount(which, inside).tolist(), strict=True):
+                key = divmod(place, _MOST_STAGES)
+                found[key] = found.get(key, 0.0) + busy / (end - start)
+        return {key: min(1.0, share) for key, share in found.items()}
+
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _clear_iterations(self) -> None:
@@ -236,6 +266,9 @@ class Recorder:
         columns["predicted"] = np.full(len(self._starts), self.predicted)
         columns["stage"] = columns["stage"].astype(np.int16)
         self.num_batches += int(np.count_nonzero(columns["stage"] == 0))
+        for replica in np.unique(rows[:, 1]).tolist():
+            peak = int(columns["kv_blocks"][columns["replica"] == replica].max())
+            self.peak_kv_blocks[replica] = max(peak, self.peak_kv_blocks.get(replica, 0))
         self._iteration_table.add({name: columns[name] for name in ITERATION_COLUMNS})
         self._clear_iterations()
 
@@ -253,6 +286,7 @@ class Recorder:
                     r.preemptions,
                     len(r.token_times),
                     r.prefix_hit_tokens,
+                    r.priority,
                 )
                 for r, replica in self._requests
             ]
@@ -276,6 +310,7 @@ class Recorder:
             "output_tokens": counts.astype(np.int32),
             "preemptions": rows[:, 5].astype(np.int32),
             "prefix_hit_tokens": rows[:, 7].astype(np.int32),  # of its prompt, when it was first admitted
+            "priority": rows[:, 8].astype(np.int64),  # the lowest first
         }
         groups = counts - 1  # gaps of each request
         columns["max_tbt_s"] = grouped_percentile(gaps, groups, [100.0])[0]

@@ -194,8 +194,8 @@ class Driver:
     def run(self, sequences: Iterable[Sequence] | Arrivals) -> None:
         """Serve `sequences`, which come in order of arrival, each when its time has come, to their ends.
 
-        `Arrivals` may also hang on what has ended. Raises InputError for a request that could never run, WorkerError
-        when a worker fails, RuntimeError if the policy leaves requests waiting for ever.
+        `Arrivals` may also hang on what has ended. Raises InputError for a request that could never run and if the
+        policy leaves requests waiting for ever, WorkerError when a worker fails.
         """
         arrivals = InOrder(sequences) if isinstance(sequences, Iterable) else sequences
         self._arrivals = arrivals
@@ -209,9 +209,9 @@ class Driver:
             while arrivals.next_at <= self.now:
                 self.submit(arrivals.pop(), self.now)
         if self.unfinished:
-            raise RuntimeError(
+            raise InputError(
                 f"the policy {self.scheduler.spec.policy} schedules nothing although {self.unfinished} requests are "
-                "not finished"
+                "not finished: its plan() must give a batch while any can run"
             )
 
     # -- inside ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.replica_spec import ReplicaSpec
-from engine.results.metrics import prefix_use, replica_use, summarize, tbt_percentiles
+from engine.results.metrics import memory_and_steady_use, prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
 from engine.results.tables import Columns, to_arrow
@@ -86,14 +86,16 @@ def serve(
 
             pq.write_table(to_arrow(ranks.columns()), folder / "ranks.parquet", compression="zstd")
     requests = recorder.requests()
-    closed = workload.client.max_concurrency
-    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, closed)
+    summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
-    summary["workload_notes"] = list(workload.notes)
+    summary["workload_notes"] = workload.notes_on([replica.scheduler])
     summary["router"] = "none"
-    summary["replicas"] = [replica_use(scheduler, driver.busy_s, driver.occupied_s, summary["duration"])]
-    summary |= prefix_use(summary["replicas"])
+    busy = recorder.busy_share(summary.get("steady_window_s"))
+    stages = [busy.get((0, stage), 0.0) for stage in range(len(driver.busy_s))] if busy else ()
+    peak = recorder.peak_kv_blocks.get(0, 0)
+    summary["replicas"] = [replica_use(scheduler, driver.busy_s, driver.occupied_s, summary["duration"], peak, stages)]
+    summary |= prefix_use(summary["replicas"]) | memory_and_steady_use(summary["replicas"])
     summary["engine"] = {
         "batches": recorder.num_batches,
         "hardware": executor.hardware,
@@ -124,7 +126,8 @@ class Sender:
 
     def pop(self) -> TokenSequence:
         request = self._client.pop()
-        tokens = self._ended.pop(self._before.get(request.id, -1), [])[: request.prompt_tokens]
+        before = self._ended.pop(self._before.get(request.id, -1), [])
+        tokens = [*before] if len(before) <= request.prompt_tokens else []  # else it is a prompt of its own
         if request.content is None:
             return TokenSequence(request, tokens + self._draw([request.id], len(tokens), request.prompt_tokens))
         for stream, start, end in request.content.pieces(request.prompt_tokens):

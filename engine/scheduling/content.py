@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-import numpy as np
-
 MOST_BLOCKS = 1 << 24  # KV blocks of a request; a stream's number times this, plus the block's place, is its hash
 
 
@@ -34,9 +32,13 @@ class Content:
 
     def block_hashes(self, tokens: int, block_size: int) -> list[int]:
         """Return a hash for each full block of the first `tokens` tokens, the same where all up to its end is."""
-        blocks = np.arange(tokens // block_size, dtype=np.int64)
-        place = np.searchsorted(np.array(self.ends), (blocks + 1) * block_size, side="left")
-        hashes: list[int] = (np.array(self.streams, dtype=np.int64)[place] * MOST_BLOCKS + blocks).tolist()
+        hashes: list[int] = []
+        blocks = tokens // block_size
+        for stream, end in zip(self.streams, self.ends, strict=True):
+            first, last = len(hashes), blocks if end >= tokens else int(end) // block_size
+            hashes += range(stream * MOST_BLOCKS + first, stream * MOST_BLOCKS + last)
+            if last == blocks:
+                break
         return hashes
 
     def pieces(self, tokens: int) -> list[tuple[int, int, int]]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from engine.scheduling.request import Request
 
+_NOBODYS = object()  # stands for the hash of a block whose content can't be found any more, though it has one
+
 
 class KVCache:
     """Hands out `num_blocks` blocks of `block_size` tokens each.
@@ -45,8 +47,10 @@ class KVCache:
         self._stack = list(range(num_blocks - 1, -1, -1)) if not prefix_caching else []
         self._line: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks) if prefix_caching else ())
         self._holders = [0] * num_blocks if prefix_caching else []
-        self._hash_of: list[int | None] = [None] * num_blocks if prefix_caching else []
-        self._with_hash: dict[int, int | dict[int, None]] = {}  # the block of a content, or all, first registered first
+        self._hash_of: list[object] = [None] * num_blocks if prefix_caching else []
+        self._with_hash: dict[
+            object, int | dict[int, None]
+        ] = {}  # the block of a content, or all, first registered first
 
     @property
     def num_used(self) -> int:
@@ -94,6 +98,28 @@ class KVCache:
         request.allocated_tokens += count * self.block_size
         return True
 
+    def grow_each(self, growing: Iterable[Request], ahead: int, since: int = 0) -> list[int]:
+        """Give each request blocks for `ahead` tokens beyond those that are computed; enough have to be free.
+
+        Returns, for each block given, how many tokens after the computed ones less `since` it begins.
+        """
+        block_size, pop = self.block_size, None if self.prefix_caching else self._stack.pop
+        ahead += since
+        taken: list[int] = []
+        for request in growing:
+            before = request.num_computed_tokens - since
+            first = request.allocated_tokens - before
+            while first < ahead:
+                if pop is None:
+                    self._take(request.blocks, 1)
+                else:
+                    request.blocks.append(pop())
+                taken.append(first)
+                first += block_size
+            request.allocated_tokens = before + first
+        self.num_free -= len(taken)
+        return taken
+
     def release(self, request: Request) -> None:
         """Take back every block of `request`, its last one first."""
         if not self.prefix_caching:
@@ -102,12 +128,17 @@ class KVCache:
         else:
             holders, line, hash_of, unhashed_first = self._holders, self._line, self._hash_of, self.reuse_unhashed_first
             before = len(line)
-            for block in reversed(request.blocks):
+            hashed = request.num_cached_blocks if request.block_hashes is None else 0
+            for block in reversed(request.blocks[hashed:]):
                 holders[block] = left = holders[block] - 1
                 if not left:
                     line[block] = None
                     if unhashed_first and hash_of[block] is None:
                         line.move_to_end(block, last=False)
+            for block in request.blocks[hashed - 1 :: -1] if hashed else ():  # nobody else has or will look for these
+                holders[block] = 0
+                hash_of[block] = _NOBODYS
+                line[block] = None
             self.num_free += len(line) - before
         request.blocks.clear()
         request.allocated_tokens = 0
@@ -131,7 +162,8 @@ class KVCache:
     def register(self, request: Request, tokens: int) -> None:
         """Let others find the full blocks of the first `tokens` tokens of `request`, which it has computed or will."""
         hashes = request.block_hashes
-        if not hashes:
+        if hashes is None:  # they are counted only
+            request.num_cached_blocks = max(request.num_cached_blocks, tokens // self.block_size)
             return
         first, last = request.num_cached_blocks, min(tokens // self.block_size, len(hashes))
         if first >= last:
@@ -155,10 +187,9 @@ class KVCache:
         """Let others find the blocks that the next token of each of `requests` fills."""
         block_size = self.block_size
         for request in requests:
-            if request.block_hashes is not None:
-                tokens = request.num_computed_tokens + request.num_in_flight_tokens + 1
-                if tokens >= (request.num_cached_blocks + 1) * block_size:
-                    self.register(request, min(tokens, request.num_tokens))
+            tokens = request.num_computed_tokens + request.num_in_flight_tokens + 1
+            if tokens >= (request.num_cached_blocks + 1) * block_size:
+                self.register(request, min(tokens, request.num_tokens))
 
     def forget(self, request: Request, tokens: int) -> None:
         """Let nobody find the blocks of `request` past its first `tokens` tokens: they will not be computed."""
@@ -169,9 +200,9 @@ class KVCache:
 
     def _unregister(self, block: int) -> None:
         block_hash = self._hash_of[block]
-        if block_hash is None:
-            return
         self._hash_of[block] = None
+        if not isinstance(block_hash, int):
+            return
         others = self._with_hash[block_hash]
         if isinstance(others, int):
             del self._with_hash[block_hash]
@@ -182,15 +213,21 @@ class KVCache:
 
     def _take(self, blocks: list[int], count: int) -> None:
         """Move `count` blocks from the head of the line to `blocks`, without the contents they had."""
-        holders, hash_of = self._holders, self._hash_of
+        holders, hash_of, with_hash = self._holders, self._hash_of, self._with_hash
         take, evictions = self._line.popitem, 0
         for _ in range(count):
             block = take(False)[0]
             blocks.append(block)
             holders[block] = 1
-            if hash_of[block] is not None:
-                self._unregister(block)
+            block_hash = hash_of[block]
+            if block_hash is not None:
                 evictions += 1
+                if block_hash is not _NOBODYS:
+                    if with_hash[block_hash].__class__ is not int:  # others have the same content
+                        self._unregister(block)
+                        continue
+                    del with_hash[block_hash]
+                hash_of[block] = None
         self.evictions += evictions
 
     # -- for tests and debugging -----------------------------------------------------------------------------------
@@ -212,5 +249,5 @@ class KVCache:
             for key, blocks in self._with_hash.items()
             for block in ([blocks] if isinstance(blocks, int) else blocks)
         }
-        known = {block: key for block, key in enumerate(self._hash_of) if key is not None}
+        known = {block: key for block, key in enumerate(self._hash_of) if isinstance(key, int)}
         assert registered == known, "a KV block is found by another hash than its own"

@@ -80,6 +80,7 @@ class Scheduler:
         self._free_rows = list(range(spec.max_num_seqs - 1, -1, -1))
         self.prefix_query_tokens = 0  # of admitted requests, looked up in the cache of prefixes
         self.prefix_hit_tokens = 0  # of these, found there
+        self.resumed_query_tokens = self.resumed_hit_tokens = 0  # of both, those of requests that had been preempted
         self._hits = 0  # of these, for the batch that is planned
         self.recomputed_tokens = 0  # computed tokens that preemptions threw away
         self.preempted: list[Request] = []  # for the newest batch, in order
@@ -118,9 +119,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a request in line. Raises InputError if it could never run."""
         self.check(request)
-        if self.kv_cache.prefix_caching and request.block_hashes is None:
-            content = request.content or Content.of(own(request.id))  # what only itself finds, after a preemption
-            request.block_hashes = content.block_hashes(request.max_total_tokens, self.kv_cache.block_size)
+        if self.kv_cache.prefix_caching and request.block_hashes is None and request.content is not None:
+            self._hash_blocks(request, request.content)  # without a content only itself finds its blocks, preempted
         request.order = self._next_order
         self._next_order += 1
         self.policy.enqueue(self.waiting, request)
@@ -133,9 +133,12 @@ class Scheduler:
             self.preempted.clear()
         running = len(self.running)
         plan = self.policy.plan(self)
-        if not isinstance(plan, BatchPlan):
-            raise InputError(f"the policy {self.spec.policy} planned {plan!r}: return a BatchPlan from plan()")
-        decodes, chunks = plan.decodes, plan.chunks
+        try:
+            decodes, chunks = plan.decodes, plan.chunks
+        except AttributeError:
+            raise InputError(
+                f"the policy {self.spec.policy} planned {plan!r}: return a BatchPlan from plan()"
+            ) from None
         while not decodes and not chunks:
             if self._in_flight or not self.preempted or len(self.running) >= running:
                 return None
@@ -144,8 +147,8 @@ class Scheduler:
             plan = self.policy.plan(self)
             decodes, chunks = plan.decodes, plan.chunks
         window = self.sliding_window
-        everyone = len(decodes) == len(self.decoding)
-        num_decodes = num_tokens = growth = len(decodes)
+        num_decodes = num_sampled = num_tokens = growth = len(decodes)
+        everyone = num_decodes == len(self.decoding)
         if window is None:
             kv_tokens = (self._kv_tokens if everyone else sum([r.start for r in decodes])) + num_tokens
         else:
@@ -167,22 +170,23 @@ class Scheduler:
             start = request.num_computed_tokens + request.num_in_flight_tokens
             known = request.num_tokens + request.num_pending_tokens
             remaining = (known if known < request.max_total_tokens else request.max_total_tokens - 1) - start
+            num_tokens += tokens
+            if 0 < tokens < remaining:
+                prefills.append((tokens, start))
+                continue
             if not 0 < tokens <= remaining + self.policy.num_draft_tokens:
                 raise InputError(
                     f"the policy {self.spec.policy} planned {tokens} tokens of {request}: it has {remaining} to compute"
                 )
-            num_tokens += tokens
-            if tokens >= remaining:
-                completing.append(request)
+            completing.append(request)
             if tokens == remaining == 1 and start > 0:  # a decode, whoever planned it
                 num_decodes += 1
                 kv_tokens += start + 1 if window is None else min(start + 1, window)
             else:
                 prefills.append((tokens, start))
-        num_sampled = len(decodes) + len(completing)
-        shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled, growth)
+        shape = BatchShape(num_tokens, num_decodes, kv_tokens, tuple(prefills), num_sampled + len(completing), growth)
         # after a preemption there are free blocks, which the next plan may use for another
-        stable = plan.stable and num_decodes == len(decodes) and not self.preempted
+        stable = plan.stable and num_decodes == num_sampled and not self.preempted
         kv_cache = self.kv_cache
         if stable and kv_cache.prefix_caching:
             stable = not self._cache_matters()
@@ -303,7 +307,11 @@ class Scheduler:
         back to the queue, to be recomputed.
         """
         if self._full:
-            for request in sorted(self._full, key=_by_order) if len(self._full) > 1 else list(self._full):
+            full = sorted(self._full, key=_by_order) if len(self._full) > 1 else list(self._full)
+            if len(full) <= self.kv_cache.num_free and not self.async_scheduling:
+                self.kv_cache.grow_each(full, 1)
+                full.clear()
+            for request in full:
                 start = request.num_computed_tokens + request.num_in_flight_tokens
                 if start == request.allocated_tokens > 0 and not self.kv_cache.grow(request):
                     self.make_room(request, start + 1)  # it holds blocks: it was not preempted and has not stopped
@@ -356,7 +364,10 @@ class Scheduler:
             self.prefix_query_tokens += request.num_tokens
             self.prefix_hit_tokens += hits
             self._hits += hits
-            if not request.preemptions:
+            if request.preemptions:
+                self.resumed_query_tokens += request.num_tokens
+                self.resumed_hit_tokens += hits
+            else:
                 request.prefix_hit_tokens = hits
         request.row = self._free_rows.pop()
         insort(self.running, request, key=_by_order)
@@ -380,6 +391,10 @@ class Scheduler:
         lost = victim.start
         if victim.num_cached_blocks * self.kv_cache.block_size > lost:  # planned for this batch
             self.kv_cache.forget(victim, lost)
+        if self.kv_cache.prefix_caching and victim.block_hashes is None:
+            self._hash_blocks(victim, Content.of(own(victim.id)))
+            hashes = victim.block_hashes or ()
+            self.kv_cache.register_blocks(zip(victim.blocks[: victim.num_cached_blocks], hashes, strict=False))
         self._leave(victim)
         self.recomputed_tokens += lost
         self.preempted.append(victim)
@@ -388,6 +403,9 @@ class Scheduler:
         self.policy.requeue(self.waiting, victim)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _hash_blocks(self, request: Request, content: Content) -> None:
+        request.block_hashes = content.block_hashes(request.max_total_tokens, self.kv_cache.block_size)
 
     def _decode(self, request: Request) -> None:
         """A running request now lacks one token."""
@@ -439,22 +457,17 @@ class Scheduler:
             self._left = max(0, self._left - repeats)
         offset = 1 if self.async_scheduling else 0  # of the two runs in flight, the older is counted
         ahead += offset
-        block_size = self.kv_cache.block_size
+        growing: list[Request] = []
         for request in decodes:
-            request.num_tokens += repeats
             request.num_computed_tokens = after = request.num_computed_tokens + repeats
-            allocated = request.allocated_tokens
-            if after + ahead >= allocated:
-                if after + ahead > allocated:
-                    first = after - repeats + offset
-                    count = -((allocated - after - ahead) // block_size)
-                    if count == 1:
-                        taken.append(allocated - first)
-                    else:
-                        taken += range(allocated - first, after + ahead - first, block_size)
-                    assert self.kv_cache.grow(request, count), "repeats went past the free KV blocks"
-                    allocated = request.allocated_tokens
-                if after + offset + offset == allocated:  # with the two in flight
+            request.num_tokens = after + 1  # a decode lacks one
+            if after + ahead >= request.allocated_tokens:
+                growing.append(request)
+        if growing:
+            taken = self.kv_cache.grow_each(growing, ahead, repeats - offset)
+            ahead = offset + offset  # with the two in flight
+            for request in growing:
+                if request.num_computed_tokens + ahead == request.allocated_tokens:
                     self._full[request] = None
         for request, tokens in chunks:
             request.num_computed_tokens += repeats * tokens
@@ -482,18 +495,13 @@ class Scheduler:
         filled: list[tuple[int, int, int, int]] = []  # run, place in the batch, block, hash
         block_size = self.kv_cache.block_size
         for place, request in enumerate(decodes):
-            hashes = request.block_hashes
-            if hashes is None:
-                continue
             last = request.num_computed_tokens + request.num_in_flight_tokens
             end = (request.num_cached_blocks + 1) * block_size
             if end <= last:
-                _fill(filled, place, request, hashes, end, min(last, request.num_tokens), 1, block_size)
+                _fill(filled, place, request, end, min(last, request.num_tokens), 1, block_size)
         for place, (request, tokens) in enumerate(chunks, len(decodes)):
-            hashes = request.block_hashes
-            if hashes is not None:
-                end = (request.num_cached_blocks + 1) * block_size
-                _fill(filled, place, request, hashes, end, min(request.start, request.num_tokens), tokens, block_size)
+            end = (request.num_cached_blocks + 1) * block_size
+            _fill(filled, place, request, end, min(request.start, request.num_tokens), tokens, block_size)
         if len(filled) > 1:
             filled.sort()
         self.kv_cache.register_blocks([(block, block_hash) for _, _, block, block_hash in filled])
@@ -601,14 +609,16 @@ def _fill(
     filled: list[tuple[int, int, int, int]],
     place: int,
     request: Request,
-    hashes: Sequence[int],
     end: int,
     last: int,
     tokens: int,
     block_size: int,
 ) -> None:
     """Note the blocks of `request` that end at `end` or later and at `last` or before, and in which run they did."""
-    blocks, k = request.blocks, request.num_cached_blocks
+    blocks, hashes, k = request.blocks, request.block_hashes, request.num_cached_blocks
+    if hashes is None:  # they are counted only
+        request.num_cached_blocks = max(k, last // block_size)
+        return
     while end <= last and k < len(hashes):
         filled.append((-((last - end) // tokens), place, blocks[k], hashes[k]))  # the last run is 0
         k += 1

@@ -27,11 +27,19 @@ class HostOverhead:
     hidden: bool = False  # whether the host works beside the GPU (asynchronous scheduling)
     exposed_s: float = 0.0  # added to every iteration even so
     graph_sizes: tuple[int, ...] = ()  # of CUDA graphs: a batch of up to the largest many tokens is padded to the next
+    # before the scheduler sees a request (HTTP, tokenizer, messages between processes; simulated only):
+    receive_s: float = 0.0  # one request after the other
+    receive_token_s: float = 0.0  # for each token of its prompt, as well
+    transit_s: float = 0.0  # beside others: the way there and that of a token back
     source: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "graph_sizes", tuple(self.graph_sizes))  # a list, where it comes from a file
-        check_fields(self, "iteration_s sequence_s layer_s message_s graph_decodes exposed_s", zero=True)
+        check_fields(
+            self,
+            "iteration_s sequence_s layer_s message_s graph_decodes exposed_s receive_s receive_token_s transit_s",
+            zero=True,
+        )
 
     def times(
         self, layers: int, sequences: int, ranks: int, stage: int = 0, in_graph: bool = False
@@ -46,6 +54,11 @@ class HostOverhead:
             return launch, 0.0
         serial = self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)
         return (max(launch, serial), self.exposed_s) if self.hidden else (launch, serial)
+
+    @property
+    def receives(self) -> bool:
+        """Whether a request takes time to reach the scheduler."""
+        return self.receive_s > 0 or self.receive_token_s > 0 or self.transit_s > 0
 
     def padded(self, num_tokens: int) -> int:
         """Tokens that a batch is computed as, with the padding of its CUDA graph."""

@@ -159,17 +159,19 @@ def num_kv_blocks(
     gpu_memory_utilization: float = GPU_MEMORY_UTILIZATION,
     max_num_batched_tokens: int | None = None,
     profile: ProfileRun | None = None,
+    reserve_bytes: int = 0,
 ) -> int:
     """KV blocks of a replica: what the fullest stage has room for.
 
     `max_num_batched_tokens` is the largest batch, where the policy's limit is not in the scheduler spec; without
     either it is taken to be 2048. `profile` is how the engine profiles its memory; None: the estimate of
-    `activation_bytes`. Raises InputError when the weights leave no room, saying what would.
+    `activation_bytes`. `reserve_bytes` of each GPU are kept for something else. Raises InputError when the weights
+    leave no room, saying what would.
     """
     check_utilization(gpu_memory_utilization)
     parallel.validate(model)
     tokens = max_num_batched_tokens or scheduler.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS
-    usable = int(device.memory_bytes * gpu_memory_utilization)
+    usable = int(device.memory_bytes * gpu_memory_utilization) - reserve_bytes
     blocks = _blocks(model, parallel, scheduler, usable, tokens, profile)
     if blocks < 1:
         raise _too_big(model, device, parallel, scheduler, usable, tokens, profile)

@@ -19,7 +19,7 @@ QUANTIZED_BYTES = {  # of a weight of a linear layer or an expert, its share of 
     "mxfp4": (4 + 8 / 32) / 8,  # an 8-bit scale for each group of 32
 }
 DTYPES = ("bfloat16", "float16", "float32")  # that a whole model is served in; the others are of some tensors
-EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")  # see simulator/predictor/expert_load.py
+EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")  # see profiler/expert_load.py
 QUANTIZATIONS = ("none", *QUANTIZED_BYTES)
 
 

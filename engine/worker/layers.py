@@ -117,11 +117,28 @@ def gated_activate(gate_up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
+@_chain(by_token=2)
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Outputs (t, n, h) of n experts a token, by their weights (t, n) -> (t, h), added up in float32."""
+    return (outputs.float() * weights[..., None]).sum(1).to(outputs.dtype)
+
+
 @_chain(by_token=1)
 def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine (t, 1, r/2), float32, of each position's angle in every rotated plane."""
     angles = positions.float()[:, None, None] * frequencies
     return angles.cos(), angles.sin()
+
+
+@_chain(by_token=1)
+def norm_heads(qkv: Tensor, query_weight: Tensor, key_weight: Tensor, heads: int, kv_heads: int, eps: float) -> None:
+    """RMS norm of every query and key head of qkv (t, heads + 2 KV heads, head_dim), in place.
+
+    The weights (head_dim,) are one for all query heads and one for all key heads.
+    """
+    queries, keys = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+    queries.copy_(_norm(queries, query_weight, None, eps))
+    keys.copy_(_norm(keys, key_weight, None, eps))
 
 
 @_chain(by_token=4)
@@ -205,13 +222,13 @@ class Linear(TensorModule):
 
 
 class Norm(TensorModule):
-    """RMS or layer norm over the hidden size, computed in float32."""
+    """RMS or layer norm over the hidden size, or another `size`, computed in float32."""
 
-    def __init__(self, spec: ModelSpec, new: NewParameter) -> None:
+    def __init__(self, spec: ModelSpec, new: NewParameter, size: int | None = None) -> None:
         super().__init__()
         self.eps = spec.norm_eps
-        self.weight = new(spec.hidden_size)
-        self.bias = new(spec.hidden_size) if spec.norm == "layer" else None
+        self.weight = new(size or spec.hidden_size)
+        self.bias = new(size or spec.hidden_size) if spec.norm == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
         return norm(x, self.weight, self.bias, self.eps)

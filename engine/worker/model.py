@@ -19,6 +19,7 @@ from engine.errors import InputError
 from engine.specs import ModelSpec
 from engine.worker import layers
 from engine.worker.attention.base import AttentionBackend
+from engine.worker.experts import Experts, Products, choose, has_grouped_kernel, in_one_kernel, one_by_one, plain
 from engine.worker.inputs import Inputs
 from engine.worker.layers import Embedding, Linear, NewParameter, Norm
 from engine.worker.names import FAMILIES, vocabulary_rows
@@ -38,6 +39,10 @@ def check_supported(spec: ModelSpec) -> None:
         what = "attention without rotary embeddings (rotary_fraction=0; ALiBi)"
     elif spec.full_attention_layers:
         what = "sliding window in some layers only"
+    elif spec.attention_sinks or spec.norms_per_layer > 2:
+        what = "attention sinks" if spec.attention_sinks else f"layers of {spec.norms_per_layer} norms"
+    elif spec.experts is not None and not (spec.gated_mlp and plain(spec.experts)):
+        what = "experts that are shared, have biases or are not gated"
     elif spec.rope_scaling is not None and spec.rope_scaling.kind not in layers.ROPE_SCALINGS:
         what = f"rope scaling {spec.rope_scaling.kind!r}: it knows {', '.join(layers.ROPE_SCALINGS)}"
     if what:
@@ -47,10 +52,16 @@ def check_supported(spec: ModelSpec) -> None:
 class Layer(nn.Module):
     """One decoder layer on one rank: `heads` query and `kv_heads` KV heads of it, and a share of the MLP."""
 
-    mlp_gate_up_proj: Linear  # one of these two
+    mlp_gate_up_proj: Linear  # one of the first two and the third, or else the others
     mlp_up_proj: Linear
+    mlp_down_proj: Linear
+    router: Linear
+    experts: Experts
 
-    def __init__(self, spec: ModelSpec, rank: Rank, links: Links, new: NewParameter) -> None:
+    def __init__(
+        self, spec: ModelSpec, number: int, rank: Rank, links: Links, new: NewParameter, products: Products
+    ) -> None:
+        """`number` is the layer's in the model; `products` is how experts are computed, if it has them."""
         super().__init__()
         tp = rank.tp_size
         self.links, self.tp_size = links, tp
@@ -62,8 +73,15 @@ class Layer(nn.Module):
 
         self.input_norm = Norm(spec, new)
         self.qkv_proj = Linear(hidden, q + 2 * kv, spec.qkv_bias, new)
+        self.q_norm = Norm(spec, new, self.head_dim) if spec.qk_norm else None
+        self.k_norm = Norm(spec, new, self.head_dim) if spec.qk_norm else None
         self.output_proj = Linear(q, hidden, spec.attention_output_bias, new, adds_bias=first)
         self.post_attention_norm = Norm(spec, new) if spec.norms_per_layer == 2 else None
+        self.mixture = spec.experts if spec.has_experts(number) else None
+        if self.mixture is not None:
+            self.router = Linear(hidden, self.mixture.num_experts, False, new)
+            self.experts = Experts(spec, rank, new, products)
+            return
         if self.gated:
             self.mlp_gate_up_proj = Linear(hidden, 2 * mlp, spec.mlp_bias, new)
         else:
@@ -103,6 +121,8 @@ class Layer(nn.Module):
         """Normed input (t, hidden_size) -> outputs of this rank's heads (t, heads * head_dim)."""
         tokens, decodes = x.shape[0], inputs.num_decodes
         qkv = self.qkv_proj(x).view(tokens, -1, self.head_dim)
+        if self.q_norm is not None:
+            qkv = self.qk_norm(qkv)
         q = self.rotary_kv_write(qkv, inputs.slots, angles, cache)
         if decodes == 0:
             out = attention.prefill(q, *cache)
@@ -113,8 +133,16 @@ class Layer(nn.Module):
         return out.reshape(tokens, -1)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """(t, hidden_size) -> (t, hidden_size), this rank's part of the sum."""
+        """(t, hidden_size) -> (t, hidden_size), this rank's part of the sum; of the MLP or of the experts."""
+        if self.mixture is not None:
+            return self.experts(x, *self.expert_choice(self.router(x)))
         return self.mlp_down_proj(self.mlp_activation(self.mlp_gate_up_proj(x) if self.gated else self.mlp_up_proj(x)))
+
+    def qk_norm(self, qkv: Tensor) -> Tensor:
+        """RMS norm of each query and key head of qkv (t, heads + 2 KV heads, head_dim), in place."""
+        assert self.q_norm is not None and self.k_norm is not None
+        layers.norm_heads(qkv, self.q_norm.weight, self.k_norm.weight, self.heads, self.kv_heads, self.q_norm.eps)
+        return qkv
 
     def rotary_kv_write(self, qkv: Tensor, slots: Tensor, angles: tuple[Tensor, Tensor], cache: Cache) -> Tensor:
         """Rotated queries of qkv (t, heads + 2 KV heads, head_dim); keys and values go to this layer's cache."""
@@ -134,6 +162,11 @@ class Layer(nn.Module):
         """Output of the up (or gate and up) projection -> input of the down projection."""
         return layers.gated_activate(up, self.activation) if self.gated else layers.activate(up, self.activation)
 
+    def expert_choice(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The router's logits (t, experts) -> weights, float32, and numbers (t, top_k) of each token's experts."""
+        assert self.mixture is not None
+        return choose(logits, self.mixture)
+
     def mlp_residual_norm(self, residual: Tensor, *branches: Tensor) -> tuple[Tensor, Tensor]:
         """The residual plus what the layer before put out, and its norm for the attention."""
         return self.input_norm.of_sum(residual, *branches)
@@ -151,13 +184,21 @@ class Decoder(nn.Module):
         super().__init__()
         check_supported(spec)
         rank.parallel.validate(spec)
+        if rank.parallel.data_parallel_size > 1 or rank.parallel.expert_parallel_size > 1:
+            raise InputError(
+                f"{rank.parallel}: the engine cuts every expert over the tensor-parallel ranks: give "
+                "data_parallel_size=1 and expert_parallel_size=1, or simulate it"
+            )
         self.spec, self.rank, self.links = spec, rank, links
         self.frequencies: Tensor
         self.register_buffer("frequencies", layers.rotary_frequencies(spec).to(device), persistent=False)
         new = partial(layers.new_parameter, dtype=dtype, device=device)
         self.embedding = Embedding(spec, rank, new) if rank.is_first_stage else None
-        count = rank.parallel.stage_layers(spec.num_layers)[rank.stage]
-        self.layers = nn.ModuleList(Layer(spec, rank, links, new) for _ in range(count))
+        grouped = has_grouped_kernel(spec, rank, dtype, device)
+        self.supports_cuda_graph = grouped or spec.experts is None
+        products = in_one_kernel if grouped else one_by_one
+        numbers = rank.parallel.layers_of(rank.stage, spec.num_layers)
+        self.layers = nn.ModuleList(Layer(spec, number, rank, links, new, products) for number in numbers)
         self.final_norm = self.lm_head = None
         if rank.is_last_stage:
             self.final_norm = Norm(spec, new)

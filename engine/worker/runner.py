@@ -79,9 +79,13 @@ class ModelRunner:
                 weights.load(self.model, spec.folder)
             self.rows = Rows(spec.max_num_seqs, self._max_blocks, spec.block_size, self.device)
 
-    def describe(self) -> tuple[int, str, str]:
-        """KV blocks it may have (as told, or as many as there is memory for), its attention backend, its hardware."""
-        return self.spec.num_blocks or self.free_blocks(), self.attention.name, hardware_name(self.device)
+    def describe(self) -> tuple[int, str, str, bool]:
+        """KV blocks it may have (as told, or as many as there is memory for), its attention backend, its hardware.
+
+        And whether it captures CUDA graphs of decodes.
+        """
+        blocks = self.spec.num_blocks or self.free_blocks()
+        return blocks, self.attention.name, hardware_name(self.device), bool(self._graph_sizes())
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -149,7 +153,7 @@ class ModelRunner:
 
     def _graph_sizes(self) -> list[int]:
         """Batch sizes to capture CUDA graphs for, in order; one above the most sequences there are is cut to these."""
-        if self.device.type != "cuda" or not self.attention.supports_cuda_graph:
+        if self.device.type != "cuda" or not (self.attention.supports_cuda_graph and self.model.supports_cuda_graph):
             return []
         return sorted({min(size, self.spec.max_num_seqs) for size in self.spec.cuda_graphs})
 

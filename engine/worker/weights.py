@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.errors import InputError
 from engine.worker.model import Decoder
-from engine.worker.names import Piece, first_layer, pieces, tensor_names
+from engine.worker.names import Piece, are_fused, first_layer, pieces, tensor_names
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -49,10 +49,20 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
+    @property
+    def has_fused_experts(self) -> bool:
+        """Whether each layer's experts are in one tensor."""
+        return are_fused(self._holder)
+
     def read(self, piece: Piece) -> torch.Tensor:
         """The piece on the host, in the file's type."""
         tensor = self._slice(piece.tensor)
-        part: torch.Tensor = tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
+        part: torch.Tensor
+        if piece.expert is not None:
+            at = slice(piece.start, piece.stop)
+            part = tensor[piece.expert, at] if piece.dim == 0 else tensor[piece.expert, :, at]
+        else:
+            part = tensor[piece.start : piece.stop] if piece.dim == 0 else tensor[:, piece.start : piece.stop]
         return part
 
     def _slice(self, name: str) -> Any:
@@ -112,33 +122,34 @@ def load(decoder: Decoder, folder: str | Path) -> None:
     Raises InputError, before any parameter is touched, if the folder does not hold the model of the decoder's spec.
     """
     spec, rank = decoder.spec, decoder.rank
-    parts = {name: pieces(spec, rank, name) for name, _ in decoder.named_parameters()}
     first, layer = first_layer(spec, rank), tensor_names(spec)["layers"]
     numbers = {*range(first, first + len(decoder.layers)), *range(spec.num_layers, MOST_LAYERS)}  # and none beyond
     prefixes = tuple(layer.format(number) for number in numbers)
     with Checkpoint(folder) as checkpoint:
+        fused = checkpoint.has_fused_experts
+        parts = {name: pieces(spec, rank, name, fused) for name, _ in decoder.named_parameters()}
         needed = {part.tensor: part.shape for each in parts.values() for part in each}
         checkpoint.check(needed, prefixes, spec.name)
         if spec.tie_word_embeddings and (table := parts.get("embedding.weight") or parts.get("lm_head.weight")):
             checkpoint.check_tied(f"{tensor_names(spec)['lm_head']}.weight", table[0], spec.name)
         for name, parameter in decoder.named_parameters():
-            row = 0
+            row, rows = 0, parameter.flatten(0, -2) if parameter.dim() == 3 else parameter
             for piece in parts[name]:
                 tensor = checkpoint.read(piece)
-                parameter[row : row + len(tensor)].copy_(tensor)
+                rows[row : row + len(tensor)].copy_(tensor)
                 row += len(tensor)
-            parameter[row:].zero_()  # past the end of the vocabulary
+            rows[row:].zero_()  # past the end of the vocabulary
 
 
 def dummy(decoder: Decoder, seed: int) -> None:
     """Fill the decoder with random numbers, made where they are: normal around 0, or around 1 for norms' weights.
 
-    A layer gets the same numbers on whatever stage it is. Matrices differ between tensor-parallel ranks; vectors don't,
-    for norms have to be the same.
+    A layer gets the same numbers on whatever stage it is. Matrices differ between tensor-parallel ranks; vectors and
+    routers do not, for norms and what is chosen have to be the same.
     """
     for name, parameter in decoder.named_parameters():
         whole_name = pieces(decoder.spec, decoder.rank, name)[0].tensor  # with the layer's number in the model
-        part = decoder.rank.tp_rank if parameter.dim() == 2 else 0
+        part = decoder.rank.tp_rank if parameter.dim() > 1 and not name.endswith("router.weight") else 0
         generator = torch.Generator(parameter.device)
         generator.manual_seed(zlib.crc32(f"{seed} {part} {whole_name}".encode()))
         parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, DUMMY_STD, generator=generator)

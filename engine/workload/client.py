@@ -21,28 +21,39 @@ class ClientSpec:
     """How a load generator sends requests.
 
     `max_concurrency` requests are in the system at once, at most (None: no bound; vLLM's bench has the same flag): the
-    next one is sent when one has ended, `overhead_s` after it. The first of them start evenly over `ramp_up_s`.
+    next one is sent when one has ended, `overhead_s` after it. A turn of a conversation that is being thought about is
+    not in the system: others are sent meanwhile. `users` in its place are so many people, each with one conversation
+    at a time, who keep their place while they think. The first of either start evenly over `ramp_up_s`.
     """
 
     max_concurrency: int | None = None
+    users: int | None = None
     ramp_up_s: float = 0.0
     overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.max_concurrency is not None and (
-            isinstance(self.max_concurrency, bool) or not 1 <= self.max_concurrency <= 1 << 24
-        ):
-            raise InputError(f"max_concurrency {self.max_concurrency}: give 1 or more, or leave it out for no bound")
+        for name in ("max_concurrency", "users"):
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, bool) or not 1 <= given <= 1 << 24):
+                raise InputError(f"{name} {given}: give 1 or more, or leave it out for no bound")
+        if self.max_concurrency is not None and self.users is not None:
+            raise InputError(f"max_concurrency {self.max_concurrency} and users {self.users} both bound the load: "
+                             "leave one out")  # fmt: skip
         for name in ("ramp_up_s", "overhead_s"):
             if not 0 <= getattr(self, name) < inf:
-                raise InputError(f"{name} {getattr(self, name)}: give a number of seconds, 0 or more")
-            if getattr(self, name) and self.max_concurrency is None:
-                raise InputError(f"{name} {getattr(self, name)} needs max_concurrency")
+                raise InputError(f"{name} {getattr(self, name)}: give 0 or more")
+            if getattr(self, name) and self.seats is None:
+                raise InputError(f"{name} {getattr(self, name)} needs max_concurrency or users")
+
+    @property
+    def seats(self) -> int | None:
+        """How many requests, or users, there are at once at most; None: no bound."""
+        return self.max_concurrency if self.users is None else self.users
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A request that is sent `think_s` seconds after another has ended."""
+    """A request that is sent `think_s` seconds after another has ended, and not before its `arrived_at`."""
 
     request: Request
     after: int  # the other's id
@@ -53,7 +64,7 @@ class Client:
     """Sends requests; a `Turn` among them waits for the one before. `arrived_at` becomes when a request is sent.
 
     Args:
-        requests: in order of arrival; turns may stand anywhere after the request that they follow.
+        requests: in order of arrival; the turns that follow one another stand right after the first of them.
     """
 
     def __init__(self, requests: Iterable[Request | Turn], spec: ClientSpec | None = None) -> None:
@@ -63,44 +74,56 @@ class Client:
         self._ready: list[tuple[float, int, Request]] = []  # turns whose time is known
         self._number = count()
         self._seats: list[float] | None = None  # when each free one is free
-        if self.spec.max_concurrency is not None:
-            every = self.spec.ramp_up_s / self.spec.max_concurrency
-            self._seats = [every * place for place in range(self.spec.max_concurrency)]
+        if self.spec.seats is not None:
+            every = self.spec.ramp_up_s / self.spec.seats
+            self._seats = [every * place for place in range(self.spec.seats)]
             heapify(self._seats)
+        self._keeps_seats = self.spec.users is not None  # from a conversation's first turn to its last
         self._next: Request | None = None
         self._advance()
 
     @property
     def next_at(self) -> float:
         """When the next request is sent; infinity if that hangs on one that has not ended, or none is left."""
-        if self._seats is not None and not self._seats:
-            return inf
-        at = inf if self._next is None else self._next.arrived_at
-        if self._ready:
-            at = min(at, self._ready[0][0])
-        return at if self._seats is None or at == inf else max(at, self._seats[0])
+        fresh = inf if self._next is None else self._next.arrived_at
+        turn = self._ready[0][0] if self._ready else inf
+        if self._keeps_seats:
+            return min(self._seated(fresh), turn)
+        return self._seated(min(fresh, turn))
 
     def pop(self) -> Request:
         """Take the next request, which is sent at `next_at`."""
         at = self.next_at
-        if self._ready and (self._next is None or self._ready[0][0] < self._next.arrived_at):
+        fresh = inf if self._next is None else self._next.arrived_at
+        is_turn = bool(self._ready) and self._ready[0][0] < (self._seated(fresh) if self._keeps_seats else fresh)
+        if is_turn:
             _, _, request = heappop(self._ready)
         else:
             assert self._next is not None, "nothing is left to send"
             request = self._next
             self._advance()
-        if self._seats is not None:
+        if self._seats is not None and not (is_turn and self._keeps_seats):
             heappop(self._seats)
         request.arrived_at = at
         return request
 
     def finished(self, request: Request, time: float) -> None:
         """A request has ended at `time`."""
-        if self._seats is not None:
-            heappush(self._seats, time + self.spec.overhead_s)
         turn = self._turns.pop(request.id, None)
+        kept = self._keeps_seats and turn is not None
+        if self._seats is not None and not kept:
+            heappush(self._seats, time + self.spec.overhead_s)
+        if kept:
+            time += self.spec.overhead_s
         if turn is not None:
-            heappush(self._ready, (time + turn.think_s, next(self._number), turn.request))
+            at = max(time + turn.think_s, turn.request.arrived_at)
+            heappush(self._ready, (at, next(self._number), turn.request))
+
+    def _seated(self, at: float) -> float:
+        """When what is due `at` finds a seat; infinity if none is free."""
+        if self._seats is None:
+            return at
+        return max(at, self._seats[0]) if self._seats else inf
 
     def _advance(self) -> None:
         """Find the next request that hangs on no other."""

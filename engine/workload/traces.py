@@ -3,13 +3,14 @@
 The format is recognised by the column names, whether the file is CSV or JSON lines: plain
 `num_prefill_tokens,num_decode_tokens[,arrived_at]`, Azure's `TIMESTAMP,ContextTokens,GeneratedTokens`, BurstGPT's
 `Timestamp,...,Request tokens,Response tokens,...`, and Mooncake's `timestamp,input_length,output_length,hash_ids`. Any
-other is read with its columns named: `prompt=tokens_in,output=tokens_out,time=at_s,prompt_id=which`. A ShareGPT JSON
-has text, whose tokens a tokenizer counts.
+other is read with its columns named: `prompt=tokens_in,output=tokens_out,time=at_s,prompt_id=which`; `session=chat` and
+`priority=class` may be named for any. A ShareGPT JSON has text, whose tokens a tokenizer counts.
 """
 
 import json
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +32,9 @@ class Trace:
 
     The first request arrives at 0; `arrived_at` is None where the trace has no times. `num_failed` rows that say that
     the request failed are left out. `ids` are of each prompt: hash ids of its pieces, each of these tokens and all
-    before them (`ids_are_hashes`), or one of the whole prompt; None where the trace has none. `notes` are what a reader
-    of the results should know.
+    them (`ids_are_hashes`), or one of the whole prompt; None where the trace has none. `sessions` (n,) number the
+    conversations that the requests are turns of, `priorities` (n,) are the lowest first; None where none are named.
+    `notes` are what a reader of the results should know.
     """
 
     prompt: NDArray[np.int64]
@@ -41,6 +43,8 @@ class Trace:
     num_failed: int = 0
     ids: list[list[int]] | None = None
     ids_are_hashes: bool = False
+    sessions: NDArray[np.int64] | None = None
+    priorities: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -53,14 +57,23 @@ class _Format:
     zero_output_is_failure: bool = False
     hash_ids: str | None = None
     prompt_id: str | None = None
+    session: str | None = None
+    priority: str | None = None
 
     @property
     def columns(self) -> list[str]:
         """Every column that it may have."""
-        return [name for name in (self.prompt, self.output, self.time, self.hash_ids, self.prompt_id) if name]
+        return [name for key in _COLUMNS if (name := getattr(self, key))]
 
 
-_COLUMNS = ("prompt", "output", "time", "hash_ids", "prompt_id")  # that --columns may name
+_COLUMNS = ("prompt", "output", "time", "hash_ids", "prompt_id", "session", "priority")  # that --columns may name
+_LIKELY = {  # words in the names of columns that may be meant for these
+    "session": {"session", "sessions", "conversation", "chat", "user"},
+    "priority": {"priority", "priorities"},
+    "hash_ids": {"hash", "hashes"},
+    "prompt_id": {"id", "ids"},
+}
+_HIGHEST_PRIORITY = 1 << 31
 _FORMATS = (
     _Format("num_prefill_tokens", "num_decode_tokens", "arrived_at", 1.0),
     _Format("ContextTokens", "GeneratedTokens", "TIMESTAMP", None),
@@ -79,9 +92,9 @@ def read_trace(path: Path, columns: str | None = None, tokenizer: Path | None = 
         return _read_conversations(path, tokenizer)
     if tokenizer is not None:
         raise InputError(f"tokenizer {tokenizer} has no meaning with {path}: it is for ShareGPT's .json files")
-    named = None if columns is None else _named(columns)
+    named = {} if columns is None else _named(columns)
     frame = _read_frame(path, named)
-    form = _format_of(path, frame) if named is None else _check_columns(path, frame, named)
+    form = _form(path, frame, named)
     failed = np.zeros(len(frame), np.bool_)
     if form.zero_output_is_failure:
         failed = np.asarray(_numbers(path, frame, form.output) == 0)
@@ -90,11 +103,16 @@ def read_trace(path: Path, columns: str | None = None, tokenizer: Path | None = 
         raise InputError(f"{path} holds no requests: give a trace with at least one")
     prompt, output = _tokens(path, frame, form.prompt), _tokens(path, frame, form.output)
     ids = _ids(path, frame, form)
-    times, order = None, np.arange(len(frame))
+    sessions = None if form.session is None else _sessions(path, frame, form.session)
+    priorities = None if form.priority is None else _priorities(path, frame, form.priority)
+    times, order, back = None, np.arange(len(frame)), 0
     if form.time in frame:
         seconds = form.seconds
         times = _dates(path, frame, form.time) if seconds is None else _numbers(path, frame, form.time) * seconds
+        if sessions is not None:
+            _check_sessions(path, frame, form, sessions, times)
         order = np.argsort(times, kind="stable")
+        back = int((np.diff(times) < 0).sum())
         times = times[order] - times.min()
     return Trace(
         prompt[order],
@@ -103,38 +121,83 @@ def read_trace(path: Path, columns: str | None = None, tokenizer: Path | None = 
         int(failed.sum()),
         ids=None if ids is None else [ids[row] for row in order.tolist()],
         ids_are_hashes=form.hash_ids is not None and form.hash_ids in frame,
-        notes=_unused(path, frame, form),
+        sessions=None if sessions is None else sessions[order],
+        priorities=None if priorities is None else priorities[order],
+        notes=(*_unused(path, frame, form), *_unsorted(path, back)),
     )
 
 
-def _named(text: str) -> _Format:
-    """The format that `prompt=a,output=b,...` names."""
+def _named(text: str) -> dict[str, str]:
+    """The columns that `prompt=a,output=b,...` names."""
     given = {}
     for part in text.split(","):
         key, _, value = part.partition("=")
         if key.strip() not in _COLUMNS:
             raise unknown("column", key.strip(), _COLUMNS)
         given[key.strip()] = value.strip()
-    if not all(given.values()) or not {"prompt", "output"} <= set(given) or {"hash_ids", "prompt_id"} <= set(given):
+    wrong = ("prompt" in given and "output" not in given) or ("output" in given and "prompt" not in given)
+    if not all(given.values()) or wrong:
         raise InputError(
-            f"columns {text!r}: give prompt=NAME,output=NAME and, if there are any, time=NAME (seconds), and "
-            "hash_ids=NAME or prompt_id=NAME"
+            f"columns {text!r}: give prompt=NAME,output=NAME (of a format that is not known) and, if there are any, "
+            "time=NAME (seconds), hash_ids=NAME or prompt_id=NAME or session=NAME, and priority=NAME"
         )
-    return _Format(
-        given["prompt"],
-        given["output"],
-        given.get("time", ""),
-        1.0,
-        hash_ids=given.get("hash_ids"),
-        prompt_id=given.get("prompt_id"),
-    )
+    if len(both := [key for key in ("hash_ids", "prompt_id", "session") if key in given]) > 1:
+        raise InputError(f"columns {text!r}: {' and '.join(both)} each say what prompts share: leave one out")
+    return given
 
 
-def _check_columns(path: Path, frame: "pd.DataFrame", form: _Format) -> _Format:
-    for column in form.columns:
+def _form(path: Path, frame: "pd.DataFrame", named: dict[str, str]) -> _Format:
+    """The format of a table: the one that it is recognised as, with the columns that are named."""
+    if "prompt" in named:
+        form = _Format(**{"time": "", "seconds": 1.0, **named})  # type: ignore[arg-type]
+    else:
+        form = _format_of(path, frame)
+        if "session" in named or "prompt_id" in named:
+            form = replace(form, hash_ids=None)
+        if "time" in named:
+            form = replace(form, seconds=1.0)
+        form = replace(form, **named)  # type: ignore[arg-type]
+    for column in named.values():
         if column not in frame:
             raise InputError(f"{path} has no column {column!r}: its columns are {', '.join(map(str, frame.columns))}")
     return form
+
+
+def _sessions(path: Path, frame: "pd.DataFrame", column: str) -> NDArray[np.int64]:
+    """A number for each session, the same in all of its rows."""
+    _check(path, frame, column, frame[column].notna().to_numpy(), "is no session")
+    return frame[column].astype(str).factorize()[0].astype(np.int64)
+
+
+def _priorities(path: Path, frame: "pd.DataFrame", column: str) -> NDArray[np.int64]:
+    numbers = _numbers(path, frame, column)
+    valid = (abs(numbers) < _HIGHEST_PRIORITY) & (numbers == np.floor(numbers))
+    _check(path, frame, column, valid, "must be a whole number (the lowest goes first)")
+    return numbers.astype(np.int64)
+
+
+def _check_sessions(
+    path: Path, frame: "pd.DataFrame", form: _Format, sessions: NDArray[np.int64], times: NDArray[np.float64]
+) -> None:
+    """Raise InputError for the first session that goes back in time."""
+    latest: dict[int, tuple[float, int]] = {}
+    for line, session, time in zip(frame.index.tolist(), sessions.tolist(), times.tolist(), strict=True):
+        before, where = latest.get(session, (time, line))
+        if time < before:
+            name = frame.loc[line, form.session]
+            raise InputError(
+                f"{path} line {line}: session {name!r} goes back in time, {before - time:g} s before its turn in line "
+                f"{where}: put the turns of a session in order"
+            )
+        latest[session] = time, line
+
+
+def _unsorted(path: Path, back: int) -> tuple[str, ...]:
+    """A note on times that go back from one row to the next."""
+    if not back:
+        return ()
+    rows = f"{back:,} rows are" if back > 1 else "1 row is"
+    return (f"{path.name}: {rows} earlier than the row before: requests are sorted by time",)
 
 
 def _ids(path: Path, frame: "pd.DataFrame", form: _Format) -> list[list[int]] | None:
@@ -155,12 +218,19 @@ def _ids(path: Path, frame: "pd.DataFrame", form: _Format) -> list[list[int]] | 
 
 
 def _unused(path: Path, frame: "pd.DataFrame", form: _Format) -> tuple[str, ...]:
-    """A note on columns that may be ids of prompts and are not read."""
-    names = [str(column) for column in frame.columns if str(column) not in form.columns]
-    ids = [name for name in names if "id" in name.lower().replace("-", "_").split("_") or "ids" in name.lower()]
-    if not ids:
+    """Notes on columns that are not read, and on those of them that --columns may name."""
+    every = dict.fromkeys([*map(str, frame.columns), *frame.attrs.get("others", ())])
+    names = [name for name in every if name not in form.columns]
+    if not names:
         return ()
-    return (f"{path.name}: {', '.join(ids)} not used (for prefixes that requests share: --columns ...,prompt_id=NAME)",)
+    hints: dict[str, str] = {}  # by column
+    for key, words in _LIKELY.items():
+        chosen = key != "priority" and (form.prompt_id or form.session)  # one of these says what prompts share
+        if getattr(form, key) is None and not chosen:
+            found = [n for n in names if n not in hints and words & set(re.split("[^a-z]+", n.lower()))]
+            hints |= {n: f"--columns {key}={n}" for n in found[:1]}
+    wanted = f"; to use: {', '.join(hints.values())}" if hints else ""
+    return (f"{path.name}: {', '.join(names)[:200]} not used{wanted}",)
 
 
 def _read_conversations(path: Path, tokenizer: Path | None) -> Trace:
@@ -206,7 +276,7 @@ def _conversations(path: Path) -> list[tuple[str, str]]:
     return texts
 
 
-def _read_frame(path: Path, named: _Format | None) -> "pd.DataFrame":
+def _read_frame(path: Path, named: dict[str, str]) -> "pd.DataFrame":
     """The file as a table whose index is the line number that an editor shows."""
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -246,10 +316,13 @@ def _read_csv(path: Path) -> "pd.DataFrame":
     return frame.dropna(how="all")
 
 
-def _read_json_lines(path: Path, named: _Format | None) -> "pd.DataFrame":
+def _read_json_lines(path: Path, named: dict[str, str]) -> "pd.DataFrame":
     import pandas as pd
 
-    wanted = {column for form in (_FORMATS if named is None else (named,)) for column in form.columns}
+    wanted = set(named.values())
+    if "prompt" not in named:
+        wanted |= {column for form in _FORMATS for column in form.columns}
+    others: dict[str, None] = {}
     rows, lines = [], []
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -261,9 +334,14 @@ def _read_json_lines(path: Path, named: _Format | None) -> "pd.DataFrame":
                 raise InputError(f"{path} line {number}: no JSON ({error}): {line.strip()[:60]}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path} line {number}: {line.strip()[:60]} is no object of columns")
-            rows.append({column: row[column] for column in row if column in wanted} or dict.fromkeys(row))
+            found = {column: row[column] for column in row if column in wanted}
+            if len(found) < len(row):
+                others |= dict.fromkeys(column for column in row if column not in wanted)
+            rows.append(found or dict.fromkeys(row))
             lines.append(number)
-    return pd.DataFrame(rows, index=lines)
+    frame = pd.DataFrame(rows, index=lines)
+    frame.attrs["others"] = list(others)  # columns that were not kept
+    return frame
 
 
 def _format_of(path: Path, frame: "pd.DataFrame") -> _Format:

@@ -10,8 +10,9 @@ the same draws scaled, so that two rates differ in nothing but the rate. A short
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from engine.errors import InputError, unknown
 from engine.scheduling.content import Content, own
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
+from engine.specs import SchedulerSpec
 from engine.workload.client import Client, ClientSpec, Turn
 from engine.workload.lengths import builtin_names, draw_lengths, load
 from engine.workload.traces import MAX_TOKENS, Trace, read_trace
@@ -35,6 +37,7 @@ SYNTHETIC = ("fixed", "uniform", "zipf", "random")
 SYSTEM = 0  # the stream of a shared system prompt
 DEFAULT_LENGTHS = "openchat_sharegpt4"
 _DEFAULT_NUM_PROMPTS = 1_000
+_HASH_ID_TOKENS, _ZIPF_ALPHA = 512, 1.2
 _BLOCK = 4_096  # requests made at a time while iterating
 
 
@@ -48,7 +51,12 @@ class WorkloadSpec:
         evenly from L (1 - random_range_ratio) to L (1 + random_range_ratio), as vLLM's random dataset.
     trace: a recorded trace, which takes the place of `lengths`; `columns` names its columns where they are others
         than those of a known format (`prompt=...,output=...` and, if any, `time=...` in seconds, `hash_ids=...`);
-        `tokenizer` is a folder, for traces of text. `hash_id_tokens` of a prompt share one of its hash ids.
+        `tokenizer` is a folder, for traces of text. `hash_id_tokens` of a prompt share one of its hash ids. Requests of
+        one `session` (a column) are turns of a conversation; each prompt holds the turn's before and its output. A turn
+        is sent at its recorded time, or when the turn before has ended if that is later; where the arrivals are not
+        the recorded ones, or with a think_time_s, it comes think_time_s after that end.
+    priorities: priorities and the share of the requests (of a trace without its own, or of the conversations) that has
+        each, such as `0=0.2,1=0.8`; the lowest goes first under a scheduler that looks at it.
     system_prompt_len: tokens before every prompt, the same for all.
     turns: requests of a conversation, a number or LOW:HIGH (drawn evenly). Each turn's prompt is the turn's before with
         its output, and a new message, which is a prompt of `lengths` (`turn_input_len` of the later ones if given). It
@@ -57,7 +65,7 @@ class WorkloadSpec:
     arrival: `poisson`, `gamma` (gaps with the coefficient of variation `arrival_cv`), `static` (evenly spaced), `trace`
         (as recorded, `rate_scale` times as fast) or `burst` (all at 0). None is `trace` for a trace that has arrival
         times when no `request_rate` is given, and `poisson` otherwise. The first request of a process arrives at 0.
-    max_concurrency, ramp_up_s, client_overhead_s: of the client, see `engine.workload.client.ClientSpec`.
+    max_concurrency, users, ramp_up_s, client_overhead_s: of the client, see `engine.workload.client.ClientSpec`.
     num_prompts: None is every row of a trace, or 1000 requests of a distribution.
     max_model_len: requests with more tokens, prompt and output together, are dropped, and others take their place.
     clip_tokens: longer requests are shortened to this many tokens instead, the prompt first, then the output.
@@ -66,17 +74,19 @@ class WorkloadSpec:
     lengths: str = DEFAULT_LENGTHS
     input_len: str | int | None = None
     output_len: str | int | None = None
-    zipf_alpha: float = 1.2
+    zipf_alpha: float = _ZIPF_ALPHA
     random_range_ratio: float = 0.0
     trace: Path | None = None
     columns: str | None = None
     tokenizer: Path | None = None
-    hash_id_tokens: int = 512
+    hash_id_tokens: int = _HASH_ID_TOKENS
     system_prompt_len: int = 0
+    priorities: str | None = None
     turns: str | int | None = None
     turn_input_len: str | int | None = None
     think_time_s: float = 0.0
     max_concurrency: int | None = None
+    users: int | None = None
     ramp_up_s: float = 0.0
     client_overhead_s: float = 0.0
     arrival: str | None = None
@@ -115,7 +125,11 @@ class WorkloadSpec:
             raise unknown("lengths", self.lengths, (*builtin_names(), *SYNTHETIC))
         for name, value in (("input_len", self.input_len), ("output_len", self.output_len)):
             if self.lengths in SYNTHETIC:
-                _range(name, value, fixed=self.lengths in ("fixed", "random"))
+                _range(
+                    f"random_{name}" if self.lengths == "random" else name,
+                    value,
+                    fixed=self.lengths in ("fixed", "random"),
+                )
             elif value is not None:
                 source = f"lengths {self.lengths!r}" if self.trace is None else f"trace {self.trace}"
                 raise InputError(
@@ -126,17 +140,27 @@ class WorkloadSpec:
         _check_number("random_range_ratio", self.random_range_ratio, 0, 1, "")
         if self.random_range_ratio and self.lengths != "random":
             raise InputError(f"random_range_ratio {self.random_range_ratio} needs lengths 'random'")
-        for name in ("columns", "tokenizer"):
-            if getattr(self, name) is not None and self.trace is None:
+        if self.zipf_alpha != _ZIPF_ALPHA and self.lengths != "zipf":
+            raise InputError(f"zipf_alpha {self.zipf_alpha} needs lengths 'zipf'")
+        for name, default in (("columns", None), ("tokenizer", None), ("hash_id_tokens", _HASH_ID_TOKENS)):
+            if getattr(self, name) != default and self.trace is None:
                 raise InputError(f"{name} {getattr(self, name)} needs a trace")
 
     def _check_conversations(self) -> None:
         _check_whole("system_prompt_len", self.system_prompt_len, 0)
         _check_whole("hash_id_tokens", self.hash_id_tokens, 1)
         _check_number("think_time_s", self.think_time_s, 0, 1e9, "")
+        sessions = self.has_conversations and self.turns is None
         for name in ("turn_input_len", "think_time_s"):
-            if getattr(self, name) and self.turns is None:
-                raise InputError(f"{name} {getattr(self, name)} needs turns, the requests of a conversation")
+            if getattr(self, name) and self.turns is None and not (sessions and name == "think_time_s"):
+                more = ", or a trace with sessions (columns session=NAME)" if name == "think_time_s" else ""
+                raise InputError(
+                    f"{name} {getattr(self, name)} needs turns{more or ', the requests of a conversation'}"
+                )
+        if sessions and self.clip_tokens is not None:
+            raise InputError(f"clip_tokens {self.clip_tokens} has no meaning with sessions: leave one out")
+        if self.priorities is not None:
+            _shares(self.priorities)
         if self.turns is not None:
             _range("turns", self.turns, fixed=False, what="requests")
             if self.trace is not None:
@@ -148,10 +172,19 @@ class WorkloadSpec:
         if self.system_prompt_len and self.trace is not None:
             raise InputError(f"system_prompt_len {self.system_prompt_len} has no meaning with a trace: leave one out")
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether requests are turns of conversations, of which the request rate is then."""
+        named = re.findall(r"(\w+)\s*=", self.columns or "")
+        return self.turns is not None or "session" in named
+
     def client(self) -> ClientSpec:
         """How its requests are sent."""
         return ClientSpec(
-            max_concurrency=self.max_concurrency, ramp_up_s=self.ramp_up_s, overhead_s=self.client_overhead_s
+            max_concurrency=self.max_concurrency,
+            users=self.users,
+            ramp_up_s=self.ramp_up_s,
+            overhead_s=self.client_overhead_s,
         )
 
     def _check_arrival(self) -> None:
@@ -182,8 +215,9 @@ class Workload:
     of the trace record a failure instead of a length.
 
     What the requests' tokens are matters where prefixes are cached: `contents` (n,) says which of them begin alike,
-    None that none do. Requests that are turns of a conversation have the row of the turn before in `after` (n,), -1
-    where there is none, and come `think_s` (n,) seconds after its end, not at `arrived_at`, the conversation's.
+    None that none do. Requests that are turns of a conversation have the row of the turn before in `after` (n,), which
+    is the row before, -1 where there is none, and come `think_s` (n,) seconds after its end, not before `arrived_at`.
+    `priorities` (n,) are the lowest first; None where all are the same.
     `notes` are what a reader of the results should know.
     """
 
@@ -196,6 +230,7 @@ class Workload:
     contents: Sequence[Content | None] | None = None
     after: Ints | None = None
     think_s: Floats | None = None
+    priorities: Ints | None = None
     client: ClientSpec = field(default_factory=ClientSpec)
     notes: tuple[str, ...] = ()
 
@@ -217,8 +252,9 @@ class Workload:
                 wanted = "a finite time (s) of at least 0" if low == 0 else "a whole number of at least 1"
                 row = int(bad.argmax())
                 raise InputError(f"workload {self.name}: {name}[{row}] is {column[row]}: give {wanted}")
-        if (falls := np.diff(self.arrived_at) < 0).any():
-            row = int(falls.argmax()) + 1
+        first = np.arange(len(self.arrived_at)) if self.after is None else np.flatnonzero(self.after < 0)
+        if (falls := np.diff(self.arrived_at[first]) < 0).any():
+            row = int(first[falls.argmax() + 1])
             raise InputError(
                 f"workload {self.name}: arrived_at[{row}] is {self.arrived_at[row]}, earlier than the one before: "
                 "sort the requests by arrival"
@@ -239,17 +275,31 @@ class Workload:
             end = min(start + _BLOCK, len(self))
             columns = (self.arrived_at, self.prompt_tokens, self.output_tokens)
             made = map(Request, range(start, end), *(column[start:end].tolist() for column in columns))
-            if self.contents is None:
+            if self.contents is None and self.priorities is None:
                 yield from made
                 continue
             for request in made:
-                request.content = self.contents[request.id]
+                if self.contents is not None:
+                    request.content = self.contents[request.id]
+                if self.priorities is not None:
+                    request.priority = int(self.priorities[request.id])
                 yield request
+
+    def notes_on(self, schedulers: Iterable[SchedulerSpec]) -> list[str]:
+        """Return `notes`, and whether priorities and schedulers that look at them come together."""
+        looked_at = [spec.policy == "vllm" and spec.scheduling_policy == "priority" for spec in schedulers]
+        if self.priorities is not None and not any(looked_at):
+            return [*self.notes, "priorities have no effect: only the scheduler vllm with --scheduling-policy priority "
+                    "looks at them"]  # fmt: skip
+        if self.priorities is None and any(looked_at):
+            return [*self.notes, "no request has a priority, so all are of one: --priorities, or a trace's "
+                    "--columns priority=NAME"]  # fmt: skip
+        return list(self.notes)
 
     @property
     def waits(self) -> bool:
         """Whether when a request is sent hangs on how others fared."""
-        return self.after is not None or self.client.max_concurrency is not None
+        return self.after is not None or self.client.seats is not None
 
     def sender(self) -> Client:
         """Make the client that sends these requests."""
@@ -265,9 +315,26 @@ class Workload:
 
 def make_workload(spec: WorkloadSpec) -> Workload:
     """The workload that `spec` describes; the same spec gives the same one."""
-    lengths_rng, arrivals_rng = np.random.default_rng(spec.seed).spawn(2)
+    lengths_rng, arrivals_rng, priorities_rng = np.random.default_rng(spec.seed).spawn(3)
+    made = _made(spec, lengths_rng, arrivals_rng)
+    if spec.priorities is None:
+        return made
+    if made.priorities is not None:
+        raise InputError(
+            f"priorities {spec.priorities} and a column of trace {spec.trace} both give them: leave one out"
+        )
+    levels, shares = _shares(spec.priorities)
+    of_first = priorities_rng.choice(levels, len(made), p=shares)
+    first = np.arange(len(made)) if made.after is None else np.maximum.accumulate(
+        np.where(made.after < 0, np.arange(len(made)), 0)
+    )  # fmt: skip
+    return replace(made, priorities=of_first[first])
+
+
+def _made(spec: WorkloadSpec, lengths_rng: np.random.Generator, arrivals_rng: np.random.Generator) -> Workload:
+    """The workload without drawn priorities."""
     if spec.trace is not None:
-        return _replay(spec, spec.trace, arrivals_rng)
+        return _replay(spec, spec.trace, lengths_rng, arrivals_rng)
     limit = spec.max_model_len if spec.clip_tokens is None else None  # nothing that is clipped is too long
     n = _DEFAULT_NUM_PROMPTS if spec.num_prompts is None else spec.num_prompts
     system = spec.system_prompt_len
@@ -320,7 +387,7 @@ def _conversations(
     )  # fmt: skip
 
 
-def _replay(spec: WorkloadSpec, path: Path, rng: np.random.Generator) -> Workload:
+def _replay(spec: WorkloadSpec, path: Path, lengths_rng: np.random.Generator, rng: np.random.Generator) -> Workload:
     trace = read_trace(path, spec.columns, spec.tokenizer)
     prompt, output = _clip(trace.prompt, trace.output, spec.clip_tokens)
     fits = np.arange(len(prompt))
@@ -332,12 +399,57 @@ def _replay(spec: WorkloadSpec, path: Path, rng: np.random.Generator) -> Workloa
         raise InputError(f"{path} has {len(fits)} requests{within}{wanted or ': raise max_model_len'}")
     rows = fits[: spec.num_prompts]
     dropped = int(rows[-1]) + 1 - len(rows) if spec.num_prompts is not None else len(prompt) - len(fits)
+    if spec.hash_id_tokens != _HASH_ID_TOKENS and not trace.ids_are_hashes:
+        raise InputError(f"hash_id_tokens {spec.hash_id_tokens} needs hash ids: {path} has none that are read")
+    if trace.arrived_at is not None and spec.client().seats is not None and spec.arrival == "burst":
+        unused = "the recorded times are not used: a closed loop sends the next request when one has ended"
+        trace = replace(trace, notes=(*trace.notes, f"{unused} (--arrival trace uses them)"))
+    notes = trace.notes
+    if trace.sessions is not None:
+        return _sessions(spec, trace, rows, dropped, lengths_rng, rng)
     recorded = None if trace.arrived_at is None else trace.arrived_at[rows]
     arrived_at = _arrivals(spec, len(rows), recorded, rng)
-    contents, notes = _shared(spec, trace, prompt, rows)
+    contents, odd = _shared(spec, trace, prompt, rows)
     return Workload(
-        path.stem, arrived_at, prompt[rows], output[rows], dropped, trace.num_failed,
-        contents=contents, client=spec.client(), notes=(*trace.notes, *notes),
+        path.stem, arrived_at, prompt[rows], output[rows], dropped, trace.num_failed, contents=contents,
+        priorities=None if trace.priorities is None else trace.priorities[rows],
+        client=spec.client(), notes=(*notes, *odd),
+    )  # fmt: skip
+
+
+def _sessions(
+    spec: WorkloadSpec, trace: Trace, rows: Ints, dropped: int, lengths_rng: np.random.Generator,
+    rng: np.random.Generator,
+) -> Workload:  # fmt: skip
+    """The rows of a trace as turns of conversations, each conversation's one after the other."""
+    assert trace.sessions is not None and spec.trace is not None
+    begun, session = np.unique(trace.sessions[rows], return_index=True, return_inverse=True)[1:]
+    order = np.lexsort((np.arange(len(rows)), begun[session]))  # by the first turn of its session, then by time
+    rows, session = rows[order], session[order]
+    follows = np.concatenate(([False], session[1:] == session[:-1]))
+    first = np.maximum.accumulate(np.where(follows, 0, np.arange(len(rows))))
+    after = np.where(follows, np.arange(len(rows)) - 1, -1)
+    recorded = None if trace.arrived_at is None else trace.arrived_at[rows]
+    begins = _arrivals(spec, int((~follows).sum()), None if recorded is None else recorded[~follows], rng)
+    arrived_at = begins[np.cumsum(~follows) - 1]
+    as_recorded = recorded is not None and _arrival(spec, recorded) == "trace"
+    if as_recorded and not spec.think_time_s:
+        assert recorded is not None
+        arrived_at = arrived_at + (recorded - recorded[first]) / spec.rate_scale
+    think_s = lengths_rng.exponential(spec.think_time_s, len(rows)) if spec.think_time_s else np.zeros(len(rows))
+    prompts, outputs = trace.prompt[rows], trace.output[rows]
+    longer = np.concatenate(([True], prompts[1:] >= (prompts + outputs)[:-1]))
+    anew = follows & ~longer  # a prompt that can't hold the turn before and its output is one of its own
+    stream = np.cumsum(~follows | anew)
+    contents = [Content.of((SYSTEM + int(number), math.inf)) for number in stream.tolist()]
+    notes = trace.notes
+    if anew.any():
+        odd = f"{int(anew.sum()):,} of {len(rows):,} turns have prompts shorter than the turn before and its output"
+        notes = (*notes, f"{odd}: these share nothing with it")
+    return Workload(
+        spec.trace.stem, arrived_at, prompts, outputs, dropped, trace.num_failed, contents=contents, after=after,
+        think_s=think_s, priorities=None if trace.priorities is None else trace.priorities[rows],
+        client=spec.client(), notes=notes,
     )  # fmt: skip
 
 
@@ -369,9 +481,28 @@ def _shared(
     return contents, [f"{odd:,} of {len(rows):,} requests have {what} that contradict lengths: these share nothing"]
 
 
+def _arrival(spec: WorkloadSpec, recorded: Floats | None) -> str:
+    """The arrival process; `recorded` are a trace's own times, if it has any."""
+    return spec.arrival or ("trace" if recorded is not None and spec.request_rate is None else "poisson")
+
+
+def _shares(text: str) -> tuple[list[int], list[float]]:
+    """The priorities that `0=0.2,1=0.8` names, and their shares."""
+    try:
+        pairs = [(int(key), float(share)) for key, _, share in (part.partition("=") for part in text.split(","))]
+    except ValueError:
+        pairs = []
+    levels, shares = [level for level, _ in pairs], [share for _, share in pairs]
+    if not pairs or len(set(levels)) < len(levels) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+        raise InputError(
+            f"priorities {text!r}: give PRIORITY=SHARE,... with shares that add up to 1, such as 0=0.2,1=0.8"
+        )
+    return levels, shares
+
+
 def _arrivals(spec: WorkloadSpec, n: int, recorded: Floats | None, rng: np.random.Generator) -> Floats:
     """Arrival times (n,) in seconds, not falling; `recorded` (n,) are the trace's own."""
-    arrival = spec.arrival or ("trace" if recorded is not None and spec.request_rate is None else "poisson")
+    arrival = _arrival(spec, recorded)
     if spec.rate_scale != 1 and arrival != "trace":
         raise InputError(f"rate_scale {spec.rate_scale} needs arrival 'trace': set request_rate instead")
     if arrival == "trace":

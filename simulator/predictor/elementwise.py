@@ -32,6 +32,7 @@ SAME_AS = {  # operators of the same kernel, where one of them was not measured
     "input_norm": "post_attention_norm",
     "attention_residual_norm": "mlp_residual_norm",
     "mlp_residual_norm": "attention_residual_norm",
+    "qk_norm": "input_norm",
     "kv_write": "rotary_kv_write",
     "branch_add": "mlp_residual_add",
 }

@@ -19,8 +19,8 @@ from engine.errors import InputError
 from engine.results.tables import Array
 from engine.specs import DeviceSpec, catalog
 from engine.specs.model import EXPERT_LOADS, QUANTIZED_BYTES
+from profiler import expert_load
 from profiler.expert_kinds import Experts as Operator
-from simulator.predictor import expert_load
 from simulator.predictor.forest import Forest
 from simulator.predictor.grids import MOST_ROWS
 from simulator.predictor.kind import RowsModel, Site
@@ -41,7 +41,7 @@ ATTAINED = {  # share of the roofline that vLLM 0.19's kernels attain: medians o
     "mxfp4": 0.23,
 }
 FOREST: dict[str, Any] = {"trees": 12, "max_leaf_nodes": 500, "max_features": 0.6, "min_samples_leaf": 2}
-_SIXTEEN = ("bfloat16", "float16")
+_PLAIN = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a weight; float32 is what CPUs are profiled in
 
 
 class Work(NamedTuple):
@@ -99,7 +99,7 @@ class Experts(RowsModel[Operator]):
     @classmethod
     def usable(cls, rows: pd.DataFrame) -> pd.DataFrame:
         """Those whose format is known, and that took at least what reading their weights from memory takes."""
-        rows = rows[rows["dtype"].isin([*_SIXTEEN, *QUANTIZED_BYTES])]
+        rows = rows[rows["dtype"].isin([*_PLAIN, *QUANTIZED_BYTES])]
         kept = np.ones(len(rows), dtype=bool)
         for name in rows["device"].unique():
             if name in catalog.DEVICES:
@@ -252,9 +252,10 @@ def _format(dtype: str, device: DeviceSpec) -> tuple[float, float, float]:
     """Bytes of a weight, peak FLOP/s, and the share of the roofline that is attained."""
     narrow = dtype in ("fp8", "fp8_block") and device.peak_fp8_flops is not None
     flops = device.peak_fp8_flops if narrow and device.peak_fp8_flops else device.peak_flops
-    return QUANTIZED_BYTES.get(dtype, WIDTH), flops, ATTAINED[_learned_as(dtype)]
+    byte = QUANTIZED_BYTES[dtype] if dtype in QUANTIZED_BYTES else _PLAIN[dtype]
+    return byte, flops, ATTAINED.get(_learned_as(dtype), ATTAINED["bfloat16"])
 
 
 def _learned_as(dtype: str) -> str:
     """The format whose measurements are taken: 16 bits are 16 bits."""
-    return dtype if dtype in QUANTIZED_BYTES else "bfloat16"
+    return "bfloat16" if _PLAIN.get(dtype) == 2 else dtype

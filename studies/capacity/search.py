@@ -81,13 +81,13 @@ class Capacity:
         """The trial at the capacity."""
         return max((trial for trial in self.trials if trial.met), key=lambda trial: trial.rate, default=None)
 
-    def describe(self) -> str:
-        """Return the outcome in words."""
+    def describe(self, things: str = "requests") -> str:
+        """Return the outcome in words; a rate is of `things`, which may be conversations."""
         if self.outcome == "none":
             return f"no rate meets {self.binding}, not even one request at a time"
         if self.outcome == "all":
             return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} requests/s)"
-        return f"{self.qps:.3g} requests/s within the SLOs; beyond it {self.binding} is missed"
+        return f"{self.qps:.3g} {things}/s within the SLOs; beyond it {self.binding} is missed"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers; `max_qps_under_slo` is the capacity."""

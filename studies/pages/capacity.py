@@ -67,15 +67,15 @@ def _conditions(points: Sequence[Point]) -> str:
 def _outcome(point: Point) -> str:
     if point.qps is None:
         return point.status
-    return f"{number(point.qps)} requests/s" if point.outcome != "none" else f"no rate meets {point.binding}"
+    return f"{number(point.qps)} {point.rate_of}/s" if point.outcome != "none" else f"no rate meets {point.binding}"
 
 
 def _search_cards(search: Search) -> list[tuple[str, str, str]]:
     point = search.point
     given_up = sum(trial.stopped_early is not None for trial in search.trials)
     entries = [
-        ("Capacity", f"{number(point.qps or 0.0)} requests/s", f"to {percent(search.tolerance)}"),
-        ("Per GPU", _with(point.per_gpu, "requests/s"), f"of {point.gpus}" if point.gpus else ""),
+        ("Capacity", f"{number(point.qps or 0.0)} {point.rate_of}/s", f"to {percent(search.tolerance)}"),
+        ("Per GPU", _with(point.per_gpu, f"{point.rate_of}/s"), f"of {point.gpus}" if point.gpus else ""),
         ("Output", _with(point.tokens, "tokens/s"), "at the capacity"),
         ("TTFT, median", seconds(point.ttft_s), "at the capacity"),
         ("TBT, P99", seconds(point.tbt_s), "at the capacity"),

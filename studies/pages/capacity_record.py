@@ -55,6 +55,7 @@ class Point:
     per_dollar: float | None  # requests
     published: float | None  # requests/s, by somebody else's measurement
     confirmed: float | None  # requests/s, on hardware
+    rate_of: str = "requests"  # or conversations
 
     @property
     def per_gpu(self) -> float | None:
@@ -198,6 +199,7 @@ def _point(entry: Mapping[str, Any], name: str, group: str) -> Point:
         per_dollar=entry.get("requests_per_dollar"),
         published=float(published) if isinstance(published, int | float) else None,
         confirmed=confirmed.get("confirmed_qps"),
+        rate_of=entry.get("rate_of", "requests"),
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.results.metric_table import METRICS
-from engine.results.metrics import describe_slo, summary_key
+from engine.results.metrics import burst_finding, describe_slo, summary_key
 from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
@@ -88,10 +88,15 @@ def _setting(record: Record) -> str:
         parts.append(f"{copies}{engine}, {replica['parallel']}, under the {replica['scheduler']} scheduler{limit}")
     asked = record.config.get("request_rate")
     closed = record.config.get("max_concurrency")
-    if closed:
+    users = record.config.get("users")
+    named = str(record.config.get("columns") or "").replace(" ", "")
+    things = "conversation" if record.config.get("turns") or "session=" in named else "request"
+    if users:
+        rate = f"by {users:,} user{'s' * (users != 1)}"
+    elif closed:
         rate = f"with at most {closed:,} in the system at once"
     elif asked:
-        rate = f"at {number(asked)} request{'s' * (asked != 1)}/s"
+        rate = f"at {number(asked)} {things}{'s' * (asked != 1)}/s"
     elif record.arrival_rate is not None:
         rate = f"that came at {number(record.arrival_rate)} requests/s"
     else:
@@ -115,14 +120,6 @@ def verdict(summary: Mapping[str, Any]) -> list[tuple[Tone, str]]:
     if not summary["slos"]:
         lines.append(("unsure", "No SLO was set"))
     return [(tone, text[:1].upper() + text[1:] if i == 0 else text) for i, (tone, text) in enumerate(lines)]
-
-
-def burst_finding(summary: Mapping[str, Any]) -> str | None:
-    """Return a sentence on requests that wait for long although the queue does not grow; None where none do."""
-    usual, late = (summary.get(summary_key(statistic, "scheduling_delay"), 0.0) / 1e3 for statistic in ("p50", "p99"))
-    if summary["saturation"]["growing"] is not False or late < max(1.0, 10 * usual):
-        return None
-    return f"Bursts queue: one request in a hundred waits {seconds(late)} or more for its first batch"
 
 
 def times_source(record: Record) -> tuple[Tone, str, str]:

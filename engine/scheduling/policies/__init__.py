@@ -19,11 +19,22 @@ from engine.errors import InputError, unknown
 from engine.scheduling.policies.base import BatchPlan, Policy, Verbs
 from engine.scheduling.policies.orca import Orca, RequestLevel
 from engine.scheduling.policies.sarathi import CHUNK_SCHEDULE, ChunkedOnly, HybridOnly, Sarathi, chunk_sizes
-from engine.scheduling.policies.vllm import VLLM, resolve_vllm
+from engine.scheduling.policies.vllm import OPTIONS, VLLM, refuse_options, resolve_vllm
 from engine.scheduling.policies.vllm_v0 import VLLMV0
 from engine.specs import SchedulerSpec
 
-__all__ = ["ALIASES", "POLICIES", "BatchPlan", "Policy", "Sarathi", "Verbs", "chunk_sizes", "largest_batch", "resolve"]
+__all__ = [
+    "ALIASES",
+    "POLICIES",
+    "VLLM_OPTIONS",
+    "BatchPlan",
+    "Policy",
+    "Sarathi",
+    "Verbs",
+    "chunk_sizes",
+    "largest_batch",
+    "resolve",
+]
 
 POLICIES: dict[str, type[Policy]] = {
     "sarathi": Sarathi,
@@ -34,6 +45,7 @@ POLICIES: dict[str, type[Policy]] = {
     "chunked_only": ChunkedOnly,
     "hybrid_only": HybridOnly,
 }
+VLLM_OPTIONS = OPTIONS
 ALIASES = {"faster_transformer": "request_level"}
 
 
@@ -81,7 +93,9 @@ def resolve(spec: SchedulerSpec, model_max_len: int) -> SchedulerSpec:
             chunk_schedule_stages=spec.chunk_schedule_stages or 16,
             chunk_schedule_max_tokens=spec.chunk_schedule_max_tokens or max_model_len,
         )
-    if policy is VLLM:
+    if issubclass(policy, VLLM):
         spec = resolve_vllm(spec)
+    else:
+        refuse_options(spec)
     spec = replace(spec, max_model_len=max_model_len, max_num_batched_tokens=budget if policy.has_budget else None)
     return replace(spec, watermark=policy(spec).watermark)  # which checks the limits

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.errors import unknown
+from engine.errors import InputError, unknown
 from engine.scheduling.policies.base import BatchPlan, Policy, Verbs, check_budget
 from engine.scheduling.request import Entry, Request
 from engine.specs import SchedulerSpec
@@ -155,11 +155,34 @@ class VLLM(Policy):
         scheduler.kv_cache.register(request, min(request.start + tokens, request.num_tokens))
 
 
+OPTIONS = {  # fields of a SchedulerSpec that no other policy reads, and what they are where nothing is asked for
+    "scheduling_policy": "fcfs",
+    "long_prefill_token_threshold": 0,
+    "long_prefill_token_threshold_adaptive": False,
+    "scheduler_reserve_full_isl": None,
+    "vllm_version": None,
+}
+
+
+def refuse_options(spec: SchedulerSpec) -> None:
+    """Raise InputError for an option of vllm that another policy would ignore."""
+    for name, default in OPTIONS.items():
+        if (value := getattr(spec, name)) != default:
+            raise InputError(
+                f"{name} {value} is an option of the scheduler vllm, which {spec.policy} would ignore: leave it out, "
+                "or choose --scheduler vllm"
+            )
+
+
 def resolve_vllm(spec: SchedulerSpec) -> SchedulerSpec:
     """Fill in what depends on the version. Raises InputError for a version whose rules are not known."""
     version = spec.vllm_version or VERSIONS[-1]
     if version not in VERSIONS:
         raise unknown("vLLM version", version, VERSIONS)
+    if spec.long_prefill_token_threshold_adaptive and (version in OLD_RULES or not spec.long_prefill_token_threshold):
+        why = f"vLLM {version} has no such option" if version in OLD_RULES else "it raises long_prefill_token_threshold"
+        fix = "leave it out" if version in OLD_RULES else "give that too, or leave it out"
+        raise InputError(f"long_prefill_token_threshold_adaptive true: {why}: {fix}")
     reserve = spec.scheduler_reserve_full_isl
     return replace(
         spec,

@@ -16,6 +16,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.results.tables import Array
 from engine.specs.model import EXPERT_LOADS
@@ -61,6 +62,16 @@ def padded(spread: Array, rows: int) -> float:
     """Return the rows that the experts compute where each one's tokens are rounded up to tiles of `rows`."""
     whole = np.ceil(spread / rows) * rows
     return float(np.where(spread < 1, spread * rows, whole).sum())
+
+
+def deal(spread: Array, tokens: int, top_k: int) -> NDArray[np.int64]:
+    """Return top_k different experts for each token, (tokens, top_k), so that each expert gets its load to a token."""
+    counts = np.floor(spread + 1e-9).astype(np.int64)
+    left = tokens * top_k - int(counts.sum())
+    room = np.where(counts < tokens, spread - counts, -1.0)
+    counts[np.argsort(-room, kind="stable")[:left]] += 1
+    # an expert's places follow one another, and a token has each `tokens`-th: none has an expert twice
+    return np.repeat(np.arange(len(counts)), counts).reshape(top_k, tokens).T.copy()
 
 
 def _capped(spread: Array, most: float) -> Array:

@@ -1,0 +1,93 @@
+"""`windtunnel validate --against FILE`: measured results of others beside their predictions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cli.output import progress_bar
+from engine.results.run_folder import run_folder, write_summary
+from studies.measured.point import MEASURES
+from windtunnel.measured import validate_measured
+
+_LINE = ("points", "predicted", *MEASURES, "groups", "per_request", "cold", "p90", "p99")  # of --json
+_SHOWN = 5  # rows that could not be run
+
+
+def run(
+    path: Path,
+    given: dict[str, Any],
+    output_dir: Path | None,
+    *,
+    only: str | None,
+    source: str | None,
+    client: str | None,
+    columns: str | None,
+    warmup_requests: int | None,
+    as_json: bool,
+) -> None:
+    """Predict the points, print the errors by group, and write `validation.json` and a page if a folder is given."""
+    width = None if (sys.stderr if as_json else sys.stdout).isatty() else 130
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
+
+    def predicted() -> dict[str, Any]:
+        with progress_bar("points") as progress:
+            task = progress.add_task("predicting", total=None)
+            return validate_measured(
+                path, given, only=only, source=source, client=client, columns=columns, warmup_requests=warmup_requests,
+                workers=None, on_progress=lambda done, of: progress.update(task, completed=done, total=of),
+            )  # fmt: skip
+
+    if output_dir is None:
+        results = predicted()
+    else:
+        with run_folder(output_dir) as folder:
+            results = predicted()
+            write_summary(folder, results, "validation.json")
+            from studies.pages.measured import write_measured
+
+            write_measured(results, folder / "validation.html")
+    _print(results, console)
+    if output_dir is not None:
+        console.print(f"report: {output_dir / 'validation.html'}")
+    if as_json:
+        print(json.dumps({key: results[key] for key in _LINE if key in results}, allow_nan=False))
+
+
+def _print(results: dict[str, Any], console: Console) -> None:
+    sources = f", as {' and '.join(results['sources'])}" if results["sources"] else ""
+    console.print(f"{results['predicted']:,} of {results['points']:,} points of {results['file']}{sources}")
+    for predictor in results["predictors"][:_SHOWN]:
+        console.print(f"times: {predictor}", style="dim")
+    for text in results["assumed"]:
+        console.print(f"assumed: {text}", style="yellow")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("mean error (bias)", no_wrap=True)
+    for name in ("points", "TPOT", "TTFT", "E2E", "throughput"):
+        table.add_column(name, justify="right")
+    every = {"group": "all", "count": results["predicted"], **{name: results[name] for name in MEASURES}}
+    for group in [every, *results["groups"]]:
+        table.add_row(group["group"], f"{group['count']:,}", *(_cell(group[name]) for name in MEASURES))
+    console.print(table)
+    for name, words in (("per_request", "each request's own"), ("cold", "mean of the first requests"),
+                        ("p90", "P90"), ("p99", "P99")):  # fmt: skip
+        if entry := results.get(name):
+            parts = [f"{key.upper()} {value:+.1%}" for key, value in entry.items() if value is not None]
+            if parts:
+                console.print(f"{words}: {', '.join(parts)}")
+    out = [record for record in results["records"] if record["in_range"] < 1]
+    if out:
+        console.print(f"{len(out):,} points have batches outside the calibrated range", style="yellow")
+    for row in results["refused"][:_SHOWN]:
+        console.print(f"not run: {row['id']}: {row['why']}", style="yellow")
+    if len(results["refused"]) > _SHOWN:
+        console.print(f"not run: {len(results['refused']) - _SHOWN:,} more", style="yellow")
+
+
+def _cell(error: dict[str, float] | None) -> str:
+    return "-" if error is None else f"{error['mape']:.1%} ({error['bias']:+.1%})"

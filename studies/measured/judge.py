@@ -1,0 +1,91 @@
+"""How far predictions are from what was measured: by point, by group, and over all.
+
+Aggregated points: the mean of |predicted - measured| / measured over points, and the mean with its sign. A file with a
+line a request is one point, of its means after the warm-up, with the errors of its requests beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.replica_spec import ReplicaSpec
+from studies.measured.point import MEASURES, Point
+
+Prediction = Mapping[str, Any]
+
+
+def point_record(point: Point, replica: ReplicaSpec, predicted: Prediction) -> dict[str, Any]:
+    """Return what is reported of one point: figures in seconds and tokens/s, errors as shares."""
+    record: dict[str, Any] = {
+        "id": point.id,
+        "group": group_of(replica),
+        "load": point.load,
+        "engine": replica.engine.name,
+        "measured": dict(point.measured),
+        "predicted": {name: predicted[name] for name in MEASURES if name in predicted},
+        "error": {
+            name: predicted[name] / value - 1
+            for name, value in point.measured.items()
+            if predicted.get(name) is not None
+        },
+        **{name: predicted[name] for name in ("kv_limited", "in_range", "preemptions", "where", "num_gpu_blocks")},
+    }
+    if point.per_request:
+        record["requests"] = _per_request(point, predicted["per_request"])
+    return record
+
+
+def group_of(replica: ReplicaSpec) -> str:
+    """Return the group of a point: model, device, format, layout."""
+    model = replica.model
+    form = model.dtype if model.quantization in (None, "none") else model.quantization
+    return f"{model.name.rpartition('/')[2]} {replica.device.name} {form} {replica.parallel}"
+
+
+def summary(records: Sequence[Mapping[str, Any]], num_points: int) -> dict[str, Any]:
+    """Return the errors over all points and by group, as the last line of `--json`."""
+    groups = []
+    limited = [record for record in records if record["kv_limited"]]
+    free = [record for record in records if not record["kv_limited"]]
+    if limited and free:
+        groups.append({"group": "not KV-limited", **_errors(free)})
+    if limited:
+        groups.append({"group": "KV-limited", **_errors(limited)})
+    names = list(dict.fromkeys(record["group"] for record in free))
+    groups += [{"group": name, **_errors([each for each in free if each["group"] == name])} for name in names]
+    found: dict[str, Any] = {"points": num_points, "predicted": len(records), **_errors(records), "groups": groups}
+    del found["count"]
+    single = [record["requests"] for record in records if "requests" in record]
+    if len(single) == 1:
+        found |= single[0]
+    return found
+
+
+def _errors(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"count": len(records)}
+    for measure in MEASURES:
+        errors = [record["error"][measure] for record in records if measure in record["error"]]
+        found[measure] = {"mape": float(np.mean(np.abs(errors))), "bias": float(np.mean(errors))} if errors else None
+    return found
+
+
+def _per_request(point: Point, predicted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return errors of the requests themselves after the warm-up, of the warm-up's mean, and of percentiles."""
+    warm = point.warmup_requests
+    found: dict[str, Any] = {}
+    for name, part in (("per_request", "each"), ("cold", "cold"), ("p90", 90.0), ("p99", 99.0)):
+        entry: dict[str, float | None] = {}
+        for measure, values in point.per_request.items():
+            ours, theirs = np.asarray(predicted[measure]), values
+            if part == "each":
+                entry[measure] = float(np.mean(np.abs(ours[warm:] / theirs[warm:] - 1)))
+            elif part == "cold":
+                entry[measure] = float(ours[:warm].mean() / theirs[:warm].mean() - 1) if warm else None
+            else:
+                assert isinstance(part, float)
+                entry[measure] = float(np.percentile(ours[warm:], part) / np.percentile(theirs[warm:], part) - 1)
+        found[name] = entry
+    return found

@@ -1,0 +1,50 @@
+"""What was measured, point by point: a replica, a load, and how a real server fared under it.
+
+A point is one run of a server: of a benchmark's results file, of a row of a table, or of a file with a line a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.results.tables import Array
+from engine.workload.workload import Workload, WorkloadSpec
+
+MEASURES = ("tpot", "ttft", "e2e", "throughput")  # mean seconds, and output tokens/s of a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One measured run.
+
+    `settings` are of the replica, by their names in a config file. `measured` has some of MEASURES, and for runs with a
+    line a request `per_request` has (n,) arrays of ttft and e2e in seconds, in the order of the workload's requests.
+    """
+
+    id: str
+    settings: Mapping[str, Any]
+    workload: Workload | WorkloadSpec
+    measured: Mapping[str, float]
+    warmup_requests: int = 0  # the first ones, which `measured` leaves out
+    statistic: str = "mean"  # or median
+    load: str = ""  # in words, for groups
+    per_request: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What a file holds: its points, what had to be assumed about them, and rows that can't be run, with the reason."""
+
+    name: str
+    format: str
+    source: str | None
+    points: list[Point]
+    assumed: tuple[str, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def only(self, text: str) -> Measurements:
+        """Return the points and rows that have a text in their id or load."""
+        points = [point for point in self.points if text in point.id or text in point.load]
+        return replace(self, points=points, refused=tuple(row for row in self.refused if text in row[0]))

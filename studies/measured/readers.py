@@ -1,0 +1,489 @@
+"""Reads measured results as their tools write them; the format is recognised by its columns or keys.
+
+    read(Path("silicon.csv"), {}, None, None)
+
+Formats: AIConfigurator's silicon CSV (`silicon`), LLM-Inference-Bench's CSV (`offline`), a CSV with a line a request
+(`requests`), a CSV with a line a run of an open loop (`aggregates`), the JSON of vLLM's benchmark (`vllm`), and the
+folders of our own runs (`run`). A folder of several is read whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from engine.engine_preset import names as engine_names
+from engine.errors import InputError
+from engine.results.tables import Array
+from engine.scheduling.content import Content, own
+from engine.workload.client import ClientSpec
+from engine.workload.workload import Workload, WorkloadSpec, make_workload
+from studies.measured.point import Measurements, Point
+from studies.measured.sources import Client, Source, client, source, source_for
+
+Settings = Mapping[str, Any]
+
+_COLUMNS = {  # by which a CSV's format is recognised
+    "silicon": {"model_path", "system", "isl", "osl", "concurrency", "silicon_ttft_ms", "silicon_tpot_ms"},
+    "offline": {"Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency"},
+    "aggregates": {"model", "hardware", "request_rate_per_s", "stage_seconds", "ttft_mean_ms", "itl_mean_ms"},
+    "requests": {"arrived_at_s", "input_tokens", "output_tokens", "ttft_s", "e2e_s"},
+}
+_REQUEST_COLUMNS = {  # what --columns may name, and the columns that are looked for else
+    "time": "arrived_at_s",
+    "prompt": "input_tokens",
+    "output": "output_tokens",
+    "prompt_id": "prompt_id",
+    "ttft": "ttft_s",
+    "e2e": "e2e_s",
+}
+_VLLM_KEYS = {"mean_ttft_ms", "mean_tpot_ms", "completed", "output_throughput"}
+WARMUP_REQUESTS = 200  # of a run with a line a request and a cache to warm, where nothing else is asked for
+_PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
+_MOST_BYTES = 1 << 28
+
+
+def read(
+    path: Path,
+    given: Settings,
+    source_name: str | None = None,
+    client_name: str | None = None,
+    columns: str | None = None,
+    warmup_requests: int | None = None,
+) -> list[Measurements]:
+    """Read a file, or all that a folder holds. Raises InputError for what is no such file, naming line and value.
+
+    Args:
+        given: settings that were asked for; they win over the file's.
+        source_name: a source that ships or a YAML file, in place of the one that the format suggests.
+        client_name: a client that ships, in place of the source's.
+        columns: of a CSV with a line a request: `time=...,prompt=...,output=...,ttft=...,e2e=...[,prompt_id=...]`.
+        warmup_requests: how many of the first requests of such a file are left out of the means.
+    """
+    reader = _Reader(given, source_name, client_name, columns, warmup_requests)
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a file or folder of measured results")
+    if path.is_file():
+        return [reader.file(path)]
+    if (path / "summary.json").is_file():
+        return [reader.run_folder(path)]
+    inside = sorted(
+        each for each in path.iterdir() if each.suffix in (".csv", ".json") or (each / "summary.json").is_file()
+    )
+    if not inside:
+        raise InputError(f"{path} holds no measured results: give a folder of CSV or JSON files, or of runs")
+    return [reader.run_folder(each) if each.is_dir() else reader.file(each) for each in inside]
+
+
+class _Reader:
+    def __init__(
+        self,
+        given: Settings,
+        source_name: str | None,
+        client_name: str | None,
+        columns: str | None,
+        warmup_requests: int | None,
+    ) -> None:
+        self.given = given
+        self.chosen = None if source_name is None else (source_name, source(source_name))
+        self.client_name = client_name
+        self.columns = columns
+        self.warmup_requests = warmup_requests
+
+    def file(self, path: Path) -> Measurements:
+        """Read one file."""
+        if path.suffix == ".json":
+            return self._vllm(path)
+        try:
+            frame = pd.read_csv(path, skipinitialspace=True)
+        except (OSError, ValueError, pd.errors.ParserError) as error:
+            raise InputError(f"{path} can't be read as CSV: {' '.join(str(error).split())[:200]}") from None
+        if not len(frame):
+            raise InputError(f"{path} holds no rows: give a table with at least one")
+        if self.columns is not None:
+            return self._requests(path, frame)
+        has = set(frame.columns)
+        for form, needed in _COLUMNS.items():
+            if needed <= has:
+                reader: Callable[[Path, pd.DataFrame], Measurements] = getattr(self, f"_{form}")
+                return reader(path, frame)
+        raise InputError(
+            f"{path} has the columns {', '.join(map(str, list(frame.columns)[:12]))}, which no known format has: for a "
+            "table with a line a request give --columns time=...,prompt=...,output=...,ttft=...,e2e=..."
+        )
+
+    def run_folder(self, path: Path) -> Measurements:
+        """Read a folder of our own `bench`."""
+        import pyarrow.parquet as pq
+        import yaml
+
+        try:
+            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+            table = pq.read_table(path / "requests.parquet").to_pandas().sort_values("request_id")
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{path} is no run's folder: {' '.join(str(error).split())[:200]}") from None
+        arrived = np.sort((table["arrived_s"] - table["arrived_s"].min()).to_numpy())
+        users = config.get("max_concurrency")
+        workload = Workload(
+            path.name,
+            np.zeros(len(table)) if users else arrived,
+            table["prompt_tokens"].to_numpy(np.int64),
+            table["output_tokens"].to_numpy(np.int64),
+            0,
+            client=ClientSpec(max_concurrency=users),
+        )
+        point = self._of_summary(path.name, summary, {**config, **self.given}, workload)
+        return Measurements(name=path.name, format="run", source=None, points=[point])
+
+    # -- formats ---------------------------------------------------------------------------------------------------
+
+    def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
+        points: list[Point] = []
+        refused: list[tuple[str, str]] = []
+        used: dict[str, Source] = {}
+        assumed: dict[str, None] = {}
+        for row in _rows(frame):
+            name = str(row.get("id") or f"row {len(points) + len(refused) + 1}")
+            chosen = self.chosen or source_for("silicon", {key for key, value in row.items() if _given(value)})
+            assert chosen is not None
+            try:
+                points.append(self._silicon_row(path, name, row, chosen[1], assumed))
+                used[chosen[0]] = chosen[1]
+            except InputError as error:
+                refused.append((name, str(error)))
+        every = [text for each in used.values() for text in each.assumed] + list(assumed)
+        return Measurements(
+            name=path.name, format="silicon", source=" and ".join(used), points=points,
+            assumed=tuple(every), refused=tuple(refused),
+        )  # fmt: skip
+
+    def _silicon_row(self, path: Path, name: str, row: Settings, source: Source, assumed: dict[str, None]) -> Point:
+        if str(row.get("backend", "vllm")) != "vllm":
+            raise InputError(f"backend {row['backend']}: vllm alone can be simulated")
+        isl, osl, users = (_whole(path, name, row, key) for key in ("isl", "osl", "concurrency"))
+        device = str(row["system"])
+        settings = source.settings(device, isl, users)
+        if _given(version := row.get("backend_version")):
+            settings["engine"], note = _engine(str(version))
+            assumed |= {note: None} if note else {}
+        settings |= {"model": str(row["model_path"]), "device": device, **_precision(row)}
+        for key, setting in (
+            ("tp_size", "tensor_parallel_size"),
+            ("pp_size", "pipeline_parallel_size"),
+            ("attention_dp_size", "data_parallel_size"),
+        ):
+            if _given(row.get(key)) and _whole(path, name, row, key) > 1:
+                settings[setting] = _whole(path, name, row, key)
+        if _given(row.get("moe_ep_size")) and _whole(path, name, row, "moe_ep_size") > 1:
+            settings["enable_expert_parallel"] = True
+        ttft, tpot = (_seconds(path, name, row, key) for key in ("silicon_ttft_ms", "silicon_tpot_ms"))
+        how = client(self.client_name or source.client)
+        return Point(
+            id=name,
+            settings={**settings, **self.given},
+            workload=_closed_loop(how, isl, osl, users),
+            measured={"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (osl - 1)},
+            warmup_requests=how.warmup_requests,
+            statistic=how.statistic,
+            load=f"{users} users",
+        )
+
+    def _offline(self, path: Path, frame: pd.DataFrame) -> Measurements:
+        name, chosen = self._source("offline")
+        keys = ["Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size"]
+        repeated = len(frame) - len(frame[keys].drop_duplicates())
+        frame = frame.groupby(keys, sort=False)["Latency"].mean().reset_index()
+        points, refused = [], []
+        for row in _rows(frame):
+            which = (
+                f"{row['Model']} TP{row['Num of Hardware']} {row['Input Output Length']} tokens x {row['Batch Size']}"
+            )
+            if str(row["Framework"]).lower() != "vllm":
+                refused.append((which, f"framework {row['Framework']}: vllm alone can be simulated"))
+                continue
+            length, batch, gpus = (
+                _whole(path, which, row, key) for key in ("Input Output Length", "Batch Size", "Num of Hardware")
+            )
+            latency = _number(path, which, row, "Latency")
+            points.append(
+                Point(
+                    id=which,
+                    settings={
+                        **chosen.settings(_device(str(row["Hardware"]))),
+                        "model": str(row["Model"]),
+                        "device": _device(str(row["Hardware"])),
+                        "tensor_parallel_size": gpus,
+                        **self.given,
+                    },
+                    workload=WorkloadSpec(
+                        lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst"
+                    ),
+                    measured={"e2e": latency, "throughput": length * batch / latency},
+                    load=f"batch {batch}",
+                )
+            )
+        notes = [f"{repeated} points stand more than once: averaged"] if repeated else []
+        return Measurements(
+            name=path.name, format="offline", source=name, points=points,
+            assumed=(*chosen.assumed, *notes), refused=tuple(refused),
+        )  # fmt: skip
+
+    def _requests(self, path: Path, frame: pd.DataFrame) -> Measurements:
+        name, chosen = self._source("requests")
+        columns = {**_REQUEST_COLUMNS, **_named(self.columns)}
+        missing = [column for key, column in columns.items() if key != "prompt_id" and column not in frame]
+        if missing:
+            raise InputError(
+                f"{path} lacks the column {missing[0]} (it has {', '.join(map(str, frame.columns))}): name those of "
+                "such a table with --columns time=...,prompt=...,output=...,ttft=...,e2e=..."
+            )
+        for setting in ("model", "device"):
+            if setting not in self.given:
+                raise InputError(f"{path} does not say which {setting} was measured: give --{setting}")
+        ids = [f"prompt_id={columns['prompt_id']}"] if columns["prompt_id"] in frame else []
+        spec = WorkloadSpec(
+            trace=path,
+            columns=",".join([*(f"{key}={columns[key]}" for key in ("prompt", "output", "time")), *ids]),
+        )
+        workload = make_workload(spec)
+        rows = frame.iloc[np.argsort(frame[columns["time"]].to_numpy(float), kind="stable")]
+        ttft, e2e = (rows[columns[key]].to_numpy(float) for key in ("ttft", "e2e"))
+        for column, values in ((columns["ttft"], ttft), (columns["e2e"], e2e)):
+            if not (np.isfinite(values) & (values > 0)).all():
+                row = int(np.argmin(np.isfinite(values) & (values > 0)))
+                raise InputError(f"{path}: {column} {values[row]} of request {row}: give seconds above 0")
+        settings = {**chosen.settings(str(self.given["device"])), **self.given}
+        warmup = self.warmup_requests if self.warmup_requests is not None else chosen.warmup_requests
+        if warmup is None:
+            warmup = WARMUP_REQUESTS if ids and len(rows) > 2 * WARMUP_REQUESTS else 0
+        if warmup >= len(rows):
+            raise InputError(f"--warmup-requests {warmup}: {path} has {len(rows)} requests: give fewer")
+        measured = _means(ttft[warmup:], e2e[warmup:], workload.output_tokens[warmup:])
+        point = Point(
+            id=path.stem, settings=settings, workload=workload, measured=measured, warmup_requests=warmup,
+            load="open loop", per_request={"ttft": ttft, "e2e": e2e},
+        )  # fmt: skip
+        notes = workload.notes
+        return Measurements(
+            name=path.name, format="requests", source=name, points=[point], assumed=(*chosen.assumed, *notes)
+        )
+
+    def _aggregates(self, path: Path, frame: pd.DataFrame) -> Measurements:
+        name, chosen = self._source("aggregates")
+        points = []
+        for place, row in enumerate(_rows(frame)):
+            which = f"{row.get('exp_id', place)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}"
+            rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
+            prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
+            device = _device(str(row["hardware"]))
+            settings = {**chosen.settings(device), "model": str(row["model"]), "device": device}
+            if _given(row.get("tp")):
+                settings["tensor_parallel_size"] = _whole(path, which, row, "tp")
+            if _given(row.get("max_num_batched_tokens")):
+                settings["max_num_batched_tokens"] = _whole(path, which, row, "max_num_batched_tokens")
+            number = chosen.num_prompts_in_turn or 0
+            warm = _given(row.get("stage_index")) and row["stage_index"] > 0  # the stage before filled the cache
+            points.append(
+                Point(
+                    id=which,
+                    settings={**settings, **self.given},
+                    workload=_in_turn(rate, seconds, prompt, output, number),
+                    measured={
+                        "ttft": _seconds(path, which, row, "ttft_mean_ms"),
+                        "tpot": _seconds(path, which, row, "itl_mean_ms"),
+                        "e2e": _seconds(path, which, row, "e2e_mean_ms"),
+                    },
+                    warmup_requests=number if warm else 0,
+                    load=f"{rate:g} requests/s",
+                )
+            )
+        return Measurements(
+            name=path.name, format="aggregates", source=name, points=points, assumed=tuple(chosen.assumed)
+        )
+
+    def _vllm(self, path: Path) -> Measurements:
+        try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: no benchmark's result is")
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} can't be read as JSON: {' '.join(str(error).split())[:200]}") from None
+        if not isinstance(data, dict) or not set(data) >= _VLLM_KEYS:
+            raise InputError(f"{path} is no result of vLLM's benchmark: it lacks {', '.join(sorted(_VLLM_KEYS))}")
+        settings = {**(self.chosen[1].settings("") if self.chosen else {}), "model": data.get("model_id")}
+        settings = {name: value for name, value in {**settings, **self.given}.items() if value is not None}
+        if "device" not in settings:
+            raise InputError(f"{path} does not say which device was measured: give --device")
+        workload, assumed = _vllm_workload(path, data)
+        point = self._of_summary(path.stem, data, settings, workload)
+        return Measurements(name=path.name, format="vllm", source=None, points=[point], assumed=tuple(assumed))
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _source(self, form: str) -> tuple[str, Source]:
+        found = self.chosen or source_for(form, set())
+        assert found is not None, f"no source ships for {form}"
+        return found
+
+    def _of_summary(self, name: str, summary: Settings, settings: Settings, workload: Workload) -> Point:
+        measured = {
+            measure: float(summary[key]) / 1e3
+            for measure, key in (("ttft", "mean_ttft_ms"), ("tpot", "mean_tpot_ms"), ("e2e", "mean_e2el_ms"))
+            if isinstance(summary.get(key), int | float)
+        }
+        if isinstance(summary.get("output_throughput"), int | float):
+            measured["throughput"] = float(summary["output_throughput"])
+        if not measured or not all(math.isfinite(value) and value > 0 for value in measured.values()):
+            raise InputError(f"{name}: its figures {measured} are no times above 0: the run may have failed")
+        if "e2e" not in measured and {"ttft", "tpot"} <= measured.keys():
+            measured["e2e"] = measured["ttft"] + measured["tpot"] * (float(workload.output_tokens.mean()) - 1)
+        users = workload.client.max_concurrency
+        load = f"{users} users" if users else "open loop"
+        return Point(id=name, settings=settings, workload=workload, measured=measured, load=load)
+
+
+def _closed_loop(how: Client, isl: int, osl: int, users: int) -> WorkloadSpec:
+    """`users` requests in the system at once, all of the same lengths or drawn from a share of them on."""
+
+    def lengths(nominal: int) -> str:
+        return f"{max(1, round(how.shortest * nominal))}:{nominal}"
+
+    return WorkloadSpec(
+        lengths="uniform",
+        input_len=lengths(isl),
+        output_len=lengths(osl),
+        num_prompts=how.requests_per_user * users,
+        arrival="burst",
+        max_concurrency=users,
+        ramp_up_s=how.ramp_up_s,
+    )
+
+
+def _in_turn(rate: float, seconds: float, prompt: int, output: int, number: int) -> Workload:
+    """Poisson arrivals of prompts of one length, `number` different ones in turn (0: all different)."""
+    count = max(2, round(rate * seconds))
+    gaps = np.random.default_rng(0).exponential(1 / rate, count - 1)
+    contents = [Content.of((1 + i % number, prompt), own(i)) for i in range(count)] if number else None
+    return Workload(
+        "open loop", np.concatenate(([0.0], np.cumsum(gaps))), np.full(count, prompt), np.full(count, output), 0,
+        contents=contents,
+    )  # fmt: skip
+
+
+def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
+    """What a result of vLLM's benchmark says of the requests, and what it leaves to be assumed."""
+    completed = data.get("completed")
+    if not isinstance(completed, int) or isinstance(completed, bool) or not 1 <= completed <= 10_000_000:
+        raise InputError(f"{path}: completed {completed!r}: give the result of a run that finished requests")
+    assumed = []
+    lengths = [data.get(key) for key in ("input_lens", "output_lens")]
+    if all(isinstance(each, list) and len(each) >= completed for each in lengths):
+        try:
+            pairs = np.array(lengths, dtype=np.int64)
+        except (ValueError, TypeError, OverflowError):
+            raise InputError(f"{path}: input_lens and output_lens are no whole numbers of tokens") from None
+        prompt, output = pairs[:, (pairs > 0).all(axis=0)]
+    else:
+        totals = [data.get(key) for key in ("total_input_tokens", "total_output_tokens")]
+        if not all(isinstance(total, int | float) and total >= completed for total in totals):
+            raise InputError(f"{path}: total_input_tokens and total_output_tokens {totals}: give counts of tokens")
+        prompt, output = (np.full(completed, max(1, round(float(total or 0) / completed))) for total in totals)
+        assumed.append("every request of the mean lengths (--save-detailed keeps each one's)")
+    users, rate = data.get("max_concurrency"), data.get("request_rate")
+    rate = math.inf if rate in (None, "inf") else float(rate)
+    if math.isfinite(rate) and rate > 0:
+        gaps = np.random.default_rng(0).exponential(1 / rate, len(prompt) - 1)
+        arrived = np.concatenate(([0.0], np.cumsum(gaps)))
+        assumed.append("Poisson arrivals, drawn anew")
+    else:
+        arrived = np.zeros(len(prompt))
+    return (
+        Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)),
+        assumed,
+    )
+
+
+def _means(ttft: Array, e2e: Array, output: Array) -> dict[str, float]:
+    """Means of requests, TPOT over those of two tokens and more."""
+    several = output > 1
+    tpot = (e2e - ttft)[several] / (output[several] - 1)
+    return {"ttft": float(ttft.mean()), "e2e": float(e2e.mean())} | (
+        {"tpot": float(tpot.mean())} if several.any() else {}
+    )
+
+
+def _engine(version: str) -> tuple[str, str | None]:
+    """The preset of a vLLM version, and a note where it is the nearest one that ships."""
+    known = [name for name in engine_names() if name.startswith("vllm@")]
+    parts = version.split(".")
+    wanted = f"vllm@{'.'.join(parts[:2])}"
+    if wanted in known:
+        return wanted, None
+    try:
+        number = int(parts[1])
+    except (IndexError, ValueError):
+        raise InputError(f"backend_version {version!r} is no version of vLLM such as 0.12.0") from None
+    nearest = min(known, key=lambda name: abs(int(name.rpartition(".")[2]) - number))
+    return nearest, f"vLLM {version} behaves as {nearest.removeprefix('vllm@')}"
+
+
+def _precision(row: Settings) -> dict[str, str]:
+    precision = str(row.get("precision") or "bf16").lower()
+    gemm = row.get("gemm_quant_mode")
+    if precision in _PRECISIONS:
+        return {"dtype": _PRECISIONS[precision]}
+    return {"quantization": str(gemm) if _given(gemm) and gemm not in _PRECISIONS else precision}
+
+
+def _device(hardware: str) -> str:
+    """The device's name in the catalogue, from how a table spells it."""
+    words = hardware.lower().replace("nvidia", "").replace("gpu", "").replace("-", "_").split()
+    return "_".join(words)
+
+
+def _named(columns: str | None) -> dict[str, str]:
+    if columns is None:
+        return {}
+    named = {}
+    for part in columns.split(","):
+        key, equals, column = part.partition("=")
+        if not equals or key not in _REQUEST_COLUMNS:
+            raise InputError(f"--columns {part!r}: give {'=..., '.join(_REQUEST_COLUMNS)}=...")
+        named[key] = column
+    return named
+
+
+def _rows(frame: pd.DataFrame) -> Iterable[dict[str, Any]]:
+    return ({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
+
+
+def _given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value)) and value != ""
+
+
+def _number(path: Path, row_name: str, row: Settings, key: str) -> float:
+    try:
+        value = float(row[key])
+    except (TypeError, ValueError, KeyError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give a number above 0")
+    return value
+
+
+def _seconds(path: Path, row_name: str, row: Settings, key: str) -> float:
+    return _number(path, row_name, row, key) / 1e3
+
+
+def _whole(path: Path, row_name: str, row: Settings, key: str) -> int:
+    value = _number(path, row_name, row, key)
+    if value != int(value) or value > 10_000_000:
+        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give a whole number of at least 1")
+    return int(value)

@@ -1,0 +1,108 @@
+"""What results files do not say of themselves, as data: `sources.json` (whose rows) and `clients.json` (sent how).
+
+A source is a bundle of settings that its rows leave open: the engine and its limits, the client, and in words what had
+to be assumed. A file of one's own (YAML) has the same keys, and flags win over both.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.errors import InputError, unknown
+
+_FOLDER = Path(__file__).parent
+
+
+class Client(BaseModel):
+    """How a load generator sends: a closed loop of `requests_per_user` x the concurrency."""
+
+    model_config = ConfigDict(extra="forbid")
+    description: str = ""
+    source: str = ""
+    requests_per_user: int = Field(10, ge=1, le=10_000)
+    shortest: float = Field(1.0, gt=0, le=1)  # lengths are drawn from this share of the nominal one up to it
+    warmup_requests: int = Field(0, ge=0)  # left out of its figures
+    ramp_up_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    statistic: Literal["mean", "median"] = "mean"
+
+
+class Source(BaseModel):
+    """What a kind of results file leaves open."""
+
+    model_config = ConfigDict(extra="forbid")
+    description: str = ""
+    format: str | None = None  # of the files it speaks of; None: any
+    when: str | None = None  # of a format's rows those that have a value in this column
+    engine: str | None = None
+    usage: str | None = None
+    client: str = "vllm-bench"
+    max_num_batched_tokens: int | str | None = None  # or "isl + concurrency"
+    max_num_seqs: int | str | None = None  # or "concurrency"
+    max_model_len: int | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str | dict[str, str] | None = None  # or one for each device, where it is known
+    num_gpu_blocks_override: int | None = None
+    num_prompts_in_turn: int | None = Field(None, ge=1)
+    warmup_requests: int | None = Field(None, ge=0)
+    assumed: list[str] = []
+
+    def settings(self, device: str, isl: int = 0, concurrency: int = 0) -> dict[str, Any]:
+        """Return the settings of a replica that it decides, for a row of a device, input length and concurrency."""
+        by_rule = {"isl + concurrency": isl + concurrency, "concurrency": concurrency}
+        found: dict[str, Any] = {}
+        for name in ("engine", "usage", "max_model_len", "quantization", "num_gpu_blocks_override"):
+            found[name] = getattr(self, name)
+        for name in ("max_num_batched_tokens", "max_num_seqs"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                if value not in by_rule:
+                    raise unknown(f"rule for {name}", value, by_rule)
+                value = by_rule[value]
+            found[name] = value
+        found["kv_cache_dtype"] = (
+            self.kv_cache_dtype.get(device) if isinstance(self.kv_cache_dtype, dict) else self.kv_cache_dtype
+        )
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def client(name: str) -> Client:
+    """Return a client by its name. Raises InputError for an unknown one."""
+    known = json.loads((_FOLDER / "clients.json").read_text(encoding="utf-8"))
+    if name not in known:
+        raise unknown("client", name, known)
+    return Client(**known[name])
+
+
+def sources() -> dict[str, Source]:
+    """Return the sources that ship, by name."""
+    known = json.loads((_FOLDER / "sources.json").read_text(encoding="utf-8"))
+    return {name: Source(**data) for name, data in known.items()}
+
+
+def source(name: str) -> Source:
+    """Return a source by its name, or from a YAML file. Raises InputError for an unknown or broken one."""
+    if not name.endswith((".yaml", ".yml", ".json")):
+        known = sources()
+        if name not in known:
+            raise unknown("source", name, known)
+        return known[name]
+    try:
+        data = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        return Source(**(data or {}))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        raise InputError(f"source {name} can't be read: {' '.join(str(error).split())[:200]}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"source {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def source_for(form: str, has: set[str]) -> tuple[str, Source] | None:
+    """Return the source that ships for a row of a format, with its name; `has` are the columns that have a value."""
+    fitting = [(name, each) for name, each in sources().items() if each.format == form]
+    special = [(name, each) for name, each in fitting if each.when is not None and each.when in has]
+    return next(iter(special or [pair for pair in fitting if pair[1].when is None]), None)
