@@ -21,6 +21,7 @@ from profiler.importers import read_source
 from profiler.kind import Operator
 from profiler.kinds import Gemm
 from profiler.operators import inventory
+from simulator.cluster import deploy
 from simulator.predictor import experts as estimator
 from simulator.predictor.kind import Site
 from simulator.predictor.roofline import Roofline
@@ -238,7 +239,7 @@ def table(sizes: list[tuple[int, int, int, int]], factor: float = 1.3) -> pd.Dat
         for tokens in (1, 4, 16, 64, 256, 1024, 4096, 16384):
             rows.append({"kind": "moe", "operator": "experts", "expert_tokens": tokens, "hidden_size": hidden,
                          "expert_width": width, "local_experts": local, "num_experts": 128, "top_k": top_k,
-                         "expert_load": "balanced", "dtype": "bfloat16", "device": "h100"})  # fmt: skip
+                         "expert_load": "balanced", "dtype": "bfloat16", "device": H100.name})  # fmt: skip
     frame = pd.DataFrame(rows)
     model = estimator.Experts(H100)
     _, log_model, _ = model._features(model.columns_of(frame))
@@ -279,3 +280,17 @@ def test_published_measurements_are_read_as_they_are() -> None:
     model = estimator.Experts(catalog.device("a100_sxm"))
     roofline = np.exp(model._features(model.columns_of(rows))[1])
     assert 1.0 < np.median(rows["time_ms"] / 1e3 / roofline) < 2.0
+
+
+def test_what_ships_predicts_a_mixture_and_says_what_it_estimates() -> None:
+    replica = deploy("Qwen3-30B-A3B", "a100_sxm", parallel=ParallelSpec(tensor_parallel_size=2))
+    times = [replica.predictor.stage_time(prompt(tokens), 0) for tokens in (1, 64, 1024, 16384)]
+    assert times == sorted(times) and "estimate" not in replica.predictor.description
+    assert replica.predictor.in_range(prompt(512))
+    shared = ParallelSpec(data_parallel_size=2, expert_parallel_size=2)
+    assert (
+        "data sheet: all gather, reduce scatter"
+        in deploy("Qwen3-30B-A3B", "a100_sxm", parallel=shared).predictor.description
+    )
+    fp8 = deploy("Qwen3-30B-A3B-FP8", "a100_sxm")
+    assert "data sheet: gemm, moe" in fp8.predictor.description and not fp8.predictor.in_range(prompt(512))

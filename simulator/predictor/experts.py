@@ -40,7 +40,7 @@ ATTAINED = {  # share of the roofline that vLLM 0.19's kernels attain: medians o
     "int4": 0.24,  # weights are widened to 16 bits in the kernel
     "mxfp4": 0.23,
 }
-FOREST: dict[str, Any] = {"trees": 12, "max_leaf_nodes": 500, "max_features": 0.6, "min_samples_leaf": 2}
+FOREST: dict[str, Any] = {"trees": 12, "max_leaf_nodes": 500, "max_features": 1.0, "min_samples_leaf": 2}
 _PLAIN = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of a weight; float32 is what CPUs are profiled in
 
 
@@ -205,6 +205,8 @@ class Experts(RowsModel[Operator]):
         ]
         plain = [width / (np.ceil(width / tile) * tile) for tile in (64, 128)]
         plain += [rows / routed for rows in work.tiles]
+        plain += [width % size == 0 for size in (8, 16, 32, 64, 128)]  # else the kernels' loads are narrow
+        plain.append(local == every)
         x = np.column_stack([*(np.log2(each) for each in logs), *plain, loads])
         bound = np.maximum(read, 2 * weights * work.routed / flops)
         return x.astype(np.float32).astype(float), np.log(model), bound
