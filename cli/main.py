@@ -356,6 +356,18 @@ app.add_typer(calibrate, name="calibrate")
 _Device = Annotated[str, typer.Option(help="Known device, or the folder of a calibration.")]
 
 
+_Software = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Engine and version whose measurements to take, such as vllm@0.14, and nccl@2.27; repeatable. Needed "
+        "where tables hold several."
+    ),
+]
+_Dtype = Annotated[str | None, typer.Option(help="Only matrix products of this dtype: bfloat16, fp8, fp8_block.")]
+_KvDtype = Annotated[str | None, typer.Option(help="Only attention over a KV cache of this dtype: bfloat16, fp8.")]
+_Window = Annotated[int, typer.Option(help="Attention's sliding window whose measurements to take; 0: none.")]
+
+
 @calibrate.command("fit")
 def _fit(
     source: Annotated[
@@ -368,21 +380,33 @@ def _fit(
     device: Annotated[str | None, typer.Option(help="Known device. Default: that of the profile.")] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder to write. Default: that of the profile, else the device's in calibration_data."),
+        typer.Option(
+            help="Folder to write, which can then be given as --device. Default: that of the profile, else the "
+            "device's in calibration_data."
+        ),
     ] = None,
+    software: _Software = None,
+    dtype: _Dtype = None,
+    kv_cache_dtype: _KvDtype = None,
+    window: _Window = 0,
 ) -> None:
     """Fit a calibration to a profile or to public tables, and write it."""
-    from cli.calibrate import fit
+    from cli.calibrate import fit, selection
 
-    fit(device, source, output_dir)
+    fit(device, source, output_dir, selection(software, dtype, kv_cache_dtype, window))
 
 
 @calibrate.command("show")
-def _show(device: _Device) -> None:
+def _show(
+    device: _Device,
+    software: Annotated[
+        str | None, typer.Option(help="Engine and version, such as vllm@0.14. Default: the latest measured.")
+    ] = None,
+) -> None:
     """Print a device's calibration: its sources, ranges and held-out errors."""
     from cli.calibrate import show
 
-    show(device)
+    show(device, software)
 
 
 @calibrate.command("evaluate")
@@ -393,11 +417,15 @@ def _evaluate(
         list[str] | None, typer.Option(help="Tables to fit to; repeatable. Default: the calibration that ships.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the errors as JSON, as the last line.")] = False,
+    software: _Software = None,
+    dtype: _Dtype = None,
+    kv_cache_dtype: _KvDtype = None,
+    window: _Window = 0,
 ) -> None:
-    """Print the errors on tables that a calibration was not fitted to."""
-    from cli.calibrate import evaluate
+    """Print the errors on tables that a calibration was not fitted to, and how many its intervals cover."""
+    from cli.calibrate import evaluate, selection
 
-    evaluate(device, train or [], test, json_)
+    evaluate(device, train or [], test, json_, selection(software, dtype, kv_cache_dtype, window))
 
 
 @calibrate.command("adjust")

@@ -58,6 +58,7 @@ _KEYS = {  # of a file: the type of each value, and how to say it
     "graphs": (dict, "a mapping of mode, largest, largest_named and with_limits"),
     "reserve_gib": (int | float, "a number of GiB"),
     "host": (str | dict, "a name of --host-overhead or a mapping"),
+    "kernels": (str, "the engine and version whose operators were measured, such as vllm@0.14"),
 }
 
 
@@ -148,6 +149,8 @@ def preset(
         raise unknown("usage", usage, USAGES)
     name, data = _read(engine)
     host_setting, host = _host(name, data.get("host"), host_overhead, device)
+    if "kernels" in data:
+        host = replace(host, kernels=data["kernels"])
     own = dict(data.get("scheduler") or {})
     limits = _limits(name, data.get("limits") or [], device, usage, max_model_len, {**own, **given})
     return EnginePreset(

@@ -33,7 +33,7 @@ from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, Paral
 from engine.specs.device_folder import folder_of
 from engine.workload.workload import Workload
 from simulator.predictor.base import RuntimePredictor
-from simulator.predictor.learned import learned
+from simulator.predictor.learned import carried_over, learned
 from simulator.predictor.roofline import Roofline
 from simulator.replica import Clock, Replica
 from simulator.router import ROUTERS
@@ -43,17 +43,19 @@ EXACT_GAPS = 20_000_000  # output tokens of a run up to which every gap between 
 PredictorMaker = Callable[[ModelSpec, DeviceSpec, NetworkSpec, ParallelSpec, HostOverhead], RuntimePredictor]
 
 
-def calibrated_or_roofline(
+def calibrated_or_estimated(
     model: ModelSpec, device: DeviceSpec, network: NetworkSpec, parallel: ParallelSpec, host: HostOverhead
 ) -> RuntimePredictor:
-    """The learned predictor where the device has a calibration, else the roofline estimate."""
-    maker: PredictorMaker = learned if folder_of(device) is not None else Roofline
+    """The learned predictor where the device has a calibration, else an estimate: by other GPUs', or the roofline."""
+    estimate = carried_over if device.runs_on == "cuda" else Roofline
+    maker: PredictorMaker = learned if folder_of(device) is not None else estimate
     return maker(model, device, network, parallel, host)
 
 
 PREDICTORS: dict[str, PredictorMaker] = {
-    "auto": calibrated_or_roofline,
+    "auto": calibrated_or_estimated,
     "learned": learned,
+    "carried": carried_over,
     "roofline": Roofline,
 }
 

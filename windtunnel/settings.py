@@ -229,7 +229,9 @@ class ReplicaConfig(ServingSettings):
     predictor: str = _field(
         "auto",
         "Deployment",
-        "Predictor of batch times: learned, roofline, or auto (learned if the device has a calibration).",
+        "Predictor of batch times: learned (from the device's calibration), carried (an estimate by what GPUs with "
+        "measurements have in common), roofline, or auto (learned if the device has a calibration, else carried; on a "
+        "CPU roofline).",
     )
 
     def replica_spec(self) -> ReplicaSpec:

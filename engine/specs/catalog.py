@@ -22,9 +22,9 @@ from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec, hf_config
 from engine.specs.checks import field_types
 
-GIB = 1 << 30
-_CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
-    name: name.lower() for name in ("A40", "H100", "H200", "L4")
+MIB, GIB = 1 << 20, 1 << 30
+_CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie", "H100": "h100_sxm", "H200": "h200_sxm"} | {
+    name: name.lower() for name in ("A40", "L40S", "L4")
 }  # NVIDIA's names
 DATA = Path(__file__).parent / "data"
 DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
@@ -57,6 +57,8 @@ DEVICES = {
             peak_flops=312e12,
             memory_bandwidth=1.935e12,
             memory_bytes=int(79.1 * GIB),
+            clock_hz=1.41e9,
+            cache_bytes=40 * MIB,
             matmul_efficiency=0.8,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -69,6 +71,8 @@ DEVICES = {
             peak_flops=312e12,
             memory_bandwidth=2.039e12,
             memory_bytes=int(79.1 * GIB),
+            clock_hz=1.41e9,
+            cache_bytes=40 * MIB,
             matmul_efficiency=0.8,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -82,6 +86,8 @@ DEVICES = {
             memory_bandwidth=0.696e12,
             memory_bytes=int(44.4 * GIB),
             num_sms=84,
+            clock_hz=1.74e9,
+            cache_bytes=6 * MIB,
             matmul_efficiency=0.7,
             attention_efficiency=0.5,
             bandwidth_efficiency=0.85,
@@ -89,13 +95,15 @@ DEVICES = {
             source=_SHEET,
         ),
         DeviceSpec(
-            name="h100",
+            name="h100_sxm",
             description="NVIDIA H100 80GB SXM5",
             peak_flops=989e12,
             peak_fp8_flops=1979e12,
             memory_bandwidth=3.35e12,
             memory_bytes=int(79.1 * GIB),
             num_sms=132,
+            clock_hz=1.98e9,
+            cache_bytes=50 * MIB,
             matmul_efficiency=0.7,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -103,13 +111,15 @@ DEVICES = {
             source=_SHEET,
         ),
         DeviceSpec(
-            name="h200",
+            name="h200_sxm",
             description="NVIDIA H200 141GB SXM5",
             peak_flops=989e12,
             peak_fp8_flops=1979e12,
             memory_bandwidth=4.8e12,
             memory_bytes=int(139.8 * GIB),
             num_sms=132,
+            clock_hz=1.98e9,
+            cache_bytes=50 * MIB,
             matmul_efficiency=0.7,
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
@@ -124,11 +134,28 @@ DEVICES = {
             memory_bandwidth=0.3e12,
             memory_bytes=int(22.0 * GIB),
             num_sms=58,
+            clock_hz=2.04e9,
+            cache_bytes=48 * MIB,
             matmul_efficiency=0.6,
             attention_efficiency=0.45,
             bandwidth_efficiency=0.85,
             network="pcie",
             source=_SHEET + "; the 72 W limit keeps long matrix products well under the peak",
+        ),
+        DeviceSpec(
+            name="l40s",
+            description="NVIDIA L40S 48GB PCIe",
+            peak_flops=362e12,
+            memory_bandwidth=0.864e12,
+            memory_bytes=int(44.4 * GIB),
+            num_sms=142,
+            clock_hz=2.52e9,
+            cache_bytes=96 * MIB,
+            matmul_efficiency=0.7,
+            attention_efficiency=0.5,
+            bandwidth_efficiency=0.85,
+            network="pcie",
+            source=_SHEET,
         ),
         DeviceSpec(
             name="cpu",
@@ -149,7 +176,7 @@ DEVICES |= {
     name: DeviceSpec(name=name, **values)
     for name, values in json.loads((DATA / "devices.json").read_text(encoding="utf-8")).items()
 }
-_DEVICE_ALIASES = {"a100": "a100_pcie"}  # as in the Sarathi-Serve paper
+_DEVICE_ALIASES = {"a100": "a100_pcie", "h100": "h100_sxm", "h200": "h200_sxm"}  # a100 as in the Sarathi-Serve paper
 _SEVERAL_CARDS = {  # aliases that leave open which card is meant, and the others that may be
     "a100": "a100_sxm",
 }
@@ -175,6 +202,7 @@ NETWORKS = {
             description="8 GPUs on NVSwitch, NVLink 3",
             gpus_per_node=8,
             node=Link(3e-6, 230e9),
+            switched=True,
             internode=_IB,
             source="data sheet 300 GB/s per direction; an estimate of what NCCL attains, from published nccl-tests and "
             f"ai-dynamo/aiconfigurator's A100-SXM table (small messages 10 to 22 us on 2 to 8 GPUs); {_IB_SOURCE}",
@@ -184,6 +212,7 @@ NETWORKS = {
             description="8 GPUs on NVSwitch, NVLink 4",
             gpus_per_node=8,
             node=Link(3e-6, 360e9),
+            switched=True,
             internode=_IB,
             source=f"data sheet 450 GB/s per direction, 80% and 3 us a step are an estimate; {_IB_SOURCE}",
         ),
@@ -339,7 +368,7 @@ def model(name_or_path: str) -> ModelSpec:
 def device(name_or_path: str) -> DeviceSpec:
     """The device of that name, of a YAML file with DeviceSpec's fields, or of a calibration's folder.
 
-    `a100` is `a100_pcie`.
+    `a100` is `a100_pcie`, `h100` is `h100_sxm`, `h200` is `h200_sxm`.
     """
     found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
     if found is None and Path(name_or_path).expanduser().is_dir():

@@ -25,10 +25,13 @@ class DeviceSpec:
     source: str  # where the numbers come from
     peak_fp8_flops: float | None = None  # dense FLOP/s; None: no such units, weights are widened to 16 bits
     num_sms: int = 108  # streaming multiprocessors, over which a kernel's tiles are spread
+    clock_hz: float = 1.98e9  # boost clock, in whose cycles a launch takes as long everywhere
+    cache_bytes: int = 0  # of the last-level cache; 0: not known, and nothing is taken to stay in it
     calibration: str | None = None  # folder of its calibration; None: what ships under its name, if anything
 
     def __post_init__(self) -> None:
-        check_fields(self, "peak_flops memory_bandwidth memory_bytes num_sms")
+        check_fields(self, "peak_flops memory_bandwidth memory_bytes num_sms clock_hz")
+        check_fields(self, "cache_bytes", zero=True)
         if self.peak_fp8_flops is not None:
             check_fields(self, "peak_fp8_flops")
         for name in ("matmul_efficiency", "attention_efficiency", "bandwidth_efficiency"):

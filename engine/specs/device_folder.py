@@ -2,7 +2,8 @@
 
 A calibration's folder may hold `profile.json` (what was profiled, where and with what) and `host.json` (the host
 overhead fitted to measured iterations); `profiler.session` and `simulator.predictor.calibration` write them. The
-calibrations that ship are folders of `calibration_data`, by device.
+calibrations that ship are folders of `calibration_data`, by device; one that was measured under several versions of an
+engine holds a folder for each (`vllm@0.14`).
 
     python -c "from engine.specs import catalog, device_folder; print(device_folder.folder_of(catalog.device('a100')))"
 """
@@ -25,7 +26,7 @@ PROFILE_FILE, HOST_FILE = "profile.json", "host.json"
 def known_devices() -> Mapping[str, Path]:
     """Return the devices whose calibration ships, and the folder of each."""
     folders = [path for path in sorted(CALIBRATIONS.glob("*")) if path != ENGINES]
-    return {path.name: path for path in folders if any(path.glob("*.json"))}
+    return {path.name: path for path in folders if any(path.glob("*.json")) or any(path.glob("*@*/*.json"))}
 
 
 def folder_of(device: DeviceSpec) -> Path | None:

@@ -24,6 +24,7 @@ class HostOverhead:
     message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
     graph_decodes: int = 0  # batches of decodes alone, up to this many, are launched as one CUDA graph: no layer_s
     attention_kernel: str | None = None  # that such an engine runs, by its name in a calibration; None: the usual one
+    kernels: str | None = None  # the version whose operators such an engine runs (vllm@0.14); None: the latest measured
     hidden: bool = False  # whether the host works beside the GPU (asynchronous scheduling)
     exposed_s: float = 0.0  # added to every iteration even so
     graph_sizes: tuple[int, ...] = ()  # of CUDA graphs: a batch of up to the largest many tokens is padded to the next

@@ -34,6 +34,7 @@ class NetworkSpec:
     node: Link
     internode: Link
     pair: Link | None = None
+    switched: bool = False  # whether a node's GPUs are on one switch (NVSwitch), each at its full rate to any other
     source: str
 
     def __post_init__(self) -> None:

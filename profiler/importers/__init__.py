@@ -12,21 +12,35 @@ import pandas as pd
 
 from engine.errors import unknown
 from profiler.importers import aiconfigurator, profile, vidur
+from profiler.importers.aiconfigurator import Selection
+
+__all__ = ["SOURCES", "Selection", "read_source"]
 
 SOURCES: dict[str, Callable[[Path, str | None, str | None], pd.DataFrame]] = {
     "vidur": vidur.read,
     "aiconfigurator": aiconfigurator.read,
     "profile": profile.read,
 }
+SELECTS = "aiconfigurator"  # the source that holds several versions of several frameworks
 
 
-def read_source(kind: str, folder: str | Path, device: str | None = None, network: str | None = None) -> pd.DataFrame:
+def read_source(
+    kind: str,
+    folder: str | Path,
+    device: str | None = None,
+    network: str | None = None,
+    select: Selection | None = None,
+) -> pd.DataFrame:
     """The measurements of one device below `folder` (a repository's data, a part of them, or one file).
 
     `device` chooses among the devices found, or names the one of files whose place does not tell; `network` names the
-    network of the collectives instead of what their place tells. `attrs["notes"]` lists what was left out, combined or
-    assumed. Raises InputError if there is no such table, or what is wrong with it.
+    network of the collectives instead of what their place tells; `select` chooses software, dtypes and window where a
+    source has several. `attrs["notes"]` lists what was left out, combined or assumed. Raises InputError if there is no
+    such table, or what is wrong with it.
     """
     if kind not in SOURCES:
         raise unknown("source", kind, SOURCES)
-    return SOURCES[kind](Path(folder).expanduser().resolve(), device, network)
+    place = Path(folder).expanduser().resolve()
+    if kind == SELECTS:
+        return aiconfigurator.read(place, device, network, select)
+    return SOURCES[kind](place, device, network)

@@ -14,7 +14,9 @@ from engine.errors import InputError
 from engine.specs import catalog
 from profiler import table
 
-DEVICES = {name: (name,) for name in catalog.DEVICES if name != "cpu"} | {"a100": ("a100_pcie", "a100_sxm")}
+DEVICES = {name: (name,) for name in catalog.DEVICES if name != "cpu"} | {
+    "a100": ("a100_pcie", "a100_sxm"), "h100": ("h100_sxm",), "h200": ("h200_sxm",)
+}  # fmt: skip
 
 
 class OtherDeviceError(InputError):
@@ -97,7 +99,7 @@ def choose_device(found: Iterable[tuple[str, ...]], device: str | None, place: P
     """The one device to import: `device` if it is there, else the only one found; InputError lists the choice."""
     found = set(found)
     if device is not None:
-        chosen = catalog.device(device).name if device.casefold() in {*catalog.DEVICES, "a100"} else device
+        chosen = catalog.device(device).name if catalog.is_name("device", device) else device
         if () in found or any(chosen in devices for devices in found):
             return chosen
         raise OtherDeviceError(

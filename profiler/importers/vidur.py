@@ -48,7 +48,7 @@ NETWORKS = {  # Vidur's folder: names in engine.specs.catalog of the device and 
     "a100_pair_nvlink": ("a100_pcie", "pairwise_nvlink"),
     "a100_pairwise_nvlink": ("a100_pcie", "pairwise_nvlink"),
     "a40_pairwise_nvlink": ("a40", "a40_measured"),
-    "h100_dgx": ("h100", "nvswitch_h100"),
+    "h100_dgx": ("h100_sxm", "nvswitch_h100"),
 }
 GEMMS = {
     "attn_pre_proj": ("qkv_proj",),

@@ -20,9 +20,9 @@ import numpy as np
 from engine.results.tables import Array
 from profiler.kinds import AttentionDecode as DecodeOperator
 from profiler.kinds import AttentionPrefill as PrefillOperator
-from simulator.predictor.attention_model import HEADS, WIDTH, AttentionModel, Columns, floats, held, larger
+from simulator.predictor.attention_model import HEADS, WIDTH, AttentionModel, Columns, floats, held, larger, span
 from simulator.predictor.grids import CHUNKS, KV_TOKENS, PREFIXES, REQUESTS
-from simulator.predictor.kind import DecodeModel, PromptModel, Site
+from simulator.predictor.kind import DecodeModel, PromptModel, Site, slower_clock
 
 QUERY_TILE, KV_TILE = 128, 64  # rows and KV tokens of a FlashAttention-2 tile at head_dim 128
 
@@ -39,6 +39,7 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
     columns: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix", *HEADS)
     sizes: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix")
     held_out: ClassVar[tuple[str, str]] = ("chunk", "chunk")
+    launch_s: ClassVar[float] = 10e-6
 
     @classmethod
     def data_sheet(cls, op: PrefillOperator, site: Site, chunk: int, prefix: int) -> float:
@@ -49,20 +50,22 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
         traffic = 2.0 * moved * op.head_dim
         return op.count * max(flops / site.attention_flops, traffic / site.bandwidth)
 
-    def times(self, op: PrefillOperator, site: Site, chunks: Array, prefixes: Array) -> Array:
+    def times(self, op: PrefillOperator, site: Site, prompts: Array, chunks: Array, prefixes: Array) -> Array:
         window = op.sliding_window
         seen = prefixes if window is None else np.minimum(prefixes, window)
-        seconds = op.count * self.seconds(self.asked(op.at(chunks, seen), len(chunks), site))
+        columns = self.asked({**op.at(chunks, seen), "batch_size": prompts}, len(chunks), site)
+        # between two iterations the KV leaves the cache, which measurements may have read it from
+        least = self._roofline(floats({name: columns[name] for name in self.columns}))
+        seconds: Array = op.count * np.maximum(self.seconds(columns), least)
         full = chunks * seen + chunks * (chunks + 1) / 2
-        seconds *= self.carried_over(op, site, full, chunks, seen + chunks)
         seconds *= attended(chunks, prefixes, window) / full  # within the chunk the window hides more
         return seconds
 
     def limits(self, operators: Sequence[PrefillOperator], site: Site) -> dict[str, int]:
         op = operators[0]  # those of all stages are alike
         chunks, prefixes = self._edges("chunk", CHUNKS), self._edges("prefix", PREFIXES)
-        beside = [self._most(op, prefixes, batch_size=1, chunk=chunk, prefix=prefixes) for chunk in (1, 512)]
-        return {"chunk": self._most(op, chunks, batch_size=1, chunk=chunks, prefix=0), "prefix": max(beside)}
+        beside = [self._most(op, site, prefixes, batch_size=1, chunk=chunk, prefix=prefixes) for chunk in (1, 512)]
+        return {"chunk": self._most(op, site, chunks, batch_size=1, chunk=chunks, prefix=0), "prefix": max(beside)}
 
     def seconds(self, columns: Columns) -> Array:
         """Predicted times. To a kernel that was measured without prefixes one adds at most what it adds to another."""
@@ -81,7 +84,7 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
 
     def work(self, columns: Columns) -> tuple[Array, Array]:
         b, c, p, h, kv, d = (columns[name] for name in self.columns)
-        return 4 * b * h * d * (c * p + c * (c + 1) / 2), 2 * WIDTH * d * b * (c * h + (p + c) * kv)
+        return 4 * b * h * d * (c * p + c * (c + 1) / 2), 2 * d * b * (WIDTH * c * h + self.kv_width * (p + c) * kv)
 
     def _tiles(self, columns: Columns) -> tuple[Array, Array, Array, Array]:
         """Thread blocks; KV tiles of the longest one; KV tiles of all that the mask shows, and that it hides."""
@@ -96,9 +99,11 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
         blocks, longest, shown, hidden = self._tiles(columns)
         processors = self.device.num_sms
         tile = 4 * QUERY_TILE * KV_TILE * d * processors / self.device.peak_flops  # seconds of one on a multiprocessor
-        new = 2 * WIDTH * b * c * (h + kv) * d / self.device.memory_bandwidth  # cached KV is read behind the arithmetic
+        new = (
+            2 * b * c * (WIDTH * h + self.kv_width * kv) * d / self.device.memory_bandwidth
+        )  # cached KV is read behind the arithmetic
         work = [longest * tile, shown / processors * tile, blocks / processors * tile, hidden / processors * tile]
-        return np.stack([np.ones(len(b)), new, *work], axis=1)
+        return np.stack([np.full(len(b), slower_clock(self.device)), new, *work], axis=1)
 
     def terms_of(self, columns: Columns) -> Array:
         usable = np.ones(6, dtype=bool)
@@ -126,12 +131,13 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
         self.forest_ = self._forest(x[first], residual[first], weights[first], self.leaves)
         if later.any():
             left = (residual - self.forest_.predict(x))[later]
+            self.prefix_range_ = {size: span(columns[size][later]) for size in ("chunk", "prefix")}
             x = self._of_prefix(columns)[later]
             self.prefix_forest_ = self._forest(x, left, weights[later], self.prefix_leaves)
 
     def _of_prefix(self, columns: Columns) -> Array:
         """The second forest's input."""
-        c, p = (held(columns[name], self.range_[name]) for name in ("chunk", "prefix"))
+        c, p = (held(columns[name], self.prefix_range_[name]) for name in ("chunk", "prefix"))
         rows = np.ceil(c / QUERY_TILE)
         logs = [c, p + 1, p + c, rows * (p + c)]
         return np.stack([*(np.log2(values) for values in logs), p / (p + c), c / (rows * QUERY_TILE)], axis=1)
@@ -154,6 +160,7 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
     columns: ClassVar[tuple[str, ...]] = ("batch_size", "kv_tokens", *HEADS)
     sizes: ClassVar[tuple[str, ...]] = ("batch_size", "length")
     held_out: ClassVar[tuple[str, str]] = ("batch", "batch_size")
+    launch_s: ClassVar[float] = 12e-6
 
     @classmethod
     def seen(cls, op: DecodeOperator, requests: Array, kv_tokens: Array) -> Array:
@@ -172,24 +179,26 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
         return per_request, op.count * max(kv_bytes / site.bandwidth, kv_flops / site.attention_flops)
 
     def times(self, op: DecodeOperator, site: Site, requests: Array, kv_tokens: Array) -> Array:
-        seconds = op.count * self.seconds(self.asked(op.at(requests, kv_tokens), len(kv_tokens), site))
-        seconds *= self.carried_over(op, site, kv_tokens, requests, kv_tokens)
-        return seconds
+        columns = self.asked(op.at(requests, kv_tokens), len(kv_tokens), site)
+        least = self._roofline(floats({name: columns[name] for name in self.columns}))  # as of prompts
+        return np.asarray(op.count * np.maximum(self.seconds(columns), least))
 
     def limits(self, operators: Sequence[DecodeOperator], site: Site) -> dict[str, int]:
         op = operators[0]  # those of all stages are alike
         requests, lengths = self._edges("batch_size", REQUESTS), self._edges("length", KV_TOKENS)
-        batches = [self._most(op, requests, batch_size=requests, kv_tokens=each * requests) for each in (16, 512)]
-        tokens = [count * self._most(op, lengths, batch_size=count, kv_tokens=count * lengths) for count in (1, 8, 64)]
+        batches = [self._most(op, site, requests, batch_size=requests, kv_tokens=each * requests) for each in (16, 512)]
+        tokens = [
+            count * self._most(op, site, lengths, batch_size=count, kv_tokens=count * lengths) for count in (1, 8, 64)
+        ]
         return {
             "requests": max(batches),
             "kv_tokens": max(tokens),
-            "length": self._most(op, lengths, batch_size=1, kv_tokens=lengths),
+            "length": self._most(op, site, lengths, batch_size=1, kv_tokens=lengths),
         }
 
     def work(self, columns: Columns) -> tuple[Array, Array]:
         b, kv_tokens, h, kv, d = (columns[name] for name in self.columns)
-        return 4 * h * d * kv_tokens, 2 * WIDTH * d * (b * h + kv_tokens * kv)
+        return 4 * h * d * kv_tokens, 2 * d * (WIDTH * b * h + self.kv_width * kv_tokens * kv)
 
     def _shape(self, columns: Columns) -> tuple[Array, Array, Array, Array]:
         """KV tokens of a request; whether the KV is split; thread blocks before splitting; parts of a KV."""
@@ -202,12 +211,14 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
         b, kv_tokens, h, kv, d = (columns[name] for name in self.columns)
         length, split, blocks, parts = self._shape(columns)
         bandwidth, processors = self.device.memory_bandwidth, self.device.num_sms
-        tile = 2 * WIDTH * KV_TILE * d * processors / bandwidth  # seconds to read one tile's share of the bandwidth
+        tile = (
+            2 * self.kv_width * KV_TILE * d * processors / bandwidth
+        )  # seconds to read one tile's share of the bandwidth
         tiles = np.ceil(length / KV_TILE)
         waves = np.ceil(blocks / processors)
         terms = [
-            np.ones(len(b)),
-            2 * WIDTH * d * kv_tokens * kv / bandwidth,
+            np.full(len(b), slower_clock(self.device)),
+            2 * self.kv_width * d * kv_tokens * kv / bandwidth,
             ~split * tiles * tile,
             ~split * waves * tiles * tile,
             split * tiles / parts * tile,
@@ -234,11 +245,11 @@ class AttentionDecode(AttentionModel[DecodeOperator], DecodeModel[DecodeOperator
 
     def extent(self, columns: Columns) -> dict[str, Array]:
         b, kv_tokens, _, kv, d = (columns[name] for name in self.columns)
-        return {"batch_size": b, "length": kv_tokens / b, "kv_bytes": 2 * WIDTH * kv_tokens * kv * d}
+        return {"batch_size": b, "length": kv_tokens / b, "kv_bytes": 2 * self.kv_width * kv_tokens * kv * d}
 
-    def _clipped(self, columns: Columns) -> dict[str, Array]:
-        b = held(columns["batch_size"], self.range_["batch_size"])
-        length = held(columns["kv_tokens"] / columns["batch_size"], self.range_["length"])
+    def _clipped(self, columns: Columns, kernels: Array) -> dict[str, Array]:
+        b = self._held("batch_size", columns["batch_size"], kernels)
+        length = self._held("length", columns["kv_tokens"] / columns["batch_size"], kernels)
         return {**columns, "batch_size": b, "kv_tokens": b * length}
 
 

@@ -1,10 +1,12 @@
 """What the kinds of attention share: a sum of physical terms for each kernel, and forests that correct it.
 
 A kernel's time is a sum of terms with coefficients from 0 times the exponential of a forest's correction, and never
-below the roofline divided by the best share of it that the kernel attained. Beyond what was measured the correction is
-held at its value at the edge and the terms go on. Rows of several kernels (the table's `backend` and `kernel`) may be
-fitted together: head configurations measured with one kernel and cached prefixes with another both carry over, and
-`kernel` says whose times to predict.
+below the roofline divided by the best share of it that the kernel attained (more than all of it where what was read
+stayed in the cache). Beyond what the kernel was measured at the correction is held at its value at the edge and the
+terms go on. Rows of several kernels (the table's `backend` and `kernel`) may be fitted together: head configurations
+measured with one kernel and cached prefixes with another both carry over, and `kernel` says whose times to predict. On
+a device that was not measured the coefficients and corrections of another predict, with its own peak rates: launches,
+among the coefficients, take as long there.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from engine.errors import InputError, unknown
 from engine.results.tables import Array
 from engine.specs import DeviceSpec
 from profiler.kinds import Attention
-from simulator.predictor.forest import Forest
+from simulator.predictor.forest import Forest, WrittenForest
 from simulator.predictor.kind import KindModel, Site
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ Columns = Mapping[str, Array]
 AttentionOp = TypeVar("AttentionOp", bound=Attention)
 
 WIDTH = 2  # bytes of a 16-bit element
+KV_FP8 = "cache fp8"  # how the dtype of rows with an 8-bit KV cache ends
 HEADS = ("num_heads", "num_kv_heads", "head_dim")
 
 
@@ -50,6 +53,16 @@ class AttentionModel(KindModel[AttentionOp]):
     def __init__(self, device: DeviceSpec, kernel: str | None = None) -> None:
         super().__init__(device)
         self.kernel = kernel
+        self.kv_width = WIDTH
+
+    @classmethod
+    def variant(cls, rows: pd.DataFrame) -> pd.Series:
+        cached = rows["dtype"].astype("string").fillna("").str.endswith(KV_FP8)
+        return cached.map({True: "kv_fp8", False: ""}).astype(str)
+
+    @classmethod
+    def variant_of(cls, op: Attention, site: Site) -> str:
+        return "kv_fp8" if site.kv_width == 1 else ""
 
     @classmethod
     def groups(cls, rows: pd.DataFrame) -> pd.Series:
@@ -69,30 +82,14 @@ class AttentionModel(KindModel[AttentionOp]):
         asked = super().asked(columns, count, site)
         return asked | {"kernel": np.full(count, site.kernel)} if site.kernel in self.kernels_ else asked
 
-    def carried_over(self, op: Attention, site: Site, pairs: Array, tokens: Array, kv_tokens: Array) -> Array:
-        """What to multiply the times with that were learned on another device: the ratio of the rooflines.
-
-        `pairs` counts the (query, key) pairs, `tokens` the queries, `kv_tokens` the keys that are read.
-        """
-        flops = 4.0 * pairs * op.num_heads * op.head_dim
-        traffic = 4.0 * (tokens * op.num_heads + kv_tokens * op.num_kv_heads) * op.head_dim
-
-        def least(device: DeviceSpec) -> Array:
-            seconds: Array = np.maximum(flops / device.peak_flops, traffic / device.memory_bandwidth)
-            return seconds
-
-        ratio: Array = least(site.device) / least(self.device)
-        return ratio
-
     def _edges(self, name: str, grid: Array) -> Array:
         """The grid, and where kernels' measurements of a size begin and end."""
         edges: Array = np.union1d(grid, [edge for kernel in self.kernels_.values() for edge in kernel["range"][name]])
         return edges
 
-    def _most(self, op: Attention, sizes: Array, **columns: Any) -> int:
-        """The largest of `sizes` that lies within what was measured; 0 if none does."""
-        full = {name: np.broadcast_to(np.asarray(value), len(sizes)) for name, value in (op.heads | columns).items()}
-        known = self.in_range({name: full[name] for name in self.columns})
+    def _most(self, op: Attention, site: Site, sizes: Array, **columns: Any) -> int:
+        """The largest of `sizes` that lies within what the site's kernel was measured at; 0 if none does."""
+        known = self.in_range(self.asked(op.heads | columns, len(sizes), site))
         return int(sizes[known].max()) if known.any() else 0
 
     def terms(self, columns: Columns) -> Array:
@@ -120,6 +117,7 @@ class AttentionModel(KindModel[AttentionOp]):
         seconds, names = frame["time_ms"].to_numpy(float) / 1e3, kernel_names(frame)
         if not len(seconds):
             raise InputError(f"no rows of {self.kind} to learn from: give a table that has some")
+        self._check_population(frame, names)
         heads = np.stack([columns[name] for name in HEADS], axis=1)
         group, weights = np.unique(heads, axis=0, return_inverse=True)[1].ravel(), np.ones(len(seconds))
         self.kernels_: dict[str, dict[str, Any]] = {}
@@ -134,7 +132,7 @@ class AttentionModel(KindModel[AttentionOp]):
             self.kernels_[name] = {
                 "configurations": configurations[name][0],
                 "rows": configurations[name][1],
-                "best": float(f"{min(1.0, (self._roofline(own) / seconds[mine]).max()):.4g}"),
+                "best": float(f"{(self._roofline(own) / seconds[mine]).max():.4g}"),
                 "terms": _coefficients(terms[mine], seconds[mine], weights[mine], self.terms_of(own)),
                 "range": {size: span(values) for size, values in self.extent(own).items()},
             }
@@ -142,18 +140,34 @@ class AttentionModel(KindModel[AttentionOp]):
         self.default_ = max(configurations, key=lambda name: configurations[name])
         self.heads_ = {name: sorted({int(value) for value in columns[name]}) for name in HEADS}
         self.groups_ = span(columns["num_heads"] / columns["num_kv_heads"])
-        self.range_ = {name: span(values) for name, values in self.extent(columns).items()}
-        self.forest_: Forest | None = None
-        self.prefix_forest_: Forest | None = None
+        self.forest_: Forest | WrittenForest | None = None
+        self.prefix_forest_: Forest | WrittenForest | None = None
+        self.prefix_range_: dict[str, list[float]] = {}
         self._correct(columns, np.log(seconds / self._base(columns, kernels)), kernels, weights / weights.mean())
         return self
+
+    def _check_population(self, frame: pd.DataFrame, names: Array) -> None:
+        """Learn the bytes of a cached element. Raises InputError for a kernel's rows of several dtypes or versions."""
+        for column in ("dtype", "software"):
+            for name in set(names.tolist()) if column in frame else ():
+                found = sorted({str(value) for value in frame[column][names == name].dropna()})
+                if len(found) > 1:
+                    raise InputError(
+                        f"{self.kind} rows of {name} are of several {column}s ({', '.join(found)}): fit each by itself"
+                    )
+        if "dtype" in frame:
+            variants = set(self.variant(frame))
+            if len(variants) > 1:
+                raise InputError(f"{self.kind} rows are of several KV dtypes: fit each by itself")
+            self.kv_width = 1 if "kv_fp8" in variants else WIDTH
 
     def _correct(self, columns: Columns, residual: Array, kernels: Array, weights: Array) -> None:
         """Learn the correction from the logarithms of measured over base."""
         self.forest_ = self._forest(self._seen(columns, kernels), residual, weights, self.leaves)
 
     def _forest(self, x: Array, y: Array, weights: Array, leaves: int) -> Forest:
-        return Forest.fit(x, y, weights=weights, trees=self.trees, max_leaf_nodes=leaves)
+        most = leaves * len(self.heads_["head_dim"])
+        return Forest.fit(x, y, weights=weights, trees=self.trees, max_leaf_nodes=most)
 
     def _base(self, columns: Columns, kernels: Array) -> Array:
         """Seconds by the terms alone, from the roofline up."""
@@ -167,11 +181,18 @@ class AttentionModel(KindModel[AttentionOp]):
 
     def _seen(self, columns: Columns, kernels: Array) -> Array:
         """The forest's input: the features within the measured range, and the kernel."""
-        return np.column_stack([self.features(self._clipped(columns)), kernels])
+        seen = [self.features(self._clipped(columns, kernels)), kernels]
+        if len(self.heads_["head_dim"]) > 1:
+            seen.append(np.log2(columns["head_dim"]))
+        return np.column_stack(seen)
 
-    def _clipped(self, columns: Columns) -> dict[str, Array]:
-        """The rows with their sizes held at the edges of the measured range."""
-        return {**columns, **{name: held(columns[name], self.range_[name]) for name in self.sizes}}
+    def _clipped(self, columns: Columns, kernels: Array) -> dict[str, Array]:
+        """The rows with their sizes held at the edges of the range that their kernel was measured over."""
+        return {**columns, **{name: self._held(name, columns[name], kernels) for name in self.sizes}}
+
+    def _held(self, size: str, values: Array, kernels: Array) -> Array:
+        limits = np.array([kernel["range"][size] for kernel in self.kernels_.values()])[kernels.astype(int)]
+        return np.asarray(np.clip(values, limits[:, 0], limits[:, 1]))
 
     def _correction(self, columns: Columns, kernels: Array) -> Array:
         assert self.forest_ is not None
@@ -181,19 +202,24 @@ class AttentionModel(KindModel[AttentionOp]):
         """Predicted times, (rows,). A column "kernel" of names in `kernels_` takes the place of `kernel`."""
         numbers = floats({name: columns[name] for name in self.columns})
         numbers = dict(zip(numbers, np.broadcast_arrays(*numbers.values()), strict=True))
-        names, chosen = list(self.kernels_), np.array(self.kernel or self.default_)
-        asked = np.broadcast_to(columns.get("kernel", chosen), len(numbers["num_heads"]))
-        for name in set(asked.tolist()) - set(names):
-            raise unknown(f"{self.kind} kernel", str(name), names)
-        kernels = np.searchsorted(names, asked.astype(str))
+        kernels = self._asked(columns, len(numbers["num_heads"]))
         best = np.array([kernel["best"] for kernel in self.kernels_.values()])
         predicted = self._base(numbers, kernels) * np.exp(self._correction(numbers, kernels))
         return larger(predicted, self._roofline(numbers) / best[kernels])
 
+    def _asked(self, columns: Columns, count: int) -> Array:
+        """The number of each row's kernel, (count,). Raises InputError for one that was not measured."""
+        names, chosen = list(self.kernels_), np.array(self.kernel or self.default_)
+        asked = np.broadcast_to(columns.get("kernel", chosen), count)
+        for name in set(asked.tolist()) - set(names):
+            raise unknown(f"{self.kind} kernel", str(name), names)
+        return np.searchsorted(names, asked.astype(str))
+
     def in_range(self, columns: Columns) -> Array:
-        """Rows of a size that some kernel was measured at, with heads within those of all kernels together."""
+        """Rows of a size that the kernel asked for was measured at, with heads within those of all kernels together."""
         numbers = floats({name: columns[name] for name in self.columns})
         numbers = dict(zip(numbers, np.broadcast_arrays(*numbers.values()), strict=True))
+        kernels = self._asked(columns, len(numbers["num_heads"]))
         within = np.isin(numbers["head_dim"], self.heads_["head_dim"])
         for name in ("num_heads", "num_kv_heads"):
             within &= inside(numbers[name], span(np.array(self.heads_[name])))
@@ -203,27 +229,29 @@ class AttentionModel(KindModel[AttentionOp]):
             np.all([inside(extent[size], limits) for size, limits in kernel["range"].items()], axis=0)
             for kernel in self.kernels_.values()
         ]
-        return np.asarray(within & np.any(boxes, axis=0))
+        return np.asarray(within & np.array(boxes)[kernels, np.arange(len(kernels))])
 
     def to_json(self) -> dict[str, Any]:
         return {
             "kernel": self.kernel,
+            "kv_width": self.kv_width,
             "default": self.default_,
             "kernels": self.kernels_,
             "heads": self.heads_,
             "groups": self.groups_,
-            "range": self.range_,
             "forest": self.forest_.to_lines() if self.forest_ else [],
             "prefix_forest": self.prefix_forest_.to_lines() if self.prefix_forest_ else [],
+            **({"prefix_range": self.prefix_range_} if self.prefix_forest_ else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], device: DeviceSpec) -> Self:
         self = cls(device, data["kernel"])
         self.default_, self.kernels_, self.heads_ = data["default"], data["kernels"], data["heads"]
-        self.groups_, self.range_ = data["groups"], data["range"]
-        self.forest_ = Forest.from_lines(data["forest"])
-        self.prefix_forest_ = Forest.from_lines(data["prefix_forest"]) if data["prefix_forest"] else None
+        self.groups_, self.kv_width = data["groups"], data["kv_width"]
+        self.forest_ = WrittenForest(data["forest"])
+        self.prefix_forest_ = WrittenForest(data["prefix_forest"]) if data["prefix_forest"] else None
+        self.prefix_range_ = data.get("prefix_range", {})
         return self
 
 

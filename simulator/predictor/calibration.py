@@ -1,7 +1,9 @@
 """A device's calibration: a learned estimator for each kind of operator, where it came from, how well it predicts.
 
-It is kept as a folder of JSON files, one a kind, each with its provenance, the range it was measured over and its error
-on data that was held out: readable, diffable, and the same to the last bit when it is fitted to the same tables again.
+It is kept as a folder of JSON files, one a kind (`gemm.json`), or a population of a kind (`gemm.fp8.json`), each with
+its provenance, the range it was measured over and its error on data that was held out: readable, diffable, and the same
+to the last bit when it is fitted to the same tables again. A device that was measured under several versions of an
+engine has such a folder for each (`h100_sxm/vllm@0.14`); what one version lacks is taken from the nearest other.
 
     calibration = load(Path("calibration_data/a40"), catalog.device("a40"))
     calibration.models["gemm"].seconds({"m": ..., "k": ..., "n": ...})
@@ -11,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +25,48 @@ from simulator.predictor.host import HostFit
 from simulator.predictor.kind import KindModel
 from simulator.predictor.kinds import KINDS, check_kinds
 
+POOR = 0.2  # mean held-out error above which a fit is not to be relied on
 INTERVAL = 0.9  # share of the held-out measurements that a prediction interval is made to cover
 NOT_KINDS = (HOST_FILE, catalog.DEVICE_FILE, PROFILE_FILE)  # files of a calibration that are of no kind of operator
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is known of a device. `records` holds, for each kind, its provenance and held-out errors."""
+    """What is known of a device, by kind and population (`named`). `records` holds provenance and held-out errors.
+
+    `software` says which version's folder each is from, where a device has several.
+    """
 
     device: str
     models: dict[str, KindModel[Any]]
     records: dict[str, dict[str, Any]]
     host: HostFit | None = None  # measured with the operators, where whole iterations were
+    software: Mapping[str, str] = field(default_factory=dict)
+
+    def learned_on(self, name: str) -> str:
+        """Return the device that an estimator was learned on."""
+        return self.models[name].learned_on
+
+    def software_of(self, names: Iterable[str]) -> str:
+        """Return the engine versions of estimators in words; "" where the device has one calibration."""
+        of: dict[str, list[str]] = {}
+        for name in names:
+            if name in self.software:
+                of.setdefault(self.software[name], []).append(name)
+        most = sorted(of, key=lambda each: (-len(of[each]), each))
+        others = [f"{', '.join(in_words(name) for name in of[each])} of {each}" for each in most[1:]]
+        return f"{most[0]}{f' ({chr(59).join(others)})' if others else ''}" if most else ""
+
+    def warnings(self, names: Iterable[str]) -> list[str]:
+        """Return what is wrong with estimators: poor fits, and measurements that are doubtful themselves."""
+        found = []
+        for name in names:
+            record = self.records.get(name, {})
+            if (error := record.get("held_out", {}).get("mape", 0.0)) > POOR:
+                found.append(f"POOR FIT: {in_words(name)} is off by {error:.0%} on data that was held out")
+            if doubt := record.get("provenance", {}).get("doubtful"):
+                found.append(f"DOUBTFUL: {in_words(name)}: {doubt}")
+        return found
 
     def interval(self, kind: str, seconds: float) -> tuple[float, float]:
         """Factors (low, high) on a predicted time of `kind` between which INTERVAL of the held-out measurements lay."""
@@ -65,34 +98,94 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, device: DeviceSpec) -> Calibration:
-    """The calibration in `folder`. Raises InputError for a folder without one, a broken file or an unknown kind."""
-    check_kinds(sorted({path.stem for path in folder.glob("*.json") if path.name not in NOT_KINDS}), str(folder))
+def named(kind: str, variant: str) -> str:
+    """Return the name of an estimator among `Calibration.models`: of a kind, or of a population of it."""
+    return f"{kind}.{variant}" if variant else kind
+
+
+def kind_name(name: str) -> str:
+    """Return the kind that an estimator is of."""
+    return name.partition(".")[0]
+
+
+def in_words(name: str) -> str:
+    """Return the name of an estimator for people: "attention decode (fp8 KV cache)"."""
+    kind, _, variant = name.partition(".")
+    variant = {"kv_fp8": "fp8 KV cache"}.get(variant, variant)
+    return f"{kind.replace('_', ' ')}{f' ({variant})' if variant else ''}"
+
+
+def load(folder: Path, device: DeviceSpec, software: str | None = None) -> Calibration:
+    """The calibration in `folder`, of an engine's version (`vllm@0.14`) where there are several.
+
+    The nearest version is taken, of None the latest; what it lacks comes from the next nearest. Raises InputError for a
+    folder without a calibration, a broken file or an unknown kind.
+    """
     models: dict[str, KindModel[Any]] = {}
     records: dict[str, dict[str, Any]] = {}
-    for kind, model in KINDS.items():
-        path = folder / f"{kind}.json"
-        if not path.exists():
-            continue
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            learned_on = device if data["learned_on"] == device.name else catalog.device(data["learned_on"])
-            models[kind] = model.from_json(data.pop("model"), learned_on)
-            for name in ("provenance", "held_out", "interval"):
-                data[name]  # a KeyError is told below
-            records[kind] = {name: value for name, value in data.items() if name not in ("device", "kind")}
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(f"{path} is no calibration ({type(error).__name__}: {error}): fit it again") from None
-        if data["device"] != device.name:
-            raise InputError(f"{path} is of {data['device']}, not of {device.name}: fit it for this device")
+    origin: dict[str, str] = {}
+    for place in [folder, *by_nearness(folder, software)]:
+        paths = [path for path in sorted(place.glob("*.json")) if path.name not in NOT_KINDS]
+        check_kinds(sorted({kind_name(path.stem) for path in paths}), str(place))
+        order = {kind: i for i, kind in enumerate(KINDS)}
+        for path in sorted(paths, key=lambda each: (order[kind_name(each.stem)], each.stem)):
+            if path.stem in models:
+                continue
+            models[path.stem], records[path.stem] = _load_kind(path, device)
+            if place != folder:
+                origin[path.stem] = place.name
     if not models:
         raise InputError(
             f"{folder} holds no calibration: fit one with 'windtunnel calibrate fit --device {device.name}'"
         )
-    return Calibration(device.name, models, records, _load_host(folder))
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    names = sorted(models, key=lambda name: (order[kind_name(name)], name))
+    every = {name: models[name] for name in names}, {name: records[name] for name in names}
+    return Calibration(device.name, *every, _load_host(folder), origin)
 
 
-def load_of(device: DeviceSpec) -> Calibration:
+def _load_kind(path: Path, device: DeviceSpec) -> tuple[KindModel[Any], dict[str, Any]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        # what was learned on another device predicts by this one's data sheet
+        model = KINDS[kind_name(path.stem)].from_json(data.pop("model"), device)
+        model.learned_on = data["learned_on"]
+        for name in ("provenance", "held_out", "interval"):
+            data[name]  # a KeyError is told below
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{path} is no calibration ({type(error).__name__}: {error}): fit it again") from None
+    if data["device"] != device.name:
+        raise InputError(f"{path} is of {data['device']}, not of {device.name}: fit it for this device")
+    return model, {name: value for name, value in data.items() if name not in ("device", "kind")}
+
+
+def by_nearness(folder: Path, software: str | None) -> list[Path]:
+    """The folders of engine versions in a device's folder, the one to take first.
+
+    Versions of the engine asked for come first, of them the one asked for, then older ones before newer by distance;
+    None asks for the latest.
+    """
+    found = [path for path in folder.iterdir() if path.is_dir() and "@" in path.name] if folder.is_dir() else []
+    engine, _, version = (software or "").partition("@")
+    wanted = _numbers(version)
+
+    def rank(path: Path) -> tuple[Any, ...]:
+        own, _, number = path.name.partition("@")
+        mine = _numbers(number)
+        newest = tuple(-part for part in mine)
+        if own != engine or not wanted:
+            return (1, False, 0, newest, own)
+        distance = (abs(mine[0] - wanted[0]) * 1000 + abs((*mine, 0)[1] - (*wanted, 0)[1])) if mine else 0
+        return (0, mine > wanted and distance > 0, distance, newest, own)
+
+    return sorted(found, key=rank)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def load_of(device: DeviceSpec, software: str | None = None) -> Calibration:
     """The calibration of a device: its own, or what ships under its name. InputError if there is none."""
     folder = folder_of(device)
     if folder is None:
@@ -101,7 +194,7 @@ def load_of(device: DeviceSpec) -> Calibration:
             f"no calibration for device {device.name!r} (there are: {known}): give a calibration's folder, or fit one "
             "with 'windtunnel calibrate fit'"
         )
-    return load(folder, device)
+    return load(folder, device, software)
 
 
 def _load_host(folder: Path) -> HostFit | None:
@@ -115,6 +208,6 @@ def _load_host(folder: Path) -> HostFit | None:
 def fingerprint(folder: Path) -> str:
     """A hash of the contents of a calibration's files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(folder.rglob("*.json")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -51,15 +51,19 @@ def evaluate(calibration: Calibration, frames: Sequence[pd.DataFrame]) -> dict[s
     check_kinds(rows["kind"].unique(), "the tables to compare with")
     result = {}
     for kind, model in calibration.models.items():
-        mine = model.comparable(rows_of(type(model), rows)).reset_index(drop=True)
+        mine = model.comparable(rows_of(type(model), rows))
+        mine = mine[(model.variant(mine) == kind.partition(".")[2]).to_numpy(bool)].reset_index(drop=True)
         if not len(mine):
             continue
         columns = model.columns_of(mine)
         measured, predicted = mine["time_ms"].to_numpy(float) / 1e3, model.seconds(columns)
         long = measured > LONG_S
+        record = calibration.records.get(kind)
+        covered = {} if record is None else {"covers": short(_covered(calibration, kind, measured, predicted).mean())}
         result[kind] = {
             **errors(measured, predicted),
-            "learned_on": model.device.name,
+            **covered,
+            "learned_on": calibration.learned_on(kind),
             "measured_on": ", ".join(sorted(mine["device"].unique())),
             "in_range": short(np.mean(model.in_range(columns))),
             "over_20us": errors(measured[long], predicted[long]),
@@ -68,6 +72,12 @@ def evaluate(calibration: Calibration, frames: Sequence[pd.DataFrame]) -> dict[s
         kinds = ", ".join(sorted(rows["kind"].unique()))
         raise InputError(f"nothing to compare: learned {', '.join(calibration.models)}, the tables hold {kinds}")
     return result
+
+
+def _covered(calibration: Calibration, kind: str, measured: Array, predicted: Array) -> Array:
+    """Which measured times, (rows,), lie within the intervals of the predicted ones."""
+    limits = np.array([calibration.interval(kind, float(seconds)) for seconds in predicted])
+    return np.asarray((measured >= predicted * limits[:, 0]) & (measured <= predicted * limits[:, 1]))
 
 
 def held_out(names: pd.Series, folds: Array, measured: Array, predicted: Array) -> dict[str, Any]:

@@ -30,6 +30,18 @@ HOST_BOUND = ("vllm_eager",)  # backends whose times contain the host's launch
 KNOTS_PER_OCTAVE = 4
 
 
+# On a switch: seconds to launch, and by the logarithm of the ranks; bytes on the bus; a mean of both in between. Fitted
+# to ai-dynamo/aiconfigurator's tables of A100, H100 and H200 by benchmarks/cold_start.py, which reports the errors.
+SWITCHED = {"vllm_graph": (3.724e-6, 3.825e-7, 1.055, 0.9553), "nccl": (1.851e-6, 4.549e-6, 0.997, 1.097)}
+
+
+def on_a_switch(num_bytes: Array, ranks: Any, rate: float, constants: tuple[float, ...]) -> Array:
+    """Seconds (rows,) of an all-reduce among ranks that reach each other at `rate` bytes/s; 0 for one rank."""
+    base, by_ranks, traffic, mixed = constants
+    launch, moved = base + by_ranks * np.log2(ranks), 2 * (ranks - 1) / ranks * num_bytes / rate
+    return np.where(ranks > 1, launch + traffic * moved + mixed * np.sqrt(launch * moved), 0.0)
+
+
 class Layout(NamedTuple):
     """What a curve is of; `ranks_per_node` below `num_ranks` spans nodes."""
 
@@ -112,6 +124,9 @@ class Collective(KindModel[MessageOp]):
     def kernels_(self) -> list[str]:
         """The kernels that were measured."""
         return list(self.curves_)
+
+    def _networks_of(self, kernel: str) -> set[str]:
+        return {layout.network for layout in self.curves_.get(kernel, {})}
 
     @property
     def networks_(self) -> list[str]:
@@ -221,9 +236,19 @@ class AllReduce(Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
 
     @classmethod
     def data_sheet(cls, op: AllReduceOperator, site: Site, rows: Array) -> Array:
+        if site.network.switched and site.tp <= site.network.gpus_per_node:
+            own = "vllm_graph" if (site.engine or "").startswith("vllm") else "nccl"
+            rate = site.network.node.bandwidth_bytes_per_s
+            return np.asarray(op.count * on_a_switch(rows * op.bytes_per_row, site.tp, rate, SWITCHED[own]))
         latency = site.network.allreduce_time(0, site.first_rank, site.tp)
         per_row = site.network.allreduce_time(op.bytes_per_row, site.first_rank, site.tp) - latency
         return np.asarray(op.count * (latency + rows * per_row))
+
+    def asked(self, columns: Mapping[str, Any], count: int, site: Site) -> dict[str, Array]:
+        """The columns, and the engine's own kernel in a CUDA graph where it was measured (vLLM's, up to 8 MiB)."""
+        asked = super().asked(columns, count, site)
+        own = f"{(site.engine or '').partition('@')[0]}_graph"
+        return asked | {"kernel": np.full(count, own)} if site.network.name in self._networks_of(own) else asked
 
     def applies(self, op: AllReduceOperator, site: Site) -> bool:
         """Only over links like those that were measured."""

@@ -43,6 +43,7 @@ class Elementwise(RowsModel[Operator]):
 
     kind: ClassVar[str] = "elementwise"
     columns: ClassVar[tuple[str, ...]] = ("operator", "rows", "bytes_per_row")
+    launch_s: ClassVar[float] = 2e-6
 
     @classmethod
     def groups(cls, rows: pd.DataFrame) -> pd.Series:

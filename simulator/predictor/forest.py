@@ -7,10 +7,12 @@ and evaluated here, with numpy alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from engine.errors import InputError
 from engine.results.tables import Array
 
 
@@ -96,6 +98,27 @@ class Forest:
             if open_nodes:
                 raise ValueError(f"a tree of {len(line.split())} nodes is cut off")
         return cls(np.array(feature), np.array(value), np.array(right), np.array(roots))
+
+
+@dataclass(frozen=True)
+class WrittenForest:
+    """A forest as its text, which is parsed when it is first asked: few of a calibration's ever are."""
+
+    lines: list[str]
+
+    @cached_property
+    def forest(self) -> Forest:
+        try:
+            return Forest.from_lines(self.lines)
+        except ValueError as error:
+            raise InputError(f"the calibration holds no forest ({error}): fit it again") from None
+
+    def predict(self, x: Array) -> Array:
+        """The mean of the trees, (rows,). Raises InputError for a text that is no forest."""
+        return self.forest.predict(x)
+
+    def to_lines(self) -> list[str]:
+        return self.lines
 
 
 def _preorder(tree: Any) -> tuple[Array, list[float], Array]:

@@ -27,11 +27,19 @@ Op = TypeVar("Op", bound=Operator)
 RowsOp = TypeVar("RowsOp", bound=OfRows)
 
 
+CLOCK_HZ = 1.98e9  # that launches are told at: they take as many cycles on every GPU
+
+
+def slower_clock(device: DeviceSpec) -> float:
+    """Return how much longer so many cycles take on a device than at CLOCK_HZ."""
+    return CLOCK_HZ / device.clock_hz
+
+
 @dataclass(frozen=True)
 class Site:
     """Where an operator runs: a stage's first rank, of `model` on a device, among `tp` ranks.
 
-    `kernel` is whose measurements to take, of kinds that have several and this one among them.
+    `kernel` is whose measurements of attention to take, where they are; `engine` (`vllm@0.14`) whose of collectives.
     """
 
     device: DeviceSpec
@@ -40,6 +48,7 @@ class Site:
     tp: int
     first_rank: int
     kernel: str | None = None
+    engine: str | None = None
 
     @cached_property
     def width(self) -> int:
@@ -88,9 +97,11 @@ class KindModel(Generic[Op]):
     columns: ClassVar[tuple[str, ...]]
     family: ClassVar[str] = "other"  # linear, attention, communication or other, for reports
     pooled: ClassVar[bool] = False  # learned from every table given, of whichever device of the family
+    launch_s: ClassVar[float] = 0.0  # of one run without any work, at CLOCK_HZ
 
     def __init__(self, device: DeviceSpec) -> None:
         self.device = device
+        self.learned_on = device.name  # another device where its measurements are carried over to this one
 
     # -- learning
 
@@ -98,6 +109,18 @@ class KindModel(Generic[Op]):
     def usable(cls, rows: pd.DataFrame) -> pd.DataFrame:
         """Return the rows, of those of this kind, that are times of the GPU."""
         return rows
+
+    @classmethod
+    def variant(cls, rows: pd.DataFrame) -> pd.Series:
+        """Return one name a row of the population that it belongs to, each with an estimator of its own; "" mostly."""
+        import pandas as pd
+
+        return pd.Series("", rows.index)
+
+    @classmethod
+    def variant_of(cls, op: Op, site: Site) -> str:
+        """Return the population, of `variant`, that an operator is predicted by."""
+        return ""
 
     @classmethod
     def groups(cls, rows: pd.DataFrame) -> pd.Series:
@@ -147,8 +170,8 @@ class KindModel(Generic[Op]):
 
     @classmethod
     def launch_floor(cls, op: Op, site: Site) -> float:
-        """Return the least seconds of one run, however little its work: a bound of the roofline."""
-        return 0.0
+        """Return the seconds of one run without any work, which the roofline adds to those of its work."""
+        return cls.launch_s * slower_clock(site.device) if site.device.runs_on == "cuda" else 0.0
 
     def names(self, op: Operator) -> bool:
         """Return whether this very operator was measured, and not only others of its kind."""
@@ -180,8 +203,8 @@ class RowsModel(KindModel[RowsOp]):
 
     @classmethod
     def roofline(cls, op: RowsOp, site: Site, rows: Array) -> Array:
-        """Return seconds by the data sheet from the launch floor up."""
-        return np.asarray(np.maximum(cls.data_sheet(op, site, rows), op.count * cls.launch_floor(op, site)))
+        """Return seconds by the data sheet, with the launches."""
+        return np.asarray(cls.data_sheet(op, site, rows) + op.count * cls.launch_floor(op, site))
 
     def times(self, op: RowsOp, site: Site, rows: Array) -> Array:
         """Return seconds as learned, for each number of rows (from 1)."""
@@ -197,7 +220,11 @@ class RowsModel(KindModel[RowsOp]):
 
 
 class PromptModel(KindModel[Op]):
-    """A kind whose time is a sum over the prompts of a batch, each by its chunk and its prefix."""
+    """A kind whose time depends on the prompts of a batch, each by its chunk and its prefix: one kernel's work.
+
+    By the data sheet it is the sum over them and one launch. As learned it is known of equal prompts (`times`), and
+    `lookup.StageTimes` puts that of unlike ones together.
+    """
 
     @classmethod
     def data_sheet(cls, op: Op, site: Site, chunk: int, prefix: int) -> float:
@@ -206,11 +233,11 @@ class PromptModel(KindModel[Op]):
 
     @classmethod
     def roofline(cls, op: Op, site: Site, chunk: int, prefix: int) -> float:
-        """Return seconds by the data sheet from the launch floor up."""
-        return max(cls.data_sheet(op, site, chunk, prefix), op.count * cls.launch_floor(op, site))
+        """Return seconds by the data sheet of a batch with one prompt, with the launches."""
+        return cls.data_sheet(op, site, chunk, prefix) + op.count * cls.launch_floor(op, site)
 
-    def times(self, op: Op, site: Site, chunks: Array, prefixes: Array) -> Array:
-        """Return seconds as learned, (rows,), of a prompt's chunk after a prefix."""
+    def times(self, op: Op, site: Site, prompts: Array, chunks: Array, prefixes: Array) -> Array:
+        """Return seconds as learned, (rows,), of so many prompts together, each of a chunk after a prefix."""
         raise NotImplementedError
 
 
@@ -224,10 +251,10 @@ class DecodeModel(KindModel[Op]):
 
     @classmethod
     def roofline(cls, op: Op, site: Site, requests: Array, kv_tokens: Array) -> Array:
-        """Return seconds by the data sheet from the launch floor up, (rows,)."""
+        """Return seconds by the data sheet, with the launches, (rows,)."""
         per_request, per_kv_token = cls.data_sheet(op, site)
         seconds = per_request * requests + per_kv_token * cls.seen(op, requests, kv_tokens)
-        return np.asarray(np.maximum(seconds, op.count * cls.launch_floor(op, site)))
+        return np.asarray(seconds + op.count * cls.launch_floor(op, site))
 
     @classmethod
     def seen(cls, op: Op, requests: Array, kv_tokens: Array) -> Array:
@@ -254,8 +281,8 @@ class SendModel(KindModel[RowsOp]):
 
     @classmethod
     def roofline(cls, op: RowsOp, site: Site, tokens: int) -> float:
-        """Return seconds by the data sheet from the launch floor up."""
-        return max(cls.data_sheet(op, site, tokens), op.count * cls.launch_floor(op, site))
+        """Return seconds by the data sheet, with the launches."""
+        return cls.data_sheet(op, site, tokens) + op.count * cls.launch_floor(op, site)
 
     def times(self, op: RowsOp, site: Site, tokens: Array) -> Array:
         """Return seconds as learned, for each number of tokens (from 1)."""
@@ -272,9 +299,9 @@ class BatchModel(KindModel[Op]):
 
     @classmethod
     def roofline(cls, op: Op, site: Site, shape: BatchShape) -> float:
-        """Return seconds by the data sheet, from the launch floor up where there is anything to do."""
+        """Return seconds by the data sheet, with the launches where there is anything to do."""
         seconds = cls.data_sheet(op, site, shape)
-        return max(seconds, op.count * cls.launch_floor(op, site)) if seconds else 0.0
+        return seconds + op.count * cls.launch_floor(op, site) if seconds else 0.0
 
     def times(self, op: Op, site: Site, shape: BatchShape) -> float:
         """Return seconds as learned; 0 where the operator has nothing to do in the batch."""

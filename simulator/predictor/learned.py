@@ -15,6 +15,7 @@ from engine.specs.device_folder import folder_of, known_devices
 from simulator.predictor import calibration as store
 from simulator.predictor import table_cache
 from simulator.predictor.base import RuntimePredictor
+from simulator.predictor.carried import carried
 from simulator.predictor.lookup import Limits, StageTimes, at, stage_times
 from simulator.predictor.tables import TableMaker
 
@@ -53,19 +54,38 @@ def learned(
     if folder is None:
         known = ", ".join(known_devices()) or "none"
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
+    calibration = store.load(folder, device, host.kernels)
+    return _predictor(calibration, store.fingerprint(folder), model, device, network, parallel, host)
+
+
+def carried_over(
+    model: ModelSpec, device: DeviceSpec, network: NetworkSpec, parallel: ParallelSpec, host: HostOverhead
+) -> Learned:
+    """The predictor of a deployment on a device without measurements: by what others' have in common."""
+    return _predictor(carried(device), "", model, device, network, parallel, host)
+
+
+def _predictor(
+    calibration: store.Calibration,
+    fingerprint: str,
+    model: ModelSpec,
+    device: DeviceSpec,
+    network: NetworkSpec,
+    parallel: ParallelSpec,
+    host: HostOverhead,
+) -> Learned:
     stages = range(parallel.pipeline_parallel_size)
-    calibration = store.load(folder, device)
-    maker = TableMaker(calibration, model, device, network, parallel, host.attention_kernel)
-    learned_on = [model.device for model in calibration.models.values()]
+    maker = TableMaker(calibration, model, device, network, parallel, host.attention_kernel, host.kernels)
     arguments = (
         model,
         device,
         network,
         parallel,
         host.attention_kernel,
-        learned_on,
+        host.kernels,
+        sorted(calibration.software.items()),
         maker.operators,
-        store.fingerprint(folder),
+        fingerprint,
         table_cache.code_hash(),
     )
     path = table_cache.cache_folder() / f"{hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]}.npz"

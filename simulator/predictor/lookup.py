@@ -12,7 +12,7 @@ import numpy as np
 from engine.results.tables import Array
 from engine.scheduling.request import BatchShape
 from engine.specs import HostOverhead
-from simulator.predictor.grids import CHUNKS, KV_TOKENS, MOST_REQUESTS, MOST_ROWS, PREFIXES
+from simulator.predictor.grids import CHUNKS, LENGTHS, MOST_REQUESTS, MOST_ROWS, PREFIXES, PROMPTS
 
 UNLIMITED = 1 << 62  # of what no kind of operator limits
 BatchTime = Callable[[BatchShape], float]
@@ -20,8 +20,9 @@ BatchTime = Callable[[BatchShape], float]
 
 @dataclass(frozen=True)
 class StageTables:
-    """Seconds of one stage. `tokens` (MOST_ROWS + 1,) and `sampled` (MOST_REQUESTS + 1,) by rows; `prefill` (chunks,
-    prefixes); `decode` (MOST_REQUESTS + 1, kv tokens); `send` (MOST_ROWS + 1,) by tokens, to the next stage."""
+    """Seconds of one stage. `tokens` (MOST_ROWS + 1,) and `sampled` (MOST_REQUESTS + 1,) by rows; `prefill` (prompts,
+    chunks, prefixes) of so many equal prompts; `decode` (MOST_REQUESTS + 1, lengths) by the cached tokens of each;
+    `send` (MOST_ROWS + 1,) by tokens, to the next stage."""
 
     tokens: Array
     sampled: Array
@@ -68,6 +69,7 @@ class StageTimes:
         self.sampled: list[float] = tables.sampled.tolist()
         self.prefill = tables.prefill
         self.prefill_rows: dict[int, list[Segment]] = {}
+        self.together_rows: dict[int, list[list[Segment]]] = {}
         self.decode = tables.decode
         self.decode_rows: dict[int, list[Segment]] = {}
         self.send: list[float] = tables.send.tolist()
@@ -95,7 +97,7 @@ class StageTimes:
         low = slope = start = 0.0
         if decodes:  # attention is linear in the cached tokens between the grid's points
             row = self.decode_rows.get(decodes) or self.decode_row(decodes)
-            low, slope, start, end = row[bisect_right(_KV_STARTS, kv) - 1]
+            low, slope, start, end = row[bisect_right(_LENGTH_STARTS, kv / decodes) - 1]
             if repeats > 1 and kv + (repeats - 1) * growth >= end:
                 inside = ceil((end - kv) / growth)
                 return self.times(shape, inside) + self.times(shape.after(inside), repeats - inside)
@@ -103,29 +105,69 @@ class StageTimes:
             if fixed + low >= launch:  # the GPU is the slower one from here on
                 return [fixed + (low + slope * (kv + i * growth - start)) for i in range(repeats)]
             return [max(fixed + (low + slope * (kv + i * growth - start)), launch) for i in range(repeats)]
-        times = []
+        times, alone = [], len(prefills) == 1
         for i in range(repeats):
             seconds = fixed + (low + slope * (kv + i * growth - start))
-            for chunk, prefix in prefills:
+            if alone:
+                chunk, prefix = prefills[0]
                 seconds += self.prefill_time(chunk, prefix + i * chunk)
+            else:
+                seconds += self.together([(chunk, prefix + i * chunk) for chunk, prefix in prefills])
             times.append(seconds if seconds > launch else launch)
         return times
 
     def decode_row(self, requests: int) -> list[Segment]:
         """Attention of that many decodes, by their cached tokens."""
-        row = self.decode_rows[requests] = _segments(self.decode[min(requests, MOST_REQUESTS)], KV_TOKENS)
+        values = self.decode[min(requests, MOST_REQUESTS)] * max(1.0, requests / MOST_REQUESTS)
+        row = self.decode_rows[requests] = _segments(values, requests * LENGTHS)
         return row
 
     def prefill_time(self, chunk: int, prefix: int) -> float:
-        """Attention of a prompt's chunk: bilinear between the grid's points."""
+        """Attention of one prompt's chunk: bilinear between the grid's points."""
         row = self.prefill_rows.get(chunk)
         if row is None:
-            i = min(int(np.searchsorted(CHUNKS, chunk, side="right")) - 1, len(CHUNKS) - 2)
-            across = (chunk - CHUNKS[i]) / (CHUNKS[i + 1] - CHUNKS[i])
-            values = self.prefill[i] + across * (self.prefill[i + 1] - self.prefill[i])
-            row = self.prefill_rows[chunk] = _segments(values, PREFIXES)
+            row = self.prefill_rows[chunk] = self._of_chunk(0, chunk)
         low, slope, start, _ = row[bisect_right(_PREFIX_STARTS, prefix) - 1]
         return low + slope * (prefix - start)
+
+    def together(self, prompts: Sequence[tuple[int, int]]) -> float:
+        """Attention of several prompts' (chunk, prefix), which are one kernel's work.
+
+        Of equal prompts the time is known by their number. Of unlike ones each has its share of the time that as much
+        work would take if it were all of its like: prompt i, with the work w_i of W in all, w_i / W of the time of
+        W / w_i such prompts. A prompt's work is its share of the time of the most prompts together.
+        """
+        at_prefix = []
+        for chunk, prefix in prompts:
+            rows = self.together_rows.get(chunk)
+            if rows is None:
+                rows = self.together_rows[chunk] = [self._of_chunk(i, chunk) for i in range(len(PROMPTS))]
+            place = bisect_right(_PREFIX_STARTS, prefix) - 1
+            at_prefix.append((rows, place, prefix - _PREFIX_STARTS[place]))
+        works = [rows[-1][place][0] + rows[-1][place][1] * past for rows, place, past in at_prefix]
+        total, seconds = sum(works), 0.0
+        if not total:
+            return 0.0
+        for (rows, place, past), work in zip(at_prefix, works, strict=True):
+            count = total / work if work else _MOST_PROMPTS
+            i = bisect_right(_PROMPT_STARTS, count) - 1
+            if i < 0:
+                i = 0
+            few = rows[i][place][0] + rows[i][place][1] * past
+            if count < _MOST_PROMPTS:
+                many = rows[i + 1][place][0] + rows[i + 1][place][1] * past
+                few += (many - few) * (count - _PROMPTS[i]) / (_PROMPTS[i + 1] - _PROMPTS[i])
+            else:
+                few *= count / _MOST_PROMPTS
+            seconds += few * work / total
+        return seconds
+
+    def _of_chunk(self, place: int, chunk: int) -> list[Segment]:
+        """Attention of PROMPTS[place] prompts of a chunk, by their prefix."""
+        i = min(int(np.searchsorted(CHUNKS, chunk, side="right")) - 1, len(CHUNKS) - 2)
+        across = (chunk - CHUNKS[i]) / (CHUNKS[i + 1] - CHUNKS[i])
+        grid = self.prefill[place]
+        return _segments(grid[i] + across * (grid[i + 1] - grid[i]), PREFIXES)
 
 
 class SteppedTimes(StageTimes):
@@ -178,8 +220,11 @@ def _segments(values: Array, grid: Array) -> list[Segment]:
     return list(zip(values[:-1].tolist(), slopes.tolist(), grid[:-1].tolist(), ends, strict=True))
 
 
-_KV_STARTS: list[float] = KV_TOKENS[:-1].tolist()  # of the segments
+_LENGTH_STARTS: list[float] = [0.0, *LENGTHS[1:-1].tolist()]  # of the segments
 _PREFIX_STARTS: list[float] = PREFIXES[:-1].tolist()
+_PROMPTS: list[float] = PROMPTS.tolist()
+_PROMPT_STARTS: list[float] = _PROMPTS[:-1]
+_MOST_PROMPTS: float = _PROMPTS[-1]
 
 
 def at(table: list[float], rows: int) -> float:

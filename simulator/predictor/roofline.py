@@ -1,8 +1,8 @@
 """The roofline predictor: an estimate from the data sheet, for any device that has one.
 
-An operator takes the longer of its FLOPs over the peak rate and its bytes over the memory bandwidth, each times the
-efficiency that the device spec states (Williams et al. 2009, "Roofline"); collectives take latency + bytes over
-bandwidth; a stage takes the longer of that sum and the host's time to launch its layers. Nothing here is measured.
+An operator takes a launch and the longer of its FLOPs over the peak rate and its bytes over the memory bandwidth, each
+times the efficiency that the device spec states (Williams et al. 2009, "Roofline"); the attention of all prompts of a
+batch is one launch, that of all decodes another; collectives take latency + bytes over bandwidth; a stage takes the longer of that sum and the host's time to launch its layers. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -56,14 +56,11 @@ class _Stage:
         self.operators, self.site, self.host = operators, site, host
         self.layers, self.ranks, self.stage = layers, ranks, stage
         decodes = [kind.data_sheet(op, site) for op, kind in operators.decodes]
+        self.decode_launch = sum(op.count * kind.launch_floor(op, site) for op, kind in operators.decodes)
+        self.prefill_launch = sum(op.count * kind.launch_floor(op, site) for op, kind in operators.prompts)
         self.decode_per_request = sum(per_request for per_request, _ in decodes)
         self.decode_per_kv_token = sum(per_kv_token for _, per_kv_token in decodes)
-        self.prefill_time = _sum(
-            [
-                partial(kind.roofline if kind.launch_floor(op, site) else kind.data_sheet, op, site)
-                for op, kind in operators.prompts
-            ]
-        )
+        self.prefill_time = _sum([partial(kind.data_sheet, op, site) for op, kind in operators.prompts])
         self.tables: dict[str, list[float]] = {"tokens": [], "sampled": []}
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
@@ -77,7 +74,7 @@ class _Stage:
             + self.rows_time("sampled", sampled)
             + self.decode_per_request * decodes
         )
-        gpu += host
+        gpu += host + (self.decode_launch if decodes else 0.0) + (self.prefill_launch if prefills else 0.0)
         slope = self.decode_per_kv_token
         if not prefills:
             return [max(gpu + slope * (kv + i * growth), launch) for i in range(repeats)]
@@ -107,7 +104,7 @@ class _Stage:
 
 
 class _SteppedStage(_Stage):
-    """A stage with operators whose time is no straight line in the cached tokens, or is of the whole batch."""
+    """A stage with operators whose time is of the whole batch."""
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         return [self.time(shape.after(i)) for i in range(repeats)]
@@ -121,6 +118,7 @@ class _SteppedStage(_Stage):
         for op, kind in self.operators.decodes if decodes else ():
             gpu += float(kind.roofline(op, self.site, np.array([decodes]), np.array([kv]))[0])
         gpu += sum(self.prefill_time(chunk, prefix) for chunk, prefix in prefills)
+        gpu += self.prefill_launch if prefills else 0.0
         gpu += sum(kind.roofline(op, self.site, shape) for op, kind in self.operators.batches)
         return max(gpu, launch) + host
 
@@ -129,11 +127,10 @@ def _stage(
     model: ModelSpec, device: DeviceSpec, network: NetworkSpec, parallel: ParallelSpec, host: HostOverhead, stage: int
 ) -> _Stage:
     tp, layers = parallel.tensor_parallel_size, parallel.stage_layers(model.num_layers)[stage]
-    site = Site(device, network, model, tp, stage * tp)
+    site = Site(device, network, model, tp, stage * tp, host.attention_kernel, host.kernels)
     operators = sort_out(inventory(model, parallel, stage))
-    bent = any(kind.launch_floor(op, site) or not kind.straight(op) for op, kind in operators.decodes)
-    stepped = operators.batches or bent
-    kind_of_stage = _SteppedStage if stepped else _Stage
+    bent = any(not kind.straight(op) for op, kind in operators.decodes)
+    kind_of_stage = _SteppedStage if operators.batches or bent else _Stage
     return kind_of_stage(operators, site, host, layers, parallel.world_size, stage)
 
 

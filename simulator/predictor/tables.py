@@ -17,8 +17,9 @@ from engine.results.tables import Array
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
 from profiler.kind import Operator
 from profiler.operators import inventory
-from simulator.predictor.calibration import Calibration
-from simulator.predictor.grids import CHUNKS, KV_TOKENS, MOST_REQUESTS, MOST_ROWS, PREFIXES, REQUESTS, ROWS
+from simulator.predictor.calibration import Calibration, in_words, named
+from simulator.predictor.carried import SOURCE
+from simulator.predictor.grids import CHUNKS, LENGTHS, MOST_REQUESTS, MOST_ROWS, PREFIXES, PROMPTS, REQUESTS, ROWS
 from simulator.predictor.kind import KindModel, Site
 from simulator.predictor.kinds import Sorted, kind_of, sort_out
 from simulator.predictor.lookup import BatchTime, Limits, StageTables
@@ -29,6 +30,7 @@ class TableMaker:
 
     Args:
         kernel: whose measurements of attention to take, where they are; None takes the kernel measured most.
+        engine: whose all-reduce to take (`vllm@0.14`), where it has its own; None takes the one measured most.
     """
 
     def __init__(
@@ -39,25 +41,31 @@ class TableMaker:
         network: NetworkSpec,
         parallel: ParallelSpec,
         kernel: str | None = None,
+        engine: str | None = None,
     ) -> None:
+        self.calibration = calibration
         self.models: dict[str, KindModel[Any]] = calibration.models
         tp, stages = parallel.tensor_parallel_size, range(parallel.pipeline_parallel_size)
-        self.sites = [Site(device, network, model, tp, stage * tp, kernel) for stage in stages]
+        self.sites = [Site(device, network, model, tp, stage * tp, kernel, engine) for stage in stages]
         every = [inventory(model, parallel, stage) for stage in stages]
         self.operators = [[part for op in stage for part in self._as_measured(op)] for stage in every]
         self.sorted: list[Sorted] = [sort_out(operators) for operators in self.operators]
 
     def _as_measured(self, op: Operator) -> tuple[Operator, ...]:
         """An operator, or its parts where only these were measured."""
-        whole = self.models.get(op.kind)
+        whole = self.models.get(op.kind)  # the kinds with parts have one population
         if whole is None or whole.names(op):
             return (op,)
         parts = [(part, self.models.get(part.kind)) for part in op.parts]
         return op.parts if any(model is not None and model.names(part) for part, model in parts) else (op,)
 
+    def _name(self, op: Operator, stage: int) -> str:
+        """Return the estimator of an operator, by its name among `models`."""
+        return named(op.kind, kind_of(op).variant_of(op, self.sites[stage]))
+
     def knows(self, op: Operator, stage: int) -> bool:
         """Return whether an operator's time is learned."""
-        model = self.models.get(op.kind)
+        model = self.models.get(self._name(op, stage))
         return model is not None and model.applies(op, self.sites[stage])
 
     def stage(self, stage: int) -> StageTables:
@@ -84,32 +92,36 @@ class TableMaker:
 
     def _source(self, op: Any, stage: int) -> Callable[..., Any]:
         """What gives an operator's seconds: its fitted model, or the roofline of its kind."""
-        model: Any = self.models[op.kind] if self.knows(op, stage) else None
+        model: Any = self.models[self._name(op, stage)] if self.knows(op, stage) else None
         kind: Any = kind_of(op)
         return partial(kind.roofline if model is None else model.times, op, self.sites[stage])
 
     def _prompts(self, stage: int) -> Array:
-        """Seconds of one prompt by (chunk, prefix)."""
-        chunks, prefixes = (grid.ravel() for grid in np.meshgrid(CHUNKS, PREFIXES, indexing="ij"))
+        """Seconds of equal prompts by (how many, chunk, prefix)."""
+        axes = np.meshgrid(PROMPTS, CHUNKS, PREFIXES, indexing="ij")
+        prompts, chunks, prefixes = (grid.ravel() for grid in axes)
         seconds = np.zeros(len(chunks))
-        for op, _ in self.sorted[stage].prompts:
-            times = self._source(op, stage)
+        for op, kind in self.sorted[stage].prompts:
             if self.knows(op, stage):
-                seconds += times(chunks, prefixes)
-            else:
-                seconds += [times(int(chunk), int(prefix)) for chunk, prefix in zip(chunks, prefixes, strict=True)]
-        grid = seconds.reshape(len(CHUNKS), len(PREFIXES))
-        return np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
+                seconds += self._source(op, stage)(prompts, chunks, prefixes)
+                continue
+            site, sizes = self.sites[stage], zip(chunks[: axes[0][0].size], prefixes, strict=False)
+            each = np.array([kind.data_sheet(op, site, int(chunk), int(prefix)) for chunk, prefix in sizes])
+            seconds += np.outer(PROMPTS, each).ravel() + op.count * kind.launch_floor(op, site)
+        grid = seconds.reshape(len(PROMPTS), len(CHUNKS), len(PREFIXES))
+        for axis in range(3):
+            grid = np.maximum.accumulate(grid, axis=axis)
+        return grid
 
     def _decodes(self, stage: int) -> Array:
-        """Seconds of decodes by (number of requests from 0 on, cached tokens in all)."""
-        requests, kv = (grid.ravel() for grid in np.meshgrid(REQUESTS, KV_TOKENS, indexing="ij"))
-        kv = np.maximum(requests, kv)
-        seconds = np.zeros(len(kv))
+        """Seconds of decodes by (number of requests from 0 on, cached tokens of each)."""
+        requests, lengths = (grid.ravel() for grid in np.meshgrid(REQUESTS, LENGTHS, indexing="ij"))
+        seconds = np.zeros(len(requests))
         for op, kind in self.sorted[stage].decodes:
-            seconds += self._source(op, stage)(requests, kind.seen(op, requests, kv))
-        # along the cached tokens alone: the same tokens in fewer requests may well take longer
-        grid = np.maximum.accumulate(seconds.reshape(len(REQUESTS), len(KV_TOKENS)), axis=1)
+            seconds += self._source(op, stage)(requests, kind.seen(op, requests, requests * lengths))
+        # more requests of a length, or longer ones; the same tokens in fewer requests may well take longer
+        grid = seconds.reshape(len(REQUESTS), len(LENGTHS))
+        grid = np.maximum.accumulate(np.maximum.accumulate(grid, axis=0), axis=1)
         every = np.arange(MOST_REQUESTS + 1)
         return np.stack([np.interp(every, REQUESTS, column) for column in grid.T], axis=1)
 
@@ -126,22 +138,34 @@ class TableMaker:
         every = [(op, stage) for stage, operators in enumerate(self.operators) for op in operators]
         if not all(self.knows(op, stage) for op, stage in every):
             return Limits(0, 0, 0, 0, 0, 0)
-        kinds = dict.fromkeys(op.kind for op, _ in every)
-        of_kind = {kind: [op for op, _ in every if op.kind == kind] for kind in kinds}
-        return Limits.together(self.models[kind].limits(mine, self.sites[0]) for kind, mine in of_kind.items())
+        of_name: dict[str, list[Operator]] = {}
+        for op, stage in every:
+            of_name.setdefault(self._name(op, stage), []).append(op)
+        return Limits.together(self.models[name].limits(mine, self.sites[0]) for name, mine in of_name.items())
 
     def describe(self, host: HostOverhead) -> str:
         """Return one line for reports: what was measured, what was carried over or estimated."""
         device, network = self.sites[0].device, self.sites[0].network
         text = f"calibrated on measurements of {device.name} ({network.name}, host overhead {host.name})"
-        carried = [model for model in self.models.values() if model.device.name != device.name]
-        if carried:
-            families = " and ".join(sorted({model.family for model in carried}))
-            text += f"; {families} carried over from {', '.join(sorted({model.device.name for model in carried}))}"
+        if not self.calibration.records:
+            return (
+                f"an estimate for {device.name} ({network.name}, host overhead {host.name}) by its data sheet, with "
+                f"floors and efficiencies carried over from {SOURCE}; nothing in it is measured"
+            )
         every = [(op, stage) for stage, operators in enumerate(self.operators) for op in operators]
-        lacking = sorted({op.kind for op, stage in every if not self.knows(op, stage)})
+        used = sorted({self._name(op, stage) for op, stage in every if self.knows(op, stage)})
+        if software := self.calibration.software_of(used):
+            text += f"; operators of {software}"
+        carried = {name: self.calibration.learned_on(name) for name in used}
+        carried = {name: where for name, where in carried.items() if where != device.name}
+        if carried:
+            families = " and ".join(sorted({self.models[name].family for name in carried}))
+            text += f"; {families} carried over from {', '.join(sorted(set(carried.values())))}"
+        lacking = sorted({self._name(op, stage) for op, stage in every if not self.knows(op, stage)})
         if lacking:
-            text += f"; an estimate from the data sheet: {', '.join(kind.replace('_', ' ') for kind in lacking)}"
+            text += f"; an estimate from the data sheet: {', '.join(in_words(name) for name in lacking)}"
+        for warning in self.calibration.warnings(used):
+            text += f"; {warning}"
         return text
 
 

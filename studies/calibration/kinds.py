@@ -14,6 +14,7 @@ import numpy as np
 from engine.results.tables import Array
 from simulator.predictor import gemm
 from simulator.predictor.attention_model import kernel_names
+from simulator.predictor.calibration import kind_name
 from simulator.predictor.kind import KindModel
 from studies.words import size
 
@@ -63,7 +64,7 @@ class _Gemm(KindPage):
     def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
         m, k, n = (np.asarray(columns[name], float) for name in ("m", "k", "n"))
         labels = [f"{of_k:.0f} \N{MULTIPLICATION SIGN} {of_n:.0f}" for of_k, of_n in zip(k, n, strict=True)]
-        return gemm.roofline(m, k, n, model.device), m, np.array(labels, dtype=object)
+        return gemm.roofline(m, k, n, model.device, model.dtype), m, np.array(labels, dtype=object)
 
     def range_words(self, model: Any) -> list[str]:
         return [", ".join(f"{name} {_span(limits)}" for name, limits in zip("mkn", model.limits_, strict=True))]
@@ -245,7 +246,8 @@ PAGES: dict[str, KindPage] = {
 
 
 def page_of(kind: str) -> KindPage:
-    """Return what there is to say of a kind. Raises LookupError for one that is not in PAGES."""
+    """Return what there is to say of a kind, or of a population of it. Raises LookupError for one not in PAGES."""
+    kind = kind_name(kind)
     if kind not in PAGES:
         raise LookupError(f"nothing to say of operators of kind {kind!r}: enter it in studies.calibration_kinds.PAGES")
     return PAGES[kind]

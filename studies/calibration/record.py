@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.results.tables import Array
 from engine.specs import DeviceSpec
-from simulator.predictor.calibration import Calibration
+from simulator.predictor.calibration import Calibration, kind_name
 from simulator.predictor.kind import KindModel
 from studies.calibration.kinds import PAGES, KindPage, page_of
 
@@ -108,7 +108,8 @@ def read_calibration(
         carried_over = record["learned_on"] != calibration.device
         ranges = page.range_words(model)
         kinds.append(KindRecord(kind, page, record, carried_over, ranges, scatter, by_size, efficiency))
-    lacking = [page.name for kind, page in PAGES.items() if kind not in calibration.models]
+    known = {kind_name(name) for name in calibration.models}
+    lacking = [page.name for kind, page in PAGES.items() if kind not in known]
     return CalibrationRecord(device, kinds, lacking)
 
 
@@ -117,6 +118,7 @@ def comparable(model: KindModel[Any], record: Mapping[str, Any], frames: Sequenc
     import pandas as pd
 
     parts = [frame[frame["kind"] == model.kind] for frame in frames]
+    parts = [part[part["dtype"].isin(record["provenance"]["dtypes"]) | part["dtype"].isna()] for part in parts]
     parts = [part[part["device"].isin(record["provenance"]["measured_on"])] for part in parts]
     parts = [page_of(model.kind).comparable(model, part) for part in parts]
     parts = [part for part in parts if len(part)]

@@ -46,7 +46,9 @@ def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict
     gpu = learned(model, device, network, parallel, none)
     whole = deployment.predictor.stage_time(shape, 0)
     total, by_rows = gpu.stage_time(shape, 0), gpu.stage_time(rows_alone, 0)
-    maker = TableMaker(_calibration(folder, device), model, device, network, parallel, overhead.attention_kernel)
+    maker = TableMaker(
+        _calibration(folder, device), model, device, network, parallel, overhead.attention_kernel, overhead.kernels
+    )
     families = dict.fromkeys(("linear", "communication"), 0.0)
     for op, kind in maker.sorted[0].rows:
         if kind.family in families:

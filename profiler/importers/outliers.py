@@ -1,0 +1,117 @@
+"""Leaves out measurements that no neighbour and no roofline supports: a table of a sweep has some that went wrong.
+
+A sweep measures a grid. A row's neighbours are the next smaller and larger sizes along each axis, all else being the
+same; times over the roofline of neighbours are alike, for kernels change their efficiency from one size to the next by
+tens of per cent at most. A row is left out where, by that measure, it took more than `FACTOR` times as long as its
+neighbours' median and as all of them but one (which may be wrong itself), and as the data sheet lets it take with a
+launch; or where it is as much faster than they are, and faster than the data sheet allows.
+
+    part = without_outliers(part, catalog.device("h100_sxm"))
+    print(part.notes)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from engine.specs import DeviceSpec
+from profiler.importers.common import Part
+
+FACTOR = 2.0
+LAUNCH_S = 5e-6  # generous: no time below it is judged to be too long
+FEWEST = 4  # neighbours that a judgement needs
+NAMED = 5  # rows that a note names
+AXES = {
+    "gemm": ("m", "k", "n"),
+    "attention_prefill": ("batch_size", "chunk", "num_heads", "num_kv_heads"),
+    "attention_decode": ("batch_size", "kv_tokens", "num_heads", "num_kv_heads"),
+}
+_BYTES = {"fp8": 1, "fp8_block": 1}
+
+
+def without_outliers(part: Part, device: DeviceSpec) -> Part:
+    """Return the part without outliers, each of which (or how many there are) a note names."""
+    rows, notes = part.rows.reset_index(drop=True), list(part.notes)
+    wrong = np.zeros(len(rows), dtype=bool)
+    for kind, axes in AXES.items():
+        mine = (rows["kind"] == kind).to_numpy(bool)
+        if mine.any():
+            wrong[mine] = outliers(rows[mine], axes, device)
+    if not wrong.any():
+        return part
+    for source, bad in rows[wrong].groupby("source"):
+        worst = bad.sort_values("time_ms", ascending=False).head(NAMED)
+        named = "; ".join(_words(row) for _, row in worst.iterrows())
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        notes.append(
+            f"{source}: {len(bad)} outlier{'s' * (len(bad) > 1)} left out, which no neighbour supports: {named}{more}"
+        )
+    return Part(rows[~wrong].reset_index(drop=True), part.devices, notes)
+
+
+def outliers(rows: pd.DataFrame, axes: tuple[str, ...], device: DeviceSpec) -> NDArray[np.bool_]:
+    """Return which rows of one kind, (rows,), their neighbours along `axes` and the roofline leave unsupported."""
+    least = data_sheet(rows, device)
+    seconds = rows["time_ms"].to_numpy(float) / 1e3
+    ratio = np.log(seconds / (least + LAUNCH_S))
+    around = neighbours(rows, axes, ratio)
+    known = np.isfinite(around).sum(axis=1)
+    nearest = np.sort(np.abs(around - ratio[:, None]), axis=1)  # NaN last
+    ranked = np.where(known >= FEWEST, nearest[:, min(1, nearest.shape[1] - 1)], 0.0)
+    middle = np.full(len(rows), np.nan)
+    middle[known > 0] = np.nanmedian(around[known > 0], axis=1)
+    limit = np.log(FACTOR)
+    slow = (ratio - middle > limit) & (ratio > limit)
+    fast = (middle - ratio > limit) & (seconds < least)
+    return np.asarray((ranked > limit) & (slow | fast))
+
+
+def neighbours(rows: pd.DataFrame, axes: tuple[str, ...], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return `values` of each row's neighbours, (rows, 2 * axes): smaller and larger by axis, NaN where there is none.
+
+    Several rows of one size differ in what is no axis (dtype, kernel, software), which neighbours share.
+    """
+    texts = [name for name in ("dtype", "backend", "kernel", "software", "head_dim") if name in rows]
+    fixed = rows[texts].astype("string").fillna("").agg("|".join, axis=1) if texts else pd.Series("", rows.index)
+    codes = {name: rows[name].to_numpy(float) for name in axes}
+    if "kv_tokens" in codes:  # sweeps keep the length of a request
+        codes["kv_tokens"] = codes["kv_tokens"] / codes["batch_size"]
+    group = pd.factorize(fixed)[0]
+    found = np.full((len(rows), 2 * len(axes)), np.nan)
+    for place, axis in enumerate(axes):
+        others = [codes[name] for name in axes if name != axis] + [group]
+        order = np.lexsort([codes[axis], *others])
+        same = np.ones(len(rows) - 1, dtype=bool)
+        for other in others:
+            same &= other[order][1:] == other[order][:-1]
+        first, second = order[:-1][same], order[1:][same]
+        found[first, 2 * place] = values[second]
+        found[second, 2 * place + 1] = values[first]
+    return found
+
+
+def data_sheet(rows: pd.DataFrame, device: DeviceSpec) -> NDArray[np.float64]:
+    """Return seconds, (rows,), at the device's peak rates, of rows of one kind in AXES."""
+    kind, c = str(rows["kind"].iloc[0]), {name: rows[name].to_numpy(float) for name in rows if rows[name].dtype != object
+                                          and pd.api.types.is_numeric_dtype(rows[name])}  # fmt: skip
+    if kind == "gemm":
+        width = rows["dtype"].map(_BYTES).fillna(2).to_numpy(float)
+        flops = 2 * c["m"] * c["k"] * c["n"] * width / 2  # twice the rate in half the bytes
+        moved = width * c["k"] * c["n"] + 2 * c["m"] * (c["k"] + c["n"])
+    else:
+        b, h, kv, d = (c[name] for name in ("batch_size", "num_heads", "num_kv_heads", "head_dim"))
+        if kind == "attention_prefill":
+            tokens, pairs = b * c["chunk"], b * (c["chunk"] * c["prefix"] + c["chunk"] * (c["chunk"] + 1) / 2)
+            cached = b * (c["prefix"] + c["chunk"])
+        else:
+            tokens, pairs, cached = b, c["kv_tokens"], c["kv_tokens"]
+        width = np.where(rows["dtype"].astype("string").fillna("").str.contains("cache fp8"), 1, 2)
+        flops, moved = 4 * pairs * h * d, 4 * tokens * h * d + 2 * width * cached * kv * d
+    return np.asarray(np.maximum(flops / device.peak_flops, moved / device.memory_bandwidth))
+
+
+def _words(row: pd.Series) -> str:
+    sizes = ", ".join(f"{name} {int(row[name])}" for name in AXES[str(row["kind"])])
+    return f"{row['dtype']} {row['kind']} {sizes}: {row['time_ms']:.4g} ms"
