@@ -293,4 +293,4 @@ def test_what_ships_predicts_a_mixture_and_says_what_it_estimates() -> None:
         in deploy("Qwen3-30B-A3B", "a100_sxm", parallel=shared).predictor.description
     )
     fp8 = deploy("Qwen3-30B-A3B-FP8", "a100_sxm")
-    assert "data sheet: gemm, moe" in fp8.predictor.description and not fp8.predictor.in_range(prompt(512))
+    assert "data sheet: gemm (fp8_block), moe" in fp8.predictor.description and not fp8.predictor.in_range(prompt(512))
