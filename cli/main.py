@@ -230,7 +230,7 @@ def validate(
         ),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="With a file: only the points whose id or load has this text.")
+        str | None, typer.Option(help="With a file: only the points whose id or load matches this regular expression.")
     ] = None,
     source: Annotated[
         str | None,
@@ -541,7 +541,9 @@ def calibrate_adjust(
         str | None,
         typer.Option(help="Constants to fit, such as iteration_s,sequence_s. Default: those that the engine has."),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Fit to the points whose id or load has this text alone.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Fit to the points whose id or load matches this regular expression alone.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with settings of the replica; flags override it.")
     ] = None,

@@ -44,7 +44,7 @@ def validate_measured(
 
     Args:
         given: settings of the replica that win over what the file and its source say.
-        only: keeps the points whose id or load has this text.
+        only: keeps the points whose id or load matches this regular expression.
         source, client, columns, warmup_requests: see `studies.measured.readers.read`.
         workers: processes; None: one a processor. More than one needs the caller's script to guard `__main__`.
         on_progress: called with how many points are predicted, and of how many.
@@ -70,8 +70,7 @@ def adjust_preset(
 ) -> dict[str, Any]:
     """Fit the host constants of an engine preset to measured results; return a preset, and the errors before and after.
 
-    `free` names the constants (empty: those that the engine has); `only` keeps the points whose id or load has that
-    text. What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
+    `free` names the constants (empty: those that the engine has); `only` keeps the points whose id or load it matches. What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
     constants that the points can't tell apart, and the errors `before` and `after`, of the points fitted to.
     """
     _, kept, refused = _read(path, given, source, client, columns, warmup_requests, only)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import Any
 
 from engine.specs.checks import check_fields
 
@@ -28,6 +29,9 @@ class HostOverhead:
     hidden: bool = False  # whether the host works beside the GPU (asynchronous scheduling)
     exposed_s: float = 0.0  # added to every iteration even so
     graph_sizes: tuple[int, ...] = ()  # of CUDA graphs: a batch of up to the largest many tokens is padded to the next
+    # of the sampler on the GPU, which top-k and top-p make sort the logits; not hidden:
+    sampler_s: float = 0.0  # for each entry of the vocabulary, however many rows: they are sorted side by side
+    sampler_logit_s: float = 0.0  # for each entry of each row
     # before the scheduler sees a request (HTTP, tokenizer, messages between processes; simulated only):
     receive_s: float = 0.0  # one request after the other
     receive_token_s: float = 0.0  # for each token of its prompt, as well
@@ -38,7 +42,8 @@ class HostOverhead:
         object.__setattr__(self, "graph_sizes", tuple(self.graph_sizes))  # a list, where it comes from a file
         check_fields(
             self,
-            "iteration_s sequence_s layer_s message_s graph_decodes exposed_s receive_s receive_token_s transit_s",
+            "iteration_s sequence_s layer_s message_s graph_decodes exposed_s receive_s receive_token_s transit_s "
+            "sampler_s sampler_logit_s",
             zero=True,
         )
 
@@ -55,6 +60,10 @@ class HostOverhead:
             return launch, 0.0
         serial = self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)
         return (max(launch, serial), self.exposed_s) if self.hidden else (launch, serial)
+
+    def sampling(self, vocab_size: int, rows: Any) -> Any:
+        """Seconds of the GPU to sample the next token of `rows` rows, one or more."""
+        return vocab_size * (self.sampler_s + self.sampler_logit_s * rows)
 
     @property
     def receives(self) -> bool:

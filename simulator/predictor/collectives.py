@@ -35,6 +35,18 @@ KNOTS_PER_OCTAVE = 4
 SWITCHED = {"vllm_graph": (3.724e-6, 3.825e-7, 1.055, 0.9553), "nccl": (1.851e-6, 4.549e-6, 0.997, 1.097)}
 
 
+# What vLLM calls by the message's size (distributed/device_communicators/all_reduce_utils.py): its own kernel below
+# OWN_UP_TO bytes by the number of ranks, PyTorch's symmetric memory with multicast below MULTICAST_UP_TO, else NCCL.
+MIB = 1 << 20
+HOPPER = "nvswitch_h100"
+OWN_UP_TO = {2: 64 * MIB, 4: 32 * MIB, 6: MIB // 2, 8: MIB // 4}  # on HOPPER
+OWN_UP_TO_ELSEWHERE = 8 * MIB
+MULTICAST_UP_TO = {6: 64 * MIB, 8: 64 * MIB}  # on HOPPER
+# Seconds, and seconds a byte: a line through the times of 0.5 to 64 MiB on 8 H100s that vLLM's pull request 42324
+# publishes (symm_mem_multimem; within 5 % of each). None of our tables has this kernel.
+MULTICAST = (8.6e-6, 4.64e-12)
+
+
 def on_a_switch(num_bytes: Array, ranks: Any, rate: float, constants: tuple[float, ...]) -> Array:
     """Seconds (rows,) of an all-reduce among ranks that reach each other at `rate` bytes/s; 0 for one rank."""
     base, by_ranks, traffic, mixed = constants
@@ -245,10 +257,22 @@ class AllReduce(Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
         return np.asarray(op.count * (latency + rows * per_row))
 
     def asked(self, columns: Mapping[str, Any], count: int, site: Site) -> dict[str, Array]:
-        """The columns, and the engine's own kernel in a CUDA graph where it was measured (vLLM's, up to 8 MiB)."""
+        """The columns, and the kernel that the engine calls for each size where its own was measured."""
         asked = super().asked(columns, count, site)
         own = f"{(site.engine or '').partition('@')[0]}_graph"
-        return asked | {"kernel": np.full(count, own)} if site.network.name in self._networks_of(own) else asked
+        if site.network.name not in self._networks_of(own):
+            return asked
+        most = OWN_UP_TO.get(site.tp, 0) if site.network.name == HOPPER else OWN_UP_TO_ELSEWHERE
+        other = "nccl" if site.network.name in self._networks_of("nccl") else own
+        return asked | {"kernel": np.where(asked["num_bytes"] < most, own, other)}
+
+    def times(self, op: AllReduceOperator, site: Site, rows: Array) -> Array:
+        """As learned, but for sizes that vLLM leaves to symmetric memory, which the tables lack."""
+        seconds, sizes = super().times(op, site, rows), np.asarray(rows) * op.bytes_per_row
+        if not (site.engine or "").startswith("vllm") or site.network.name != HOPPER:
+            return seconds
+        multicast = (sizes >= OWN_UP_TO.get(site.tp, 0)) & (sizes < MULTICAST_UP_TO.get(site.tp, 0))
+        return np.where(multicast, op.count * (MULTICAST[0] + MULTICAST[1] * sizes), seconds)
 
     def applies(self, op: AllReduceOperator, site: Site) -> bool:
         """Only over links like those that were measured."""

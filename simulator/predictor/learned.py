@@ -7,6 +7,11 @@ sum and the host's time to launch its layers, and the host time that is not hidd
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
 
 from engine.errors import InputError
 from engine.scheduling.request import BatchShape
@@ -54,8 +59,15 @@ def learned(
     if folder is None:
         known = ", ".join(known_devices()) or "none"
         raise InputError(f"no calibration for device {device.name!r} (there are: {known}): use --predictor roofline")
-    calibration = store.load(folder, device, host.kernels)
-    return _predictor(calibration, store.fingerprint(folder), model, device, network, parallel, host)
+    fingerprint = store.fingerprint(folder)
+    calibration = _loaded(folder, device, host.kernels, fingerprint)
+    return _predictor(calibration, fingerprint, model, device, network, parallel, host)
+
+
+@lru_cache(maxsize=8)
+def _loaded(folder: Path, device: DeviceSpec, software: str | None, fingerprint: str) -> store.Calibration:
+    """A calibration, read once a process: many points of a study are of one device."""
+    return store.load(folder, device, software)
 
 
 def carried_over(
@@ -93,6 +105,9 @@ def _predictor(
     if tables is None:
         tables = [maker.stage(stage) for stage in stages]
         table_cache.write(path, tables)
+    sampled = tables[-1].sampled + host.sampling(model.vocab_size, np.arange(len(tables[-1].sampled)))
+    sampled[0] = 0.0
+    tables[-1] = replace(tables[-1], sampled=sampled)
     layers, ranks = parallel.stage_layers(model.num_layers), parallel.world_size
     times = [
         stage_times(tables[stage], host, layers[stage], ranks, stage, maker.batch_times(stage)) for stage in stages

@@ -94,6 +94,8 @@ class _Stage:
             counts = np.arange(size)
             every = [kind.roofline(op, self.site, counts) for op, kind in self.operators.rows if op.rows == rows]
             times = sum(every, np.zeros(size))
+            if rows == "sampled" and every:  # on the last stage
+                times = times + self.host.sampling(self.site.model.vocab_size, counts)
             times[0] = 0.0  # an operator without rows is not run
             table = self.tables[rows] = times.tolist()
         return table[count]

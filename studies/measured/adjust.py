@@ -25,6 +25,8 @@ UNITS = {  # seconds in which each constant is of the order of one
     "receive_s": 1e-3,
     "receive_token_s": 1e-6,
     "transit_s": 1e-2,
+    "sampler_s": 1e-9,
+    "sampler_logit_s": 1e-11,
 }
 _WEIGHTS = {"tpot": 1.0, "ttft": 0.5, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too
 _HUBER = 0.1  # of a log error; larger ones count linearly

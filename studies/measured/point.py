@@ -5,10 +5,12 @@ A point is one run of a server: of a benchmark's results file, of a row of a tab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from engine.errors import InputError
 from engine.results.tables import Array
 from engine.workload.workload import Workload, WorkloadSpec
 
@@ -45,6 +47,10 @@ class Measurements:
     refused: tuple[tuple[str, str], ...] = ()
 
     def only(self, text: str) -> Measurements:
-        """Return the points and rows that have a text in their id or load."""
-        points = [point for point in self.points if text in point.id or text in point.load]
-        return replace(self, points=points, refused=tuple(row for row in self.refused if text in row[0]))
+        """Return the points and rows whose id or load has a match of a regular expression."""
+        try:
+            matches = re.compile(text).search
+        except re.error as error:
+            raise InputError(f"--only {text!r} is no regular expression: {error}") from None
+        points = [point for point in self.points if matches(point.id) or matches(point.load)]
+        return replace(self, points=points, refused=tuple(row for row in self.refused if matches(row[0])))

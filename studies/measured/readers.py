@@ -270,7 +270,7 @@ class _Reader:
             id=path.stem, settings=settings, workload=workload, measured=measured, warmup_requests=warmup,
             load="open loop", per_request={"ttft": ttft, "e2e": e2e},
         )  # fmt: skip
-        notes = workload.notes
+        notes = [note for note in workload.notes if not note.endswith("not used")]  # columns that a trace lacks
         return Measurements(
             name=path.name, format="requests", source=name, points=[point], assumed=(*chosen.assumed, *notes)
         )
