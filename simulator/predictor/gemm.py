@@ -50,8 +50,9 @@ FEWEST = 200  # rows that a base is fitted to; fewer take the usual one
 class Base:
     """The constants of the time that geometry costs: `launch_s` + the p-norm of arithmetic and memory traffic.
 
-    `launch_s` is that at CLOCK_HZ: it takes as many cycles everywhere. `arithmetic` and `traffic` multiply the times at the peak rates, `tiled` is the share (in the logarithm) of the
-    tiles' waves in the arithmetic, `cache_rate` the bytes/s that each SM reads of weights that stay in the cache.
+    `launch_s` is that at CLOCK_HZ: it takes as many cycles everywhere. `arithmetic` and `traffic` multiply the times at
+    the peak rates, `tiled` is the share (in the logarithm) of the tiles' waves in the arithmetic, `cache_rate` the
+    bytes/s that each SM reads of weights that stay in the cache.
     """
 
     launch_s: float = 2.752e-6  # the defaults are of several devices together (simulator.predictor.carried)
@@ -182,7 +183,7 @@ class Gemm(RowsModel[Operator]):
         m, k, n = (np.asarray(columns[name], float) for name in self.columns)
         edges = zip((m, k, n), self.limits_, strict=True)
         in_m, in_k, in_n = (np.clip(size, low, high) for size, (low, high) in edges)
-        found, log_base = features(in_m, in_k, in_n, self.device, self.dtype, self.base_)
+        found, _ = features(in_m, in_k, in_n, self.device, self.dtype, self.base_)
         own = np.exp(self.forest_.predict(found)) * self.base_.of(
             work_of(m, k, n, self.device, self.dtype), self.device
         )
