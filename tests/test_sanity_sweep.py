@@ -109,9 +109,7 @@ def test_the_preset_chooses_the_versions_kernels() -> None:
             for kernels in ("vllm@0.14", "vllm@0.19")]  # fmt: skip
     assert "operators of vllm@0.14" in both[0].description and "operators of vllm@0.19" in both[1].description
     nccl = learned(model, device, network, ParallelSpec(tensor_parallel_size=8), replace(HOST, kernels=None))
-    assert nccl.stage_time(decodes(1, 100), 0) > both[1].stage_time(
-        decodes(1, 100), 0
-    )
+    assert nccl.stage_time(decodes(1, 100), 0) > both[1].stage_time(decodes(1, 100), 0)
     eight_bits = replace(model, weight_dtype="fp8_e4m3")
     found = learned(
         eight_bits, device, network, ParallelSpec(tensor_parallel_size=8), replace(HOST, kernels="vllm@0.14")

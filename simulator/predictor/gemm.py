@@ -42,6 +42,7 @@ EIGHT_BITS = ("fp8", "fp8_block")  # weights of one byte, multiplied at twice th
 COPIES = 6  # of the weights, which measurements take in turn: those that fit in the cache together stay there
 STEEP = 4.0
 FOREST: dict[str, Any] = {"trees": 18, "max_leaf_nodes": 3000, "max_features": 1.0}
+OF_MODELS: dict[str, Any] = {"trees": 36, "max_leaf_nodes": 2000, "max_features": 0.6}  # of tables of few weight shapes
 SMALL = 4000  # rows up to which weight shapes keep their own measurements; of more, the forest knows enough
 FEWEST = 200  # rows that a base is fitted to; fewer take the usual one
 
@@ -160,7 +161,9 @@ class Gemm(RowsModel[Operator]):
         enough = len(seconds) >= FEWEST
         self.base_ = Base.fit(m, k, n, seconds, self.device, self.dtype) if enough else Base()
         found, log_base = features(m, k, n, self.device, self.dtype, self.base_)
-        self.forest_: Forest | WrittenForest = Forest.fit(found, log_s - log_base, **FOREST)
+        of_models = "model" in frame and frame["model"].notna().any()
+        options = OF_MODELS if of_models else FOREST
+        self.forest_: Forest | WrittenForest = Forest.fit(found, log_s - log_base, **options)
         self.least_ = float(f"{min(1.0, (seconds / self.roofline_of(m, k, n)).min()):.4g}")
         self.curves_: dict[tuple[int, int], tuple[Array, Array]] = {}  # log m, log(measured / roofline)
         log_ratio = np.maximum(log_s - np.log(self.roofline_of(m, k, n)), 0.0)

@@ -48,8 +48,8 @@ tables differ there by 1.9 % on average, with a bias of 1.6 %: the same shape, m
 about 1 us, which is 5 % of 20 us.
 """
 _LEARNERS = """
-For dense layers the choice of learner hardly matters: trees on what a model of tiles, waves, launch and cache leaves are
-a few tenths of a point better than trees on the ratio to the roofline alone{ships}. The error that is left is mostly
+For dense layers the choice of learner hardly matters: trees on what a model of tiles, waves, launch and cache leaves
+are within a few tenths of a point of trees on the ratio to the roofline alone{ships}. The error that is left is mostly
 which kernel the library picks for a shape that it has not been seen with: {picks}.
 """
 _CROSS = """
@@ -83,11 +83,16 @@ def write_accuracy(path: Path | None) -> None:
     folders = known_devices()
     if not folders:
         raise InputError(f"{CALIBRATIONS} holds no calibration: fit one with 'windtunnel calibrate fit'")
-    text = accuracy_markdown([one for name, folder in folders.items() for one in _of_device(name, folder)])
+    text = accuracy_markdown(shipped())
     if path is None:
         print(text, end="")
     else:
         path.write_text(text, encoding="utf-8")
+
+
+def shipped() -> list[Calibration]:
+    """Return the calibrations that ship: of each device, and engine's version that it was measured under."""
+    return [one for name, folder in known_devices().items() for one in _of_device(name, folder)]
 
 
 def _of_device(name: str, folder: Path) -> list[Calibration]:
@@ -187,8 +192,8 @@ def _notes(calibration: Calibration) -> list[str]:
     notes = []
     for device in sorted({record["learned_on"] for record in calibration.records.values()} - {calibration.device}):
         notes.append(
-            f"\\* Measured on {device}, and the error is of predicting that card. Here its coefficients are carried over "
-            "to this card's data sheet, which no measurement checks."
+            f"\\* Measured on {device}, and the error is of predicting that card. Here its coefficients are carried "
+            "over to this card's data sheet, which no measurement checks."
         )
     for warning in calibration.warnings(calibration.records):
         notes.append(f"{warning}.")
@@ -202,8 +207,8 @@ def _notes(calibration: Calibration) -> list[str]:
         covers, meant = record["interval"]["covers"], record["interval"]["meant_to_cover"]
         if covers < meant - 0.03:
             notes.append(
-                f"{_kind_words(kind)}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they are "
-                f"meant to: they are too narrow for what was left out ({page.left_out(record)})."
+                f"{_kind_words(kind)}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they "
+                f"are meant to: they are too narrow for what was left out ({page.left_out(record)})."
             )
     return [_wrap(note) for note in notes]
 
