@@ -27,6 +27,7 @@ from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
+from studies.words import unlike_sources
 from windtunnel.capacity import check_tolerance, checked, deployed, open_search
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
@@ -202,6 +203,8 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         _print_unsteady(rows, console)
         console.print(f"{len(rows[0]['trials'])} trials; times: {rows[0]['predictor']}", style="dim")
         return
+    if warning := unlike_sources([row["predictor"] for row in rows if row["status"] == "done"]):
+        console.print(f"WARNING: {warning}", style="bold red")
     table = Table(box=None, header_style="bold", pad_edge=False)
     things = " or ".join(sorted({row["rate_of"] for row in rows if row.get("rate_of")})) or "requests"
     columns = ["point", f"capacity ({things}/s)", "per GPU", "P99 TBT (ms)", "P50 TTFT (ms)", "binding SLO", "Pareto"]

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def unlike_sources(predictors: Iterable[str]) -> str | None:
+    """Return a warning where results rest on times of unlike kinds, given the predictors' lines; None where they don't.
+
+    A calibration's times and an estimate's may be ten times apart: such results can't be ranked.
+    """
+    kinds = {"calibrated": "a calibration", "roofline": "a roofline estimate", "an": "estimates carried over"}
+    found = sorted({kinds.get(line.split()[0], "another predictor") for line in predictors if line})
+    if len(found) < 2:
+        return None
+    of = ", ".join(found)
+    return f"these rest on times of unlike kinds ({of}): the difference may be of that alone, do not rank them"
+
 
 def statistic_name(statistic: str) -> str:
     """Return the name of a statistic: median for p50, P99 for p99; mean and max stay."""

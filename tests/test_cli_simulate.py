@@ -98,7 +98,7 @@ def test_a_cluster_of_two_kinds(tmp_path: Path) -> None:
     done = windtunnel("simulate", "--config", "run.yaml", "--json", "--output-dir", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     replicas = json.loads(done.stdout)["replicas"]
-    assert [(r["device"], r["scheduler"]) for r in replicas] == [("a100_pcie", "sarathi")] * 2 + [("h100", "vllm")]
+    assert [(r["device"], r["scheduler"]) for r in replicas] == [("a100_pcie", "sarathi")] * 2 + [("h100_sxm", "vllm")]
     assert "out" in done.stderr  # the words go to stderr, the JSON stands alone
     again = windtunnel("simulate", "--config", "out/config.yaml", "--output-dir", "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

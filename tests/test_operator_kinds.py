@@ -24,7 +24,7 @@ from profiler.timing import Timing
 from simulator.predictor import calibration as store
 from simulator.predictor import calibration_errors, calibration_fit
 from simulator.predictor.attention import AttentionDecode
-from simulator.predictor.kind import BatchModel, RowsModel
+from simulator.predictor.kind import CLOCK_HZ, BatchModel, RowsModel
 from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline
 from studies.calibration.kinds import PAGES, page_of
@@ -269,13 +269,13 @@ def test_a_new_kind_that_was_not_measured_is_its_roofline_and_the_description_sa
         both[-1] += [gpu_time(estimate, shape) for shape in (ONE_TOKEN, DECODES)]
     bandwidth = DEVICE.memory_bandwidth * DEVICE.bandwidth_efficiency
     bytes_ = [float(expert_bytes(EXPERTS.at(shape.num_tokens))) for shape in (ONE_TOKEN, DECODES)]
-    expected = [32 * max(FLOOR_S, each / bandwidth) for each in bytes_]
+    expected = [32 * (FLOOR_S + each / bandwidth) for each in bytes_]
     assert [more - less for more, less in zip(*both, strict=True)] == pytest.approx(expected * 2)
     assert expected[0] < expected[1]
 
 
-def test_a_launch_floor_bounds_the_roofline_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a floor of 1 ms a run, far above what little work takes and far below what much takes."""
+def test_the_roofline_of_every_kind_has_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each run of an operator; the prompts of a batch are one run, and so are its decodes."""
 
     def times(shape: BatchShape) -> list[float]:
         predictor = Roofline(MODEL, DEVICE, NETWORK, ParallelSpec(), HOST)
@@ -286,14 +286,13 @@ def test_a_launch_floor_bounds_the_roofline_of_every_kind(monkeypatch: pytest.Mo
 
     few, many = BatchShape(1, 1, 100, (), 1, 1), BatchShape(1, 1, 10_000_000, (), 1, 1)
     without = [times(few), times(many), times(PROMPTS)]
+    usual = AttentionDecode.launch_s * CLOCK_HZ / DEVICE.clock_hz
     with monkeypatch.context() as patch:
         patch.setattr(AttentionDecode, "launch_floor", classmethod(lambda cls, op, site: 1e-3))
-        assert times(many) == pytest.approx(without[1])
         assert times(PROMPTS) == pytest.approx(without[2])  # it has no decodes to launch
-        own = Roofline(MODEL, DEVICE, NETWORK, ParallelSpec(), HOST).stages[0]
-        work = own.decode_per_request + 100 * own.decode_per_kv_token
-        assert times(few)[0] - without[0][0] == pytest.approx(32e-3 - work)
-    for kind, runs in (("gemm", 4 * 32 + 1), ("attention_prefill", 32 * 2)):
+        assert times(few)[0] - without[0][0] == pytest.approx(32 * (1e-3 - usual))
+        assert times(many)[0] - without[1][0] == pytest.approx(32 * (1e-3 - usual))
+    for kind, runs in (("gemm", 4 * 32 + 1), ("attention_prefill", 32)):
         with monkeypatch.context() as patch:
             each = simulator.predictor.kinds.KINDS[kind]
             patch.setattr(each, "launch_floor", classmethod(lambda cls, op, site: 1.0))

@@ -187,11 +187,13 @@ def test_never_below_the_roofline() -> None:
 def test_in_range() -> None:
     chunks = np.array([16, 512, 8192, 8193, 15])
     assert prefill().in_range(one(chunk=chunks, prefix=0)).tolist() == [True, True, True, False, False]
-    prefixes = np.array([0, 512, 4096, 4097])
-    assert prefill().in_range(one(chunk=512, prefix=prefixes)).tolist() == [True, True, True, False]
+    prefixes = np.array([0, 512, 3840, 4097])
+    assert prefill().in_range(one(chunk=512, prefix=prefixes)).tolist() == [True, False, False, False]
+    of_old = one(chunk=128, prefix=prefixes, kernel=OLD)  # each kernel by what it was measured at itself
+    assert prefill().in_range(of_old).tolist() == [True, True, True, False]
     assert not prefill().in_range(one(chunk=512, prefix=0, num_heads=np.array([64])))[0]
     assert not prefill().in_range(one(chunk=512, prefix=0, head_dim=np.array([64])))[0]
-    assert prefill().in_range(one(chunk=512, prefix=512, num_heads=np.array([16]), num_kv_heads=4))[0]
+    assert prefill().in_range(one(chunk=512, prefix=0, num_heads=np.array([16]), num_kv_heads=4))[0]
     kv_tokens = np.array([16, 16384, 16385])
     assert decode().in_range(one(kv_tokens=kv_tokens)).tolist() == [True, True, False]
 

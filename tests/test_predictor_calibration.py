@@ -248,7 +248,8 @@ def test_simulate_takes_the_calibration_by_default(shipped: Path) -> None:
     replica = deploy("microsoft/phi-2", "a100", scheduler=SchedulerSpec(max_model_len=2048))
     run = simulate(make_workload(WorkloadSpec(request_rate=5, num_prompts=50, max_model_len=2048)), [replica])
     assert "calibrated" in run.summary["replicas"][0]["predictor"]
-    assert "roofline" in deploy("microsoft/phi-2", "l4").predictor.description
+    assert "carried over from A100, H100" in deploy("microsoft/phi-2", "l4").predictor.description
+    assert "roofline" in deploy("microsoft/phi-2", "cpu").predictor.description
     with pytest.raises(InputError, match="no calibration for device 'l4'"):
         deploy("microsoft/phi-2", "l4", predictor="learned")
 

@@ -50,7 +50,8 @@ def test_no_prediction_beats_the_device(model: Gemm) -> None:
 def test_past_the_measured_sizes_time_goes_on_in_proportion_to_the_roofline(model: Gemm) -> None:
     columns = {"m": np.array([model.limits_[0][1], 8192, 65536]), "k": np.full(3, 4096.0), "n": np.full(3, 4096.0)}
     ratio = model.seconds(columns) / roofline(**columns, device=A100)
-    assert ratio == pytest.approx(np.full(3, ratio[0]), rel=0.02)
+    assert ratio == pytest.approx(np.full(3, ratio[0]), rel=0.15)  # but for the launch and the last wave
+    assert (np.diff(model.seconds(columns)) > 0).all()
     assert model.in_range(columns).tolist() == [True, False, False]
 
 

@@ -301,8 +301,8 @@ def test_the_published_tables_have_all_their_rows() -> None:
         "all_reduce": 2 * 2247, "send": 2 * 993}  # fmt: skip
     assert counts(published("vidur", "a100_sxm"))["all_reduce"] == 7 * 993
     assert counts(published("aiconfigurator", "a100_sxm")) == {
-        "gemm": 9240, "attention_prefill": 5457 - 408, "attention_decode": 5431, "all_reduce": 138 + 126,
-        "moe": 6360}  # fmt: skip
+        "gemm": 9240, "attention_prefill": 5457 - 408 - 1, "attention_decode": 5431 - 4,  # outliers
+        "all_reduce": 138 + 126, "moe": 6360}  # fmt: skip
 
 
 @real

@@ -73,7 +73,7 @@ def test_groups_of_replicas_share_the_other_keywords() -> None:
     groups = [{"count": 2}, {"device": "h100", "scheduler": "vllm"}]
     run = wt.simulate(**LOAD, replicas=groups, router="least_outstanding_tokens")
     found = [(each["device"], each["scheduler"]) for each in run.summary["replicas"]]
-    assert found == [("a100_pcie", "sarathi")] * 2 + [("h100", "vllm")]
+    assert found == [("a100_pcie", "sarathi")] * 2 + [("h100_sxm", "vllm")]
 
 
 @pytest.fixture(scope="module")

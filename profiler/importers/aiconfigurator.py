@@ -12,7 +12,8 @@ moe_perf                   experts, see aiconfigurator_experts
 
 A folder may hold every device, framework and version, as the public repository does, or an older, flat layout. One
 version of one framework is selected (`Selection`): rows of two are two populations, and never in one table. NCCL's rows
-belong to the version that their folder names: they name the framework that collected them, and may name another version.
+belong to the version that their folder names: they name the framework that collected them, and may name another
+version.
 
 `message_size` counts elements, not bytes: collect_nccl.py divides nccl-tests' bytes by the element's, and
 collect_all_reduce.py makes a tensor of that many bfloat16. The numbers agree: the largest all-reduces of 8 GPUs attain
@@ -59,8 +60,8 @@ class Selection:
     """Which measurements to take.
 
     `software` names frameworks with the beginning of a version (`vllm@0.14`, `vllm@0.19.1`, `nccl@2.27`), one each;
-    `dtype` is that of the matrix products (bfloat16, fp8, fp8_block) and `kv_dtype` that of the KV cache, None for every
-    one, each under its own name; `window` is attention's sliding window in tokens, 0 for none.
+    `dtype` is that of the matrix products (bfloat16, fp8, fp8_block) and `kv_dtype` that of the KV cache, None for
+    every one, each under its own name; `window` is attention's sliding window in tokens, 0 for none.
     """
 
     software: tuple[str, ...] = ()

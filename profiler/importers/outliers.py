@@ -20,6 +20,7 @@ from engine.specs import DeviceSpec
 from profiler.importers.common import Part
 
 FACTOR = 2.0
+RUN_FACTOR = 3.0  # where two neighbours are as far off
 LAUNCH_S = 5e-6  # generous: no time below it is judged to be too long
 FEWEST = 4  # neighbours that a judgement needs
 NAMED = 5  # rows that a note names
@@ -64,8 +65,11 @@ def outliers(rows: pd.DataFrame, axes: tuple[str, ...], device: DeviceSpec) -> N
     middle[known > 0] = np.nanmedian(around[known > 0], axis=1)
     limit = np.log(FACTOR)
     slow = (ratio - middle > limit) & (ratio > limit)
+    # a run of bad rows along one axis supports itself: of products, judged along all three, by a larger factor
+    far = np.where(known >= 2 * len(axes), nearest[:, min(2, nearest.shape[1] - 1)], 0.0) if len(axes) == 3 else 0.0
+    run = slow & (far > np.log(RUN_FACTOR)) & (ratio - middle > np.log(RUN_FACTOR))
     fast = (middle - ratio > limit) & (seconds < least)
-    return np.asarray((ranked > limit) & (slow | fast))
+    return np.asarray(((ranked > limit) & (slow | fast)) | run)
 
 
 def neighbours(rows: pd.DataFrame, axes: tuple[str, ...], values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -94,8 +98,8 @@ def neighbours(rows: pd.DataFrame, axes: tuple[str, ...], values: NDArray[np.flo
 
 def data_sheet(rows: pd.DataFrame, device: DeviceSpec) -> NDArray[np.float64]:
     """Return seconds, (rows,), at the device's peak rates, of rows of one kind in AXES."""
-    kind, c = str(rows["kind"].iloc[0]), {name: rows[name].to_numpy(float) for name in rows if rows[name].dtype != object
-                                          and pd.api.types.is_numeric_dtype(rows[name])}  # fmt: skip
+    kind = str(rows["kind"].iloc[0])
+    c = {name: rows[name].to_numpy(float) for name in rows if pd.api.types.is_numeric_dtype(rows[name])}
     if kind == "gemm":
         width = rows["dtype"].map(_BYTES).fillna(2).to_numpy(float)
         flops = 2 * c["m"] * c["k"] * c["n"] * width / 2  # twice the rate in half the bytes

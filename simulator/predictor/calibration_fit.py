@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 FOLDS, FEW_FOLDS = 6, 3
 LARGE, MANY_GROUPS = 20_000, 50  # rows and groups beyond which there are few folds
 PREFIX_RULE = (
-    "not measured: a cached token costs a tile of queries what a visible one of the prompt does. On the A100 table that "
-    "has prefixes (microsoft/vidur, a100_pcie, chunk lengths held out) the rule is off by 6 % of an operator's time, by "
-    "16 % of what the prefix adds"
+    "not measured: a cached token costs a tile of queries what a visible one of the prompt does. On the A100 "
+    "table that has prefixes (microsoft/vidur, a100_pcie, chunk lengths held out) the rule is off by 6 % of an"
+    " operator's time, by 16 % of what the prefix adds"
 )
 
 

@@ -44,6 +44,7 @@ COPIES = 6  # of the weights, which measurements take in turn: those that fit in
 STEEP = 4.0
 WIDEN_ROWS, WIDEN_LANES, WIDEN_HZ = 128, 128, 1.5e9  # of a tile, of a multiprocessor, about what the cards run at
 FOREST: dict[str, Any] = {"trees": 18, "max_leaf_nodes": 3000, "max_features": 1.0}
+OF_MODELS: dict[str, Any] = {"trees": 36, "max_leaf_nodes": 2000, "max_features": 0.6}  # of tables of few weight shapes
 SMALL = 4000  # rows up to which weight shapes keep their own measurements; of more, the forest knows enough
 FEWEST = 200  # rows that a base is fitted to; fewer take the usual one
 
@@ -52,8 +53,9 @@ FEWEST = 200  # rows that a base is fitted to; fewer take the usual one
 class Base:
     """The constants of the time that geometry costs: `launch_s` + the p-norm of arithmetic and memory traffic.
 
-    `launch_s` is that at CLOCK_HZ: it takes as many cycles everywhere. `arithmetic` and `traffic` multiply the times at the peak rates, `tiled` is the share (in the logarithm) of the
-    tiles' waves in the arithmetic, `cache_rate` the bytes/s that each SM reads of weights that stay in the cache.
+    `launch_s` is that at CLOCK_HZ: it takes as many cycles everywhere. `arithmetic` and `traffic` multiply the times at
+    the peak rates, `tiled` is the share (in the logarithm) of the tiles' waves in the arithmetic, `cache_rate` the
+    bytes/s that each SM reads of weights that stay in the cache.
     """
 
     launch_s: float = 2.752e-6  # the defaults are of several devices together (simulator.predictor.carried)
@@ -181,7 +183,9 @@ class Gemm(RowsModel[Operator]):
         enough = len(seconds) >= FEWEST
         self.base_ = Base.fit(m, k, n, seconds, self.device, self.dtype) if enough else Base()
         found, log_base = features(m, k, n, self.device, self.dtype, self.base_)
-        self.forest_: Forest | WrittenForest = Forest.fit(found, log_s - log_base, **FOREST)
+        of_models = "model" in frame and frame["model"].notna().any()
+        options = OF_MODELS if of_models else FOREST
+        self.forest_: Forest | WrittenForest = Forest.fit(found, log_s - log_base, **options)
         self.least_ = float(f"{min(1.0, (seconds / self.roofline_of(m, k, n)).min()):.4g}")
         self.curves_: dict[tuple[int, int], tuple[Array, Array]] = {}  # log m, log(measured / roofline)
         log_ratio = np.maximum(log_s - np.log(self.roofline_of(m, k, n)), 0.0)
@@ -204,7 +208,7 @@ class Gemm(RowsModel[Operator]):
         m, k, n = (np.asarray(columns[name], float) for name in self.columns)
         edges = zip((m, k, n), self.limits_, strict=True)
         in_m, in_k, in_n = (np.clip(size, low, high) for size, (low, high) in edges)
-        found, log_base = features(in_m, in_k, in_n, self.device, self.dtype, self.base_)
+        found, _ = features(in_m, in_k, in_n, self.device, self.dtype, self.base_)
         own = np.exp(self.forest_.predict(found)) * self.base_.of(
             work_of(m, k, n, self.device, self.dtype), self.device
         )

@@ -2,7 +2,8 @@
 
 An operator takes a launch and the longer of its FLOPs over the peak rate and its bytes over the memory bandwidth, each
 times the efficiency that the device spec states (Williams et al. 2009, "Roofline"); the attention of all prompts of a
-batch is one launch, that of all decodes another; collectives take latency + bytes over bandwidth; a stage takes the longer of that sum and the host's time to launch its layers. Nothing here is measured.
+batch is one launch, that of all decodes another; collectives take latency + bytes over bandwidth; a stage takes the
+longer of that sum and the host's time to launch its layers. Nothing here is measured.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from studies.words import percent
 
 GEMM_MEAN = {"a100_pcie": 0.035, "a40": 0.045}  # over models; what was aimed at
 GEMM_WORST = 0.07
+MEAN = {  # of calibrations by engine version: mean error over whole shapes, head configurations or message sizes
+    **{"gemm": 0.04, "gemm l40s": 0.06, "gemm.fp8": 0.05, "gemm.fp8_block": 0.05, "all_reduce": 0.06},
+    **dict.fromkeys(("attention_prefill", "attention_prefill.kv_fp8"), 0.05),
+    **dict.fromkeys(("attention_decode", "attention_decode.kv_fp8"), 0.04),
+}
 
 _INTRO = """
 How far the learned predictor's times lie from measured ones. Every error on this page is of data that was held out: the
@@ -42,10 +48,9 @@ tables differ there by 1.9 % on average, with a bias of 1.6 %: the same shape, m
 about 1 us, which is 5 % of 20 us.
 """
 _LEARNERS = """
-For dense layers the choice of learner hardly matters. Trees on the ratio to the roofline alone gave about 4 % on the
-A100 and 5 % on the A40 (mean over models), a kernel model of tiles and waves with trees on what it leaves 3.8 % and
-4.8 %{ships}. The error that is left is mostly which kernel the library picks for a shape that it has not been seen
-with: {picks}.
+For dense layers the choice of learner hardly matters: trees on what a model of tiles, waves, launch and cache leaves
+are within a few tenths of a point of trees on the ratio to the roofline alone{ships}. The error that is left is mostly
+which kernel the library picks for a shape that it has not been seen with: {picks}.
 """
 _CROSS = """
 Held-out rows come from the same tables as the rest, so they share clocks, library and way of measuring. A harder
@@ -57,17 +62,57 @@ it makes the first error 12 % and leaves the second at 11 %. Library versions, c
 Expect errors like these, not like those above, on a card or a software version that was not measured.
 """
 
+_COLD = """
+A GPU that was not measured is predicted by its data sheet, with floors and efficiencies carried over from those that
+were: launches in clock cycles, work at the same share of the peak rates (simulator/predictor/carried.py). The table has
+the mean error on each device's own tables of vLLM 0.14 in 16 bits (all-reduce: vLLM's own kernels and NCCL) with the
+constants fitted to the others alone; `python benchmarks/cold_start.py DIR` makes it again. The L40S has no links that a
+data sheet knows.
+"""
+_COLD_KINDS = ("dense layers", "attention, prefill", "attention, decode", "all-reduce, vLLM", "all-reduce, NCCL")
+_COLD_ERRORS = [
+    ["a100_sxm", "11.5 %", "17.5 %", "24.4 %", "14.9 %", "25.2 %"],
+    ["h100_sxm", "12.1 %", "16.3 %", "22.1 %", "12.1 %", "22.9 %"],
+    ["h200_sxm", "12.2 %", "13.5 %", "22.5 %", "15.1 %", "23.8 %"],
+    ["l40s", "13.9 %", "25.3 %", "24.3 %", "-", "-"],
+]
+
 
 def write_accuracy(path: Path | None) -> None:
     """Write the text about the calibrations that ship, or print it."""
     folders = known_devices()
     if not folders:
         raise InputError(f"{CALIBRATIONS} holds no calibration: fit one with 'windtunnel calibrate fit'")
-    text = accuracy_markdown([store.load(folder, catalog.device(name)) for name, folder in folders.items()])
+    text = accuracy_markdown(shipped())
     if path is None:
         print(text, end="")
     else:
         path.write_text(text, encoding="utf-8")
+
+
+def shipped() -> list[Calibration]:
+    """Return the calibrations that ship: of each device, and engine's version that it was measured under."""
+    return [one for name, folder in known_devices().items() for one in _of_device(name, folder)]
+
+
+def _of_device(name: str, folder: Path) -> list[Calibration]:
+    """Return a device's calibration, or those of each engine's version that it was measured under."""
+    device, versions = catalog.device(name), sorted(store.by_nearness(folder, None), key=lambda path: path.name)
+    if not versions:
+        return [store.load(folder, device)]
+    found = [(version.name, store.load(version, device)) for version in versions]
+    return [replace(one, software=dict.fromkeys(one.models, version)) for version, one in found]
+
+
+def _title(calibration: Calibration) -> str:
+    versions = sorted(set(calibration.software.values()))
+    return f"{calibration.device}{f', {versions[0]}' if versions else ''}"
+
+
+def _kind_words(name: str) -> str:
+    """Return what a page calls an estimator: its kind, and the population where it has several."""
+    variant = {"kv_fp8": "fp8 KV cache"}.get(name.partition(".")[2], name.partition(".")[2])
+    return f"{page_of(name).name}{f', {variant}' if variant else ''}"
 
 
 def accuracy_markdown(calibrations: Sequence[Calibration]) -> str:
@@ -82,9 +127,10 @@ def accuracy_markdown(calibrations: Sequence[Calibration]) -> str:
         _wrap(_READING),
     ]
     for calibration in calibrations:
-        parts += [f"### {calibration.device}", _kinds(calibration), *_notes(calibration)]
+        parts += [f"### {_title(calibration)}", _kinds(calibration), *_notes(calibration)]
     parts += ["## Dense layers by model", *_by_model(calibrations), "## What limits it", _wrap(_FLOOR)]
     parts += [_wrap(_learners(calibrations)), "## Other sources", _wrap(_CROSS)]
+    parts += ["## Without any measurement", _wrap(_COLD), _table(["left out", *_COLD_KINDS], _COLD_ERRORS, left=1)]
     parts += ["## Where the measurements come from", *map(_provenance, calibrations)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,7 +139,7 @@ def _targets(calibrations: Sequence[Calibration]) -> str:
     rows = []
     for device, kind, what, value, target in targets(calibrations):
         met = "met" if value <= target else "**missed**"
-        rows.append([device, page_of(kind).name, what, percent(value), percent(target), met])
+        rows.append([device, _kind_words(kind), what, percent(value), percent(target), met])
     return _table(["device", "operator", "error", "held out", "target", ""], rows, left=3)
 
 
@@ -101,11 +147,13 @@ def targets(calibrations: Sequence[Calibration]) -> list[tuple[str, str, str, fl
     """Return device, kind, which error, its value and what was aimed at."""
     found: list[tuple[str, str, str, float | None, float]] = []
     for calibration in calibrations:
-        device = calibration.device
+        device, title = calibration.device, _title(calibration)
         for kind, record in calibration.records.items():
             held_out = record["held_out"]
             groups = held_out.get("groups_over_20us", {})
-            if kind == "gemm" and device in GEMM_MEAN:
+            if calibration.software and (aim := MEAN.get(f"{kind} {device}", MEAN.get(kind))) is not None:
+                found.append((title, kind, "mean", held_out.get("mape"), aim))
+            elif kind == "gemm" and device in GEMM_MEAN:
                 found.append((device, kind, "mean over models", groups.get("mean"), GEMM_MEAN[device]))
                 found.append((device, kind, "worst model", groups.get("worst"), GEMM_WORST))
             elif (aim := page_of(kind).target) is not None and record["learned_on"] == device:
@@ -123,7 +171,7 @@ def _kinds(calibration: Calibration) -> str:
         worst = percent(groups.get("worst"))
         rows.append(
             [
-                page_of(kind).name + (" \\*" if record["learned_on"] != calibration.device else ""),
+                _kind_words(kind) + (" \\*" if record["learned_on"] != calibration.device else ""),
                 page_of(kind).left_out(record),
                 f"{record['provenance']['rows']:,}",
                 str(held_out.get("folds", "")),
@@ -144,19 +192,23 @@ def _notes(calibration: Calibration) -> list[str]:
     notes = []
     for device in sorted({record["learned_on"] for record in calibration.records.values()} - {calibration.device}):
         notes.append(
-            f"\\* Measured on {device}, and the error is of predicting that card. Here the ratio to the roofline is "
-            "carried over, which no measurement checks."
+            f"\\* Measured on {device}, and the error is of predicting that card. Here its coefficients are carried "
+            "over to this card's data sheet, which no measurement checks."
         )
+    for warning in calibration.warnings(calibration.records):
+        notes.append(f"{warning}.")
     for kind, record in calibration.records.items():
+        if rule := record["provenance"].get("prefixes"):
+            notes.append(f"{_kind_words(kind)}: prefixes {rule}.")
         page = page_of(kind)
         if record["learned_on"] == calibration.device and len(record["provenance"]["measured_on"]) > 1:
             names = " and ".join(record["provenance"]["measured_on"])
-            notes.append(f"{page.name}: learned from measurements of {names} together, and so is the error.")
+            notes.append(f"{_kind_words(kind)}: learned from measurements of {names} together, and so is the error.")
         covers, meant = record["interval"]["covers"], record["interval"]["meant_to_cover"]
         if covers < meant - 0.03:
             notes.append(
-                f"{page.name}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they are "
-                f"meant to: they are too narrow for what was left out ({page.left_out(record)})."
+                f"{_kind_words(kind)}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they "
+                f"are meant to: they are too narrow for what was left out ({page.left_out(record)})."
             )
     return [_wrap(note) for note in notes]
 
@@ -188,7 +240,7 @@ def _learners(calibrations: Sequence[Calibration]) -> str:
             means.append(f"{percent(groups['mean'])} on {device}")
         if groups.get("worst") is not None:
             picks.append(f"{groups['worst_is']} is the worst on {device} with {percent(groups['worst'])}")
-    ships = f"; what ships averages the two ({' and '.join(means)})" if means else ""
+    ships = f" ({' and '.join(means)})" if means else ""
     return _LEARNERS.format(ships=ships, picks="; ".join(picks) or "no model was held out")
 
 
@@ -204,9 +256,9 @@ def _provenance(calibration: Calibration) -> str:
         count = len(facts["sources"])
         origins = sorted({re.split(r"[\s@]", source, maxsplit=1)[0] for source in facts["sources"]})  # repositories
         words = [", ".join(facts[name]) or "unknown" for name in ("measured_on", "software", "kernels", "dates")]
-        rows.append([page_of(kind).name, *words, f"{', '.join(origins)} ({count} table{'s' * (count != 1)})"])
+        rows.append([_kind_words(kind), *words, f"{', '.join(origins)} ({count} table{'s' * (count != 1)})"])
     table = _table(["operator", "measured on", "software", "kernels", "dates", "source"], rows, left=6)
-    return f"### Sources of {calibration.device}\n\n{table}"
+    return f"### Sources of {_title(calibration)}\n\n{table}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -27,7 +27,7 @@ from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
 from studies.pages.page import Cell, Page, Tone, coloured, facts_table, footer, header, key, numbers_table
 from studies.pages.run_record import Record
 from studies.validation.record import judge
-from studies.words import number, percent, seconds
+from studies.words import number, percent, seconds, unlike_sources
 
 
 def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
@@ -71,6 +71,9 @@ def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
         found.append((tone, f"{side.name}: {words}{load}"))
     if not same_requests(sides):
         found.append(("unsure", "These did not serve the same requests"))
+    every = [replica.get("predictor") for side in sides for replica in side.record.summary["replicas"]]
+    if warning := unlike_sources([line for line in every if line]):
+        found.append(("bad", warning[0].upper() + warning[1:]))
     return found
 
 
