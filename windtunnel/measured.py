@@ -70,7 +70,8 @@ def adjust_preset(
 ) -> dict[str, Any]:
     """Fit the host constants of an engine preset to measured results; return a preset, and the errors before and after.
 
-    `free` names the constants (empty: those that the engine has); `only` keeps the points whose id or load it matches. What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
+    `free` names the constants (empty: those that the engine has); `only` keeps the points whose id or load it matches.
+    What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
     constants that the points can't tell apart, and the errors `before` and `after`, of the points fitted to.
     """
     _, kept, refused = _read(path, given, source, client, columns, warmup_requests, only)
