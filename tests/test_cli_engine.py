@@ -488,7 +488,8 @@ def test_bench_has_the_flags_of_simulate_and_the_engines() -> None:
     }
     engine = {f"--{name.replace('_', '-')}" for name in EngineSettings.model_fields}
     assert engine and not engine & options["simulate"]
-    assert options["bench"] == options["simulate"] | engine
+    of_a_server = {"--url", "--endpoint", "--timeout", "--save-result", "--api-key"}
+    assert options["bench"] == options["simulate"] | engine | of_a_server
 
 
 # -- when it breaks ----------------------------------------------------------------------------------------------------

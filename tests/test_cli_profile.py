@@ -81,6 +81,7 @@ def test_the_calibration_of_a_profile_is_a_device(folder: Path) -> None:
 def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder: Path) -> None:
     """A shared machine changes its speed between a profile and a run: the best of five runs counts."""
     errors: list[Any] = []
+    together: list[float] = []  # how the requests' own times go together
     for attempt in range(5):
         done = windtunnel(
             "validate", "--model", "tiny", "--load-format", "dummy", "--device", "mine", *SIZES, *LOAD, "--load", "0.5",
@@ -91,9 +92,9 @@ def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder:
         (load,) = results["loads"]
         assert load["replay"]["same"]
         assert load["iterations"]["in_range"] > 0.95
-        assert load["latencies"]["e2e"]["pearson_r"] > 0.3
+        together.append(load["latencies"]["e2e"]["pearson_r"])
         errors.append([abs(load["latencies"][metric]["p50"]["error"]) for metric in ("tbt", "e2e")])
-        if max(errors[-1]) < 0.25:
+        if max(errors[-1]) < 0.25 and together[-1] > 0.3:
             break
     target = folder / f"validation-{attempt}"
     names = {path.name for path in target.iterdir()}
@@ -101,12 +102,12 @@ def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder:
     assert {path.name for path in (target / "load-0.5").iterdir()} == {"engine", "simulated"}
     assert "largest" in load
     assert "</html>" in (target / "validation.html").read_text()
-    if min(map(max, errors)) >= 0.25:
+    if min(map(max, errors)) >= 0.25 or max(together) <= 0.3:
         reference = json.loads((folder / "mine" / "profile.json").read_text())["provenance"]["reference_s"]
         drifts = [Reference(reference).drift() for _ in range(5)]
         if max(drifts) > 1.15 or min(drifts) < 0.85:
             pytest.skip(f"this machine's speed has changed since the profile: {drifts}, errors {errors}")
-    assert min(map(max, errors)) < 0.25, errors
+    assert min(map(max, errors)) < 0.25 and max(together) > 0.3, (errors, together)
 
 
 def test_a_calibration_of_another_machine_is_refused(folder: Path) -> None:
@@ -194,7 +195,7 @@ def test_bad_settings_are_told_in_a_line(folder: Path, arguments: list[str], com
     ("arguments", "complaint"),
     [
         (["--load", "half"], "--load 'half'"),
-        (["--load", "0.5", "--against", "http://localhost:8000"], "--against is not implemented yet"),
+        (["--load", "0.5", "--against", "measured.csv"], "--load 0.5 has no meaning with --against"),
         (["--load", "0.5", "--request-rate", "3"], "--request-rate 3"),
         (["--load", "0.5", "--arrival", "static"], "--arrival static"),
         (["--load", "0.5", "--num-replicas", "2"], "--num-replicas 1"),

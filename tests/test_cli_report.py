@@ -31,7 +31,7 @@ def test_one_run_and_two(runs: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "report: a/report.html\n", "")
     assert (runs / "a" / "report.html").read_bytes() == before
     done = windtunnel("report", "a", "b", "--output", "both.html", cwd=runs)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "report: both.html\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"report: {runs / 'both.html'}\n", "")
     html = (runs / "both.html").read_text("utf-8")
     assert "default-src 'none'" in html and html.count("class='csv'") == html.count("class='figure'") == 6
 

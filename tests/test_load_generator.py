@@ -167,7 +167,7 @@ def test_wrong_flags_are_said(served: Running, tmp_path: Path) -> None:
         code, error = run(["bench", *arguments, "--output-dir", str(tmp_path / "none")])
         assert code == 2 and word in error, error
     code, error = run(["validate", "--against", "nowhere", "--model", MODEL, "--device", "a100", "--output-dir", "x"])
-    assert code == 2 and "--against nowhere: give a URL" in error
+    assert code == 2 and "nowhere does not exist: give a URL" in error
 
 
 def test_a_validation_finds_a_server_that_is_slower_than_simulated(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def _tables(tmp_path_factory: pytest.TempPathFactory) -> None:
 def predictor(device: str, model: str, tp: int, dtype: str) -> Learned:
     spec = catalog.model(MODELS[model])
     if dtype == "fp8":
-        spec = replace(spec, weight_dtype=KV[dtype], kv_cache_dtype=KV[dtype])
+        spec = replace(spec.quantized("fp8"), kv_cache_dtype=KV[dtype])
     known = catalog.device(device)
     maker = learned if device in known_devices() else carried_over
     return maker(spec, known, catalog.network(known.network), ParallelSpec(tensor_parallel_size=tp), HOST)
@@ -110,7 +110,7 @@ def test_the_preset_chooses_the_versions_kernels() -> None:
     assert "operators of vllm@0.14" in both[0].description and "operators of vllm@0.19" in both[1].description
     nccl = learned(model, device, network, ParallelSpec(tensor_parallel_size=8), replace(HOST, kernels=None))
     assert nccl.stage_time(decodes(1, 100), 0) > both[1].stage_time(decodes(1, 100), 0)
-    eight_bits = replace(model, weight_dtype="fp8_e4m3")
+    eight_bits = model.quantized("fp8")
     found = learned(
         eight_bits, device, network, ParallelSpec(tensor_parallel_size=8), replace(HOST, kernels="vllm@0.14")
     )

@@ -68,7 +68,7 @@ def read(
     """
     reader = _Reader(given, source_name, client_name, columns, warmup_requests)
     if not path.exists():
-        raise InputError(f"{path} does not exist: give a file or folder of measured results")
+        raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
     if path.is_file():
         return [reader.file(path)]
     if (path / "summary.json").is_file():
