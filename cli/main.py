@@ -528,6 +528,20 @@ def _evaluate(
     evaluate(device, train or [], test, json_, selection(software, dtype, kv_cache_dtype, window))
 
 
+@calibrate.command("truth")
+def _truth(
+    output: Annotated[Path, typer.Option(help="Markdown file to write; its record is beside it (.json).")],
+    public: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the public measurements, to predict all sets anew. Default: from the record."),
+    ] = None,
+) -> None:
+    """Write the page of predictions beside public measurements of servers."""
+    from windtunnel.truth import write_truth
+
+    write_truth(output, public, lambda name: print(name, file=sys.stderr))
+
+
 @calibrate.command("adjust")
 @partial(_with_settings, RunConfig)
 def calibrate_adjust(

@@ -51,7 +51,7 @@ def validate_measured(
 
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
     """
-    found = _read(path, given, source, client, columns, warmup_requests, only)
+    found = read_points(path, given, source, client, columns, warmup_requests, only)
     return _predicted(path, found, workers, on_progress)
 
 
@@ -74,7 +74,7 @@ def adjust_preset(
     What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
     constants that the points can't tell apart, and the errors `before` and `after`, of the points fitted to.
     """
-    _, kept, refused = _read(path, given, source, client, columns, warmup_requests, only)
+    _, kept, refused = read_points(path, given, source, client, columns, warmup_requests, only)
     names = sorted({each.replica.engine.name for each in kept})
     if len(names) > 1:
         raise InputError(f"{path} has points of {' and '.join(names)}: give --engine, or --only some of them")
@@ -133,14 +133,14 @@ class _Ready:
 _Found = tuple[list[Measurements], list[_Ready], list[tuple[str, str]]]
 
 
-def _read(
+def read_points(
     path: Path,
     given: Mapping[str, Any],
-    source: str | None,
-    client: str | None,
-    columns: str | None,
-    warmup_requests: int | None,
-    only: str | None,
+    source: str | None = None,
+    client: str | None = None,
+    columns: str | None = None,
+    warmup_requests: int | None = None,
+    only: str | None = None,
 ) -> _Found:
     """Return what the file or folder holds, the points that can be predicted, and rows that can't, with the reason."""
     for name in given:
@@ -182,16 +182,10 @@ def _predicted(
     """Predict the points."""
     files, ready, refused = found
     num_points = len(ready) + len(refused)
-    records: list[dict[str, Any] | None] = [None] * len(ready)
-    predictors: dict[str, None] = {}
-    for done, (number, result) in enumerate(_work([each.job for each in ready], workers), start=1):
-        point, replica = ready[number].point, ready[number].replica
-        if "status" in result:
-            refused.append((point.id, str(result["error"])))
-        else:
-            records[number] = point_record(point, replica, result)
-            predictors[result["predictor"]] = None
-        on_progress(done, len(ready))
+    failures: dict[int, str] = {}
+    records = predict_points(ready, workers, on_progress, failures)
+    refused += [(ready[number].point.id, why) for number, why in failures.items()]
+    predictors = dict.fromkeys(record["predictor"] for record in records if record is not None)
     made = [record for record in records if record is not None]
     if not made:
         raise InputError(f"none of the {num_points} points of {path} could be predicted; the first: {refused[0][1]}")
@@ -206,6 +200,29 @@ def _predicted(
         "refused": [{"id": name, "why": why} for name, why in refused],
         "records": made,
     }
+
+
+def predict_points(
+    ready: Sequence[_Ready],
+    workers: int | None = 1,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
+    failures: dict[int, str] | None = None,
+) -> list[dict[str, Any] | None]:
+    """Return the record of each point (`studies.measured.judge.point_record`); None for one that fails.
+
+    `failures` gets the reason by the point's number. A failure without it is raised as InputError.
+    """
+    records: list[dict[str, Any] | None] = [None] * len(ready)
+    for done, (number, result) in enumerate(_work([each.job for each in ready], workers), start=1):
+        one = ready[number]
+        if "status" not in result:
+            records[number] = point_record(one.point, one.replica, result)
+        elif failures is None:
+            raise InputError(f"{one.point.id}: {result['error']}")
+        else:
+            failures[number] = str(result["error"])
+        on_progress(done, len(ready))
+    return records
 
 
 def _job(point: Point) -> tuple[ReplicaSpec, Job]:

@@ -24,6 +24,7 @@ def point_record(point: Point, replica: ReplicaSpec, predicted: Prediction) -> d
         "group": group_of(replica),
         "load": point.load,
         "engine": replica.engine.name,
+        "predictor": predicted["predictor"],
         "measured": dict(point.measured),
         "predicted": {name: predicted[name] for name in MEASURES if name in predicted},
         "error": {
