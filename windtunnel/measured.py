@@ -162,7 +162,7 @@ def read_points(
     for file in files:
         for point in file.points:
             try:
-                ready.append(_Ready(point, *_job(point)))
+                ready.append(job_of(point))
             except InputError as error:
                 refused.append((point.id, str(error)))
     if not ready:
@@ -225,14 +225,14 @@ def predict_points(
     return records
 
 
-def _job(point: Point) -> tuple[ReplicaSpec, Job]:
+def job_of(point: Point) -> _Ready:
+    """Return a point with its replica and what predicts it. Raises InputError for settings that can't be."""
     settings = {name: value for name, value in point.settings.items() if name in _OWN}
     config = combined({}, settings, point.id, FileConfig)
     (group,) = config.groups()
     replica = group.replica_spec()
-    return replica, Job(
-        replica, point.workload, point.warmup_requests, point.statistic, group.predictor, bool(point.per_request)
-    )
+    job = Job(replica, point.workload, point.warmup_requests, point.statistic, group.predictor, bool(point.per_request))
+    return _Ready(point, replica, job)
 
 
 def _work(jobs: list[Job], workers: int | None) -> Results:

@@ -46,6 +46,28 @@ def _one(each: dict[str, Any], public: Path, on_progress: Callable[[str], None],
     files, ready, refused = read_points(public / each["file"], given, only=only)
     results = predict_points(ready, workers)
     records = [record for record in results if record is not None]
+    rows = judged_rows(each, records)
+    found = summary(records, len(ready) + len(refused))
+    return {
+        "name": each["name"],
+        "file": each["file"],
+        "only": only,
+        "given": given,
+        "fitted": each["fitted"],
+        "peers": each["peers"],
+        "assumed": list(dict.fromkeys(text for file in files for text in file.assumed)),
+        "rows": rows,
+        "groups": _rounded(found["groups"]),
+        "requests": _rounded({name: found[name] for name in ("per_request", "cold", "p90", "p99") if name in found}),
+        "refused": len(refused),
+        "points": [
+            described(one.point, record["predicted"]) for one, record in zip(ready, results, strict=True) if record
+        ],
+    }
+
+
+def judged_rows(each: dict[str, Any], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the first table for a set: the errors of its points that nothing was fitted to."""
     fitted = re.compile(each["fitted_rows"]) if each.get("fitted_rows") else None
     whole = each["fitted"] is not None and fitted is None
     judged = [record for record in records if fitted is None or not fitted.search(record["id"])]
@@ -64,23 +86,7 @@ def _one(each: dict[str, Any], public: Path, on_progress: Callable[[str], None],
         targets = each.get("limited_targets", [0.10, 0.15, 0.10])
         rows.append({"name": f"{each['name']}: KV-limited", "points": len(limited), "errors": _errors(limited),
                      "targets": targets, "fitted": whole})  # fmt: skip
-    found = summary(records, len(ready) + len(refused))
-    return {
-        "name": each["name"],
-        "file": each["file"],
-        "only": only,
-        "given": given,
-        "fitted": each["fitted"],
-        "peers": each["peers"],
-        "assumed": list(dict.fromkeys(text for file in files for text in file.assumed)),
-        "rows": rows,
-        "groups": _rounded(found["groups"]),
-        "requests": _rounded({name: found[name] for name in ("per_request", "cold", "p90", "p99") if name in found}),
-        "refused": len(refused),
-        "points": [
-            described(one.point, record["predicted"]) for one, record in zip(ready, results, strict=True) if record
-        ],
-    }
+    return rows
 
 
 def _errors(records: list[dict[str, Any]]) -> dict[str, Any]:

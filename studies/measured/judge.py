@@ -19,6 +19,9 @@ Prediction = Mapping[str, Any]
 
 def point_record(point: Point, replica: ReplicaSpec, predicted: Prediction) -> dict[str, Any]:
     """Return what is reported of one point: figures in seconds and tokens/s, errors as shares."""
+    if point.output_tokens is not None and {"ttft", "tpot"} <= predicted.keys():
+        e2e = predicted["ttft"] + predicted["tpot"] * (point.output_tokens - 1)
+        predicted = {**predicted, "e2e": e2e}
     record: dict[str, Any] = {
         "id": point.id,
         "group": group_of(replica),

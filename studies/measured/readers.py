@@ -192,6 +192,7 @@ class _Reader:
             measured={"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (osl - 1)},
             warmup_requests=how.warmup_requests,
             statistic=how.statistic,
+            output_tokens=osl,
             load=f"{users} users",
         )
 
@@ -212,13 +213,14 @@ class _Reader:
                 _whole(path, which, row, key) for key in ("Input Output Length", "Batch Size", "Num of Hardware")
             )
             latency = _number(path, which, row, "Latency")
+            device = chosen.device or _device(str(row["Hardware"]))
             points.append(
                 Point(
                     id=which,
                     settings={
-                        **chosen.settings(_device(str(row["Hardware"]))),
+                        **chosen.settings(device),
                         "model": str(row["Model"]),
-                        "device": _device(str(row["Hardware"])),
+                        "device": device,
                         "tensor_parallel_size": gpus,
                         **self.given,
                     },

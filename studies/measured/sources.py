@@ -18,6 +18,10 @@ from engine.errors import InputError, unknown
 _FOLDER = Path(__file__).parent
 
 
+_PLAIN = ("engine", "usage", "max_model_len", "quantization", "num_gpu_blocks_override", "async_scheduling",
+          "enable_prefix_caching", "gpu_memory_utilization")  # fmt: skip
+
+
 class Client(BaseModel):
     """How a load generator sends: a closed loop of `requests_per_user` x the concurrency."""
 
@@ -40,10 +44,14 @@ class Source(BaseModel):
     when: str | None = None  # of a format's rows those that have a value in this column
     engine: str | None = None
     usage: str | None = None
+    device: str | None = None  # where the file's words leave it open
     client: str = "vllm-bench"
     max_num_batched_tokens: int | str | None = None  # or "isl + concurrency"
     max_num_seqs: int | str | None = None  # or "concurrency"
     max_model_len: int | None = None
+    async_scheduling: bool | None = None
+    enable_prefix_caching: bool | None = None
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     quantization: str | None = None
     kv_cache_dtype: str | dict[str, str] | None = None  # or one for each device, where it is known
     num_gpu_blocks_override: int | None = None
@@ -55,7 +63,7 @@ class Source(BaseModel):
         """Return the settings of a replica that it decides, for a row of a device, input length and concurrency."""
         by_rule = {"isl + concurrency": isl + concurrency, "concurrency": concurrency}
         found: dict[str, Any] = {}
-        for name in ("engine", "usage", "max_model_len", "quantization", "num_gpu_blocks_override"):
+        for name in _PLAIN:
             found[name] = getattr(self, name)
         for name in ("max_num_batched_tokens", "max_num_seqs"):
             value = getattr(self, name)
