@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,8 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
     console.print(f"fitted to {found['points']:,} points, from {found['preset']['base']}:")
     for name, value in found["constants"].items():
         margin, before = found["margins"][name], found["before_constants"][name]
-        console.print(
-            f"  {name} {1e6 * value:,.4g} us, 90 % within {1e6 * margin:,.3g} us (before {1e6 * before:,.4g})"
-        )
+        known = "of no effect on these points" if isinf(margin) else f"90 % within {1e6 * margin:,.3g} us"
+        console.print(f"  {name} {1e6 * value:,.4g} us, {known} (before {1e6 * before:,.4g})")
     for one, other in found["alike"]:
         console.print(
             f"note: these points can't tell {one} and {other} apart: give others, or --fit one of the two",

@@ -74,10 +74,11 @@ def _print(results: dict[str, Any], console: Console) -> None:
     for group in [every, *results["groups"]]:
         table.add_row(group["group"], f"{group['count']:,}", *(_cell(group[name]) for name in MEASURES))
     console.print(table)
-    for name, words in (("per_request", "each request's own"), ("cold", "mean of the first requests"),
+    for name, words in (("per_request", "each request's own, mean error"), ("cold", "mean of the first requests"),
                         ("p90", "P90"), ("p99", "P99")):  # fmt: skip
         if entry := results.get(name):
-            parts = [f"{key.upper()} {value:+.1%}" for key, value in entry.items() if value is not None]
+            sign = "" if name == "per_request" else "+"  # a mean of absolute errors has none
+            parts = [f"{key.upper()} {value:{sign}.1%}" for key, value in entry.items() if value is not None]
             if parts:
                 console.print(f"{words}: {', '.join(parts)}")
     out = [record for record in results["records"] if record["in_range"] < 1]

@@ -199,10 +199,14 @@ def simulate(
     ]
     choose = ROUTERS[router](np.random.default_rng(seed))
 
-    front_ends = [FrontEnd(env, replica, each.host) for replica, each in zip(replicas, deployments, strict=True)]
+    front_ends = [FrontEnd(deployment.host) for deployment in deployments]
 
     def receive(replica: Replica, request: Request) -> None:
-        front_ends[replica.index].receive(request)
+        through = front_ends[replica.index].through(request, env.now)
+        if through > env.now:
+            env.at(through, URGENT).callbacks.append(lambda event: replica.add(request))
+        else:
+            replica.add(request)
 
     client = workload.sender() if workload.waits else None
     due = inf  # when `send` is called next, as far as that is known
@@ -269,21 +273,17 @@ def simulate(
 class FrontEnd:
     """What a replica's server does before its scheduler sees a request: `HostOverhead.receive_s` and the like."""
 
-    def __init__(self, env: Clock, replica: Replica, host: HostOverhead | None) -> None:
-        self.env = env
-        self.replica = replica
+    def __init__(self, host: HostOverhead | None) -> None:
         self.host = host if host is not None and host.receives else None
         self._free = 0.0  # when the next request can be taken up
 
-    def receive(self, request: Request) -> None:
-        """A request arrives, now."""
+    def through(self, request: Request, now: float) -> float:
+        """Return when a request that arrives now, as the newest, reaches the scheduler."""
         if self.host is None:
-            self.replica.add(request)
-            return
+            return now
         work = self.host.receive_s + self.host.receive_token_s * request.prompt_tokens
-        self._free = max(self._free, self.env.now) + work
-        arrival = self.env.at(self._free + self.host.transit_s, URGENT)
-        arrival.callbacks.append(lambda event: self.replica.add(request))
+        self._free = max(self._free, now) + work
+        return self._free + self.host.transit_s
 
 
 def _run(env: Clock, until: simpy.Event, replicas: Sequence[Replica]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
 from operator import itemgetter
 from time import perf_counter
 from typing import Any
@@ -27,7 +28,7 @@ from engine.runtime.sequences import Sequence as TokenSequence
 from engine.scheduling.request import Request
 from engine.server.live import Channel, Channels, Gauges
 from simulator.alarm import Alarm
-from simulator.cluster import Deployment
+from simulator.cluster import Deployment, FrontEnd
 from simulator.predicted_executor import PredictedExecutor
 from simulator.router import ROUTERS
 
@@ -70,6 +71,7 @@ class LiveCluster:
         ]
         self._checked = list({id(each.driver.scheduler.spec): each for each in self.replicas}.values())
         self._at: dict[int, LiveReplica] = {}  # where each request is, by its id
+        self._coming: list[tuple[float, int, LiveReplica, TokenSequence]] = []  # in a front end, until that time
         self._newest = 0.0  # no request arrives before this: the router chooses in the order of arrivals
         self._tokens: list[tuple[bool, int, int, float, str | None]] = []  # of a batch, before they are given out
 
@@ -93,19 +95,28 @@ class LiveCluster:
         request = sequence.request
         request.arrived_at = max((arrived - self._origin) * self.time_scale, self._newest)
         self._channels.add(request.id, channel, place)
-        for replica in self.replicas:
-            replica.advance(request.arrived_at)
+        self._advance(request.arrived_at)
         replica = self._choose(request, self.replicas)
         self._at[request.id] = replica
-        replica.submit(sequence)
+        through = replica.front_end.through(request, request.arrived_at)
+        if through > request.arrived_at:
+            heappush(self._coming, (through, request.id, replica, sequence))
+        else:
+            replica.submit(sequence)
         self._newest = math.nextafter(request.arrived_at, math.inf)
         self._set_alarm()
 
     def abort(self, id: int) -> None:
         self._channels.remove(id)
-        if (replica := self._at.pop(id, None)) is not None:
+        if (replica := self._at.pop(id, None)) is None:
+            return
+        left = [each for each in self._coming if each[1] != id]
+        if len(left) < len(self._coming):
+            heapify(left)
+            self._coming = left
+        else:
             replica.abort(id, self.now())
-            self._set_alarm()
+        self._set_alarm()
 
     def stop(self, id: int) -> None:
         self.abort(id)  # no text of a simulated model is ever complete before its length
@@ -121,20 +132,29 @@ class LiveCluster:
             self.on_failure()
 
     def _set_alarm(self) -> None:
-        """Come again when the first batch in flight ends."""
+        """Come again when the first batch in flight ends, or a request comes through a front end."""
         due = min(replica.due for replica in self.replicas)
+        if self._coming:
+            due = min(due, self._coming[0][0])
         if due < math.inf and self._alarm is not None:
             self._alarm.set((due - self.now()) / self.time_scale)
 
     def _come(self) -> None:
         try:
-            now = self.now()
-            for replica in self.replicas:
-                replica.advance(now)
+            self._advance(self.now())
             self._set_alarm()
         except Exception as error:
             self.fail(error)
             raise
+
+    def _advance(self, now: float) -> None:
+        """Let everything happen that happens until `now`."""
+        while self._coming and self._coming[0][0] <= now:
+            through, _, replica, sequence = heappop(self._coming)
+            replica.advance(through)
+            replica.take_up(sequence, through)
+        for replica in self.replicas:
+            replica.advance(now)
 
     def token(self, sequence: TokenSequence, token: int) -> None:
         """A replica has generated a token."""
@@ -159,6 +179,7 @@ class LiveReplica:
         self, cluster: LiveCluster, number: int, deployment: Deployment, recorder: Recorder, token: int
     ) -> None:
         clock = VirtualClock()
+        self.front_end = FrontEnd(deployment.host)
         self._cluster = cluster
         self._executor = PredictedExecutor(
             deployment.predictor,
@@ -208,7 +229,11 @@ class LiveReplica:
         request = sequence.request
         if request.arrived_at <= self.driver.now:
             request.arrived_at = math.nextafter(self.driver.now, math.inf)
-        self.driver.submit(sequence, request.arrived_at)
+        self.take_up(sequence, request.arrived_at)
+
+    def take_up(self, sequence: TokenSequence, at: float) -> None:
+        """A sequence reaches the scheduler, after `advance` to that time."""
+        self.driver.submit(sequence, max(at, self.driver.now))
         self.driver.launch()
 
     def abort(self, id: int, now: float) -> None:

@@ -201,7 +201,7 @@ def test_json_lines_are_a_trace(tmp_path: Path) -> None:
         (["--random-input-len", "0", "--random-output-len", "5"], "--random-input-len 0 must be a number of tokens"),
         (["--workload", "random"], "--random-input-len is missing: give a number of tokens"),
         (["--engine", "vllm@0.20"], "no preset of vllm 0.20: the one before it is vllm@0.15, the newest vllm@0.33"),
-        (["--engine", "vllm@0.2"], "no preset of vllm 0.2: the oldest is vllm@0.12, the newest vllm@0.33"),
+        (["--engine", "vllm@0.2"], "no preset of vllm 0.2: the oldest is vllm@0.4, the newest vllm@0.33"),
         (["--zipf-alpha", "2"], "--zipf-alpha 2.0 needs --workload 'zipf'"),
     ],
 )

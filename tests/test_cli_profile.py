@@ -158,7 +158,7 @@ def test_ones_own_calibration_is_shown_and_tried(folder: Path, command: list[str
     if command[0] == "report":
         assert "Calibration of cpu" in (folder / "page.html").read_text()
     else:
-        assert "attention_decode" in done.stdout
+        assert "attention decode" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Measured results of other servers beside their predictions: what a simulation "measured" is predicted exactly."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def test_the_public_files_are_recognised() -> None:
     files = {file.name: file for file in read(TRUTH, given)}
     counts = {file.format: len(file.points) for file in files.values()}
     assert counts["silicon"] == 120 and counts["offline"] == 120 and counts["aggregates"] == 4
-    assert files["aiconfigurator_silicon.csv"].source == "aiconfigurator and inferencemax"
+    assert files["aiconfigurator_silicon.csv"].sources == ["aiconfigurator", "inferencemax"]
 
 
 def test_constants_of_a_server_are_found_again_and_predict_other_loads(tmp_path: Path) -> None:
@@ -222,5 +223,42 @@ def test_constants_of_a_server_are_found_again_and_predict_other_loads(tmp_path:
 
 
 def test_a_fit_of_more_constants_than_figures_is_refused(tmp_path: Path) -> None:
-    code, error = run(["calibrate", "adjust", str(silicon(tmp_path, silicon_row(2))), "--output", "mine.yaml"])
+    path = str(silicon(tmp_path, silicon_row(2)))
+    three = ["--fit", "iteration_s,sequence_s,transit_s"]
+    code, error = run(["calibrate", "adjust", path, *three, "--output", "mine.yaml"])
     assert code == 2 and "2 measured figures of 1 points can't fit 3 constants" in error
+    code, error = run(["calibrate", "adjust", path, "--fit", "nosuch", "--output", "mine.yaml"])
+    assert code == 2 and "unknown constant 'nosuch'" in error
+    assert run(["calibrate", "adjust", path, "--output", str(tmp_path / "one.yaml")]) == (0, "")  # of what one can say
+
+
+def test_a_constant_without_effect_is_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = silicon(tmp_path, silicon_row(2), silicon_row(4))
+    arguments = ["calibrate", "adjust", str(path), "--engine", "vllm@0.15", "--fit", "iteration_s"]
+    assert run([*arguments, "--output", str(tmp_path / "mine.yaml")]) == (0, "")  # hidden behind the GPU
+    assert "of no effect on these points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "arrived_at_s,input_tokens,output_tokens,ttft_s,e2e_s\n0,1,1,abc,1\n", "ttft_s 'abc'"),
+        ("a.json", {"request_rate": "fast"}, "request_rate 'fast'"),
+        ("a.json", {"max_concurrency": "8"}, "max_concurrency '8'"),
+        ("a.json", {"mean_ttft_ms": "sixty"}, "mean_ttft_ms 'sixty'"),
+        ("a.csv", "Hardware,Num of Hardware,Framework,Model,Input Output Length,Batch Size,Latency\n"
+         "A100,1,vLLM,m,128,1,abc\n", "Latency nan"),
+    ],
+)  # fmt: skip
+def test_odd_values_are_named(name: str, text: Any, words: str, tmp_path: Path) -> None:
+    result = {"mean_ttft_ms": 50.0, "mean_tpot_ms": 9.0, "completed": 4, "output_throughput": 9.0,
+              "total_input_tokens": 40, "total_output_tokens": 40}  # fmt: skip
+    (tmp_path / name).write_text(json.dumps(result | text) if isinstance(text, dict) else text)
+    with pytest.raises(InputError, match=re.escape(words)):
+        validate_measured(tmp_path / name, dict(DEVICE))
+
+
+def test_what_was_assumed_of_other_points_is_not_said(tmp_path: Path) -> None:
+    path = silicon(tmp_path, silicon_row(2), silicon_row(4, measured="2025-10-29"))
+    assert any("InferenceMAX" in text for text in validate_measured(path, {})["assumed"])
+    assert not any("InferenceMAX" in text for text in validate_measured(path, {}, only="c2")["assumed"])

@@ -287,7 +287,7 @@ def test_another_session_or_folder_is_left_alone(whole: Path, tmp_path: Path) ->
 
 
 def test_a_profile_of_another_device_is_refused(whole: Path) -> None:
-    with pytest.raises(InputError, match="measured on h100, not on a40"):
+    with pytest.raises(InputError, match="measured on h100_sxm, not on a40"):
         read_source("profile", whole, device="a40")
 
 

@@ -160,7 +160,7 @@ def test_gaps_are_binned_where_they_ended(pipelined: Path) -> None:
 
 
 def test_whole_prompts_stall_decodes(tmp_path: Path) -> None:
-    record = read_record(make_run(tmp_path, policy="vllm", **steady(request_rate=30.0)))
+    record = read_record(make_run(tmp_path, policy="vllm_v0", **steady(request_rate=30.0)))
     gaps = pq.read_table(tmp_path / "iterations.parquet")["max_tbt_s"].to_numpy()
     threshold = STALL_FACTOR * record.summary["median_itl_ms"] / 1e3
     assert record.timeline.stalled_batches == (gaps > threshold).sum() > 0

@@ -183,7 +183,7 @@ def test_a_gpu_is_profiled_and_learned(tmp_path: Path, monkeypatch: pytest.Monke
     save(calibration, tmp_path / "h200", catalog.device("h200"))
     (tmp_path / "h200" / "profile.json").write_bytes((tmp_path / "profile" / "profile.json").read_bytes())
     deployment = deploy(model, str(tmp_path / "h200"), scheduler=resolve(scheduler, 64), num_gpu_blocks_override=20)
-    assert deployment.host is not None and deployment.device.name == "h200"
+    assert deployment.host is not None and deployment.device.name == "h200_sxm"
     assert deployment.host.layer_s > 0 and deployment.host.graph_decodes == max(DECODE_GRAPHS)
     assert "estimate" not in deployment.predictor.description
     assert deployment.predictor.stage_time(BatchShape(3, 3, 60, (), 3, 3), 0) > 0

@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError
+from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
 from studies.jobs.pool import Results, in_turn, work_off
-from studies.measured.adjust import adjust
+from studies.measured.adjust import UNITS, adjust, figures_of
 from studies.measured.judge import point_record, summary
 from studies.measured.point import MEASURES, Measurements, Point
 from studies.measured.predict import Job, predict
@@ -79,7 +79,11 @@ def adjust_preset(
     if len(names) > 1:
         raise InputError(f"{path} has points of {' and '.join(names)}: give --engine, or --only some of them")
     host = kept[0].replica.engine.host
-    chosen = tuple(free) or (_HIDDEN if host.hidden else _SERIAL)
+    for name in free:
+        if name not in UNITS:
+            raise unknown("constant", name, UNITS)
+    figures = sum(len(figures_of(each.point)) for each in kept)
+    chosen = tuple(free) or (_HIDDEN if host.hidden else _SERIAL)[: max(1, figures - 1)]
     done = 0
 
     def evaluate(trials: Sequence[Mapping[str, float]]) -> list[list[Mapping[str, Any]]]:
@@ -117,8 +121,9 @@ def adjust_preset(
     }
 
 
-_SERIAL = ("iteration_s", "sequence_s", "transit_s")  # constants to fit where nothing else is asked for
-_HIDDEN = ("iteration_s", "sequence_s", "exposed_s", "transit_s")
+# constants to fit where nothing else is asked for, the first of them where there are few figures
+_SERIAL = ("iteration_s", "transit_s", "sequence_s")
+_HIDDEN = ("exposed_s", "transit_s", "sampler_logit_s")
 
 
 @dataclass(frozen=True)
@@ -193,8 +198,8 @@ def _predicted(
         "version": version("windtunnel"),
         "file": path.name,
         "formats": sorted({file.format for file in files}),
-        "sources": sorted({file.source for file in files if file.source}),
-        "assumed": list(dict.fromkeys(text for file in files for text in file.assumed)),
+        "sources": list(dict.fromkeys(name for file in files for name in file.sources)),
+        "assumed": list(dict.fromkeys(text for file in files for text in file.every_assumption)),
         "predictors": list(predictors),
         **summary(made, num_points),
         "refused": [{"id": name, "why": why} for name, why in refused],

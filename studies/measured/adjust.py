@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ _DAMPINGS = (0.01, 0.1, 1.0)  # of steps, which are tried beside each other
 _ENOUGH = 1e-3  # a step that lessens the loss by less, as a share, is the last
 ALIKE = 0.95  # correlation from which on two constants are said not to be told apart
 _Z90 = 1.645
+_FELT = 1e-6  # change of a log error by a unit of a constant, from which on it matters
 
 Constants = Mapping[str, float]
 Evaluate = Callable[[Sequence[Constants]], list[list[Mapping[str, Any]]]]  # predictions of every point, for each
@@ -61,11 +63,11 @@ def adjust(points: Sequence[Point], start: Constants, evaluate: Evaluate) -> Adj
     for name in names:
         if name not in UNITS:
             raise unknown("constant", name, UNITS)
-    figures = sum(len(_figures(point)) for point in points)
+    figures = sum(len(figures_of(point)) for point in points)
     if figures <= len(names):
         raise InputError(
             f"{figures} measured figures of {len(points)} points can't fit {len(names)} constants: give more points, "
-            "or fit fewer"
+            "or fewer constants by --fit"
         )
     x = np.array([start[name] / UNITS[name] for name in names])
     residuals = _residuals(points, evaluate([_named(names, x)])[0])
@@ -91,7 +93,7 @@ def _named(names: Sequence[str], x: Array) -> dict[str, float]:
     return {name: float(f"{value * UNITS[name]:.4g}") for name, value in zip(names, np.maximum(x, 0.0), strict=True)}
 
 
-def _figures(point: Point) -> list[str]:
+def figures_of(point: Point) -> list[str]:
     """What of a point is fitted to: E2E where there is no TPOT."""
     return [name for name in _WEIGHTS if name in point.measured and (name != "e2e" or "tpot" not in point.measured)]
 
@@ -101,7 +103,7 @@ def _residuals(points: Sequence[Point], predictions: Sequence[Mapping[str, Any]]
     return np.array([
         _WEIGHTS[name] * np.log(predicted[name] / point.measured[name])
         for point, predicted in zip(points, predictions, strict=True)
-        for name in _figures(point)
+        for name in figures_of(point)
     ])  # fmt: skip
 
 
@@ -129,10 +131,6 @@ def _confidence(
     covariance = np.linalg.pinv(slopes.T @ slopes) * float((residuals**2).sum()) / freedom
     spread = np.sqrt(np.maximum(np.diag(covariance), 1e-30))
     correlation = covariance / np.outer(spread, spread)
-    alike = [
-        (names[i], names[j])
-        for i in range(len(names))
-        for j in range(i)
-        if abs(correlation[i, j]) > ALIKE or not (np.abs(slopes[:, [i, j]]).max(axis=0) > 1e-6).all()
-    ]
-    return {name: float(_Z90 * spread[i] * UNITS[name]) for i, name in enumerate(names)}, alike
+    alike = [(names[i], names[j]) for i in range(len(names)) for j in range(i) if abs(correlation[i, j]) > ALIKE]
+    felt = np.abs(slopes).max(axis=0) > _FELT  # what these points do not depend on they say nothing about
+    return {name: float(_Z90 * spread[i] * UNITS[name]) if felt[i] else inf for i, name in enumerate(names)}, alike

@@ -34,18 +34,29 @@ class Point:
     output_tokens: int | None = None  # where E2E is said to be TTFT + TPOT x (these - 1), measured and predicted
     load: str = ""  # in words, for groups
     per_request: Mapping[str, Array] = field(default_factory=dict)
+    source: str | None = None  # the bundle that filled in what its file leaves open
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What a file holds: its points, what had to be assumed about them, and rows that can't be run, with the reason."""
+    """What a file holds: its points, what had to be assumed about all, and rows that can't be run, with the reason."""
 
     name: str
     format: str
-    source: str | None
     points: list[Point]
     assumed: tuple[str, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources of its points."""
+        return list(dict.fromkeys(point.source for point in self.points if point.source))
+
+    @property
+    def every_assumption(self) -> list[str]:
+        """What was assumed about its points, and about all."""
+        return list(dict.fromkeys([text for point in self.points for text in point.assumed] + list(self.assumed)))
 
     def only(self, text: str) -> Measurements:
         """Return the points and rows whose id or load has a match of a regular expression."""

@@ -31,8 +31,18 @@ Settings = Mapping[str, Any]
 
 _COLUMNS = {  # by which a CSV's format is recognised
     "silicon": {"model_path", "system", "isl", "osl", "concurrency", "silicon_ttft_ms", "silicon_tpot_ms"},
-    "offline": {"Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency"},
-    "aggregates": {"model", "hardware", "request_rate_per_s", "stage_seconds", "ttft_mean_ms", "itl_mean_ms"},
+    "offline": {"Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency"},
+    "aggregates": {
+        "model",
+        "hardware",
+        "request_rate_per_s",
+        "stage_seconds",
+        "ttft_mean_ms",
+        "itl_mean_ms",
+        "e2e_mean_ms",
+        "input_tokens_about",
+        "output_tokens_about",
+    },
     "requests": {"arrived_at_s", "input_tokens", "output_tokens", "ttft_s", "e2e_s"},
 }
 _REQUEST_COLUMNS = {  # what --columns may name, and the columns that are looked for else
@@ -127,8 +137,15 @@ class _Reader:
             summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
             table = pq.read_table(path / "requests.parquet").to_pandas().sort_values("request_id")
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
             raise InputError(f"{path} is no run's folder: {' '.join(str(error).split())[:200]}") from None
+        if not isinstance(config, dict) or not isinstance(summary, dict):
+            raise InputError(f"{path} is no run's folder: its config.yaml or summary.json holds no mapping")
+        if len(summary.get("replicas", [])) > 1:
+            raise InputError(
+                f"{path} is a run of {len(summary['replicas'])} replicas: only those of one can be predicted"
+            )
+        self._check_unused(path)
         arrived = np.sort((table["arrived_s"] - table["arrived_s"].min()).to_numpy())
         users = config.get("max_concurrency")
         workload = Workload(
@@ -140,39 +157,33 @@ class _Reader:
             client=ClientSpec(max_concurrency=users),
         )
         point = self._of_summary(path.name, summary, {**config, **self.given}, workload)
-        return Measurements(name=path.name, format="run", source=None, points=[point])
+        return Measurements(name=path.name, format="run", points=[point])
 
     # -- formats ---------------------------------------------------------------------------------------------------
 
     def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
         points: list[Point] = []
         refused: list[tuple[str, str]] = []
-        used: dict[str, Source] = {}
-        assumed: dict[str, None] = {}
         for row in _rows(frame):
             name = str(row.get("id") or f"row {len(points) + len(refused) + 1}")
             chosen = self.chosen or source_for("silicon", {key for key, value in row.items() if _given(value)})
             assert chosen is not None
             try:
-                points.append(self._silicon_row(path, name, row, chosen[1], assumed))
-                used[chosen[0]] = chosen[1]
+                points.append(self._silicon_row(path, name, row, *chosen))
             except InputError as error:
                 refused.append((name, str(error)))
-        every = [text for each in used.values() for text in each.assumed] + list(assumed)
-        return Measurements(
-            name=path.name, format="silicon", source=" and ".join(used), points=points,
-            assumed=tuple(every), refused=tuple(refused),
-        )  # fmt: skip
+        return Measurements(name=path.name, format="silicon", points=points, refused=tuple(refused))
 
-    def _silicon_row(self, path: Path, name: str, row: Settings, source: Source, assumed: dict[str, None]) -> Point:
+    def _silicon_row(self, path: Path, name: str, row: Settings, source_name: str, source: Source) -> Point:
         if str(row.get("backend", "vllm")) != "vllm":
             raise InputError(f"backend {row['backend']}: vllm alone can be simulated")
         isl, osl, users = (_whole(path, name, row, key) for key in ("isl", "osl", "concurrency"))
         device = str(row["system"])
         settings = source.settings(device, isl, users)
+        assumed = list(source.assumed)
         if _given(version := row.get("backend_version")):
             settings["engine"], note = _engine(str(version))
-            assumed |= {note: None} if note else {}
+            assumed += [note] if note else []
         settings |= {"model": str(row["model_path"]), "device": device, **_precision(row)}
         for key, setting in (
             ("tp_size", "tensor_parallel_size"),
@@ -194,48 +205,58 @@ class _Reader:
             statistic=how.statistic,
             output_tokens=osl,
             load=f"{users} users",
+            source=source_name,
+            assumed=tuple(assumed),
         )
 
     def _offline(self, path: Path, frame: pd.DataFrame) -> Measurements:
         name, chosen = self._source("offline")
         keys = ["Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size"]
         repeated = len(frame) - len(frame[keys].drop_duplicates())
-        frame = frame.groupby(keys, sort=False)["Latency"].mean().reset_index()
-        points, refused = [], []
+        frame = frame.assign(Latency=pd.to_numeric(frame["Latency"], errors="coerce"))
+        frame = frame.groupby(keys, sort=False, dropna=False)["Latency"].mean().reset_index()
+        points: list[Point] = []
+        refused: list[tuple[str, str]] = []
+
         for row in _rows(frame):
-            which = (
-                f"{row['Model']} TP{row['Num of Hardware']} {row['Input Output Length']} tokens x {row['Batch Size']}"
+            name_of = (
+                f"{row['Model']} TP{row['Num of Hardware']:g}" if _is_number(row["Num of Hardware"]) else row["Model"]
             )
-            if str(row["Framework"]).lower() != "vllm":
-                refused.append((which, f"framework {row['Framework']}: vllm alone can be simulated"))
-                continue
-            length, batch, gpus = (
-                _whole(path, which, row, key) for key in ("Input Output Length", "Batch Size", "Num of Hardware")
-            )
-            latency = _number(path, which, row, "Latency")
-            device = chosen.device or _device(str(row["Hardware"]))
-            points.append(
-                Point(
-                    id=which,
-                    settings={
-                        **chosen.settings(device),
-                        "model": str(row["Model"]),
-                        "device": device,
-                        "tensor_parallel_size": gpus,
-                        **self.given,
-                    },
-                    workload=WorkloadSpec(
-                        lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst"
-                    ),
-                    measured={"e2e": latency, "throughput": length * batch / latency},
-                    load=f"batch {batch}",
-                )
-            )
+            which = f"{name_of} {row['Input Output Length']} tokens x {row['Batch Size']}"
+            try:
+                points.append(self._offline_row(path, which, row, name, chosen))
+            except InputError as error:
+                refused.append((which, str(error)))
         notes = [f"{repeated} points stand more than once: averaged"] if repeated else []
         return Measurements(
-            name=path.name, format="offline", source=name, points=points,
-            assumed=(*chosen.assumed, *notes), refused=tuple(refused),
+            name=path.name, format="offline", points=points, assumed=tuple(notes), refused=tuple(refused)
         )  # fmt: skip
+
+    def _offline_row(self, path: Path, which: str, row: Settings, source_name: str, source: Source) -> Point:
+        if str(row["Framework"]).lower() != "vllm":
+            raise InputError(f"framework {row['Framework']}: vllm alone can be simulated")
+        length, batch, gpus = (
+            _whole(path, which, row, key) for key in ("Input Output Length", "Batch Size", "Num of Hardware")
+        )
+        latency = _number(path, which, row, "Latency")
+        device = source.device or _device(str(row["Hardware"]))
+        return Point(
+            id=which,
+            settings={
+                **source.settings(device),
+                "model": str(row["Model"]),
+                "device": device,
+                "tensor_parallel_size": gpus,
+                **self.given,
+            },
+            workload=WorkloadSpec(
+                lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst"
+            ),
+            measured={"e2e": latency, "throughput": length * batch / latency},
+            load=f"batch {batch}",
+            source=source_name,
+            assumed=tuple(source.assumed),
+        )
 
     def _requests(self, path: Path, frame: pd.DataFrame) -> Measurements:
         name, chosen = self._source("requests")
@@ -255,12 +276,13 @@ class _Reader:
             columns=",".join([*(f"{key}={columns[key]}" for key in ("prompt", "output", "time")), *ids]),
         )
         workload = make_workload(spec)
-        rows = frame.iloc[np.argsort(frame[columns["time"]].to_numpy(float), kind="stable")]
-        ttft, e2e = (rows[columns[key]].to_numpy(float) for key in ("ttft", "e2e"))
+        times = pd.to_numeric(frame[columns["time"]], errors="coerce").to_numpy(float)
+        rows = frame.iloc[np.argsort(times, kind="stable")]
+        ttft, e2e = (pd.to_numeric(rows[columns[key]], errors="coerce").to_numpy(float) for key in ("ttft", "e2e"))
         for column, values in ((columns["ttft"], ttft), (columns["e2e"], e2e)):
             if not (np.isfinite(values) & (values > 0)).all():
                 row = int(np.argmin(np.isfinite(values) & (values > 0)))
-                raise InputError(f"{path}: {column} {values[row]} of request {row}: give seconds above 0")
+                raise InputError(f"{path}: {column} {rows[column].iloc[row]!r} of request {row}: give seconds above 0")
         settings = {**chosen.settings(str(self.given["device"])), **self.given}
         warmup = self.warmup_requests if self.warmup_requests is not None else chosen.warmup_requests
         if warmup is None:
@@ -270,44 +292,48 @@ class _Reader:
         measured = _means(ttft[warmup:], e2e[warmup:], workload.output_tokens[warmup:])
         point = Point(
             id=path.stem, settings=settings, workload=workload, measured=measured, warmup_requests=warmup,
-            load="open loop", per_request={"ttft": ttft, "e2e": e2e},
+            load="open loop", per_request={"ttft": ttft, "e2e": e2e}, source=name, assumed=tuple(chosen.assumed),
         )  # fmt: skip
         notes = [note for note in workload.notes if not note.endswith("not used")]  # columns that a trace lacks
-        return Measurements(
-            name=path.name, format="requests", source=name, points=[point], assumed=(*chosen.assumed, *notes)
-        )
+        return Measurements(name=path.name, format="requests", points=[point], assumed=tuple(notes))
 
     def _aggregates(self, path: Path, frame: pd.DataFrame) -> Measurements:
         name, chosen = self._source("aggregates")
-        points = []
+        points: list[Point] = []
+        refused: list[tuple[str, str]] = []
         for place, row in enumerate(_rows(frame)):
             which = f"{row.get('exp_id', place)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}"
-            rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
-            prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
-            device = _device(str(row["hardware"]))
-            settings = {**chosen.settings(device), "model": str(row["model"]), "device": device}
-            if _given(row.get("tp")):
-                settings["tensor_parallel_size"] = _whole(path, which, row, "tp")
-            if _given(row.get("max_num_batched_tokens")):
-                settings["max_num_batched_tokens"] = _whole(path, which, row, "max_num_batched_tokens")
-            number = chosen.num_prompts_in_turn or 0
-            warm = _given(row.get("stage_index")) and row["stage_index"] > 0  # the stage before filled the cache
-            points.append(
-                Point(
-                    id=which,
-                    settings={**settings, **self.given},
-                    workload=_in_turn(rate, seconds, prompt, output, number),
-                    measured={
-                        "ttft": _seconds(path, which, row, "ttft_mean_ms"),
-                        "tpot": _seconds(path, which, row, "itl_mean_ms"),
-                        "e2e": _seconds(path, which, row, "e2e_mean_ms"),
-                    },
-                    warmup_requests=number if warm else 0,
-                    load=f"{rate:g} requests/s",
-                )
-            )
-        return Measurements(
-            name=path.name, format="aggregates", source=name, points=points, assumed=tuple(chosen.assumed)
+            try:
+                points.append(self._aggregate(path, which, row, name, chosen))
+            except InputError as error:
+                refused.append((which, str(error)))
+        return Measurements(name=path.name, format="aggregates", points=points, refused=tuple(refused))
+
+    def _aggregate(self, path: Path, which: str, row: Settings, source_name: str, source: Source) -> Point:
+        rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
+        prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
+        device = _device(str(row["hardware"]))
+        settings = {**source.settings(device), "model": str(row["model"]), "device": device}
+        for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
+            if _given(row.get(key)):
+                settings[setting] = _whole(path, which, row, key)
+        number = source.num_prompts_in_turn or 0
+        later = row.get("stage_index")  # the stage before filled the cache
+        if _given(later) and not _is_number(later):
+            raise InputError(f"{path}: stage_index {later!r} of {which}: give a number from 0 on")
+        return Point(
+            id=which,
+            settings={**settings, **self.given},
+            workload=_in_turn(rate, seconds, prompt, output, number),
+            measured={
+                "ttft": _seconds(path, which, row, "ttft_mean_ms"),
+                "tpot": _seconds(path, which, row, "itl_mean_ms"),
+                "e2e": _seconds(path, which, row, "e2e_mean_ms"),
+            },
+            warmup_requests=number if _given(later) and float(str(later)) > 0 else 0,
+            load=f"{rate:g} requests/s",
+            source=source_name,
+            assumed=tuple(source.assumed),
         )
 
     def _vllm(self, path: Path) -> Measurements:
@@ -323,11 +349,20 @@ class _Reader:
         settings = {name: value for name, value in {**settings, **self.given}.items() if value is not None}
         if "device" not in settings:
             raise InputError(f"{path} does not say which device was measured: give --device")
+        self._check_unused(path)
         workload, assumed = _vllm_workload(path, data)
+        if "engine" not in settings:
+            assumed.append("the engine windtunnel (--engine says which one it was)")
         point = self._of_summary(path.stem, data, settings, workload)
-        return Measurements(name=path.name, format="vllm", source=None, points=[point], assumed=tuple(assumed))
+        return Measurements(name=path.name, format="vllm", points=[point], assumed=tuple(assumed))
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _check_unused(self, path: Path) -> None:
+        """Raise InputError for what was asked for and means nothing for a file that says how it was measured."""
+        for flag, value in (("client", self.client_name), ("warmup-requests", self.warmup_requests)):
+            if value is not None:
+                raise InputError(f"--{flag} {value} has no meaning with {path}, which says how it was measured")
 
     def _source(self, form: str) -> tuple[str, Source]:
         found = self.chosen or source_for(form, set())
@@ -335,13 +370,17 @@ class _Reader:
         return found
 
     def _of_summary(self, name: str, summary: Settings, settings: Settings, workload: Workload) -> Point:
-        measured = {
-            measure: float(summary[key]) / 1e3
-            for measure, key in (("ttft", "mean_ttft_ms"), ("tpot", "mean_tpot_ms"), ("e2e", "mean_e2el_ms"))
-            if isinstance(summary.get(key), int | float)
-        }
-        if isinstance(summary.get("output_throughput"), int | float):
-            measured["throughput"] = float(summary["output_throughput"])
+        measured = {}
+        for measure, key, unit in (
+            ("ttft", "mean_ttft_ms", 1e3),
+            ("tpot", "mean_tpot_ms", 1e3),
+            ("e2e", "mean_e2el_ms", 1e3),
+            ("throughput", "output_throughput", 1.0),
+        ):
+            if (value := summary.get(key)) is not None:
+                if not _is_number(value):
+                    raise InputError(f"{name}: {key} {value!r}: give a number")
+                measured[measure] = float(value) / unit
         if not measured or not all(math.isfinite(value) and value > 0 for value in measured.values()):
             raise InputError(f"{name}: its figures {measured} are no times above 0: the run may have failed")
         if "e2e" not in measured and {"ttft", "tpot"} <= measured.keys():
@@ -399,6 +438,10 @@ def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
         prompt, output = (np.full(completed, max(1, round(float(total or 0) / completed))) for total in totals)
         assumed.append("every request of the mean lengths (--save-detailed keeps each one's)")
     users, rate = data.get("max_concurrency"), data.get("request_rate")
+    if users is not None and (not isinstance(users, int) or isinstance(users, bool)):
+        raise InputError(f"{path}: max_concurrency {users!r}: give a whole number")
+    if not (rate in (None, "inf") or _is_number(rate)):
+        raise InputError(f"{path}: request_rate {rate!r}: give requests/s, or inf")
     rate = math.inf if rate in (None, "inf") else float(rate)
     if math.isfinite(rate) and rate > 0:
         gaps = np.random.default_rng(0).exponential(1 / rate, len(prompt) - 1)
@@ -464,6 +507,10 @@ def _named(columns: str | None) -> dict[str, str]:
 
 def _rows(frame: pd.DataFrame) -> Iterable[dict[str, Any]]:
     return ({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _given(value: Any) -> bool:
