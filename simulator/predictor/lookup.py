@@ -68,8 +68,8 @@ class StageTimes:
             self.tokens[tokens] = self.tokens[host.padded(tokens)]
         self.sampled: list[float] = tables.sampled.tolist()
         self.prefill = tables.prefill
-        self.prefill_rows: dict[int, list[Segment]] = {}
-        self.together_rows: dict[int, list[list[Segment]]] = {}
+        self.prefill_slopes = np.diff(tables.prefill, axis=2) / np.diff(PREFIXES)
+        self.prefill_rows: dict[int, list[list[Segment]]] = {}  # by the chunk, and by the number of prompts
         self.decode = tables.decode
         self.decode_rows: dict[int, list[Segment]] = {}
         self.send: list[float] = tables.send.tolist()
@@ -124,9 +124,7 @@ class StageTimes:
 
     def prefill_time(self, chunk: int, prefix: int) -> float:
         """Attention of one prompt's chunk: bilinear between the grid's points."""
-        row = self.prefill_rows.get(chunk)
-        if row is None:
-            row = self.prefill_rows[chunk] = self._of_chunk(0, chunk)
+        row = (self.prefill_rows.get(chunk) or self._of_chunk(chunk))[0]
         low, slope, start, _ = row[bisect_right(_PREFIX_STARTS, prefix) - 1]
         return low + slope * (prefix - start)
 
@@ -139,9 +137,7 @@ class StageTimes:
         """
         at_prefix = []
         for chunk, prefix in prompts:
-            rows = self.together_rows.get(chunk)
-            if rows is None:
-                rows = self.together_rows[chunk] = [self._of_chunk(i, chunk) for i in range(len(PROMPTS))]
+            rows = self.prefill_rows.get(chunk) or self._of_chunk(chunk)
             place = bisect_right(_PREFIX_STARTS, prefix) - 1
             at_prefix.append((rows, place, prefix - _PREFIX_STARTS[place]))
         works = [rows[-1][place][0] + rows[-1][place][1] * past for rows, place, past in at_prefix]
@@ -162,12 +158,19 @@ class StageTimes:
             seconds += few * work / total
         return seconds
 
-    def _of_chunk(self, place: int, chunk: int) -> list[Segment]:
-        """Attention of PROMPTS[place] prompts of a chunk, by their prefix."""
-        i = min(int(np.searchsorted(CHUNKS, chunk, side="right")) - 1, len(CHUNKS) - 2)
-        across = (chunk - CHUNKS[i]) / (CHUNKS[i + 1] - CHUNKS[i])
-        grid = self.prefill[place]
-        return _segments(grid[i] + across * (grid[i + 1] - grid[i]), PREFIXES)
+    def _of_chunk(self, chunk: int) -> list[list[Segment]]:
+        """Attention of each number of PROMPTS of a chunk, by their prefix: linear between the grid's chunks."""
+        i = min(bisect_right(_CHUNKS, chunk) - 1, len(_CHUNKS) - 2)
+        across = (chunk - _CHUNKS[i]) / (_CHUNKS[i + 1] - _CHUNKS[i])
+        values, slopes = (
+            (grid[:, i] + across * (grid[:, i + 1] - grid[:, i])).tolist()
+            for grid in (self.prefill[:, :, :-1], self.prefill_slopes)
+        )
+        rows = self.prefill_rows[chunk] = [
+            list(zip(value, slope, _PREFIX_STARTS, _PREFIX_ENDS, strict=True))
+            for value, slope in zip(values, slopes, strict=True)
+        ]
+        return rows
 
 
 class SteppedTimes(StageTimes):
@@ -222,6 +225,8 @@ def _segments(values: Array, grid: Array) -> list[Segment]:
 
 _LENGTH_STARTS: list[float] = [0.0, *LENGTHS[1:-1].tolist()]  # of the segments
 _PREFIX_STARTS: list[float] = PREFIXES[:-1].tolist()
+_PREFIX_ENDS: list[float] = [*PREFIXES[1:-1].tolist(), inf]
+_CHUNKS: list[float] = CHUNKS.tolist()
 _PROMPTS: list[float] = PROMPTS.tolist()
 _PROMPT_STARTS: list[float] = _PROMPTS[:-1]
 _MOST_PROMPTS: float = _PROMPTS[-1]
