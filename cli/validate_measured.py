@@ -12,10 +12,11 @@ from rich.table import Table
 
 from cli.output import progress_bar
 from engine.results.run_folder import run_folder, write_summary
+from studies.measured.judge import OF_REQUESTS, groups_of
 from studies.measured.point import MEASURES
 from windtunnel.measured import validate_measured
 
-_LINE = ("points", "predicted", *MEASURES, "groups", "per_request", "cold", "p90", "p99")  # of --json
+_LINE = ("points", "predicted", *MEASURES, "groups", *OF_REQUESTS)  # of --json
 _SHOWN = 5  # rows that could not be run
 
 
@@ -70,12 +71,10 @@ def _print(results: dict[str, Any], console: Console) -> None:
     table.add_column("mean error (bias)", no_wrap=True)
     for name in ("points", "TPOT", "TTFT", "E2E", "throughput"):
         table.add_column(name, justify="right")
-    every = {"group": "all", "count": results["predicted"], **{name: results[name] for name in MEASURES}}
-    for group in [every, *results["groups"]]:
+    for group in groups_of(results):
         table.add_row(group["group"], f"{group['count']:,}", *(_cell(group[name]) for name in MEASURES))
     console.print(table)
-    for name, words in (("per_request", "each request's own, mean error"), ("cold", "mean of the first requests"),
-                        ("p90", "P90"), ("p99", "P99")):  # fmt: skip
+    for name, words in OF_REQUESTS.items():
         if entry := results.get(name):
             sign = "" if name == "per_request" else "+"  # a mean of absolute errors has none
             parts = [f"{key.upper()} {value:{sign}.1%}" for key, value in entry.items() if value is not None]

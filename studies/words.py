@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 def unlike_sources(predictors: Iterable[str]) -> str | None:
@@ -53,3 +53,8 @@ def size(num_bytes: float, binary: bool = False) -> str:
         if num_bytes >= scale:
             return f"{num_bytes / scale:.3g} {letter.upper() + 'i' if binary else letter}B"
     return f"{num_bytes:.0f} B"
+
+
+def mean_error(error: Mapping[str, float] | None) -> str:
+    """Return a mean absolute error and its bias, such as "4.2 % (-0.9 %)"; a dash for none."""
+    return "-" if error is None else f"{percent(error['mape'])} ({percent(error['bias'], sign=True)})"

@@ -10,8 +10,8 @@ from typing import Any
 
 from engine.errors import InputError
 from engine.results.files import write_json, write_whole
-from studies.measured.judge import summary
-from studies.measured.truth import SETS, described, render
+from studies.measured.judge import OF_REQUESTS, by_limit, errors_of, summary
+from studies.measured.truth import SETS, SHOWN, described, render
 from windtunnel.measured import predict_points, read_points
 
 
@@ -58,7 +58,7 @@ def _one(each: dict[str, Any], public: Path, on_progress: Callable[[str], None],
         "assumed": list(dict.fromkeys(text for file in files for text in file.every_assumption)),
         "rows": rows,
         "groups": _rounded(found["groups"]),
-        "requests": _rounded({name: found[name] for name in ("per_request", "cold", "p90", "p99") if name in found}),
+        "requests": _rounded({name: found[name] for name in OF_REQUESTS if name in found}),
         "refused": len(refused),
         "points": [
             described(one.point, record["predicted"]) for one, record in zip(ready, results, strict=True) if record
@@ -71,8 +71,7 @@ def judged_rows(each: dict[str, Any], records: list[dict[str, Any]]) -> list[dic
     fitted = re.compile(each["fitted_rows"]) if each.get("fitted_rows") else None
     whole = each["fitted"] is not None and fitted is None
     judged = [record for record in records if fitted is None or not fitted.search(record["id"])]
-    free = [record for record in judged if not record["kv_limited"]]
-    limited = [record for record in judged if record["kv_limited"]]
+    free, limited = by_limit(judged)
     rows = [
         {
             "name": each["name"],
@@ -90,8 +89,8 @@ def judged_rows(each: dict[str, Any], records: list[dict[str, Any]]) -> list[dic
 
 
 def _errors(records: list[dict[str, Any]]) -> dict[str, Any]:
-    found = summary(records, len(records)) if records else {}
-    return {name: _rounded(found[name]) for name in ("tpot", "ttft", "e2e") if found.get(name)}
+    found = errors_of(records)
+    return {name: _rounded(found[name]) for name in SHOWN if found[name]}
 
 
 def _rounded(value: Any) -> Any:

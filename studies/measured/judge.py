@@ -7,7 +7,7 @@ line a request is one point, of its means after the warm-up, with the errors of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from engine.replica_spec import ReplicaSpec
 from studies.measured.point import MEASURES, Point
 
 Prediction = Mapping[str, Any]
+Record = TypeVar("Record", bound=Mapping[str, Any])
+OF_REQUESTS = {  # what there is of a run with a line a request, in words
+    "per_request": "each request's own, mean error",
+    "cold": "mean of the warm-up",
+    "p90": "P90",
+    "p99": "P99",
+}
 
 
 def point_record(point: Point, replica: ReplicaSpec, predicted: Prediction) -> dict[str, Any]:
@@ -52,15 +59,14 @@ def group_of(replica: ReplicaSpec) -> str:
 def summary(records: Sequence[Mapping[str, Any]], num_points: int) -> dict[str, Any]:
     """Return the errors over all points and by group, as the last line of `--json`."""
     groups = []
-    limited = [record for record in records if record["kv_limited"]]
-    free = [record for record in records if not record["kv_limited"]]
+    free, limited = by_limit(records)
     if limited and free:
-        groups.append({"group": "not KV-limited", **_errors(free)})
+        groups.append({"group": "not KV-limited", **errors_of(free)})
     if limited:
-        groups.append({"group": "KV-limited", **_errors(limited)})
+        groups.append({"group": "KV-limited", **errors_of(limited)})
     names = list(dict.fromkeys(record["group"] for record in free))
-    groups += [{"group": name, **_errors([each for each in free if each["group"] == name])} for name in names]
-    found: dict[str, Any] = {"points": num_points, "predicted": len(records), **_errors(records), "groups": groups}
+    groups += [{"group": name, **errors_of([each for each in free if each["group"] == name])} for name in names]
+    found: dict[str, Any] = {"points": num_points, "predicted": len(records), **errors_of(records), "groups": groups}
     del found["count"]
     single = [record["requests"] for record in records if "requests" in record]
     if len(single) == 1:
@@ -68,7 +74,20 @@ def summary(records: Sequence[Mapping[str, Any]], num_points: int) -> dict[str, 
     return found
 
 
-def _errors(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def by_limit(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Return the records that are not KV-limited, and those that are."""
+    limited = [record for record in records if record["kv_limited"]]
+    return [record for record in records if not record["kv_limited"]], limited
+
+
+def groups_of(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return all the points as a group, and the groups of a summary."""
+    every = {"group": "all", "count": results["predicted"], **{name: results[name] for name in MEASURES}}
+    return [every, *results["groups"]]
+
+
+def errors_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how many records there are, and of each measure `mape` and `bias`; None where none has it."""
     found: dict[str, Any] = {"count": len(records)}
     for measure in MEASURES:
         errors = [record["error"][measure] for record in records if measure in record["error"]]

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.workload.workload import WorkloadSpec
+from studies.measured.judge import OF_REQUESTS
 from studies.measured.point import Point
-from studies.words import percent
+from studies.words import mean_error, percent
 
 SETS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "truth_sets.json").read_text(encoding="utf-8"))
 SHOWN = ("tpot", "ttft", "e2e")
@@ -96,10 +97,10 @@ def _table(sets: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(error: Mapping[str, float] | None, target: float | None) -> str:
-    if error is None:
-        return "-"
-    words = f"{percent(error['mape'])} ({percent(error['bias'], sign=True)})"
-    return f"**{words}**" if target is not None and error["mape"] > target else words
+    words = mean_error(error)
+    if error is None or target is None or error["mape"] <= target:
+        return words
+    return f"**{words}**"
 
 
 def _section(each: Mapping[str, Any]) -> list[str]:
@@ -112,13 +113,7 @@ def _section(each: Mapping[str, Any]) -> list[str]:
         parts.append("Assumed: " + "; ".join(each["assumed"]) + ".")
     if each.get("requests"):
         lines = ["| | TTFT | E2E |", "| --- | ---: | ---: |"]
-        words = {
-            "per_request": "each request's own, mean error",
-            "cold": "mean of the warm-up",
-            "p90": "P90",
-            "p99": "P99",
-        }
-        for name, text in words.items():
+        for name, text in OF_REQUESTS.items():
             entry = each["requests"][name]
             sign = name != "per_request"  # a mean of absolute errors has none
             lines.append(f"| {text} | {percent(entry['ttft'], sign=sign)} | {percent(entry['e2e'], sign=sign)} |")

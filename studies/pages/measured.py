@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from studies.measured.judge import groups_of
 from studies.measured.point import MEASURES
 from studies.pages.figures import BAD, SERIES, Panel, Points, predicted_by_measured
 from studies.pages.page import Page, cards, details, facts_table, footer, header, numbers_table
-from studies.words import percent
+from studies.words import mean_error, percent
 
 _NAMES = {"tpot": "TPOT", "ttft": "TTFT", "e2e": "E2E", "throughput": "Throughput"}
 _MOST_GROUPS = len(SERIES)
@@ -93,16 +94,11 @@ def _scatter(records: Sequence[Mapping[str, Any]], measure: str) -> Panel:
 
 
 def _groups(results: Mapping[str, Any]) -> str:
-    every = {"group": "all", "count": results["predicted"], **{name: results[name] for name in MEASURES}}
     rows = [
-        (group["group"], [f"{group['count']:,}", *(_error(group[measure]) for measure in MEASURES)])
-        for group in [every, *results["groups"]]
+        (group["group"], [f"{group['count']:,}", *(mean_error(group[measure]) for measure in MEASURES)])
+        for group in groups_of(results)
     ]
     return numbers_table(["", "points", *_NAMES.values()], rows)
-
-
-def _error(error: Mapping[str, float] | None) -> str:
-    return "-" if error is None else f"{percent(error['mape'])} ({percent(error['bias'], sign=True)})"
 
 
 def _points(records: Sequence[Mapping[str, Any]]) -> str:
