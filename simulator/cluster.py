@@ -111,8 +111,8 @@ class Deployment:
         return self.replica.num_kv_blocks()
 
     def new_scheduler(self) -> Scheduler:
-        """Make the engine's scheduler for one replica of this kind."""
-        return self.replica.new_scheduler()
+        """Make the engine's scheduler for one replica of this kind in simulated time."""
+        return self.replica.new_scheduler(simulated=True)
 
     def describe(self) -> dict[str, Any]:
         """Return a summary's entry for it."""

@@ -135,6 +135,6 @@ class _Watched:
         """Return the values (s) that a finished request has of the metric: none, one, or one for each gap."""
         times = request.token_times
         if self._metric.value is None:
-            return np.diff(np.frombuffer(times))
-        has_one = len(times) >= self._metric.least_tokens
+            return np.diff(np.frombuffer(times)[request.late_first_token :])
+        has_one = len(times) - request.late_first_token >= self._metric.least_tokens
         return np.array([self._metric.value(request_row(request))] if has_one else [], dtype=float)
