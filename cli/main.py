@@ -618,19 +618,29 @@ def _study_list() -> None:
 
 @study.command("run")
 def _study_run(
-    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`.")],
+    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`, or all.")],
     model: Annotated[
         str | None, typer.Option(help="Run only the models whose name contains this. Default: all.")
     ] = None,
     host_overhead: Annotated[
         str | None,
-        typer.Option(help="Host overhead. Default: both sarathi_osdi24 (as published) and cuda_graphs."),
+        typer.Option(
+            help="Host overhead. Default: sarathi_osdi24 (as published), cuda_graphs, and beside them "
+            "sarathi_osdi24_fig2 and two placebos."
+        ),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Requests per run. Default: the study's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Draws of the requests, seeds from 0; tables show medians. Default: 3.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; an interrupted study in it resumes. Default: runs/studies/NAME."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to keep the results in; the page of all that it has is written beside it."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
     markdown: Annotated[
@@ -648,8 +658,10 @@ def _study_run(
         model,
         host_overhead,
         num_prompts,
+        seeds,
         workers,
         output_dir,
+        record,
         as_json=json_,
         as_markdown=markdown,
         confirm=confirm,

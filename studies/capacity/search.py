@@ -19,7 +19,7 @@ from studies.capacity.trial import Trial
 
 TOLERANCE = 0.025
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
-FINE = 0.005  # tolerance of the exhaustive search that a choice is held against
+FINE = 0.005  # tolerance of the fine search that a choice is held against
 _FINE_STEP = 1.08  # of its bracket
 
 
@@ -123,7 +123,7 @@ def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float 
     return Capacity("found", low, over.binding, tolerance, tuple(trials))
 
 
-def exhaustive(met: Callable[[float], bool], start: float) -> float:
+def fine_capacity(met: Callable[[float], bool], start: float) -> float:
     """Return the capacity at a fine tolerance near `start`, a rate above 0; 0 if a thousandth of it is too much.
 
     Meant for trials that run to their end. The bracket is found in steps of 8 %.

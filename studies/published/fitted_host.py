@@ -16,6 +16,7 @@ from engine.results.tables import Array
 from engine.scheduling.request import BatchShape
 from engine.specs import HostOverhead, ParallelSpec, catalog
 from simulator.cluster import deploy
+from studies.published.operation_split import batch_shape
 
 MEASURED = "sarathi_osdi24"
 CONTEXT = 1024
@@ -28,13 +29,7 @@ def published() -> list[tuple[BatchShape, float]]:
     """Return the batches of Figure 2 and Table 2, and the seconds they took."""
     rows = [((tokens, 0), ms) for tokens, ms in PREFILL_MS.items()]
     rows += [((0, batch), ms) for batch, ms in DECODE_MS.items()]
-    return [(batch_shape(*which), 1e-3 * ms) for which, ms in (*rows, *TABLE_2_MS.items())]
-
-
-def batch_shape(prompt: int, decodes: int) -> BatchShape:
-    """Return a batch of a whole prompt (tokens; 0: none) and of decodes of CONTEXT tokens each."""
-    prefills = ((prompt, 0),) if prompt else ()
-    return BatchShape(prompt + decodes, decodes, decodes * CONTEXT, prefills, decodes + len(prefills), decodes)
+    return [(batch_shape(*which, CONTEXT), 1e-3 * ms) for which, ms in (*rows, *TABLE_2_MS.items())]
 
 
 def residuals(iteration_s: float, sequence_s: float, base: Array, sequences: Array, seconds: Array) -> Array:
