@@ -302,6 +302,9 @@ def search(
         Path | None, typer.Option(help="YAML file of settings, with the varied ones under `sweep`.")
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Precision of the capacity, as a share of it.")] = TOLERANCE,
+    seeds: Annotated[
+        int, typer.Option(help="Draws of the requests to search, from --seed on; the median and the range are printed.")
+    ] = 1,
     gpu_price: Annotated[
         str | None,
         typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
@@ -323,6 +326,7 @@ def search(
         output_dir,
         sweep=sweep,
         tolerance=tolerance,
+        seeds=seeds,
         gpu_price=gpu_price,
         workers=workers,
         ray_address=ray,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -44,6 +45,7 @@ def run(
     *,
     sweep: Path | None,
     tolerance: float,
+    seeds: int,
     gpu_price: str | None,
     workers: int | None,
     ray_address: str | None,
@@ -54,10 +56,10 @@ def run(
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 160
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
     prices = None if gpu_price is None else _prices(gpu_price)
-    check_tolerance(tolerance)
+    check_tolerance(tolerance, seeds)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
-    shared: dict[str, Any] = {"tolerance": tolerance}
+    shared: dict[str, Any] = {"tolerance": tolerance} | ({"seeds": seeds} if seeds > 1 else {})
     if sweep is None:
         settings = load(config, flags, BenchConfig)
         for plugin in settings.plugin:
@@ -88,7 +90,7 @@ def run(
         folder = output_dir if sweep is None else output_dir / "points" / name_of(change)
         base = {} if sweep is None else values
         every.append({"config": str(config.resolve()) if config else None, "flags": {**base, **change, **given},
-                      "folder": str(folder.absolute()), "tolerance": tolerance})  # fmt: skip
+                      "folder": str(folder.absolute()), "tolerance": tolerance, "seeds": seeds})  # fmt: skip
     identity = {**shared, "version": version("windtunnel"), "contents": _contents(every)}
     open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
     rows = _search_all(every, changes, workers, ray_address, console)
@@ -216,13 +218,20 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         if row["status"] != "done":
             table.add_row(row["name"], row["status"], *[""] * (len(columns) - 4), row["error"].splitlines()[0])
             continue
-        cells = [f"{row['max_qps_under_slo']:.3g}", f"{row['qps_per_gpu']:.3g}"]
+        cells = [_capacity(row), f"{row['qps_per_gpu']:.3g}"]
         if priced:
             cells.append("-" if row["requests_per_dollar"] is None else f"{row['requests_per_dollar']:.4g}")
         cells += ["-" if row[key] is None else f"{row[key]:.4g}" for key in ("p99_tbt_ms", "p50_ttft_ms")]
         table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], "*" if row["pareto"] else "")
     console.print(table)
     _print_unsteady(rows, console)
+
+
+def _capacity(row: Mapping[str, Any]) -> str:
+    """Return a capacity, and of several draws the median and the range."""
+    if not (draws := row.get("draws")):
+        return f"{row['max_qps_under_slo']:.3g}"
+    return f"{median(draws):.3g} [{min(draws):.3g} to {max(draws):.3g}]"
 
 
 def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:

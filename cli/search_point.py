@@ -24,7 +24,7 @@ from windtunnel.settings import BenchConfig, load
 def search_point(point: dict[str, Any]) -> dict[str, Any]:
     """Search one point's capacity, in its folder."""
     settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
-    return search_capacity(settings, point["tolerance"], Path(point["folder"]))
+    return search_capacity(settings, point["tolerance"], Path(point["folder"]), point["seeds"])
 
 
 def confirm_point(point: dict[str, Any]) -> dict[str, Any]:

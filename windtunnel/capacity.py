@@ -7,8 +7,10 @@ print(found["max_qps_under_slo"], found["binding_slo"])
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from engine.errors import InputError
@@ -20,7 +22,7 @@ from engine.results.slo import SLO
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment
 from studies.capacity.confirm import gpu_hours
-from studies.capacity.search import find_capacity
+from studies.capacity.search import NEAR, Capacity, find_capacity
 from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
@@ -33,11 +35,12 @@ _AT_CAPACITY = {"p99_tbt_ms": summary_key("p99", "tbt"), "p50_ttft_ms": summary_
                 "output_throughput": "output_throughput", "mean_tpot_ms": summary_key("mean", "tpot")}  # fmt: skip
 
 
-def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None) -> dict[str, Any]:
+def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None, seeds: int = 1) -> dict[str, Any]:
     """Search the capacity of one deployment and return what `search.json` holds.
 
-    With a folder the trials are written to `folder/trials` and those already there are kept. Raises InputError for
-    settings that can't be searched with.
+    With a folder the trials are written to `folder/trials` and those already there are kept. With several `seeds` the
+    requests are drawn anew for each, from the settings' seed on: `draws` has the capacity of every draw, and all else
+    is of the first. Raises InputError for settings that can't be searched with.
     """
     for plugin in settings.plugin:
         load_plugin(plugin)
@@ -45,26 +48,36 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
     kinds = [(deployed(group), group.count) for group in settings.groups()]
     deployments = [kind for kind, count in kinds for _ in range(count)]
 
-    def simulate(rate: float, partial: Path | None) -> Trial:
-        requests = at_rate(workload, rate)
-        made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
-        if partial is not None:
-            write_config(partial, _config(settings, [kind.replica for kind, _ in kinds], len(requests), rate))
-        return made
+    def search(seed: int, begin: float, step: float) -> Capacity:
+        requests_of = replace(workload, seed=seed)
+        own = Path("trials") if seed == settings.seed else Path("seeds") / str(seed)
+        trials = None if folder is None else folder / own
 
-    def trial(rate: float) -> Trial:
-        if folder is None:
-            return simulate(rate, None)
-        return kept(folder / "trials", rate, lambda rate, partial: simulate(rate, partial).summary)
+        def simulate(rate: float, partial: Path | None) -> Trial:
+            requests = at_rate(requests_of, rate)
+            made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
+            if partial is not None:
+                drawn = settings.model_copy(update={"seed": seed})
+                write_config(partial, _config(drawn, [kind.replica for kind, _ in kinds], len(requests), rate))
+            return made
+
+        def trial(rate: float) -> Trial:
+            if trials is None:
+                return simulate(rate, None)
+            return kept(trials, rate, lambda rate, partial: simulate(rate, partial).summary)
+
+        return find_capacity(trial, begin, tolerance, step)
 
     begin = settings.request_rate or guess(workload, deployments, settings.router)
-    capacity = find_capacity(trial, begin, tolerance)
+    capacity = search(settings.seed, begin, 2.0)
+    near = capacity.qps or begin
+    more = [search(seed, near, NEAR).qps for seed in range(settings.seed + 1, settings.seed + seeds)]
     gpus = sum(kind.parallel.world_size for kind in deployments)
     things = "conversations" if workload.has_conversations and capacity.outcome != "all" else "requests"
     found: dict[str, Any] = {
         "status": "done",
         **capacity.to_json(),
-        "words": capacity.describe(things),
+        "words": capacity.describe(things) + _spread([capacity.qps, *more]),
         "rate_of": things,
         "slos": [str(slo) for slo in slos],
         "device": deployments[0].device.name,
@@ -75,9 +88,18 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
         **_at_capacity(capacity.best),
         "unsteady": _unsteady(capacity.best) if capacity.outcome == "found" else None,
     }
+    if more:
+        found["draws"] = [capacity.qps, *more]
     if folder is not None:
         write_json(folder / SEARCH_FILE, found)
     return found
+
+
+def _spread(draws: Sequence[float]) -> str:
+    """Return the median and the range of several draws' capacities, in words; nothing for one."""
+    if len(draws) < 2:
+        return ""
+    return f"; over {len(draws)} draws of the requests {median(draws):.3g} [{min(draws):.3g} to {max(draws):.3g}]"
 
 
 def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
@@ -100,8 +122,10 @@ def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
     return workload.workload_spec(longest), slos
 
 
-def check_tolerance(tolerance: float) -> None:
-    """Raise InputError unless it is a share."""
+def check_tolerance(tolerance: float, seeds: int = 1) -> None:
+    """Raise InputError unless it is a share, and there are seeds."""
+    if seeds < 1:
+        raise InputError(f"seeds {seeds}: give at least 1")
     if not 0 < tolerance < 1:
         raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
 

@@ -18,9 +18,10 @@ from engine.errors import InputError
 from studies.capacity.trial import Trial
 
 TOLERANCE = 0.025
+NEAR = 1.1  # first step of a search that starts at the capacity of other draws of the requests
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
 FINE = 0.005  # tolerance of the fine search that a choice is held against
-_FINE_STEP = 1.08  # of its bracket
+_FINE_STEP = 1.03  # of its bracket
 
 
 class Bracket(NamedTuple):
@@ -101,8 +102,10 @@ class Capacity:
         }
 
 
-def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float = TOLERANCE) -> Capacity:
-    """Search from the guess `start` (requests/s): `run` makes the trial at a rate.
+def find_capacity(
+    run: Callable[[float], Trial], start: float, tolerance: float = TOLERANCE, step: float = 2.0
+) -> Capacity:
+    """Search from the guess `start` (requests/s) in steps of a factor `step`, 2, 2: `run` makes the trial at a rate.
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """
@@ -114,7 +117,9 @@ def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float 
         trials.append(run(rate))
         return trials[-1].met
 
-    low, high = bracket(met, start, steps=(2.0, 2.0, inf), far=FAR, tolerance=tolerance)
+    low, high = bracket(
+        met, start, steps=(step, 2.0, inf) if step == 2.0 else (step, 2.0, 2.0, inf), far=FAR, tolerance=tolerance
+    )
     if high is None:
         return Capacity("all", trials[-1].summary["request_throughput"], None, tolerance, tuple(trials))
     if low is None:
@@ -126,6 +131,6 @@ def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float 
 def fine_capacity(met: Callable[[float], bool], start: float) -> float:
     """Return the capacity at a fine tolerance near `start`, a rate above 0; 0 if a thousandth of it is too much.
 
-    Meant for trials that run to their end. The bracket is found in steps of 8 %.
+    Meant for trials that run to their end. The bracket is found in steps of 3 %.
     """
     return bracket(met, start, steps=repeat(_FINE_STEP), far=FAR, tolerance=FINE).low or 0.0

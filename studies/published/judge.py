@@ -240,7 +240,7 @@ def choices(records: Records) -> list[Choice]:
 
 def _choice(place: str, found: Mapping[str, Mapping[str, Any]]) -> Choice:
     names = list(found)
-    coarse = np.array([found[name]["values"]["qps"] for name in names])
+    coarse = np.array([found[name].get("coarse_qps", found[name]["values"]["qps"]) for name in names])
     fine = np.array([found[name]["fine_qps"] for name in names])
     chosen, best = int(coarse.argmax()), int(fine.argmax())
     some = np.maximum(coarse, fine) > 0

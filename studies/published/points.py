@@ -24,6 +24,7 @@ from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment, deploy
 from simulator.predictor.calibration import fingerprint
 from studies.published.experiment import (
+    CONTROLS,
     FITTED_HOST,
     PAPER_ENGINE,
     PAPER_HOST,
@@ -62,6 +63,7 @@ class Point:
     rate: float | None = None
     num_prompts: int = 0
     seed: int = 0
+    seeds: int = 1  # that a search goes on to, from `seed`: each starts where the one before ended
     time_limit_s: float | None = None
     fine: bool = False
     timeline: bool = False
@@ -125,18 +127,25 @@ def _code() -> str:
 
 
 def expand(experiment: Experiment, host: str, seeds: int = 1) -> list[Point]:
-    """Return every point of a study on a host overhead or placebo, once for each seed where requests are drawn.
+    """Return every point of a study on a host overhead or placebo; a control's only where a claim is about it.
 
-    Only the first seed of the paper's engine is searched at a fine tolerance. The points of a place share an id.
+    A load is a point for each seed, all of one id; a search has all of its seeds. Only the paper's engine is searched
+    at a fine tolerance, too.
     """
-    points = [
-        replace(point, fine=point.fine and host == PAPER_HOST and seed == 0, seed=seed)
-        for block in experiment.blocks
-        for name in block.setups
-        for point in _of_block(block, name, experiment, host)
-        for seed in range(seeds if point.requests is not None else 1)
-    ]
-    return list({(point.id, point.seed): point for point in points}.values())
+    asked = {name.rpartition(":")[0] for claim in experiment.claims for name in claim.of}
+    found: dict[tuple[str, int], Point] = {}
+    for block in experiment.blocks:
+        for name in block.setups:
+            for point in _of_block(block, name, experiment, host):
+                if host in CONTROLS and point.id not in asked:
+                    continue
+                point = replace(point, fine=point.fine and host == PAPER_HOST)
+                if point.task == "search":
+                    found[point.id, 0] = replace(point, seeds=seeds)
+                else:
+                    drawn = range(seeds if point.requests is not None else 1)
+                    found |= {(point.id, seed): replace(point, seed=seed) for seed in drawn}
+    return list(found.values())
 
 
 def _of_block(block: Block, name: str, experiment: Experiment, host: str) -> list[Point]:

@@ -35,7 +35,7 @@ def kept(experiment: Experiment, records: Mapping[str, Records], seeds: int) -> 
 
 
 def _shortened(record: Mapping[str, Any], metrics: set[str]) -> dict[str, Any]:
-    fine = {"fine_qps": _digits(record["fine_qps"])} if "fine_qps" in record else {}
+    fine = {name: _digits(record[name]) for name in ("fine_qps", "coarse_qps") if name in record}
     wanted = metrics | ({"qps"} if fine else set())
     found: dict[str, Any] = {
         "values": {name: _digits(value) for name, value in record["values"].items() if name in wanted}

@@ -83,7 +83,7 @@ def run(
 
 def merged(draws: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the record of a point of these of its draws: medians, each draw's values, and the first one's facts."""
-    if len(draws) == 1:
+    if len(draws) == 1:  # or a search, which has its draws already
         return draws[0]
     each = {name: [draw["values"][name] for draw in draws] for name in draws[0]["values"]}
     return {**draws[0], "values": {name: median(values) for name, values in each.items()}, "draws": each}

@@ -8,6 +8,7 @@ A record is plain data: `values` by metric, `facts` in words that say why they a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from engine.results.metrics import summary_key
 from engine.results.slo import SLO
 from engine.results.tables import Columns
 from engine.scheduling.request import BatchShape
-from engine.workload.workload import make_workload
+from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
-from studies.capacity.search import TOLERANCE, find_capacity, fine_capacity
-from studies.capacity.trial import TimeLimit, at_rate, guess, judged, simulated_trial
+from studies.capacity.search import NEAR, TOLERANCE, Capacity, find_capacity, fine_capacity
+from studies.capacity.trial import TimeLimit, Trial, at_rate, guess, judged, simulated_trial
 from studies.published.experiment import METRICS, PLACEBOS, Task
 from studies.published.operation_split import batch_shape, split
 from studies.published.points import Point
@@ -33,28 +34,40 @@ def compute(point: Point) -> dict[str, Any]:
 
 
 def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Compute the capacity, and the batches of the run at it."""
+    """Compute the capacity for each seed, and for the first the batches of the run at it."""
     slos = [SLO.parse(text) for text in point.slos]
     spec, kinds, limit_s = point.workload(), [deployment], point.time_limit_s
+    stop = TimeLimit(limit_s) if limit_s is not None else None
+
+    def search(spec: WorkloadSpec, start: float, step: float = 2.0) -> Capacity:
+        def trial(rate: float) -> Trial:
+            return simulated_trial(at_rate(spec, rate), kinds, slos, rate, time_limit_s=limit_s)
+
+        return find_capacity(trial, start, step=step)
+
     start = guess(spec, kinds)
-    found = find_capacity(
-        lambda rate: simulated_trial(at_rate(spec, rate), kinds, slos, rate, time_limit_s=limit_s), start
-    )
+    found = search(spec, start)
+    drawn = [found.qps]
+    for seed in range(point.seed + 1, point.seed + point.seeds):
+        near = drawn[0] or start
+        drawn.append(search(replace(spec, seed=seed), near, NEAR).qps)
     record: dict[str, Any] = {
-        "values": {"qps": found.qps},
+        "values": {"qps": float(np.median(drawn))},
         "outcome": found.outcome,
         "binding": found.binding,
         "trials": len(found.trials),
         "tolerance": TOLERANCE,
     }
-    stop = TimeLimit(limit_s) if limit_s is not None else None
-    if found.outcome == "found" and point.seed == 0:
+    if point.seeds > 1:
+        record["draws"] = {"qps": drawn}
+    if found.outcome == "found":
         run = simulate(at_rate(spec, found.qps), kinds, slos=slos, stop=stop)
         record["batches"] = batches(run.iterations, deployment)
         record["facts"] = f"{found.describe()}; at it, {in_words(run.summary, record['batches'])}"
     else:
         record["facts"] = found.describe()
     if point.fine:
+        record["coarse_qps"] = found.qps
         record["fine_qps"] = fine_capacity(
             lambda rate: judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met,
             found.qps or start,
