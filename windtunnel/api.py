@@ -80,7 +80,8 @@ def search(
         read = _read(config, settings, ("config", "output_dir", "tolerance", "seeds"))
         folder = None if output_dir is None else Path(output_dir)
         if folder is not None:
-            open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance, "seeds": seeds})
+            several = {"seeds": seeds} if seeds > 1 else {}
+            open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance, **several})
         return Search(search_capacity(read, tolerance, folder, seeds), folder=folder)
 
 

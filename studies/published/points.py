@@ -127,19 +127,20 @@ def _code() -> str:
 
 
 def expand(experiment: Experiment, host: str, seeds: int = 1) -> list[Point]:
-    """Return every point of a study on a host overhead or placebo; a control's only where a claim is about it.
+    """Return every point of a study on a host overhead or placebo.
 
-    A load is a point for each seed, all of one id; a search has all of its seeds. Only the paper's engine is searched
-    at a fine tolerance, too.
+    A load is a point for each seed, all of one id; a search has all of its seeds. What takes long is done only where a
+    claim is about it: the points of controls, searches on other than the paper's engine, and on that fine ones.
     """
     asked = {name.rpartition(":")[0] for claim in experiment.claims for name in claim.of}
     found: dict[tuple[str, int], Point] = {}
     for block in experiment.blocks:
         for name in block.setups:
             for point in _of_block(block, name, experiment, host):
-                if host in CONTROLS and point.id not in asked:
+                claimed = point.id in asked
+                if not claimed and (host in CONTROLS or (point.task == "search" and host != PAPER_HOST)):
                     continue
-                point = replace(point, fine=point.fine and host == PAPER_HOST)
+                point = replace(point, fine=point.fine and claimed and host == PAPER_HOST)
                 if point.task == "search":
                     found[point.id, 0] = replace(point, seeds=seeds)
                 else:
