@@ -104,12 +104,23 @@ def simulate(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+    operator_times: Annotated[
+        bool,
+        typer.Option("--operator-times", help="Also work out the run's time by kind of operator (a second or two)."),
+    ] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
     from cli.clock import STARTED
     from cli.simulate import run
 
-    run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+    run(
+        _load_config(config, flags, FileConfig),
+        output_dir,
+        as_json=json_,
+        chrome_trace=chrome_trace,
+        operator_times=operator_times,
+        started=STARTED,
+    )
 
 
 @app.command()

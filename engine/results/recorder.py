@@ -224,6 +224,10 @@ class Recorder:
             for name, kind in ITERATION_COLUMNS.items()
         }
 
+    def read_iterations(self, names: list[str]) -> Iterator[Columns]:
+        """Yield the columns of `names` of the iterations, a block of rows at a time; call after `close`."""
+        return self._iteration_table.read(names)
+
     def busy_share(self, window: tuple[float, float] | None) -> dict[tuple[int, int], float]:
         """Share of `window` (s) that each (replica, stage) worked; empty without a window. Call after `close`."""
         found: dict[tuple[int, int], float] = {}

@@ -340,8 +340,8 @@ HOST_OVERHEADS = {
             layer_s=0.339e-3,
             message_s=2.32e-3,
             lone_message=True,
-            source="sarathi_osdi24 with iteration_s and sequence_s fitted to the batch times of Figure 2 and Table 2 of "
-            "the Sarathi-Serve paper (studies/published/fitted_host.py)",
+            source="sarathi_osdi24 with iteration_s and sequence_s fitted to the batch times of Figure 2 and Table 2 "
+            "of the Sarathi-Serve paper (studies/published/fitted_host.py)",
         ),
     )
 }

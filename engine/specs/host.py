@@ -59,7 +59,9 @@ class HostOverhead:
         launch = 0.0 if in_graph else layers * self.layer_s
         if stage:
             return launch, 0.0
-        serial = self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 or self.lone_message else 0.0)
+        serial = (
+            self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 or self.lone_message else 0.0)
+        )
         return (max(launch, serial), self.exposed_s) if self.hidden else (launch, serial)
 
     def sampling(self, vocab_size: int, rows: Any) -> Any:
