@@ -82,7 +82,7 @@ def render(record: Mapping[str, Any]) -> str:
 
 @dataclass
 class _Score:
-    """How many claims agree, depend on the draw and were run, and how far off numbers are that nothing was fitted to."""
+    """How many claims agree, depend on the draw and were run; how far off numbers are that nothing was fitted to."""
 
     agree: int = 0
     depend: int = 0
@@ -126,8 +126,11 @@ def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list
     judges = {name: each for name, each in every.items()
               if name in JUDGES and {PAPER_HOST, FITTED_HOST} <= set(record[name]["records"])}  # fmt: skip
     if judges:
-        lines += ["", "What Figure 2 and Table 2 say of the host's time, held against the figures that it was not fitted "
-                  "to (the preset `sarathi-osdi24` keeps the measured times):", ""]  # fmt: skip
+        about = (
+            "What Figure 2 and Table 2 say of the host's time, held against the figures that it was not fitted to (the "
+            "preset `sarathi-osdi24` keeps the measured times):"
+        )
+        lines += ["", about, ""]
         for name, experiment in judges.items():
             mine = _scores(record, {name: experiment})
             lines.append(f"- {experiment.source}: measured {mine[PAPER_HOST]}. Fitted {mine[FITTED_HOST]}")
