@@ -21,6 +21,7 @@ from simulator.predictor import calibration as store
 from simulator.predictor import table_cache
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.carried import carried
+from simulator.predictor.kinds import check_kinds
 from simulator.predictor.lookup import Limits, StageTimes, at, stage_times
 from simulator.predictor.tables import TableMaker
 
@@ -101,15 +102,17 @@ def _predictor(
         table_cache.code_hash(),
     )
     path = table_cache.cache_folder() / f"{hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]}.npz"
-    tables = table_cache.read(path, len(stages))
-    if tables is None:
-        tables = [maker.stage(stage) for stage in stages]
-        table_cache.write(path, tables)
+    parts = table_cache.read(path, len(stages))
+    if parts is None:
+        parts = [maker.parts(stage) for stage in stages]
+        table_cache.write(path, parts)
+    check_kinds([store.kind_name(name) for name, _ in host.factors], f"the factors of {host.name}")
+    tables = [maker.stage(stage, parts[stage], host) for stage in stages]
     sampled = tables[-1].sampled + host.sampling(model.vocab_size, np.arange(len(tables[-1].sampled)))
     sampled[0] = 0.0
     tables[-1] = replace(tables[-1], sampled=sampled)
     layers, ranks = parallel.stage_layers(model.num_layers), parallel.world_size
     times = [
-        stage_times(tables[stage], host, layers[stage], ranks, stage, maker.batch_times(stage)) for stage in stages
+        stage_times(tables[stage], host, layers[stage], ranks, stage, maker.batch_times(stage, host)) for stage in stages
     ]
     return Learned(maker.describe(host), times, maker.limits())
