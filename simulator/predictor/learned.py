@@ -7,6 +7,7 @@ sum and the host's time to launch its layers, and the host time that is not hidd
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,15 +25,19 @@ from simulator.predictor.carried import carried
 from simulator.predictor.kinds import check_kinds
 from simulator.predictor.lookup import Limits, StageTimes, at, stage_times
 from simulator.predictor.tables import TableMaker
+from simulator.predictor.uncertainty import KindError, errors_of
 
 
 class Learned(RuntimePredictor):
     """Times of one model under one parallel layout on a calibrated device."""
 
-    def __init__(self, description: str, stages: list[StageTimes], limits: Limits) -> None:
+    def __init__(
+        self, description: str, stages: list[StageTimes], limits: Limits, errors: Mapping[str, KindError]
+    ) -> None:
         self.description = description
         self.stages = stages
         self.limits = limits
+        self.errors = errors
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         return self.stage_times(shape, stage, 1)[0]
@@ -112,7 +117,6 @@ def _predictor(
     sampled[0] = 0.0
     tables[-1] = replace(tables[-1], sampled=sampled)
     layers, ranks = parallel.stage_layers(model.num_layers), parallel.world_size
-    times = [
-        stage_times(tables[stage], host, layers[stage], ranks, stage, maker.batch_times(stage, host)) for stage in stages
-    ]
-    return Learned(maker.describe(host), times, maker.limits())
+    of_batch = [maker.batch_times(stage, host) for stage in stages]
+    times = [stage_times(tables[stage], host, layers[stage], ranks, stage, of_batch[stage]) for stage in stages]
+    return Learned(maker.describe(host), times, maker.limits(), errors_of(maker, host))

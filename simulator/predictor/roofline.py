@@ -8,7 +8,7 @@ longer of that sum and the host's time to launch its layers. Nothing here is mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy as np
 from engine.scheduling.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
 from profiler.operators import inventory
+from simulator.predictor import calibration as store
 from simulator.predictor.base import RuntimePredictor
-from simulator.predictor.calibration import named
 from simulator.predictor.kind import KindModel, Site
 from simulator.predictor.kinds import Sorted, sort_out
+from simulator.predictor.uncertainty import SHEET, UNKNOWN, estimate
 
 
 class Roofline(RuntimePredictor):
@@ -41,6 +42,12 @@ class Roofline(RuntimePredictor):
         self.stages = [
             _stage(model, device, network, parallel, host, stage) for stage in range(parallel.pipeline_parallel_size)
         ]
+        self.errors = {name: estimate(SHEET.get(store.kind_name(name), UNKNOWN)) for name in self._names()}
+
+    def _names(self) -> Iterator[str]:
+        for stage in self.stages:
+            for op, kind in stage.operators.every:
+                yield named(op, kind, stage.site)
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         return self.stage_times(shape, stage, 1)[0]
@@ -70,7 +77,7 @@ class _Stage:
 
     def factor(self, op: Any, kind: type[KindModel[Any]]) -> float:
         """Return the factor that the engine's operators of a kind have."""
-        factor: float = self.host.factor(named(op.kind, kind.variant_of(op, self.site)))
+        factor: float = self.host.factor(named(op, kind, self.site))
         return factor
 
     def launches(self, operators: Sequence[tuple[Any, Any]]) -> float:
@@ -155,6 +162,11 @@ def _stage(
     bent = any(not kind.straight(op) for op, kind in operators.decodes)
     kind_of_stage = _SteppedStage if operators.batches or bent else _Stage
     return kind_of_stage(operators, site, host, layers, parallel.world_size, stage)
+
+
+def named(op: Any, kind: type[KindModel[Any]], site: Site) -> str:
+    """Return the name of an operator's kind, with its population."""
+    return store.named(op.kind, kind.variant_of(op, site))
 
 
 def _scaled(factor: float, function: Callable[[int, int], float]) -> Callable[[int, int], float]:

@@ -1,4 +1,7 @@
-"""Keeps the times of deployments' operators over the grids: a cache that can't be read or written costs time, nothing else."""
+"""Keeps the times of deployments' operators over the grids.
+
+A cache that can't be read or written costs time, nothing else.
+"""
 
 from __future__ import annotations
 

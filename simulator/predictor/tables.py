@@ -25,7 +25,6 @@ from simulator.predictor.kind import KindModel, Site
 from simulator.predictor.kinds import Sorted, kind_of, sort_out
 from simulator.predictor.lookup import BatchTime, Limits, StageParts, StageTables
 
-
 ROWS_OF = ("tokens", "sampled")  # what a number of rows may be of
 PROMPT_POINTS = len(PROMPTS) * len(CHUNKS) * len(PREFIXES)
 DECODE_POINTS = len(REQUESTS) * len(LENGTHS)
