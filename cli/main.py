@@ -278,11 +278,12 @@ def validate(
         given = load_file(config, FileConfig)
         given |= {name: value for name, value in flags.items() if value is not None}
         columns = given.pop("columns", None)
+        uncertainty = from_flags(RunConfig, {"uncertainty": given.pop("uncertainty", None)}).uncertainty
         if load is not None:
             raise InputError(f"--load {load} has no meaning with --against: the load is the measured one")
         run_measured(
             Path(against), given, output_dir, only=only, source=source, client=client, columns=columns,
-            warmup_requests=warmup_requests, as_json=json_,
+            warmup_requests=warmup_requests, uncertainty=uncertainty, as_json=json_,
         )  # fmt: skip
         return
     _simulated_alone(flags)

@@ -615,6 +615,5 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: C
         first = error.errors()[0]
         key = str(first["loc"][0])
         place = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
-        raise InputError(
-            f"{place} {first['input']!r}: {_WANTED.get(first['type'], first['msg'].removeprefix('Value error, '))}"
-        ) from None
+        wanted = _WANTED.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise InputError(f"{place} {first['input']!r}: {wanted}") from None

@@ -82,7 +82,8 @@ class _Stage:
 
     def launches(self, operators: Sequence[tuple[Any, Any]]) -> float:
         """Return the seconds of the launches of operators."""
-        return sum(self.factor(op, kind) * float(op.count) * kind.launch_floor(op, self.site) for op, kind in operators)
+        every = (self.factor(op, kind) * op.count * kind.launch_floor(op, self.site) for op, kind in operators)
+        return float(sum(every))
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         """Seconds of the batch and of its next repeats: the longer of GPU and launch, and the host time not hidden."""
