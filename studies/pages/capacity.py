@@ -21,6 +21,7 @@ from studies.pages.page import (
     header,
     numbers_table,
 )
+from studies.pages.ranges import ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record
 from studies.words import number, percent, seconds
@@ -31,6 +32,7 @@ def search_page(search: Search) -> Page:
     page = Page(f"Capacity of {search.name}")
     record = None if search.best is None else read_side(search.best, search.name).record
     page.add(_search_header(search, record), cards(_search_cards(search)))
+    page.add(ranges(search.ranges))
     page.add_panels("The search", [trials([search]), _trials_table(search)])
     if record is not None:
         words = about("From here on: the run at the capacity.")
