@@ -29,9 +29,9 @@ def test_the_ranges_hold_what_devices_with_such_errors_do() -> None:
     hits = total = 0
     for device in ("a100_sxm", "b200"):
         deployment = _deployment(device)
-        runs = [simulate(LOAD, [deployment.drawn(seed)]).summary for seed in range(1, 60)]
+        runs = [simulate(LOAD, [deployment.drawn(seed)]).summary for seed in range(1, 40)]
         ranges = intervals(runs)
-        for seed in range(1001, 1051):
+        for seed in range(1001, 1026):
             true = simulate(LOAD, [deployment.drawn(seed)]).summary
             for name in ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "output_throughput"):
                 hits += ranges[name]["low"] <= true[name] <= ranges[name]["high"]
@@ -120,7 +120,7 @@ def test_too_few_or_too_many_reruns_are_refused(draws: int) -> None:
 
 def test_unknown_factors_and_margins_are_refused() -> None:
     host = _deployment("h100").replica.engine.host
-    with pytest.raises(InputError, match="factors gemm=0.0"):
+    with pytest.raises(InputError, match="give a number above 0"):
         replace(host, factors=(("gemm", 0.0),))
     with pytest.raises(InputError, match="gem"):
         _deployment("h100").predictor.for_host(replace(host, factors=(("gem", 1.1),)))

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 Z = 1.645  # standard deviations within which INTERVAL of a normal distribution lies
 FEWEST = 19  # draws whose lowest and highest value are the ends of a 90 % range
 
-# share of the operators' errors that is common to a run, by family: standard deviation of a run's mean error over that of
-# all its operators', between vLLM 0.14 and 0.19, and between estimates and measurements, for three models at TP1, 2 and 4
+# share of operators' errors that is common to a run, by family: standard deviation of a run's mean error over that of
+# all its operators, between vLLM 0.14 and 0.19 and between estimates and measurements (three models, TP1, 2 and 4)
 COMMON = {"linear": 0.6, "attention": 0.8, "communication": 0.6, "other": 0.9}
 
 # standard deviations of log(true / predicted), by kind or family:

@@ -116,7 +116,7 @@ def read_search(folder: Path, name: str) -> Search:
         if (folder / "confirmation.json").is_file():
             values["confirmed"] = read_json(folder / "confirmation.json")
         point = _point({"status": "done", **values}, name, "")
-        ranges = {key: values[key] for key in ("intervals", "uncertainty") if key in values}
+        ranges: dict[str, Any] = {key: values[key] for key in ("intervals", "uncertainty") if key in values}
         return Search(name, folder, point, values.get("words", ""), float(values["tolerance"]), trials, ranges)
 
 
