@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from http_serving import MODEL, Running, deployment, simulated
+from http_serving import MODEL, Running, deployment, running, simulated
 
 from cli.main import run
 from engine.loadgen.client import Endpoint, parse_metrics
 from engine.loadgen.generator import Generator, _spread
 from engine.loadgen.prompts import WORDS, Prompts, single_tokens
 from engine.results.recorder import Recorder
+from engine.server.requests import Limits
 from engine.server.text import BytesRule
 from engine.workload.workload import WorkloadSpec, make_workload
+from simulator.live import LiveCluster
 from studies.validation.outside import compare_gauges
 
 LENGTHS = ["--workload", "uniform", "--input-len", "8:60", "--output-len", "2:12"]
@@ -163,11 +165,37 @@ def test_wrong_flags_are_said(served: Running, tmp_path: Path) -> None:
         (["--url", served.url, "--endpoint", "talk"], "endpoint 'talk'"),
         (["--url", served.url, "--timeout", "0"], "--timeout 0"),
         (["--model", "x", "--device", "cpu", "--save-result", "r.json"], "needs --url"),
+        (["--model", "x", "--device", "cpu", "--endpoint", "chat"], "--endpoint chat needs --url"),
+        (["--model", "x", "--device", "cpu", "--ignore-eos"], "--ignore-eos needs --url"),
     ):
         code, error = run(["bench", *arguments, "--output-dir", str(tmp_path / "none")])
         assert code == 2 and word in error, error
     code, error = run(["validate", "--against", "nowhere", "--model", MODEL, "--device", "a100", "--output-dir", "x"])
     assert code == 2 and "nowhere does not exist: give a URL" in error
+    nobody = ["validate", "--model", MODEL, "--device", "a100", "--output-dir", str(tmp_path / "none"), *LENGTHS]
+    for arguments, word in (
+        (["--against", "http://127.0.0.1:9"], "start one, or give another --against"),
+        (["--against", "http://127.0.0.1:9", "--timeout", "0"], "--timeout 0"),
+        (["--served-model-name", "m"], "--served-model-name m needs --against with a URL"),
+    ):
+        code, error = run([*nobody, *arguments])
+        assert code == 2 and word in error, error
+
+
+def test_answers_may_end_early_unless_they_are_asked_not_to(tmp_path: Path) -> None:
+    kind = deployment(0.001)
+    limits = Limits(models=(MODEL,), max_model_len=512, simulated=True,
+                    draw_length=lambda given, ignore_eos: given if ignore_eos else min(given or 3, 3))  # fmt: skip
+    cluster = LiveCluster([kind], Recorder(), token=BytesRule().filler)
+    asked = ["--workload", "fixed", "--input-len", "8", "--output-len", "5", "--request-rate", "inf", "--num-prompts"]
+    with running(cluster, limits=limits) as served:
+        assert bench(served.url, tmp_path / "short", *asked, "4") == (0, "")
+        assert bench(served.url, tmp_path / "whole", *asked, "4", "--ignore-eos") == (0, "")
+    cluster.close()
+    short, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("short", "whole"))
+    assert (short["total_output_tokens"], whole["total_output_tokens"]) == (12, 20)
+    assert any("4 answers are shorter than asked for: --ignore-eos" in note for note in short["workload_notes"])
+    assert not any("shorter" in note for note in whole["workload_notes"])
 
 
 def test_a_validation_finds_a_server_that_is_slower_than_simulated(tmp_path: Path) -> None:
