@@ -67,8 +67,9 @@ def prepare(
 ) -> Load:
     """Ask a server what it is and make the load. Raises InputError for what can't be.
 
-    `server` has the url and the flag that gave it, the endpoint, the timeout (s), the api_key and ignore_eos. `model` is its name there; None takes the
-    config's, else the server's first. Requests are no longer than `longest`; None: than the server takes.
+    `server` has the url and the flag that gave it, the endpoint, the timeout (s), the api_key and ignore_eos. `model`
+    is its name there; None takes the config's, else the server's first. Requests are no longer than `longest`; None:
+    than the server takes.
     """
     need("aiohttp", "serve")
     if server["endpoint"] not in ENDPOINTS:

@@ -20,6 +20,7 @@ from engine.results.recorder import Recorder
 from engine.server.requests import Limits
 from engine.server.text import BytesRule
 from engine.workload.workload import WorkloadSpec, make_workload
+from simulator.cluster import deploy
 from simulator.live import LiveCluster
 from studies.validation.outside import compare_gauges
 
@@ -264,3 +265,29 @@ def test_merged_tokens_are_spread_over_events_and_metrics_are_read() -> None:
     assert _spread([1.0, 2.0, 3.0], 3) == [1.0, 2.0, 3.0]
     page = '# HELP a\na{b="c \\" d",e="f"} 1.5\nplain 2\nbad x\n'
     assert parse_metrics(page) == [("a", {"b": 'c \\" d', "e": "f"}, 1.5), ("plain", {}, 2.0)]
+
+
+def test_constants_of_a_server_are_found_from_outside(tmp_path: Path) -> None:
+    hidden = {"exposed_s": 0.04, "transit_s": 0.25}
+    preset = tmp_path / "true.yaml"
+    preset.write_text(yaml.safe_dump({"base": "vllm@0.15", "host": hidden | {"source": "a test"}}))
+    truth = deploy(MODEL, "a100_sxm", engine=str(preset), scheduler={"max_model_len": 512})
+    load = ["--workload", "fixed", "--input-len", "64", "--output-len", "8"]
+    device = ["--model", MODEL, "--device", "a100_sxm", "--engine", "vllm@0.15"]
+    results = tmp_path / "results"
+    results.mkdir()
+    with simulated([truth]) as served:
+        three = [*load, "--max-concurrency", "3", "--num-prompts", "6"]
+        assert bench(served.url, results / "three", *three) == (0, "")
+        one = [*load, "--max-concurrency", "1", "--num-prompts", "2", "--output-dir", str(results / "one")]
+        assert run(["validate", "--against", served.url, *device, *one]) == (0, "")
+    output = tmp_path / "mine.yaml"
+    fit = ["--fit", "exposed_s,transit_s", "--output", str(output)]
+    assert run(["calibrate", "adjust", str(results), *device, *fit]) == (0, "")
+    found = yaml.safe_load(output.read_text())["host"]
+    for name, value in hidden.items():
+        assert 0.8 * value < found[name] < 2 * value, name  # it starts from 0 and 0.005; a busy machine is late
+    config = results / "one" / "config.yaml"
+    config.write_text(config.read_text().replace("num_replicas: 1", "num_replicas: 2"))
+    code, error = run(["calibrate", "adjust", str(results / "one"), *device, "--output", str(tmp_path / "two.yaml")])
+    assert code == 2 and "a run of 2 replicas" in error
