@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,3 +292,19 @@ def test_constants_of_a_server_are_found_from_outside(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("num_replicas: 1", "num_replicas: 2"))
     code, error = run(["calibrate", "adjust", str(results / "one"), *device, "--output", str(tmp_path / "two.yaml")])
     assert code == 2 and "a run of 2 replicas" in error
+
+
+def test_hundreds_of_streams_at_once_are_answered_whole(tmp_path: Path) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, usual[1]))  # which is raised: 300 are served here, to 300 here
+    try:
+        with simulated([deployment(0.02, max_num_seqs=300, max_num_batched_tokens=2400)]) as served:
+            asked = ["--workload", "fixed", "--input-len", "8", "--output-len", "6", "--max-concurrency", "300"]
+            assert bench(served.url, tmp_path / "run", *asked, "--num-prompts", "400") == (0, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["failed"], summary["completed"], summary["total_output_tokens"]) == (0, 400, 2400)
+    requests = pq.read_table(tmp_path / "run" / "requests.parquet").to_pandas()
+    at = requests["arrived_s"].nsmallest(300).iloc[-1]  # when the last of the first 300 is sent
+    assert ((requests["arrived_s"] <= at) & (requests["last_token_s"] > at)).sum() == 300

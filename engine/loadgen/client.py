@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError
+from engine.runtime.network import allow_connections
 
 if TYPE_CHECKING:
     import aiohttp
@@ -78,6 +79,7 @@ class Endpoint:
     async def __aenter__(self) -> Endpoint:
         import aiohttp
 
+        allow_connections()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=None),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self.timeout_s),
