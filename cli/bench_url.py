@@ -203,7 +203,7 @@ def vllm_result(load: Load, measured: Measured, summary: Mapping[str, Any], conf
         "tokenizer_id": str(config.tokenizer or load.model),
         "num_prompts": len(load.workload),
         "request_rate": "inf" if rate is None else rate,
-        "burstiness": 1.0,
+        "burstiness": 1 / load.spec.arrival_cv**2 if load.spec.arrival == "gamma" else 1.0,
         "max_concurrency": load.workload.client.max_concurrency,
         **{name: summary[name] for name in RESULT_KEYS},
         **latencies,

@@ -156,6 +156,9 @@ def test_seeds_repeat_and_a_chat_goes_through_the_template(served: Running, clie
     )  # fmt: skip
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(served.server.codec.encode("u hello you a"))
+    half = '{"prompt": "a \\ud800", "messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}'
+    for path in ("completions", "chat/completions"):  # half of a surrogate pair is text that is no text
+        assert httpx.post(f"{served.url}/v1/{path}", content=half, timeout=60).status_code == 200
 
 
 def test_a_client_that_leaves_frees_its_blocks(served: Running) -> None:
