@@ -79,11 +79,11 @@ def test_prompts_of_a_batch_are_one_kernels_work() -> None:
     """64 prompts of 16 tokens take about as long as one of 1,024, not 64 times as long as one of 16."""
     for device in known_devices():
         stage = predictor(device, "small", 1, "bfloat16").stages[0]
-        together, one = stage.together([(16, 0)] * 64), stage.prefill_time(16, 0)
+        together, one = stage.together([(16, 0)] * 64), stage.together([(16, 0)])
         assert one <= together < 20 * one
-        assert together < 2 * stage.prefill_time(1024, 0)
-        long = stage.prefill_time(4096, 0)
-        assert long <= stage.together([(4096, 0), (16, 0)]) < long + stage.prefill_time(16, 0)
+        assert together < 2 * stage.together([(1024, 0)])
+        long = stage.together([(4096, 0)])
+        assert long <= stage.together([(4096, 0), (16, 0)]) < long + stage.together([(16, 0)])
 
 
 @pytest.mark.parametrize(
