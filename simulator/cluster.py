@@ -180,20 +180,20 @@ def simulate(
     stopped_early: str | None = None
     report_every = max(1, len(workload) // 200)
 
-    def on_finished(request: Request) -> None:
+    def on_finished(requests: Sequence[Request]) -> None:
         nonlocal finished, stopped_early
-        finished += 1
+        for request in requests:
+            finished += 1
+            if client is not None:
+                client.finished(request, env.now)
+            if stop is not None and stopped_early is None:
+                stopped_early = stop(request)
+            if on_progress is not None and finished % report_every == 0:
+                on_progress(finished)
         if client is not None:
-            client.finished(request, env.now)
             send()
-        if stop is not None and stopped_early is None:
-            stopped_early = stop(request)
-            if stopped_early is not None and finished < len(workload):
-                all_finished.succeed()
-        if finished == len(workload) and not all_finished.triggered:
+        if (finished == len(workload) or stopped_early is not None) and not all_finished.triggered:
             all_finished.succeed()
-        if on_progress is not None and finished % report_every == 0:
-            on_progress(finished)
 
     replicas = [
         Replica(

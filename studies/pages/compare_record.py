@@ -52,6 +52,14 @@ _HEADLINES = (
     *(_latency(statistic, metric) for metric, statistic in _LATENCIES),
     ("Preemptions", "", "preemptions"),
 )
+_IF_ANY = (  # likewise, left out where no run has it
+    ("Throughput, steady window", "requests/s", "steady_request_throughput"),
+    ("Output, steady window", "tokens/s", "steady_output_throughput"),
+    ("TTFT, steady window, P99", "s", "steady_p99_ttft_ms"),
+    ("Prefix cache hits", "%", "prefix_hit_rate"),
+    ("Blocks evicted from the prefix cache", "", "prefix_evictions"),
+)
+_SCALE = {"s": 1e-3, "%": 100.0}  # of a unit: what a summary has is times this
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +162,11 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
     summaries = [side.record.summary for side in sides]
     timelines = [side.record.timeline for side in sides]
     rows = []
-    for name, unit, key in _HEADLINES:
+    for name, unit, key in (*_HEADLINES, *_IF_ANY):
         found = [summary.get(key) for summary in summaries]
-        rows.append(Headline(name, unit, [each / 1e3 if unit == "s" and each is not None else each for each in found]))
+        if any(each is not None for each in found) or (name, unit, key) in _HEADLINES:
+            scale = _SCALE.get(unit, 1)
+            rows.append(Headline(name, unit, [None if each is None else scale * each for each in found]))
     devices = [num_gpus(side.record) for side in sides]
     per_device = [
         summary["output_throughput"] / count if count else None
