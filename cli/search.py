@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cli.bench import only_group
 from cli.engine import engine_spec
-from cli.output import progress_bar
+from cli.output import print_errors, progress_bar
 from cli.search_point import confirm_point, search_point
 from engine.errors import InputError
 from engine.results.files import write_json
@@ -209,6 +209,7 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         if found := range_of(rows[0]):
             over = ranges_in_words(rows[0])
             console.print(f"range: {found[0]:.3g} to {found[1]:.3g} {rows[0]['rate_of']}/s over {over}")
+        print_errors(rows, console)
         _print_unsteady(rows, console)
         console.print(f"{len(rows[0]['trials'])} trials; times: {rows[0]['predictor']}", style="dim")
         return
@@ -238,6 +239,7 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], pareto, times_kind(row["predictor"]))
     console.print(table)
     _print_alike([row for row in ranked if row["status"] == "done"], console)
+    print_errors(done, console)
     _print_unsteady(rows, console)
 
 
