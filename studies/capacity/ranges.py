@@ -44,7 +44,7 @@ def range_of(row: Mapping[str, Any], key: str = "max_qps_under_slo") -> Range | 
 def ranges_in_words(row: Mapping[str, Any]) -> str:
     """Return what the ranges of a search are over; "" where it has none."""
     if drawn := row.get("uncertainty"):
-        return f"{drawn['covers']:.0%} of {drawn['draws']} draws of seeds and of errors of the predicted times"
+        return f"{100 * drawn['covers']:.0f} % of {drawn['draws']} draws of seeds and predictor errors"
     return f"{row['seeds']} seeds" if row.get("intervals") else ""
 
 

@@ -61,15 +61,17 @@ def _search_header(search: Search, record: Record | None) -> str:
             f"under the {first['scheduler']} scheduler, serving {record.summary.get('workload', 'its workload')}: "
             f"the highest request rate at which {_conditions([point])}."
         )
-    chips: list[tuple[Tone, str]] = [(tone, search.words or _outcome(point))]
+    answer = search.words or _outcome(point)
+    chips: list[tuple[Tone, str]] = [] if point.outcome == "found" else [(tone, answer)]
     if point.range is not None:
         low, high = map(number, point.range)
-        chips.append(("unsure", f"{low} to {high} {point.rate_of}/s over {point.range_over}"))
+        answer += f". Range: {low} to {high} {point.rate_of}/s over {point.range_over}"
+    answer = f"{answer[0].upper()}{answer[1:]}."
     if point.unsteady:
         chips.append(("unsure", f"The run at the capacity: {point.unsteady}"))
     if record is None:
         chips.append(("unsure", "The run at the capacity is not there"))
-    return header("Windtunnel · capacity search", search.name, setting, chips, _sources([point]))
+    return header("Windtunnel · capacity search", search.name, setting, chips, _sources([point]), answer)
 
 
 def _sources(points: Sequence[Point]) -> list[tuple[Tone, str, str]]:
@@ -113,7 +115,7 @@ def _search_cards(search: Search) -> list[tuple[str, str, str]]:
     ]
     if point.range is not None:
         low, high = map(number, point.range)
-        entries.insert(1, ("Range", f"{low}\N{EN DASH}{high} {point.rate_of}/s", f"over {point.range_over}"))
+        entries.insert(1, ("Range", f"{low}\N{EN DASH}{high} /s", f"over {point.range_over}"))
     if point.confirmed is not None:
         entries.insert(1, ("Confirmed", f"{number(point.confirmed)} {point.rate_of}/s", "on hardware"))
     if point.published is not None:

@@ -31,7 +31,7 @@ TEMPLATE = Path(__file__).with_name("template.html")
 LIBRARY = f"plotly-{get_plotlyjs_version()}.min.js"  # beside the pages that use it
 _BESIDE = '<script src="{}"></script>'
 
-Tone = Literal["good", "bad", "unsure"]
+Tone = Literal["good", "bad", "unsure", "plain"]
 Cell = str | tuple[Tone | Literal["best"], str]  # of a table; with a tone it is coloured, the best of its row marked
 
 
