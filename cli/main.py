@@ -23,6 +23,7 @@ from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
 from windtunnel.settings import (
+    SEEDS,
     TOLERANCE,
     BenchConfig,
     FileConfig,
@@ -342,6 +343,15 @@ def search(
         str | None,
         typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Workloads of other seeds to find each capacity for, for its range; 1: none.")
+    ] = SEEDS,
+    curve: Annotated[
+        bool, typer.Option(help="Also simulate loads beyond each capacity, for the page's latency against load.")
+    ] = True,
+    keep_runs: Annotated[
+        bool, typer.Option("--keep-runs", help="Keep every trial's tables in a sweep, not only settings and summary.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Number of processes of a sweep. Default: one per core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute a sweep over.")] = None,
     confirm: Annotated[
@@ -359,6 +369,9 @@ def search(
         output_dir,
         sweep=sweep,
         tolerance=tolerance,
+        seeds=seeds,
+        curve=curve,
+        keep_runs=keep_runs,
         gpu_price=gpu_price,
         workers=workers,
         ray_address=ray,
@@ -395,11 +408,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="HTML file to write. Default: in the folder; comparison.html for several.")
     ] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Put the plot library into the page, to send it as one file.")
+    ] = False,
 ) -> None:
     """Write one offline page about a run, search, sweep, study or validation, or about several side by side."""
     from cli.report import run
 
-    run(folders, output)
+    run(folders, output, standalone)
 
 
 @app.command()

@@ -86,7 +86,7 @@ class Capacity:
         if self.outcome == "none":
             return f"no rate meets {self.binding}, not even one request at a time"
         if self.outcome == "all":
-            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} requests/s)"
+            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} {things}/s)"
         return f"{self.qps:.3g} {things}/s within the SLOs; beyond it {self.binding} is missed"
 
     def to_json(self) -> dict[str, Any]:
