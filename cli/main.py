@@ -122,12 +122,23 @@ def simulate(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+    operator_times: Annotated[
+        bool,
+        typer.Option("--operator-times", help="Also work out the run's time by kind of operator (a second or two)."),
+    ] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
     from cli.clock import STARTED
     from cli.simulate import run
 
-    run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+    run(
+        _load_config(config, flags, FileConfig),
+        output_dir,
+        as_json=json_,
+        chrome_trace=chrome_trace,
+        operator_times=operator_times,
+        started=STARTED,
+    )
 
 
 def _simulated_alone(flags: dict[str, Any]) -> None:
@@ -670,19 +681,29 @@ def _study_list() -> None:
 
 @study.command("run")
 def _study_run(
-    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`.")],
+    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`, or all.")],
     model: Annotated[
         str | None, typer.Option(help="Run only the models whose name contains this. Default: all.")
     ] = None,
     host_overhead: Annotated[
         str | None,
-        typer.Option(help="Host overhead. Default: both sarathi_osdi24 (as published) and cuda_graphs."),
+        typer.Option(
+            help="Host overhead. Default: sarathi_osdi24 (as published), cuda_graphs, and beside them "
+            "sarathi_osdi24_fig2 and two placebos."
+        ),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Requests per run. Default: the study's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Draws of the requests, seeds from 0; tables show medians. Default: 3.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; an interrupted study in it resumes. Default: runs/studies/NAME."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to keep the results in; the page of all that it has is written beside it."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
     markdown: Annotated[
@@ -700,8 +721,10 @@ def _study_run(
         model,
         host_overhead,
         num_prompts,
+        seeds,
         workers,
         output_dir,
+        record,
         as_json=json_,
         as_markdown=markdown,
         confirm=confirm,

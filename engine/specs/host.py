@@ -28,6 +28,7 @@ class HostOverhead:
     sequence_s: float  # added for each sequence of the batch
     layer_s: float  # to launch one layer
     message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
+    lone_message: bool = False  # whether a replica of one rank pays message_s too: its worker is a process of its own
     graph_decodes: int = 0  # batches of decodes alone, up to this many, are launched as one CUDA graph: no layer_s
     attention_kernel: str | None = None  # that such an engine runs, by its name in a calibration; None: the usual one
     kernels: str | None = None  # the version whose operators such an engine runs (vllm@0.14); None: the latest measured
@@ -72,7 +73,9 @@ class HostOverhead:
         launch = 0.0 if in_graph else layers * self.layer_s
         if stage:
             return launch, 0.0
-        serial = self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)
+        serial = (
+            self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 or self.lone_message else 0.0)
+        )
         return (max(launch, serial), self.exposed_s) if self.hidden else (launch, serial)
 
     def sampling(self, vocab_size: int, rows: Any) -> Any:

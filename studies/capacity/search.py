@@ -18,9 +18,10 @@ from engine.errors import InputError
 from studies.capacity.trial import Trial
 
 TOLERANCE = 0.025
+FROM_A_GUESS = (2.0, 2.0, inf)  # steps of the bracket
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
-FINE = 0.005  # tolerance of the exhaustive search that a choice is held against
-_FINE_STEP = 1.08  # of its bracket
+FINE = 0.005  # tolerance of the fine search that a choice is held against
+_FINE_STEP = 1.03  # of its bracket
 
 
 class Bracket(NamedTuple):
@@ -105,7 +106,7 @@ def find_capacity(
     run: Callable[[float], Trial],
     start: float,
     tolerance: float = TOLERANCE,
-    steps: Iterable[float] = (2.0, 2.0, inf),
+    steps: Iterable[float] = FROM_A_GUESS,
 ) -> Capacity:
     """Search from the guess `start` (requests/s): `run` makes the trial at a rate; `steps` are those of the bracket.
 
@@ -128,9 +129,9 @@ def find_capacity(
     return Capacity("found", low, over.binding, tolerance, tuple(trials))
 
 
-def exhaustive(met: Callable[[float], bool], start: float) -> float:
+def fine_capacity(met: Callable[[float], bool], start: float) -> float:
     """Return the capacity at a fine tolerance near `start`, a rate above 0; 0 if a thousandth of it is too much.
 
-    Meant for trials that run to their end. The bracket is found in steps of 8 %.
+    Meant for trials that run to their end. The bracket is found in steps of 3 %.
     """
     return bracket(met, start, steps=repeat(_FINE_STEP), far=FAR, tolerance=FINE).low or 0.0
