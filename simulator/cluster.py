@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Unpack
@@ -36,6 +36,7 @@ from engine.workload.workload import Workload
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.learned import carried_over, learned
 from simulator.predictor.roofline import Roofline
+from simulator.predictor.uncertainty import drawn
 from simulator.replica import Clock, Replica
 from simulator.router import ROUTERS
 
@@ -82,6 +83,15 @@ class Deployment:
         host = replica.engine.host
         made = PREDICTORS[predictor](replica.model, replica.device, replica.network, replica.parallel, host)
         return cls(replica, made, host)
+
+    def drawn(self, seed: int) -> Deployment:
+        """Return the deployment with the errors of its times drawn (`simulator.predictor.uncertainty`).
+
+        A user's own predictor gives the same times: its errors are not known.
+        """
+        replica = drawn(self.replica, self.predictor.errors, seed)
+        host = replica.engine.host
+        return replace(self, replica=replica, predictor=self.predictor.for_host(host), host=self.host and host)
 
     @property
     def model(self) -> ModelSpec:
@@ -173,20 +183,20 @@ def simulate(
     stopped_early: str | None = None
     report_every = max(1, len(workload) // 200)
 
-    def on_finished(request: Request) -> None:
+    def on_finished(requests: Sequence[Request]) -> None:
         nonlocal finished, stopped_early
-        finished += 1
+        for request in requests:
+            finished += 1
+            if client is not None:
+                client.finished(request, env.now)
+            if stop is not None and stopped_early is None:
+                stopped_early = stop(request)
+            if on_progress is not None and finished % report_every == 0:
+                on_progress(finished)
         if client is not None:
-            client.finished(request, env.now)
             send()
-        if stop is not None and stopped_early is None:
-            stopped_early = stop(request)
-            if stopped_early is not None and finished < len(workload):
-                all_finished.succeed()
-        if finished == len(workload) and not all_finished.triggered:
+        if (finished == len(workload) or stopped_early is not None) and not all_finished.triggered:
             all_finished.succeed()
-        if on_progress is not None and finished % report_every == 0:
-            on_progress(finished)
 
     replicas = [
         Replica(

@@ -18,7 +18,7 @@ from engine.errors import InputError
 from studies.capacity.trial import Trial
 
 TOLERANCE = 0.025
-NEAR = 1.1  # first step of a search that starts at the capacity of other draws of the requests
+FROM_A_GUESS = (2.0, 2.0, inf)  # steps of the bracket
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
 FINE = 0.005  # tolerance of the fine search that a choice is held against
 _FINE_STEP = 1.03  # of its bracket
@@ -87,7 +87,7 @@ class Capacity:
         if self.outcome == "none":
             return f"no rate meets {self.binding}, not even one request at a time"
         if self.outcome == "all":
-            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} requests/s)"
+            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} {things}/s)"
         return f"{self.qps:.3g} {things}/s within the SLOs; beyond it {self.binding} is missed"
 
     def to_json(self) -> dict[str, Any]:
@@ -103,9 +103,12 @@ class Capacity:
 
 
 def find_capacity(
-    run: Callable[[float], Trial], start: float, tolerance: float = TOLERANCE, step: float = 2.0
+    run: Callable[[float], Trial],
+    start: float,
+    tolerance: float = TOLERANCE,
+    steps: Iterable[float] = FROM_A_GUESS,
 ) -> Capacity:
-    """Search from the guess `start` (requests/s) in steps of a factor `step`, 2, 2: `run` makes the trial at a rate.
+    """Search from the guess `start` (requests/s): `run` makes the trial at a rate; `steps` are those of the bracket.
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """
@@ -117,9 +120,7 @@ def find_capacity(
         trials.append(run(rate))
         return trials[-1].met
 
-    low, high = bracket(
-        met, start, steps=(step, 2.0, inf) if step == 2.0 else (step, 2.0, 2.0, inf), far=FAR, tolerance=tolerance
-    )
+    low, high = bracket(met, start, steps=steps, far=FAR, tolerance=tolerance)
     if high is None:
         return Capacity("all", trials[-1].summary["request_throughput"], None, tolerance, tuple(trials))
     if low is None:

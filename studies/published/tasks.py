@@ -7,7 +7,7 @@ A record is plain data: `values` by metric, `facts` in words that say why they a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from engine.results.tables import Columns
 from engine.scheduling.request import BatchShape
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
-from studies.capacity.search import NEAR, TOLERANCE, Capacity, find_capacity, fine_capacity
+from studies.capacity.ranges import STEPS
+from studies.capacity.search import FROM_A_GUESS, TOLERANCE, Capacity, find_capacity, fine_capacity
 from studies.capacity.trial import TimeLimit, Trial, at_rate, guess, judged, simulated_trial
 from studies.published.experiment import METRICS, PLACEBOS, Task
 from studies.published.operation_split import batch_shape, split
@@ -39,18 +40,18 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     spec, kinds, limit_s = point.workload(), [deployment], point.time_limit_s
     stop = TimeLimit(limit_s) if limit_s is not None else None
 
-    def search(spec: WorkloadSpec, start: float, step: float = 2.0) -> Capacity:
+    def search(spec: WorkloadSpec, start: float, steps: Sequence[float] = FROM_A_GUESS) -> Capacity:
         def trial(rate: float) -> Trial:
             return simulated_trial(at_rate(spec, rate), kinds, slos, rate, time_limit_s=limit_s)
 
-        return find_capacity(trial, start, step=step)
+        return find_capacity(trial, start, steps=steps)
 
     start = guess(spec, kinds)
     found = search(spec, start)
     drawn = [found.qps]
     for seed in range(point.seed + 1, point.seed + point.seeds):
         near = drawn[0] or start
-        drawn.append(search(replace(spec, seed=seed), near, NEAR).qps)
+        drawn.append(search(replace(spec, seed=seed), near, steps=STEPS).qps)
     record: dict[str, Any] = {
         "values": {"qps": float(np.median(drawn))},
         "outcome": found.outcome,
