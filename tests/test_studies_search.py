@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import windtunnel as wt
 from engine.errors import InputError
 from engine.results.metric_table import METRICS
 from engine.results.slo import SLO
@@ -178,18 +177,6 @@ def test_a_trial_ends_at_its_time_limit_and_is_judged_by_what_finished() -> None
     cut = simulated_trial(at_rate(spec, rate), server, slos, rate, time_limit_s=2.0)
     assert cut.summary["duration"] == pytest.approx(2.0, abs=0.05) and cut.met
     assert cut.summary["completed"] < 0.1 * whole.summary["completed"]
-
-
-def test_a_search_of_several_draws_has_each_ones_capacity() -> None:
-    settings = {"model": "mistralai/Mistral-7B-v0.1", "device": "a100", "slo": "p50_scheduling_delay<=0.5",
-                "num_prompts": 60, "max_model_len": 8192}  # fmt: skip
-    one, three = wt.search(**settings), wt.search(**settings, seeds=3)
-    assert "draws" not in one.summary and three.summary["draws"][0] == one.summary["max_qps_under_slo"]
-    assert len(set(three.summary["draws"])) > 1 and "over 3 draws" in three.summary["words"]
-    second = wt.search(**settings, seed=1).summary["max_qps_under_slo"]
-    assert three.summary["draws"][1] == pytest.approx(second, rel=0.06)
-    with pytest.raises(InputError, match="seeds 0"):
-        wt.search(**settings, seeds=0)
 
 
 def test_hopeless_trials_are_cut_short() -> None:
