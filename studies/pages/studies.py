@@ -81,7 +81,7 @@ def render(record: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class _Score:
+class Score:
     """How many claims agree, depend on the draw and were run; how far off numbers are that nothing was fitted to."""
 
     agree: int = 0
@@ -95,12 +95,12 @@ class _Score:
         return f"{self.agree} of {self.count} claims agree{more}{typical}"
 
 
-def _scores(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> dict[str, _Score]:
+def scores(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> dict[str, Score]:
     """Return the score of each host overhead and placebo over some studies."""
-    found: dict[str, _Score] = {}
+    found: dict[str, Score] = {}
     for name, experiment in every.items():
         for host, judgements in judge_all(experiment, record[name]["records"]).items():
-            score = found.setdefault(host, _Score())
+            score = found.setdefault(host, Score())
             for claim, each in zip(experiment.claims, judgements, strict=True):
                 if each.off is not None and not claim.fitted:
                     score.off.append(abs(each.off))
@@ -119,10 +119,10 @@ def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list
         "|ours / published - 1| over the numbers that nothing was fitted to. Of all claims that were run:",
         "",
     ]
-    scores = _scores(record, every)
+    total = scores(record, every)
     for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST, *PLACEBOS):
-        if host in scores:
-            lines.append(f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {scores[host]}")
+        if host in total:
+            lines.append(f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {total[host]}")
     judges = {name: each for name, each in every.items()
               if name in JUDGES and {PAPER_HOST, FITTED_HOST} <= set(record[name]["records"])}  # fmt: skip
     if judges:
@@ -132,6 +132,6 @@ def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list
         )
         lines += ["", about, ""]
         for name, experiment in judges.items():
-            mine = _scores(record, {name: experiment})
+            mine = scores(record, {name: experiment})
             lines.append(f"- {experiment.source}: measured {mine[PAPER_HOST]}. Fitted {mine[FITTED_HOST]}")
     return lines
