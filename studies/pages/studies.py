@@ -62,6 +62,9 @@ def render(record: Mapping[str, Any]) -> str:
     missing = [name for name in library.names() if name not in record]
     if missing:
         lines.append(f"Not in the record yet: {', '.join(f'`{name}`' for name in missing)}.\n")
+    for name in every:
+        if left := [HOSTS[host] for host in HOSTS if host not in record[name]["records"]]:
+            lines.append(f"`{name}` is in the record without: {', '.join(left)}.\n")
     lines += ["## What agrees", ""]
     hosts = [
         host for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST) if any(host in record[n]["records"] for n in every)
