@@ -147,6 +147,10 @@ def bench(
         from cli.bench_url import run as run_on_server
 
         LoadConfig.check(flags)
+        if save_result is not None:
+            from engine.results.files import check_output
+
+            check_output(save_result, "--save-result")
         load = _load_config(config, flags, LoadConfig)
         server = {"url": url, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
         run_on_server(load, server, output_dir, save_result, as_json=json_)
@@ -537,8 +541,10 @@ def _truth(
     ] = None,
 ) -> None:
     """Write the page of predictions beside public measurements of servers."""
+    from engine.results.files import check_output
     from windtunnel.truth import write_truth
 
+    check_output(output)
     write_truth(output, public, lambda name: print(name, file=sys.stderr))
 
 
@@ -587,9 +593,11 @@ def _report(
 ) -> None:
     """Write a page about a device's calibration: held-out errors, measured and predicted."""
     from cli.calibrate import read
+    from engine.results.files import check_output
     from engine.specs import catalog
     from studies.pages.calibration import report
 
+    check_output(output)
     known = catalog.device(device)
     print(f"report: {report(device, [read(text, known) for text in source or []], output)}")
 
@@ -599,8 +607,11 @@ def _accuracy(
     output: Annotated[Path | None, typer.Option(help="Markdown file to write. Default: print.")] = None,
 ) -> None:
     """Print or write the held-out errors of the calibrations that ship."""
+    from engine.results.files import check_output
     from studies.calibration.accuracy import write_accuracy
 
+    if output is not None:
+        check_output(output)
     write_accuracy(output)
 
 
@@ -694,6 +705,10 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
         code = app(_one_each(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
+    except SystemExit as error:  # of a plugin: our own commands raise typer.Exit
+        if blamed(error) is None:
+            raise
+        return _explained(error)
     except Exception as error:
         return _explained(error)
     if code == 130:
@@ -701,7 +716,7 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
     return code, ""
 
 
-def _explained(error: Exception) -> tuple[int, str]:
+def _explained(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the message of an error; raise it again if it is a defect of Windtunnel."""
     plugin = error if isinstance(error, PluginError) else blamed(error)
     if plugin is not None:

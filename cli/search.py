@@ -25,10 +25,11 @@ from engine.results.files import write_json
 from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
+from studies.capacity.search import check_tolerance
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
 from studies.words import unlike_sources
-from windtunnel.capacity import check_tolerance, checked, deployed, open_search
+from windtunnel.capacity import checked, deployed, open_search, read_search_file
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
@@ -90,22 +91,22 @@ def run(
         every.append({"config": str(config.resolve()) if config else None, "flags": {**base, **change, **given},
                       "folder": str(folder.absolute()), "tolerance": tolerance})  # fmt: skip
     identity = {**shared, "version": version("windtunnel"), "contents": _contents(every)}
-    open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
-    rows = _search_all(every, changes, workers, ray_address, console)
-    for row in rows:
-        row["requests_per_dollar"] = _per_dollar(row, prices)
-    mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
-    if sweep is not None:
-        write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
-    _print_rows(rows, console, prices is not None)
-    if confirm_top:
-        chosen = sorted((row for row in rows if row["status"] == "done" and row["outcome"] == "found"),
-                        key=lambda row: -row["qps_per_gpu"])[:confirm_top]  # fmt: skip
-        _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
+    with open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity}):
+        rows = _search_all(every, changes, workers, ray_address, console)
+        for row in rows:
+            row["requests_per_dollar"] = _per_dollar(row, prices)
+        mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
         if sweep is not None:
             write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
-    console.print(f"results: {output_dir / (SEARCH_FILE if sweep is None else SWEEP)}")
-    console.print(f"draw them: windtunnel report {output_dir}")
+        _print_rows(rows, console, prices is not None)
+        if confirm_top:
+            chosen = sorted((row for row in rows if row["status"] == "done" and row["outcome"] == "found"),
+                            key=lambda row: -row["qps_per_gpu"])[:confirm_top]  # fmt: skip
+            _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
+            if sweep is not None:
+                write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
+        console.print(f"results: {output_dir / (SEARCH_FILE if sweep is None else SWEEP)}")
+        console.print(f"draw them: windtunnel report {output_dir}")
     if as_json:
         print(json.dumps({**(rows[0] if sweep is None else {"points": rows}), "output_dir": str(output_dir)}))
     failed = any(row.get("confirmed", {}).get("status", "done") != "done" for row in rows)
@@ -155,7 +156,7 @@ def _search_all(
     for i, point in enumerate(every):
         path = Path(point["folder"]) / SEARCH_FILE
         if path.is_file():
-            rows[i] = json.loads(path.read_text("utf-8"))
+            rows[i] = read_search_file(path)
         else:
             left.append(i)
     todo = [every[i] for i in left]
@@ -182,7 +183,7 @@ def _prices(text: str) -> dict[str, float]:
     found = {}
     for part in text.split(","):
         name, _, price = part.rpartition("=")
-        if re.fullmatch(r"\d*\.?\d+", price.strip()) is None or float(price) == 0:
+        if re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", price.strip()) is None or float(price) == 0:
             raise InputError(f"--gpu-price {text!r}: give dollars per GPU-hour such as 2.5, or a100=2,h100=4")
         found[catalog.device(name.strip()).name if name else ""] = float(price)
     return found

@@ -13,7 +13,7 @@ from rich.console import Console
 from cli.output import progress_bar
 from engine.errors import InputError
 from engine.results.files import write_whole
-from studies.jobs.cache import claim_folder
+from studies.jobs.cache import claimed
 from studies.published import library as studies
 from studies.published.run import StudyCrashedError, run
 
@@ -53,34 +53,35 @@ def run_study(
     few = f"{num_prompts} requests a run" if num_prompts else ""
     left_out = " and ".join(filter(None, [only, few]))
     target = output_dir or Path("runs") / "studies" / (name if not left_out else f"{name}-reduced")
-    claim_folder(target, name)
     console = Console(stderr=as_json or as_markdown, highlight=False, soft_wrap=True, markup=False)
     started = time.perf_counter()
-    with progress_bar("points") as progress:
-        task = progress.add_task(name, total=1)
-        try:
-            records = run(
-                experiment,
-                hosts,
-                target,
-                workers,
-                lambda what, done, of: progress.update(task, description=what or name, completed=done, total=of),
-            )
-        except StudyCrashedError as error:
-            progress.stop()
-            for crash in error.crashes:
-                print(crash.trace, file=sys.stderr, end="")
-                print(f"error: {crash.point} on {crash.host} crashed: {crash.error}", file=sys.stderr)
-            kept = "the other points are kept: rerun to resume"
-            print(
-                f"error: {len(error.crashes)} points of {name} crashed: no page was written ({kept})", file=sys.stderr
-            )
-            raise typer.Exit(1) from None
-    from studies.pages.study import markdown, summary_lines, to_json, write_page
+    with claimed(target, name):
+        with progress_bar("points") as progress:
+            task = progress.add_task(name, total=1)
+            try:
+                records = run(
+                    experiment,
+                    hosts,
+                    target,
+                    workers,
+                    lambda what, done, of: progress.update(task, description=what or name, completed=done, total=of),
+                )
+            except StudyCrashedError as error:
+                progress.stop()
+                for crash in error.crashes:
+                    print(crash.trace, file=sys.stderr, end="")
+                    print(f"error: {crash.point} on {crash.host} crashed: {crash.error}", file=sys.stderr)
+                kept = "the other points are kept: rerun to resume"
+                print(
+                    f"error: {len(error.crashes)} points of {name} crashed: no page was written ({kept})",
+                    file=sys.stderr,
+                )
+                raise typer.Exit(1) from None
+        from studies.pages.study import markdown, summary_lines, to_json, write_page
 
-    results = {"study": name, "reduced": left_out, **to_json(experiment, records)}
-    write_whole(target / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    page = write_page(name, experiment, records, target / "report.html", left_out)
+        results = {"study": name, "reduced": left_out, **to_json(experiment, records)}
+        write_whole(target / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        page = write_page(name, experiment, records, target / "report.html", left_out)
     for line in summary_lines(experiment, records):
         console.print(line)
     count = sum(map(len, records.values()))

@@ -141,7 +141,7 @@ def test_the_defaults_are_the_command_lines() -> None:
         (wt.simulate, {"replicas": [{"devise": "h100"}]}, "unknown key in replicas[0] 'devise'"),
         (wt.search, {"slo": []}, "no SLO to search by: add slo"),
         (wt.search, {"tolerance": 2.0}, "tolerance 2.0: give a share"),
-        (wt.simulate, {"config": "nowhere.yaml"}, "can't read the config file nowhere.yaml"),
+        (wt.simulate, {"config": "nowhere.yaml"}, "can't read nowhere.yaml"),
     ],
 )
 def test_errors_name_the_keyword(function: Callable[..., Any], settings: dict[str, Any], complaint: str) -> None:

@@ -67,15 +67,17 @@ def search(
     Raises InputError for an unknown keyword, an impossible setting, and settings that can't be searched with.
     """
     with _in_keywords():
-        from windtunnel.capacity import check_tolerance, open_search, search_capacity
+        from studies.capacity.search import check_tolerance
+        from windtunnel.capacity import open_search, search_capacity
         from windtunnel.results import Search
 
         check_tolerance(tolerance)
         read = _read(config, settings, ("config", "output_dir", "tolerance"))
         folder = None if output_dir is None else Path(output_dir)
-        if folder is not None:
-            open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance})
-        return Search(search_capacity(read, tolerance, folder), folder=folder)
+        if folder is None:
+            return Search(search_capacity(read, tolerance, None))
+        with open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance}):
+            return Search(search_capacity(read, tolerance, folder), folder=folder)
 
 
 def load(folder: _Path) -> Run | Search:

@@ -14,13 +14,14 @@ calibration replaces them, and each `source` says what it rests on.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from engine.documents import read_json, read_yaml
 from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec, hf_config
-from engine.specs.checks import field_types
+from engine.specs.checks import build
 
 MIB, GIB = 1 << 20, 1 << 30
 _CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie", "H100": "h100_sxm", "H200": "h200_sxm"} | {
@@ -28,7 +29,7 @@ _CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie", "H100": "h100_s
 }  # NVIDIA's names
 DATA = Path(__file__).parent / "data"
 DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
-Spec = TypeVar("Spec", DeviceSpec, NetworkSpec, Link)
+Spec = TypeVar("Spec", DeviceSpec, NetworkSpec)
 
 
 def _models() -> dict[str, ModelSpec]:
@@ -406,13 +407,12 @@ def device_of_hardware(hardware: str) -> str | None:
 def _of_calibration(folder: Path) -> DeviceSpec:
     """The device of a calibration's folder, to be predicted by it."""
     path = folder / DEVICE_FILE
+    hint = f"make one with 'windtunnel calibrate fit --output-dir {folder}'"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder} is no calibration ({error}): make one with 'windtunnel calibrate fit --output-dir {folder}'"
-        ) from None
-    return replace(_build(DeviceSpec, values, str(path)), calibration=str(folder.resolve()))
+        values = read_json(path, hint)
+    except InputError as error:
+        raise InputError(f"{folder} is no calibration ({str(error).removesuffix(f': {hint}')}): {hint}") from None
+    return replace(build(DeviceSpec, values, str(path)), calibration=str(folder.resolve()))
 
 
 def network(name_or_path: str, internode: str | None = None) -> NetworkSpec:
@@ -458,50 +458,7 @@ def _is_file(text: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def _from_yaml(kind: type[Spec], path: str) -> Spec:
-    import yaml  # only here: specs must import fast
-
-    try:
-        values = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"can't read {path}: {error.strerror}: give a YAML file with {kind.__name__}'s fields"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+    values = read_yaml(Path(path).expanduser(), f"give a YAML file with {kind.__name__}'s fields")
     if isinstance(values, dict):
         values.setdefault("name", Path(path).stem)
-    return _build(kind, values, path)
-
-
-def _build(kind: type[Spec], values: Any, where: str) -> Spec:
-    """A spec of a mapping; each key must be a field, and each field without a default a key."""
-    known = {field.name: field for field in fields(kind)}
-    if not isinstance(values, dict):
-        raise InputError(f"{where} holds {values!r}: give the keys {', '.join(known)}")
-    for key in values:
-        if key not in known:
-            raise unknown(f"key in {where}", str(key), known)
-    for name, field in known.items():
-        if name not in values and field.default is MISSING:
-            raise InputError(f"{where}: the key {name!r} is missing: it needs {', '.join(known)}")
-    types = field_types(kind)
-    arguments = {key: _value(types[key], value, f"{where}: {key}") for key, value in values.items()}
-    try:
-        return kind(**arguments)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as its field wants it. YAML 1.1 reads 312e12 as text and 80e9 is no integer, so numbers are converted."""
-    if kind in (Link, Link | None):
-        return value if value is None and kind != Link else _build(Link, value, where)
-    if kind in (str, str | None):
-        return value if value is None else str(value)
-    if value is None and kind == float | None:
-        return value
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{where}: {value!r}: give a number, such as 312e12") from None
-    return int(number) if kind is int and number.is_integer() else number
+    return build(kind, values, path)

@@ -6,7 +6,10 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
-from engine.specs.checks import check_fields
+from engine.errors import InputError
+from engine.specs.checks import check_fields, short
+
+MOST_GRAPH = 1 << 20  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,9 @@ class HostOverhead:
             "sampler_s sampler_logit_s",
             zero=True,
         )
+        for size in self.graph_sizes:
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < MOST_GRAPH:
+                raise InputError(f"HostOverhead graph_sizes {short(size)}: give whole numbers of tokens")
 
     def times(
         self, layers: int, sequences: int, ranks: int, stage: int = 0, in_graph: bool = False

@@ -55,6 +55,7 @@ def work_off(
     `environment` gives the variables of the process in slot 0 .. workers - 1. Each job has a process of its own unless
     they are reused, for jobs that gain from what earlier ones have loaded.
     """
+    workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     waiting = list(enumerate(jobs))[::-1]
