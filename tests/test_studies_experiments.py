@@ -113,7 +113,7 @@ def test_a_file_that_is_no_mapping_or_no_yaml_is_told(tmp_path: Path) -> None:
     for text, said in (("- 1", "holds no study"), ("a: [", "is not YAML")):
         with pytest.raises(InputError, match=said):
             read(written(tmp_path, text))
-    with pytest.raises(InputError, match="can't read .*: give a study's file"):
+    with pytest.raises(InputError, match=r"can't read .*: give a study's file"):
         read(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="did you mean 'capacity'"):
         load("capasity")

@@ -1,6 +1,6 @@
 """Where results go: one check of the folder, and one owner at a time for a folder that is written to over a while.
 
-An owner holds a lock on the folder itself, which goes when its process ends, however it ends, and leaves nothing behind.
+An owner holds a lock on the folder itself, which goes when its process ends, however that is, and leaves no file.
 
     with owned(Path("runs/capacity"), ours=("settings.json",)): ...
 """
@@ -24,7 +24,7 @@ ELSEWHERE = "give another --output-dir"
 
 
 def made(folder: Path) -> list[Path]:
-    """Make a folder, and return those that were made for it, the innermost first. Raises InputError where that can't be.
+    """Make a folder and return those that were made for it, the innermost first. Raises InputError where it can't be.
 
     A link is followed if it leads to a folder.
     """

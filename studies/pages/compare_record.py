@@ -6,7 +6,6 @@ print(differing_settings(sides), headline(sides))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
+from engine import documents
 from engine.errors import InputError
 from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
@@ -111,7 +110,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a file holds."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = documents.read_json(path, "is all of it there?")
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no object: is all of it there?")
     return values
 
 
@@ -122,7 +123,7 @@ def readable(folder: Path, kind: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder} can't be read as a {kind} ({why}): is all of it there?") from error
 

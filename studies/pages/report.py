@@ -46,7 +46,9 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
     try:
         if len(folders) == 1:
             return _write_one(folders[0], kinds[folders[0]], path)
-        return _side_by_side(names, kinds).write(path)
+        with readable(Path(" and ".join(map(str, folders))), "comparison"):
+            page = _side_by_side(names, kinds)
+        return page.write(path)
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror or error}): give another --output") from error
 
@@ -98,11 +100,14 @@ def _write_one(folder: Path, kind: Kind, path: Path) -> Path:
         with readable(folder, kind):
             return write_validation(read_json(folder / "validation.json"), path)
     name = folder.resolve().name
-    if kind == "search":
-        return search_page(read_search(folder, name)).write(path)
-    if kind == "sweep":
-        return capacities_page([read_sweep(folder, name)], []).write(path)
-    return render(read_side(folder, name).record).write(path)
+    with readable(folder, kind):
+        if kind == "search":
+            page = search_page(read_search(folder, name))
+        elif kind == "sweep":
+            page = capacities_page([read_sweep(folder, name)], [])
+        else:
+            page = render(read_side(folder, name).record)
+    return page.write(path)
 
 
 def _side_by_side(names: dict[Path, str], kinds: dict[Path, Kind]) -> Page:
