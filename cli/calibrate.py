@@ -99,6 +99,9 @@ def fit(
         shipped /= f"{engine}@{'.'.join(version.split('.')[:2])}"
     folder = output_dir or (profiles[0] / "calibration" if profiles else shipped)
     with owned(folder):
+        for name in (*KINDS, *store.NOT_KINDS):  # half-written by a fit that was killed
+            for path in folder.glob(f".{name.removesuffix('.json')}*.json.part"):
+                path.unlink()
         there = {path.name for path in folder.iterdir() if path.is_file()}
         ours = {name for name in there if store.kind_name(name) in KINDS and name.endswith(".json")} | {
             *store.NOT_KINDS

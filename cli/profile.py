@@ -67,29 +67,30 @@ def run(
     )
     sizes = tuple(_positive(text, "--tensor-parallel-sizes") for text in tensor_parallel_sizes.split(","))
     seconds = duration(budget)
-    from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
+    with owned(output_dir, ours=(PROFILE_FILE, SAMPLES)):
+        from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
 
-    spec = ProfileSpec(
-        device=device_here(known.runs_on) if device == "auto" else known,
-        models=specs,
-        tensor_parallel_sizes=sizes,
-        dtype=dtype,
-        limits=limits,
-        budget_s=seconds,
-        block_size=block_size,
-        attention_backend=attention_backend,
-    )
-    console = Console(highlight=False, soft_wrap=True)
-    shown = TextColumn("{task.fields[samples]} samples, {task.fields[left]} s left")
-    bar = ProgressBar(TextColumn("{task.description}"), BarColumn(), shown)
-    with owned(output_dir, ours=(PROFILE_FILE, SAMPLES)), bar as progress:
-        task = progress.add_task("starting", total=seconds, samples=0, left=f"{seconds:.0f}")
+        spec = ProfileSpec(
+            device=device_here(known.runs_on) if device == "auto" else known,
+            models=specs,
+            tensor_parallel_sizes=sizes,
+            dtype=dtype,
+            limits=limits,
+            budget_s=seconds,
+            block_size=block_size,
+            attention_backend=attention_backend,
+        )
+        console = Console(highlight=False, soft_wrap=True)
+        shown = TextColumn("{task.fields[samples]} samples, {task.fields[left]} s left")
+        bar = ProgressBar(TextColumn("{task.description}"), BarColumn(), shown)
+        with bar as progress:
+            task = progress.add_task("starting", total=seconds, samples=0, left=f"{seconds:.0f}")
 
-        def on_progress(part: str, samples: int, left: float) -> None:
-            text = f"{max(0.0, left):.0f}"
-            progress.update(task, description=part, completed=seconds - left, samples=samples, left=text)
+            def on_progress(part: str, samples: int, left: float) -> None:
+                text = f"{max(0.0, left):.0f}"
+                progress.update(task, description=part, completed=seconds - left, samples=samples, left=text)
 
-        session = run_profile(spec, output_dir, on_progress)
+            session = run_profile(spec, output_dir, on_progress)
     made = session.provenance
     console.print(
         f"{len(session.samples):,} measurements in {session.spent_s:,.0f} s on {made['hardware']} "

@@ -18,6 +18,8 @@ from typing import Any
 
 from engine.documents import parse_json, read_text
 from engine.errors import InputError
+from engine.results.files import write_whole
+from engine.results.folders import unfinished
 from engine.runtime.executor import WorkerError
 from engine.specs import ModelSpec
 from engine.specs.checks import MOST_SECONDS, short
@@ -83,7 +85,7 @@ class Session:
             raise InputError(f"{folder} is not empty and holds no profile: give another --output-dir")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(settings, json.dumps(self._settings, indent=1) + "\n")
+            write_whole(settings, json.dumps(self._settings, indent=1) + "\n")
         self.samples = list(self._read_samples())
         self.failures: list[str] = []  # parts that could not be measured at all, and why
         self.spent_s = sum(sample["cost_s"] for sample in self.samples)
@@ -177,7 +179,7 @@ class Session:
         lines = read_text(path, "profile into another folder", MOST_BYTES).splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         if len(whole) < len(lines):  # it was stopped in the middle of a line: that one is measured again
-            _write(path, "".join(whole))
+            write_whole(path, "".join(whole))
         for number, line in enumerate(whole, start=1):
             sample = parse_json(line, f"{path} line {number}", "it is damaged: delete that line")
             if (wrong := _damage(sample)) is not None:
@@ -260,18 +262,12 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
+    part = unfinished(path)
+    with part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ITERATION_COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow(
                 {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             )
-    unfinished.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    part.replace(path)

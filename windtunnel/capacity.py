@@ -18,7 +18,7 @@ from engine.documents import read_json
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
 from engine.results.files import write_json
-from engine.results.folders import owned
+from engine.results.folders import owned, remove_unfinished
 from engine.results.metrics import summary_key
 from engine.results.run_folder import run_folder, write_config, write_summary
 from engine.results.slo import SLO
@@ -144,6 +144,7 @@ def open_search(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
             raise InputError(f"output folder {folder} is not empty: give another --output-dir")
         else:
             write_json(path, settings)
+        remove_unfinished(folder)
         yield
 
 

@@ -10,34 +10,31 @@ from typing import Any
 
 from engine.documents import shown
 from engine.errors import InputError
+from engine.results.folders import unfinished
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place, then move it there."""
-    unfinished = _unfinished(path)
+    part = unfinished(path)
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
 def check_output(path: Path, flag: str = "--output") -> None:
     """Raise InputError unless a file can be written to a path, whose folder is there: before the work that fills it."""
-    unfinished = _unfinished(path)
+    part = unfinished(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        unfinished.touch()
-        unfinished.unlink()
+        part.touch()
+        part.unlink()
     except (OSError, ValueError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise InputError(f"can't write {shown(path)}: {why}: give another {flag}") from None
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part") if path.name else path
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -20,6 +20,7 @@ from engine.documents import shown
 from engine.errors import InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OURS = (".json", ".jsonl", ".csv", ".html")  # endings of the files that are moved to their place whole
 ELSEWHERE = "give another --output-dir"
 
 
@@ -39,6 +40,8 @@ def made(folder: Path) -> list[Path]:
                 break
             missing.append(each)
         folder.mkdir(parents=True, exist_ok=True)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         remove_empty(missing)
         raise cant_write(folder, error) from None
@@ -79,6 +82,8 @@ def owned(folder: Path, ours: Collection[str] = ()) -> Iterator[None]:
         raise cant_write(folder, error) from None
     try:
         take(lock, folder)
+        for name in ours:  # half-written by an owner that was killed
+            unfinished(folder / name).unlink(missing_ok=True)
         new = not any(folder.iterdir())
         try:
             yield
@@ -117,6 +122,18 @@ def owner(lock: int) -> str:
         return "another process"
     words = " ".join(Path(word).name if number < 2 else word for number, word in enumerate(command) if word)
     return f"process {pid} ({shown(words[:100])})"
+
+
+def unfinished(path: Path) -> Path:
+    """Return where a file is written before it is moved to its place whole."""
+    return path.with_name(f".{path.name}.part") if path.name else path
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files that a killed owner of a folder left half-written; for the owner that comes after it."""
+    for path in folder.rglob(".*.part"):
+        if path.is_file() and path.with_name(path.name[1:].removesuffix(".part")).suffix in OURS:
+            path.unlink(missing_ok=True)
 
 
 def _results(folder: Path, ours: Collection[str]) -> bool:

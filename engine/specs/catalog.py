@@ -23,6 +23,7 @@ from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec, hf_config
 from engine.specs.checks import build
 
+MOST_PATH = 4096
 MIB, GIB = 1 << 20, 1 << 30
 _CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie", "H100": "h100_sxm", "H200": "h200_sxm"} | {
     name: name.lower() for name in ("A40", "L40S", "L4")
@@ -373,7 +374,7 @@ def device(name_or_path: str) -> DeviceSpec:
     `a100` is `a100_pcie`, `h100` is `h100_sxm`, `h200` is `h200_sxm`.
     """
     found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
-    if found is None and Path(name_or_path).expanduser().is_dir():
+    if found is None and len(name_or_path) < MOST_PATH and Path(name_or_path).expanduser().is_dir():
         return _of_calibration(Path(name_or_path).expanduser())
     if found is None and _is_file(name_or_path, (".yaml", ".yml")):
         return _from_yaml(DeviceSpec, name_or_path)
@@ -454,7 +455,11 @@ def _find(names: Iterable[str], aliases: Mapping[str, str], wanted: str) -> str 
 
 def _is_file(text: str, suffixes: tuple[str, ...]) -> bool:
     """Whether a path was meant: it is there, or looks like one, and then reading it says what is wrong."""
-    return Path(text).exists() or text.endswith(suffixes) or text.startswith(("/", "./", "../", "~"))
+    try:
+        there = Path(text).exists()
+    except OSError:  # a name too long for one
+        there = False
+    return there or text.endswith(suffixes) or text.startswith(("/", "./", "../", "~"))
 
 
 def _from_yaml(kind: type[Spec], path: str) -> Spec:

@@ -15,7 +15,7 @@ from typing import Any
 from engine.documents import read_json
 from engine.errors import InputError
 from engine.results.files import write_json
-from engine.results.folders import owned
+from engine.results.folders import owned, remove_unfinished
 
 MARKER = "study.json"  # says which study a folder is of
 
@@ -57,4 +57,5 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
                 raise InputError(f"output folder {folder} holds the study {held}: give another --output-dir")
         else:
             write_json(marker, {"study": name})
+        remove_unfinished(folder)
         yield
