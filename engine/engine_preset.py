@@ -198,7 +198,7 @@ def _read(engine: str) -> tuple[str, dict[str, Any]]:
     if engine not in known and mine and re.fullmatch(r"[\d.]+", version):
         before = [name for name in mine if _by_version(name) < _by_version(engine)]
         nearest = f"the one before it is {before[-1]}" if before else f"the oldest is {mine[0]}"
-        raise InputError(f"no preset of {family} {version}: {nearest}, the newest {mine[-1]}")
+        raise InputError(f"no preset of {family} {version[:20]}: {nearest}, the newest {mine[-1]}")
     if engine not in known:
         raise unknown("engine", engine, [*known, *{f"{name.split('@')[0]}@{LATEST}" for name in known if "@" in name}])
     return engine, _parse(ENGINES / f"{engine}.json")

@@ -19,6 +19,7 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> InputError:
     names = sorted(known)
     folded = {name.casefold(): name for name in names}
     near = get_close_matches(value.casefold(), folded, n=1, cutoff=0.4)
+    value = value if len(value) <= 60 else f"{value[:57]}..."
     hint = f"did you mean {folded[near[0]]!r}?" if near else ""
     if hint and len(names) > SHOWN:
         return InputError(f"unknown {kind} {value!r}: {hint}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
@@ -74,11 +75,13 @@ class _Table:
         table = to_arrow(block)
         if self.writer is None:
             self.writer = pq.ParquetWriter(self.path, table.schema, compression="zstd")
-        self.writer.write_table(table)
+        with _closed_if_full(self.writer):
+            self.writer.write_table(table)
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with _closed_if_full(self.writer):
+                self.writer.close()
 
     def read(self, names: list[str]) -> Iterator[Columns]:
         """Yield the columns of `names`, a block of rows at a time; call after `close`."""
@@ -89,6 +92,16 @@ class _Table:
 
             for batch in pq.ParquetFile(self.path).iter_batches(columns=names):
                 yield {name: batch[name].to_numpy(zero_copy_only=False) for name in names}
+
+
+@contextmanager
+def _closed_if_full(writer: pq.ParquetWriter) -> Iterator[None]:
+    """Write no more after an error: a writer that is thrown away would try again, and print that it can't."""
+    try:
+        yield
+    except OSError:
+        writer.is_open = False
+        raise
 
 
 @dataclass(frozen=True)
