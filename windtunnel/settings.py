@@ -23,7 +23,9 @@ from windtunnel.names import unknown_setting
 from windtunnel.trace_check import check_no_result
 
 MOST_REPLICAS = 10_000  # of a cluster, which take some 30 KB each
+MOST_DRAWS = 1000
 TOLERANCE = 0.025  # of a capacity search, a share of the capacity
+SEEDS = 3  # workloads that a capacity is searched for, for its range
 
 # what is not given is what the specs say; here no default of a replica is decided
 _PARALLEL, _SCHEDULER, _WORKLOAD = ParallelSpec(), SchedulerSpec(), WorkloadSpec()
@@ -188,6 +190,12 @@ class ServingSettings(_Settings):
         given = {name: getattr(self, name) for name in names}
         return given if self.scheduler is None else {"policy": self.scheduler, **given}
 
+    def _checked(self, replica: ReplicaSpec) -> ReplicaSpec:
+        """Return the replica. Raises InputError for a setting that means nothing to its model."""
+        if self.enable_expert_parallel and replica.model.experts is None:
+            raise InputError(f"enable_expert_parallel true: {replica.model.name} has no experts: leave it out")
+        return replica
+
     def _replica_settings(self) -> ReplicaSettings:
         return {
             "engine": self.engine,
@@ -238,7 +246,7 @@ class ReplicaConfig(ServingSettings):
 
     def replica_spec(self) -> ReplicaSpec:
         """Resolve the settings into the replica they describe. Raises InputError for what can't be."""
-        return resolve(self.model, self.device, **self._replica_settings())
+        return self._checked(resolve(self.model, self.device, **self._replica_settings()))
 
     def _replica_settings(self) -> ReplicaSettings:
         return {
@@ -374,6 +382,19 @@ class RunConfig(ReplicaConfig):
     slo: list[str] = _field(
         [], "Goals", "Latency goal such as 'p99_tbt<=0.1' (seconds) or 'mean_ttft<=300ms'; repeatable."
     )
+    uncertainty: int | None = _field(
+        None,
+        "Goals",
+        "Reruns with errors of the predicted times drawn, for the ranges of results; 19 or more give 90 % ranges. "
+        "Simulated runs alone.",
+    )
+
+    @field_validator("uncertainty")
+    @classmethod
+    def _two_draws(cls, value: int | None) -> int | None:
+        if value is not None and not 2 <= value <= MOST_DRAWS:
+            raise ValueError(f"give 2 to {MOST_DRAWS:,} reruns, 19 or more for a 90 % range")
+        return value
 
     @field_validator("plugin", "slo", mode="before")
     @classmethod
@@ -508,7 +529,7 @@ class GenerateConfig(EngineSettings, ServingSettings):
 
     def replica_spec(self, device: DeviceSpec) -> ReplicaSpec:
         """Resolve the settings into the replica that generates on `device`. Raises InputError for what can't be."""
-        return resolve(self.model, device, **self._replica_settings())
+        return self._checked(resolve(self.model, device, **self._replica_settings()))
 
 
 File = TypeVar("File", bound=FileConfig)
@@ -593,7 +614,7 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: C
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        wanted = _WANTED.get(first["type"], first["msg"])
+        wanted = _WANTED.get(first["type"], first["msg"].removeprefix("Value error, "))
         raise InputError(f"{place(str(first['loc'][0]))} {short(first['input'])}: {wanted}") from None
 
 

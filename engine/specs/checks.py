@@ -104,6 +104,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         if value not in get_args(kind):
             raise unknown(f"value of {where}:", str(value), get_args(kind))
         return value
+    if get_origin(kind) is tuple and isinstance(value, Mapping) and get_origin(inner := get_args(kind)[0]) is tuple:
+        return {str(name): _value(get_args(inner)[1], each, f"{where}.{name}") for name, each in value.items()}
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where}: {short(value)}: give a list")
