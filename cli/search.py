@@ -34,7 +34,7 @@ from windtunnel.capacity import checked, deployed, open_search, read_search_file
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
-from windtunnel.settings import ENGINE_KEYS, BenchConfig, load, read_file
+from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, BenchConfig, load, read_file
 
 SWEEP = "sweep.json"
 
@@ -62,6 +62,8 @@ def run(
     check_tolerance(tolerance)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
+    if not 1 <= seeds <= MOST_DRAWS:
+        raise InputError(f"--seeds {seeds}: give 1 to {MOST_DRAWS:,}")
     shared: dict[str, Any] = {"tolerance": tolerance, "seeds": seeds, "curve": curve}
     if sweep is None:
         settings = load(config, flags, BenchConfig)

@@ -20,6 +20,7 @@ from studies.published import library as studies
 from studies.published import record as records_of
 from studies.published.experiment import SEEDS
 from studies.published.run import StudyCrashedError, run
+from windtunnel.settings import MOST_DRAWS
 
 ALL = "all"
 
@@ -73,8 +74,8 @@ def run_study(
         raise InputError("--json and --markdown exclude each other: remove one")
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
-    if seeds is not None and seeds < 1:
-        raise InputError(f"--seeds {seeds}: give at least 1")
+    if seeds is not None and not 1 <= seeds <= MOST_DRAWS:
+        raise InputError(f"--seeds {seeds}: give 1 to {MOST_DRAWS:,}")
     options = Options(model, host_overhead, num_prompts, seeds or SEEDS, workers)
     if record is not None:
         if options.left_out:

@@ -24,7 +24,8 @@ COMMANDS = (
      "--slo", "p99_tbt<=0.1", "--output-dir", "search"),
     ("report", "search"),
     ("calibrate", "show", "--device", "a100_sxm"),
-    ("simulate", "--config", "run/config.yaml", "--trace", "trace.csv", "--output-dir", "replay"),
+    ("simulate", "--config", "run/config.yaml", "--trace", "trace.csv", "--num-prompts", "2", "--output-dir",
+     "replay"),
 )  # fmt: skip
 
 
