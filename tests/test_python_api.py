@@ -119,7 +119,10 @@ def test_a_search_resumes_and_refuses_another_ones_folder(searched: wt.Search, m
 
 
 def test_the_defaults_are_the_command_lines() -> None:
-    for function, own in ((wt.simulate, {"config", "output_dir"}), (wt.search, {"config", "output_dir", "tolerance"})):
+    for function, own in (
+        (wt.simulate, {"config", "output_dir"}),
+        (wt.search, {"config", "output_dir", "tolerance", "seeds"}),
+    ):
         parameters = inspect.signature(function).parameters
         assert set(parameters) == {*FileConfig.model_fields, *own}
         for name, field in FileConfig.model_fields.items():
