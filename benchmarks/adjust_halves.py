@@ -2,7 +2,7 @@
 
     python benchmarks/adjust_halves.py DIR [PART_OF_A_SET_S_NAME ...]   # the folder of the public measurements
 
-At most twelve points of the low half are fitted to, evenly chosen: what a user would measure. The last half of the loads
+At most twelve points of the low half are fitted to, evenly chosen: what a user would measure. The other half
 is then predicted with the engine as it ships, and with the preset that was fitted. Sets of one run have no halves.
 """
 

@@ -33,12 +33,13 @@ UNITS = {  # seconds in which each constant is of the order of one
     "sampler_logit_s": 1e-11,
 }
 _FACTOR = 0.1  # the unit of a factor of operators
-_WEIGHTS = {"tpot": 1.0, "ttft": 0.5, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too
+_LEAST = 1.0  # of a factor, in its unit
+_WEIGHTS = {"tpot": 1.0, "ttft": 0.25, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too: 5 to 16 %
 _NOISE = 0.02  # of a log error of weight one: repeats of a run on one server
 _HUBER = 0.1  # of a log error; larger ones count linearly
-_STEP = 0.2  # of a unit, for slopes
+_STEP = 0.5  # of a unit, for slopes: what a lock-in changes is small beside it
 _MOST_STEPS = 6
-_DAMPINGS = (0.01, 0.1, 1.0)  # of steps, which are tried beside each other
+_DAMPINGS = (0.01, 0.3, 3.0)  # of steps, which are tried beside each other
 _ENOUGH = 3e-3  # a step that lessens the loss by less, as a share, is the last
 ALIKE = 0.95  # correlation from which on two constants are said not to be told apart
 _FLAT = 0.3  # share of a direction from which on a constant is named as part of it
@@ -127,7 +128,7 @@ def _at(evaluate: Evaluate, names: Sequence[str], trials: Sequence[Array]) -> li
 
 
 def _named(names: Sequence[str], x: Array) -> dict[str, float]:
-    low = [0.0 if name in UNITS else _STEP for name in names]
+    low = [0.0 if name in UNITS else _LEAST for name in names]
     return {name: float(f"{value * unit(name):.4g}") for name, value in zip(names, np.maximum(x, low), strict=True)}
 
 
