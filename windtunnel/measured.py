@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
@@ -32,32 +32,37 @@ MOST_POINTS = 20_000
 JOBS_A_PROCESS = 8  # at least: a process takes longer to start than most points
 
 
+class Reading(TypedDict, total=False):
+    """How to read measured results: `only` keeps points whose id or load matches it; else see `readers.read`."""
+
+    only: str | None
+    source: str | None
+    client: str | None
+    columns: str | None
+    warmup_requests: int | None
+
+
 def validate_measured(
     path: Path,
     given: Mapping[str, Any],
     *,
-    only: str | None = None,
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
     uncertainty: int | None = None,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Predict every point of a file or folder of measured results and return what `validation.json` holds.
 
     Args:
         given: settings of the replica that win over what the file and its source say.
-        only: keeps the points whose id or load matches this regular expression.
-        source, client, columns, warmup_requests: see `studies.measured.readers.read`.
         uncertainty: reruns of each point with drawn errors, for ranges; 19 or more give 90 % ranges.
         workers: processes; None: one a processor. More than one needs the caller's script to guard `__main__`.
         on_progress: called with how many points are predicted, and of how many.
+        **reading: how to read the file.
 
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
     """
-    files, ready, refused = read_points(path, given, source, client, columns, warmup_requests, only)
+    files, ready, refused = read_points(path, given, **reading)
     return _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
 
 
@@ -66,21 +71,17 @@ def adjust_preset(
     given: Mapping[str, Any],
     free: Sequence[str] = (),
     *,
-    only: str | None = None,
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Fit the host constants of an engine preset to measured results; return a preset, and the errors before and after.
 
-    `free` names the constants (empty: those that the engine has); `only` keeps the points whose id or load it matches.
+    `free` names the constants and kinds of operators (empty: those that the engine has, and every kind).
     What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
     constants that the points can't tell apart, and the errors `before` and `after`, of the points fitted to.
     """
-    _, kept, refused = read_points(path, given, source, client, columns, warmup_requests, only)
+    _, kept, refused = read_points(path, given, **reading)
     names = sorted({each.replica.engine.name for each in kept})
     if len(names) > 1:
         raise InputError(f"{path} has points of {' and '.join(names)}: give --engine, or --only some of them")
@@ -112,6 +113,7 @@ def adjust_preset(
         summary([point_record(each.point, each.replica, result) for each, result in zip(kept, results, strict=True)], 0)
         for results in (found.before, found.after)
     ]
+    only = reading.get("only")
     rows = f"{len(kept)} points of {path.name}" + (f" (those with {only!r})" if only else "")
     fitted = asdict(_host_with(host, found.constants))
     fitted["source"] = f"fitted by 'windtunnel calibrate adjust' to {rows}: {', '.join(chosen)}; the rest as {names[0]}"
@@ -171,22 +173,22 @@ class _Ready:
 _Found = tuple[list[Measurements], list[_Ready], list[tuple[str, str]]]
 
 
-def read_points(
-    path: Path,
-    given: Mapping[str, Any],
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
-    only: str | None = None,
-) -> _Found:
+def read_points(path: Path, given: Mapping[str, Any], **reading: Unpack[Reading]) -> _Found:
     """Return what the file or folder holds, the points that can be predicted, and rows that can't, with the reason."""
     for name in given:
         if name not in _OWN:
             raise InputError(
                 f"--{name.replace('_', '-')} {given[name]} has no meaning with --against: the load is the measured one"
             )
-    files = read(path, given, source, client, columns, warmup_requests)
+    only = reading.get("only")
+    files = read(
+        path,
+        given,
+        reading.get("source"),
+        reading.get("client"),
+        reading.get("columns"),
+        reading.get("warmup_requests"),
+    )
     if only is not None:
         every = sum(len(file.points) + len(file.refused) for file in files)
         files = [file.only(only) for file in files]

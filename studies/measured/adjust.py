@@ -2,8 +2,11 @@
 
 A constant is a field of `engine.specs.HostOverhead`, or a kind of operator, whose factor it is. The fit is by least
 squares of log(predicted / measured), large errors counted less (Huber), by steps of Gauss and Newton over simulations;
-constants are never below zero. A factor is expected to be one, give or take what the kind's predicted times may be off
-(`simulator.predictor.uncertainty`), so that it moves only as far as the measured results speak of it.
+constants are never below zero.
+
+Each constant is expected to be what it was, a factor give or take what the kind's predicted times may be off
+(`simulator.predictor.uncertainty`), so that it moves only as far as the measured results speak of it. What is far from
+that counts linearly too, so that a server that is unlike is seen.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 
 from engine.errors import InputError, unknown
 from engine.results.tables import Array
+from simulator.predictor.uncertainty import HOST
 from studies.measured.point import Point
 
 UNITS = {  # seconds in which each constant is of the order of one
@@ -37,6 +41,7 @@ _LEAST = 1.0  # of a factor, in its unit
 _WEIGHTS = {"tpot": 1.0, "ttft": 0.25, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too: 5 to 16 %
 _NOISE = 0.02  # of a log error of weight one: repeats of a run on one server
 _HUBER = 0.1  # of a log error; larger ones count linearly
+_UNSURE = 0.2  # of a unit: standard deviation of a constant of the host that is small or not known
 _STEP = 0.5  # of a unit, for slopes: what a lock-in changes is small beside it
 _MOST_STEPS = 6
 _DAMPINGS = (0.01, 0.3, 3.0)  # of steps, which are tried beside each other
@@ -94,8 +99,9 @@ def adjust(
             "or fewer constants by --fit"
         )
     x = first = np.array([start[name] / unit(name) for name in names])
-    # how sure each was before: of the host's constants, next to nothing
-    sure = np.array([_NOISE / (known[name] * first[i]) if name in known else 0.0 for i, name in enumerate(names)])
+    # how sure each was before, the noise over its standard deviation, in its unit
+    off = [known[name] * x[i] if name in known else max(HOST * x[i], _UNSURE) for i, name in enumerate(names)]
+    sure = _NOISE / np.array(off)
 
     def residuals_at(predictions: Predictions, place: Array) -> Array:
         return np.concatenate([_residuals(points, predictions), sure * (np.maximum(place, 0.0) - first)])
@@ -119,7 +125,7 @@ def adjust(
             break
     of_data = slice(0, figures)
     margins, alike = _confidence(names, slopes, residuals, figures, slopes[of_data])
-    flat = _flat(names, slopes[of_data], sure)
+    flat = _flat(names, slopes[of_data], sure, [name in known for name in names])
     return Adjusted(dict(_named(names, x)), margins, alike, flat, steps, before, after)
 
 
@@ -184,9 +190,9 @@ def _confidence(
     return {name: float(_Z90 * spread[i] * unit(name)) if felt[i] else inf for i, name in enumerate(names)}, alike
 
 
-def _flat(names: Sequence[str], of_data: Array, sure: Array) -> list[list[str]]:
+def _flat(names: Sequence[str], of_data: Array, sure: Array, is_factor: Sequence[bool]) -> list[list[str]]:
     """The constants of each direction among factors in which the points say less than was known before."""
-    factors = np.flatnonzero(sure > 0)
+    factors = np.flatnonzero(is_factor)
     if not len(factors):
         return []
     scaled = of_data[:, factors] / sure[factors]  # by how far each may be off, and by the noise
