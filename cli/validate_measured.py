@@ -14,6 +14,7 @@ from cli.output import progress_bar
 from engine.results.run_folder import run_folder, write_summary
 from studies.measured.judge import OF_REQUESTS, groups_of
 from studies.measured.point import MEASURES
+from studies.words import effect_words
 from windtunnel.measured import Reading, validate_measured
 
 _LINE = ("points", "predicted", *MEASURES, "groups", *OF_REQUESTS)  # of --json
@@ -37,7 +38,7 @@ def run(
         with progress_bar("points") as progress:
             task = progress.add_task("predicting", total=None)
             return validate_measured(
-                path, given, uncertainty=uncertainty, workers=None,
+                path, given, uncertainty=uncertainty, effects=True, workers=None,
                 on_progress=lambda done, of: progress.update(task, completed=done, total=of), **reading,
             )  # fmt: skip
 
@@ -75,6 +76,8 @@ def _print(results: dict[str, Any], console: Console) -> None:
     shares = [f"{name.upper()} {error['covered']:.0%}" for name, error in known]
     if shares:
         console.print(f"measured within the ranges of reruns with drawn errors: {', '.join(shares)} of the points")
+    for effect in results["effects"]:
+        console.print(f"had it been {effect['instead']}: {effect_words(effect)}", style="dim")
     for name, words in OF_REQUESTS.items():
         if entry := results.get(name):
             sign = "" if name == "per_request" else "+"  # a mean of absolute errors has none

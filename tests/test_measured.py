@@ -263,3 +263,19 @@ def test_what_was_assumed_of_other_points_is_not_said(tmp_path: Path) -> None:
     path = silicon(tmp_path, silicon_row(2), silicon_row(4, measured="2025-10-29"))
     assert any("InferenceMAX" in text for text in validate_measured(path, {})["assumed"])
     assert not any("InferenceMAX" in text for text in validate_measured(path, {}, only="c2")["assumed"])
+
+
+def test_what_is_assumed_is_listed_with_what_another_value_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = silicon(tmp_path, silicon_row(4), silicon_row(8))
+    found = {each["instead"]: each for each in validate_measured(path, {}, effects=True)["effects"]}
+    assert found["a token budget of 8,192"]["points"] == 1 and not found["a token budget of 8,192"]["spread"]
+    left_out = found["the first wave left out"]
+    assert left_out["ttft"] < -0.05  # the first wave waits for itself
+    (spread,) = (each for each in found.values() if each["spread"])
+    assert 0 < spread["ttft"] < 1 and spread["points"] == 1
+    known = validate_measured(path, {"max_num_batched_tokens": "512"}, effects=True)["effects"]
+    assert not any("budget" in each["instead"] for each in known)  # what was asked for is not assumed
+    assert run(["validate", "--against", str(path)]) == (0, "")
+    assert "had it been the first wave left out: TPOT" in capsys.readouterr().out

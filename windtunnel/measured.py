@@ -21,6 +21,8 @@ from simulator.cluster import Deployment
 from simulator.predictor.uncertainty import deviations
 from studies.jobs.pool import Results, in_turn, work_off
 from studies.measured.adjust import UNITS, Adjusted, adjust, figures_of
+from studies.measured.effects import effects as effects_of
+from studies.measured.effects import variants
 from studies.measured.judge import point_record, summary
 from studies.measured.point import MEASURES, Measurements, Point
 from studies.measured.predict import Job, predict
@@ -47,6 +49,7 @@ def validate_measured(
     given: Mapping[str, Any],
     *,
     uncertainty: int | None = None,
+    effects: bool = False,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
     **reading: Unpack[Reading],
@@ -56,6 +59,7 @@ def validate_measured(
     Args:
         given: settings of the replica that win over what the file and its source say.
         uncertainty: reruns of each point with drawn errors, for ranges; 19 or more give 90 % ranges.
+        effects: whether to predict a few points again with other plausible values of what is assumed.
         workers: processes; None: one a processor. More than one needs the caller's script to guard `__main__`.
         on_progress: called with how many points are predicted, and of how many.
         **reading: how to read the file.
@@ -63,7 +67,30 @@ def validate_measured(
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
     """
     files, ready, refused = read_points(path, given, **reading)
-    return _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
+    found = _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
+    return {**found, "effects": _effects(ready, given, found["records"], workers) if effects else []}
+
+
+def _effects(
+    ready: Sequence[_Ready], given: Mapping[str, Any], records: Sequence[Mapping[str, Any]], workers: int | None
+) -> list[dict[str, Any]]:
+    """Return what other values of the assumptions change, of a few points."""
+    tried = variants([each.point for each in ready], given)
+    places: list[int] = []
+    jobs = []
+    for place, variant in enumerate(tried):
+        try:
+            jobs.append(job_of(variant.point))
+        except InputError:  # a value that this replica can't have is no plausible one
+            continue
+        places.append(place)
+    failures: dict[int, str] = {}
+    after: list[Mapping[str, Any] | None] = [None] * len(tried)
+    for place, record in zip(places, predict_points(jobs, workers, failures=failures), strict=True):
+        after[place] = None if record is None else record["predicted"]
+    by_id = {record["id"]: record["predicted"] for record in records}
+    before = {i: by_id[each.point.id] for i, each in enumerate(ready) if each.point.id in by_id}
+    return effects_of(tried, before, after)
 
 
 def adjust_preset(

@@ -35,6 +35,16 @@ class Client(BaseModel):
     statistic: Literal["mean", "median"] = "mean"
 
 
+class Alternative(BaseModel):
+    """What rows of a source might have had instead of what is assumed."""
+
+    model_config = ConfigDict(extra="forbid")
+    instead: str
+    settings: dict[str, Any] = {}
+    requests_per_user: int | None = Field(None, ge=1, le=10_000)
+    first_wave_left_out: bool = False
+
+
 class Source(BaseModel):
     """What a kind of results file leaves open."""
 
@@ -58,6 +68,7 @@ class Source(BaseModel):
     num_prompts_in_turn: int | None = Field(None, ge=1)
     warmup_requests: int | None = Field(None, ge=0)
     assumed: list[str] = []
+    alternatives: list[Alternative] = []
 
     def settings(self, device: str, isl: int = 0, concurrency: int = 0) -> dict[str, Any]:
         """Return the settings of a replica that it decides, for a row of a device, input length and concurrency."""
