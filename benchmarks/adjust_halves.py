@@ -16,19 +16,11 @@ from pathlib import Path
 
 import yaml
 
-from engine.workload.workload import WorkloadSpec
 from studies.measured.judge import by_limit, errors_of
 from studies.measured.truth import SETS
 from windtunnel.measured import adjust_preset, read_points, validate_measured
 
 MOST = 12  # points to fit to
-
-
-def load_of(workload: object) -> float:
-    """Return the concurrency, the rate, or the requests given at once."""
-    assert isinstance(workload, WorkloadSpec)
-    rate = workload.request_rate if workload.request_rate != float("inf") else None
-    return float(workload.max_concurrency or rate or workload.num_prompts or 0)
 
 
 def pattern(ids: list[str]) -> str:
@@ -42,17 +34,18 @@ def main(folder: Path, wanted: list[str]) -> None:
             continue
         path, given = folder / each["file"], each.get("given", {})
         _, ready, _ = read_points(path, given, only=each.get("only"))
-        if len(ready) < 4 or not isinstance(ready[0].point.workload, WorkloadSpec):
+        if len(ready) < 4:
             continue
-        ordered = sorted(ready, key=lambda one: load_of(one.point.workload))
-        middle = load_of(ordered[len(ordered) // 2].point.workload)
-        low = [one.point.id for one in ordered if load_of(one.point.workload) < middle]
-        high = [one.point.id for one in ordered if load_of(one.point.workload) >= middle]
+        ordered = sorted(ready, key=lambda one: one.point.load_number)
+        middle = ordered[len(ordered) // 2].point.load_number
+        low = [one.point.id for one in ordered if one.point.load_number < middle]
+        high = [one.point.id for one in ordered if one.point.load_number >= middle]
         chosen = [low[i * len(low) // min(MOST, len(low))] for i in range(min(MOST, len(low)))]
         found = adjust_preset(path, given, only=pattern(chosen), workers=None)
         print(f"{each['name']}: {found['points']} points fitted to, {len(high)} predicted", flush=True)
         for name, value in found["constants"].items():
             print(f"  {name} {found['before_constants'][name]:.4g} -> {value:.4g} +- {found['margins'][name]:.2g}")
+        print(f"  share of the change taken: {found['share']}")
         print(f"  can't be told apart: {found['alike']}; hardly told: {found['flat']}", flush=True)
         with tempfile.TemporaryDirectory() as place:
             preset = Path(place) / "mine.yaml"

@@ -272,7 +272,7 @@ def test_what_is_assumed_is_listed_with_what_another_value_changes(
     found = {each["instead"]: each for each in validate_measured(path, {}, effects=True)["effects"]}
     assert found["a token budget of 8,192"]["points"] == 1 and not found["a token budget of 8,192"]["spread"]
     left_out = found["the first wave left out"]
-    assert left_out["ttft"] < -0.05  # the first wave waits for itself
+    assert -0.5 < left_out["ttft"] < 0  # the first wave waits for itself
     (spread,) = (each for each in found.values() if each["spread"])
     assert 0 < spread["ttft"] < 1 and spread["points"] == 1
     known = validate_measured(path, {"max_num_batched_tokens": "512"}, effects=True)["effects"]

@@ -155,6 +155,7 @@ def adjust_preset(
         "factors": sorted(known),
         "alike": [list(pair) for pair in found.alike],
         "flat": found.flat,
+        "share": found.share,
         "points": len(kept),
         "before": {name: errors[0][name] for name in MEASURES},
         "after": {name: errors[1][name] for name in MEASURES},

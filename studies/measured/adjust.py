@@ -45,6 +45,7 @@ _UNSURE = 1.0  # of a unit: standard deviation of a constant of the host that is
 _STEP = 0.5  # of a unit, for slopes: what a lock-in changes is small beside it
 _MOST_STEPS = 6
 _DAMPINGS = (0.01, 0.3, 3.0)  # of steps, which are tried beside each other
+_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of a change
 _ENOUGH = 3e-3  # a step that lessens the loss by less, as a share, is the last
 ALIKE = 0.95  # correlation from which on two constants are said not to be told apart
 _FLAT = 0.3  # share of a direction from which on a constant is named as part of it
@@ -61,14 +62,15 @@ class Adjusted:
     """Fitted constants (s; factors of operators without a unit), and how far each may be off (90 %).
 
     `alike` are pairs that these points can't tell apart, `flat` the constants of directions in which they hardly say
-    more than was known before. `before` and `after` are the predictions with the first and the last constants.
+    more than was known before, `share` how much of the change was taken (`_trusted`). `before` and `after` are the
+    predictions with the first and the last constants.
     """
 
     constants: dict[str, float]
     margins: dict[str, float]
     alike: list[tuple[str, str]]
     flat: list[list[str]]
-    steps: int
+    share: float
     before: Predictions
     after: Predictions
 
@@ -108,9 +110,9 @@ def adjust(
 
     (before,) = evaluate([_named(names, x)])
     after, residuals = before, residuals_at(before, x)
+    first_residuals = residuals
     slopes = np.zeros((len(residuals), len(names)))
-    steps = 0
-    for steps in range(1, _MOST_STEPS + 1):  # noqa: B007 - how many there were
+    for _ in range(_MOST_STEPS):
         trials = [x + _STEP * np.eye(len(names))[i] for i in range(len(names))]
         found = [residuals_at(each, trial) for each, trial in zip(_at(evaluate, names, trials), trials, strict=True)]
         slopes = (np.array(found) - residuals).T / _STEP
@@ -123,10 +125,15 @@ def adjust(
             x, residuals, after = trials[best], found[best], made[best]
         if gain < _ENOUGH:
             break
+    share = _trusted(points, first_residuals, residuals, slopes, x)
+    if share < 1:
+        x = first + share * (x - first)
+        (after,) = evaluate([_named(names, x)])
+        residuals = residuals_at(after, x)
     of_data = slice(0, figures)
     margins, alike = _confidence(names, slopes, residuals, figures, slopes[of_data])
     flat = _flat(names, slopes[of_data], sure, [name in known for name in names])
-    return Adjusted(dict(_named(names, x)), margins, alike, flat, steps, before, after)
+    return Adjusted(dict(_named(names, x)), margins, alike, flat, share, before, after)
 
 
 def _at(evaluate: Evaluate, names: Sequence[str], trials: Sequence[Array]) -> list[Predictions]:
@@ -166,6 +173,22 @@ def _step(slopes: Array, residuals: Array, x: Array, damping: float) -> Array:
     right = np.concatenate([-weights * residuals, np.zeros(len(x))])
     found: Array = lsq_linear(left, right, bounds=(np.minimum(-x, -1e-12), np.inf)).x
     return found
+
+
+def _trusted(points: Sequence[Point], first: Array, residuals: Array, slopes: Array, x: Array) -> float:
+    """How much of the change to take: as much as predicts the highest load best when fitted to the others alone.
+
+    That fit and its predictions are by the slopes at the fit to all, without simulations. 1.0 where there is one load.
+    """
+    loads = np.array([point.load_number for point in points for _ in figures_of(point)])
+    if len(np.unique(loads)) < 2:
+        return 1.0
+    held = np.zeros(len(residuals), dtype=bool)
+    held[: len(loads)] = loads == loads.max()
+    kept = x + _step(slopes[~held], residuals[~held], x, _DAMPINGS[0])
+    fitted = residuals[held] + slopes[held] @ (kept - x)
+    losses = [_loss((1 - share) * first[held] + share * fitted) for share in _SHARES]
+    return _SHARES[int(np.argmin(losses))]
 
 
 def _confidence(
