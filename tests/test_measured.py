@@ -12,7 +12,7 @@ import yaml
 import windtunnel
 from cli.main import run
 from engine.errors import InputError
-from studies.measured.readers import read
+from studies.measured.readers import _device, read
 from studies.measured.sources import sources
 from windtunnel.measured import validate_measured
 
@@ -279,3 +279,23 @@ def test_what_is_assumed_is_listed_with_what_another_value_changes(
     assert not any("budget" in each["instead"] for each in known)  # what was asked for is not assumed
     assert run(["validate", "--against", str(path)]) == (0, "")
     assert "had it been the first wave left out: TPOT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("hardware", "device"),
+    [("A100-80GB", "a100"), ("NVIDIA A100-SXM4-80GB", "a100_sxm"), ("NVIDIA A100 80GB PCIe", "a100_pcie"),
+     ("H100", "h100"), ("NVIDIA H100 80GB HBM3", "h100"), ("Nobody X9", "nobody_x9")],
+)  # fmt: skip
+def test_cards_are_known_by_the_names_that_tables_give_them(hardware: str, device: str) -> None:
+    assert _device(hardware) == device
+
+
+def test_an_a100_of_the_recorded_aggregates_is_an_sxm_card_and_that_is_said(tmp_path: Path) -> None:
+    row = {"exp_id": 1, "model": DEVICE["model"], "hardware": "A100-80GB", "tp": 1, "workload": "general",
+           "max_num_batched_tokens": 2048, "stage_index": 0, "e2e_mean_ms": 900.0, "itl_mean_ms": 9.0,
+           "ttft_mean_ms": 40.0, "request_rate_per_s": 2, "stage_seconds": 10, "input_tokens_about": 200,
+           "output_tokens_about": 20}  # fmt: skip
+    path = tmp_path / "aggregates.csv"
+    pd.DataFrame([row]).to_csv(path, index=False)
+    (file,) = read(path, {})
+    assert file.points[0].settings["device"] == "a100_sxm" and "A100-80GB is a100_sxm" in file.every_assumption

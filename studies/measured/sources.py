@@ -55,6 +55,7 @@ class Source(BaseModel):
     engine: str | None = None
     usage: str | None = None
     device: str | None = None  # where the file's words leave it open
+    cards: dict[str, str] = {}  # devices by names that leave open which card it is
     client: str = "vllm-bench"
     max_num_batched_tokens: int | str | None = None  # or "isl + concurrency"
     max_num_seqs: int | str | None = None  # or "concurrency"
