@@ -59,7 +59,6 @@ def new_figure(legend: bool = True) -> go.Figure:
             "y": 1.02,
             "yanchor": "bottom",
             "itemclick": False,
-            "itemsizing": "constant",
             "itemdoubleclick": False,
             "traceorder": "normal",
         },
