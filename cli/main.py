@@ -51,6 +51,23 @@ def _root(shown: Annotated[bool, typer.Option("--version", help="Print the versi
         print(version("windtunnel"))
 
 
+_ENDPOINT, _TIMEOUT_S = "completions", 300.0  # of a server that is measured, by default
+
+
+def _check_no_server(
+    needed: str, endpoint: str, timeout: float, ignore_eos: bool, served_model_name: str | None = None
+) -> None:
+    """Raise InputError for what was asked of a server where none is measured: `needed` would say which."""
+    for flag, value, given in (
+        ("--endpoint", endpoint, endpoint != _ENDPOINT),
+        ("--timeout", timeout, timeout != _TIMEOUT_S),
+        ("--ignore-eos", "", ignore_eos),
+        ("--served-model-name", served_model_name, served_model_name is not None),
+    ):
+        if given:
+            raise InputError(f"{flag}{' ' * bool(value)}{value} needs {needed}")
+
+
 def _with_settings(kind: type[BaseModel], command: Callable[..., None]) -> Callable[..., None]:
     """Return `command` with a flag for each setting of a kind, passed to it (None: not given) as the dict `flags`."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
@@ -138,12 +155,13 @@ def bench(
         str | None,
         typer.Option(help="URL of an OpenAI-compatible server to measure in place of this machine's engine."),
     ] = None,
-    endpoint: Annotated[str, typer.Option(help="With --url: endpoint of the server, completions or chat.")] = (
-        "completions"
-    ),
-    timeout: Annotated[float, typer.Option(help="With --url: seconds without a byte after which a request failed.")] = (
-        300.0
-    ),
+    endpoint: Annotated[str, typer.Option(help="With --url: endpoint of the server, completions or chat.")] = _ENDPOINT,
+    timeout: Annotated[
+        float, typer.Option(help="With --url: seconds without a byte after which a request failed.")
+    ] = _TIMEOUT_S,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="With --url: ask for whole outputs, past the end-of-text token.")
+    ] = False,
     save_result: Annotated[
         Path | None, typer.Option(help="With --url: JSON file to write, in the form of vLLM's benchmark results.")
     ] = None,
@@ -158,11 +176,13 @@ def bench(
 
         LoadConfig.check(flags)
         load = _load_config(config, flags, LoadConfig)
-        server = {"url": url, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        server = {"url": url, "flag": "--url", "endpoint": endpoint, "timeout": timeout, "api_key": api_key,
+                  "ignore_eos": ignore_eos}  # fmt: skip
         run_on_server(load, server, output_dir, save_result, as_json=json_)
         return
     if save_result is not None:
         raise InputError(f"--save-result {save_result} needs --url")
+    _check_no_server("--url", endpoint, timeout, ignore_eos)
     from cli.bench import run
 
     run(_load_config(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)
@@ -254,12 +274,13 @@ def validate(
         int | None,
         typer.Option(help="With a file: first requests to leave out. Default: 200 where there is a cache to warm."),
     ] = None,
-    endpoint: Annotated[str, typer.Option(help="With a URL: endpoint of the server, completions or chat.")] = (
-        "completions"
-    ),
+    endpoint: Annotated[str, typer.Option(help="With a URL: endpoint of the server, completions or chat.")] = _ENDPOINT,
     timeout: Annotated[
         float, typer.Option(help="With a URL: seconds without a byte after which a request failed.")
-    ] = 300.0,
+    ] = _TIMEOUT_S,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="With a URL: ask for whole outputs, past the end-of-text token.")
+    ] = False,
     served_model_name: Annotated[
         str | None, typer.Option(help="With a URL: the model's name at the server. Default: its first.")
     ] = None,
@@ -270,6 +291,8 @@ def validate(
 ) -> None:
     """Run a workload on this machine's engine, or on a server, and in the simulator, and report the differences."""
     url = against is not None and against.startswith(("http://", "https://"))
+    if not url:
+        _check_no_server("--against with a URL", endpoint, timeout, ignore_eos, served_model_name)
     for flag, value in (("only", only), ("source", source), ("client", client), ("warmup-requests", warmup_requests)):
         if value is not None and (against is None or url):
             raise InputError(f"--{flag} {value} needs --against with a file of measured results")
@@ -294,7 +317,8 @@ def validate(
     if url:
         from cli.validate_url import run as run_against
 
-        server = {"url": against, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        server = {"url": against, "flag": "--against", "endpoint": endpoint, "timeout": timeout, "api_key": api_key,
+                  "ignore_eos": ignore_eos}  # fmt: skip
         run_against(settings, server, load, served_model_name, output_dir, as_json=json_)
         return
     from cli.validate import run

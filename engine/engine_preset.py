@@ -86,6 +86,7 @@ class EnginePreset:
     reserve_bytes: int = 0  # of each device's memory, kept off the KV cache for CUDA graphs
     ships: bool = True
     overrides: tuple[str, ...] = field(default=(), compare=False)
+    note: str = field(default="", compare=False)  # on what was asked for and makes no difference to it
 
     @property
     def attention_kernel(self) -> str | None:
@@ -161,6 +162,7 @@ def preset(
         host=host,
         scheduler={**limits, **own},
         ships=not engine.endswith(FILES),
+        note="" if limits or usage == USAGES[0] else f"--usage {usage} makes no difference to the engine {name}",
         profile_run=ProfileRun(**data["profile_run"]) if "profile_run" in data else None,
         reserve_bytes=int(data.get("reserve_gib", 0) * GIB),
         **_graphs(data.get("graphs") or {}, device),

@@ -108,7 +108,7 @@ class ReplicaSpec:
     def notes(self) -> list[str]:
         """Return what a reader of the results should know."""
         length, positions = self.scheduler.max_model_len or 0, self.model.max_position_embeddings
-        notes = [self.card] * bool(self.card)
+        notes = [each for each in (self.card, self.engine.note) if each]
         if length > positions:
             notes.append(
                 f"--max-model-len {length} is past the {positions} positions that {self.model.name} was made for"

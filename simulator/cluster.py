@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Unpack
@@ -68,7 +68,6 @@ class Deployment:
     replica: ReplicaSpec
     predictor: RuntimePredictor
     host: HostOverhead | None = None  # that the predictor was made with, if it was made by name
-    made_by: str | None = None  # that name
 
     def __post_init__(self) -> None:
         self.replica.num_kv_blocks()
@@ -82,16 +81,16 @@ class Deployment:
             raise unknown("predictor", predictor, PREDICTORS)
         host = replica.engine.host
         made = PREDICTORS[predictor](replica.model, replica.device, replica.network, replica.parallel, host)
-        return cls(replica, made, host, predictor)
+        return cls(replica, made, host)
 
     def drawn(self, seed: int) -> Deployment:
         """Return the deployment with the errors of its times drawn (`simulator.predictor.uncertainty`).
 
-        Raises InputError for one whose predictor was not made by name.
+        A user's own predictor gives the same times: its errors are not known.
         """
-        if self.made_by is None:
-            raise InputError(f"{self.predictor.description}: its errors are not known, nothing can be drawn of them")
-        return Deployment.of(drawn(self.replica, self.predictor.errors, seed), self.made_by)
+        replica = drawn(self.replica, self.predictor.errors, seed)
+        host = replica.engine.host
+        return replace(self, replica=replica, predictor=self.predictor.for_host(host), host=self.host and host)
 
     @property
     def model(self) -> ModelSpec:
@@ -181,20 +180,20 @@ def simulate(
     stopped_early: str | None = None
     report_every = max(1, len(workload) // 200)
 
-    def on_finished(request: Request) -> None:
+    def on_finished(requests: Sequence[Request]) -> None:
         nonlocal finished, stopped_early
-        finished += 1
+        for request in requests:
+            finished += 1
+            if client is not None:
+                client.finished(request, env.now)
+            if stop is not None and stopped_early is None:
+                stopped_early = stop(request)
+            if on_progress is not None and finished % report_every == 0:
+                on_progress(finished)
         if client is not None:
-            client.finished(request, env.now)
             send()
-        if stop is not None and stopped_early is None:
-            stopped_early = stop(request)
-            if stopped_early is not None and finished < len(workload):
-                all_finished.succeed()
-        if finished == len(workload) and not all_finished.triggered:
+        if (finished == len(workload) or stopped_early is not None) and not all_finished.triggered:
             all_finished.succeed()
-        if on_progress is not None and finished % report_every == 0:
-            on_progress(finished)
 
     replicas = [
         Replica(

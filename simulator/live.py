@@ -118,7 +118,7 @@ class LiveCluster:
             replica.abort(id, self.now())
         self._set_alarm()
 
-    def stop(self, id: int) -> None:
+    def stop(self, id: int, tokens: int) -> None:
         self.abort(id)  # no text of a simulated model is ever complete before its length
 
     def gauges(self) -> Sequence[Gauges]:

@@ -73,7 +73,7 @@ class Replica:
     """A replica and its life in the simulation.
 
     Args:
-        on_finished: called with each request that got its last token.
+        on_finished: called with the requests that got their last token by a batch, if there are any.
         repeats: False single-steps every batch (the reference that fast-forwarding is tested against).
     """
 
@@ -84,7 +84,7 @@ class Replica:
         scheduler: Scheduler,
         predictor: RuntimePredictor,
         recorder: Recorder,
-        on_finished: Callable[[Request], None],
+        on_finished: Callable[[Sequence[Request]], None],
         repeats: bool = True,
     ) -> None:
         self.env = env
@@ -304,7 +304,7 @@ class Replica:
                 self.occupied_s += self.env.now - self._occupied_since
             for request in finished:
                 self.recorder.finished(request, self.index)
-                self.on_finished(request)
+            self.on_finished(finished)
         return batch
 
     def _complete_ahead(self, flight: _Flight, runs: int, more: list[int]) -> list[Request]:

@@ -202,6 +202,10 @@ def test_settings_that_differ_and_the_headlines(place: Path) -> None:
     for i, side in enumerate(sides):
         assert lines["TBT, P99"].values[i] == pytest.approx(side.record.summary["p99_itl_ms"] / 1e3)
         assert lines["Output per device"].values[i] == side.record.summary["output_throughput"] / (1, 4)[i]
+        assert lines["Output, steady window"].values[i] == side.record.summary["steady_output_throughput"]
+    assert "Prefix cache hits" not in lines  # of runs without one
+    sides[1].record.summary["prefix_hit_rate"] = 0.25
+    assert {line.name: line.values for line in headline(sides)}["Prefix cache hits"] == [None, 25.0]
     replicas = sides[1].record.summary["replicas"]
     mean = np.mean([replica["stage_bubbles"] for replica in replicas], axis=0)
     assert len(replicas) == 2 and bubbles(sides[1].record) == pytest.approx(mean) and mean.max() > 0.01

@@ -188,6 +188,12 @@ class ServingSettings(_Settings):
         given = {name: getattr(self, name) for name in names}
         return given if self.scheduler is None else {"policy": self.scheduler, **given}
 
+    def _checked(self, replica: ReplicaSpec) -> ReplicaSpec:
+        """Return the replica. Raises InputError for a setting that means nothing to its model."""
+        if self.enable_expert_parallel and replica.model.experts is None:
+            raise InputError(f"enable_expert_parallel true: {replica.model.name} has no experts: leave it out")
+        return replica
+
     def _replica_settings(self) -> ReplicaSettings:
         return {
             "engine": self.engine,
@@ -238,7 +244,7 @@ class ReplicaConfig(ServingSettings):
 
     def replica_spec(self) -> ReplicaSpec:
         """Resolve the settings into the replica they describe. Raises InputError for what can't be."""
-        return resolve(self.model, self.device, **self._replica_settings())
+        return self._checked(resolve(self.model, self.device, **self._replica_settings()))
 
     def _replica_settings(self) -> ReplicaSettings:
         return {
@@ -515,7 +521,7 @@ class GenerateConfig(EngineSettings, ServingSettings):
 
     def replica_spec(self, device: DeviceSpec) -> ReplicaSpec:
         """Resolve the settings into the replica that generates on `device`. Raises InputError for what can't be."""
-        return resolve(self.model, device, **self._replica_settings())
+        return self._checked(resolve(self.model, device, **self._replica_settings()))
 
 
 File = TypeVar("File", bound=FileConfig)

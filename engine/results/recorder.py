@@ -88,7 +88,7 @@ class _Table:
             import pyarrow.parquet as pq
 
             for batch in pq.ParquetFile(self.path).iter_batches(columns=names):
-                yield {name: batch[name].to_numpy(zero_copy_only=False) for name in names}
+                yield {name: np.from_dlpack(batch[name]) for name in names}  # to_numpy() would import pandas
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ class Recorder:
 
     def completed(self, batch: Batch, times: list[float]) -> list[float]:
         """`batch` ended at `times` (once for each repeat). Returns the longest TBT of each."""
-        first = times[0]
-        oldest = first
+        oldest = first = times[0]
         new = array("d", times)
         for request in batch.decodes:
             token_times = request.token_times

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 from engine.errors import InputError
+from engine.runtime.network import allow_connections
 
 MAX_HEADER_BYTES = 64 << 10
 BACKLOG = 4096
@@ -27,6 +28,7 @@ class HttpServer:
         import uvicorn
 
         self.socket = _listen(host, port)
+        allow_connections()
         self.address = self.socket.getsockname()[:2]
         config = uvicorn.Config(
             app,

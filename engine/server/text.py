@@ -122,7 +122,7 @@ class ModelTokenizer:
         return self._filler
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text)
+        ids: list[int] = self.tokenizer.encode(_whole(text))
         return ids
 
     def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -132,7 +132,7 @@ class ModelTokenizer:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever a template of Jinja raises
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(_whole(text), add_special_tokens=False)
         return ids
 
     def token_text(self, token: int) -> str:
@@ -152,6 +152,11 @@ class ModelTokenizer:
             if len(ids) == 1 and self.tokenizer.encode(again, add_special_tokens=False)[1:] == ids * 7:
                 return int(ids[0])
         return int(self.tokenizer.encode(" the", add_special_tokens=False)[-1])
+
+
+def _whole(text: str) -> str:
+    """Return the text with a question mark for each half of a surrogate pair, which JSON may hold and no tokenizer."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class _Growing:

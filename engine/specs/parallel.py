@@ -95,8 +95,8 @@ class ParallelSpec:
         tp, pp, experts = self.tensor_parallel_size, self.pipeline_parallel_size, model.experts
         if experts is None and (self.data_parallel_size > 1 or self.expert_parallel_size > 1):
             raise InputError(
-                f"{model.name} has no experts to share (data_parallel_size={self.data_parallel_size}, "
-                f"expert_parallel_size={self.expert_parallel_size}): give more replicas instead"
+                f"{model.name} has no experts to share (data_parallel_size={self.data_parallel_size} or "
+                "enable_expert_parallel): leave these out and give more replicas instead"
             )
         if experts is not None and (
             experts.num_experts % self.expert_parallel_size or experts.intermediate_size % self.expert_tensor_size

@@ -4,7 +4,7 @@
 
 Formats: AIConfigurator's silicon CSV (`silicon`), LLM-Inference-Bench's CSV (`offline`), a CSV with a line a request
 (`requests`), a CSV with a line a run of an open loop (`aggregates`), the JSON of vLLM's benchmark (`vllm`), and the
-folders of our own runs (`run`). A folder of several is read whole.
+folders of our own runs and of validations against a server (`run`). A folder of several is read whole.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ _VLLM_KEYS = {"mean_ttft_ms", "mean_tpot_ms", "completed", "output_throughput"}
 WARMUP_REQUESTS = 200  # of a run with a line a request and a cache to warm, where nothing else is asked for
 _PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 _MOST_BYTES = 1 << 28
+SERVER = "server"  # in the folder of a validation against a URL: what was measured of it
 
 
 def read(
@@ -81,11 +82,9 @@ def read(
         raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
     if path.is_file():
         return [reader.file(path)]
-    if (path / "summary.json").is_file():
+    if _is_run(path):
         return [reader.run_folder(path)]
-    inside = sorted(
-        each for each in path.iterdir() if each.suffix in (".csv", ".json") or (each / "summary.json").is_file()
-    )
+    inside = sorted(each for each in path.iterdir() if each.suffix in (".csv", ".json") or _is_run(each))
     if not inside:
         raise InputError(f"{path} holds no measured results: give a folder of CSV or JSON files, or of runs")
     return [reader.run_folder(each) if each.is_dir() else reader.file(each) for each in inside]
@@ -129,22 +128,22 @@ class _Reader:
         )
 
     def run_folder(self, path: Path) -> Measurements:
-        """Read a folder of our own `bench`."""
+        """Read a folder of our own `bench`, or what `validate --against URL` measured of the server."""
         import pyarrow.parquet as pq
         import yaml
 
+        results = path / SERVER if (path / SERVER).is_dir() else path
         try:
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-            table = pq.read_table(path / "requests.parquet").to_pandas().sort_values("request_id")
+            table = pq.read_table(results / "requests.parquet").to_pandas().sort_values("request_id")
         except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
             raise InputError(f"{path} is no run's folder: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(config, dict) or not isinstance(summary, dict):
             raise InputError(f"{path} is no run's folder: its config.yaml or summary.json holds no mapping")
-        if len(summary.get("replicas", [])) > 1:
-            raise InputError(
-                f"{path} is a run of {len(summary['replicas'])} replicas: only those of one can be predicted"
-            )
+        said = (summary.get("server") or {}).get("num_replicas") or 1
+        if (count := max(len(summary.get("replicas", [])), config.get("num_replicas") or 1, said)) > 1:
+            raise InputError(f"{path} is a run of {count} replicas: only those of one can be predicted")
         self._check_unused(path)
         arrived = np.sort((table["arrived_s"] - table["arrived_s"].min()).to_numpy())
         users = config.get("max_concurrency")
@@ -388,6 +387,10 @@ class _Reader:
         users = workload.client.max_concurrency
         load = f"{users} users" if users else "open loop"
         return Point(id=name, settings=settings, workload=workload, measured=measured, load=load)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / place / "summary.json").is_file() for place in (".", SERVER))
 
 
 def _closed_loop(how: Client, isl: int, osl: int, users: int) -> WorkloadSpec:

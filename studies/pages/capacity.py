@@ -23,6 +23,7 @@ from studies.pages.page import (
     header,
     numbers_table,
 )
+from studies.pages.ranges import ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat
 from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
@@ -36,6 +37,7 @@ def search_page(search: Search) -> Page:
     page = Page(f"Capacity of {search.name}")
     record = None if search.best is None else read_side(search.best, search.name).record
     page.add(_search_header(search, record), cards(_search_cards(search)))
+    page.add(ranges(search.ranges))
     curves = load_curves([search.point])
     if curves:
         page.add_panels("Latency against load", curves)

@@ -115,6 +115,7 @@ class Search:
     words: str
     tolerance: float
     trials: list[Tried]
+    ranges: Mapping[str, Any]  # `intervals` and `uncertainty` of its summary, if it has them
 
     @property
     def best(self) -> Path | None:
@@ -154,7 +155,8 @@ def read_search(folder: Path, name: str) -> Search:
         if (folder / "confirmation.json").is_file():
             values["confirmed"] = read_json(folder / "confirmation.json")
         point = _point({"status": "done", **values}, name, "")
-        return Search(name, folder, point, values.get("words", ""), float(values["tolerance"]), trials)
+        ranges: dict[str, Any] = {key: values[key] for key in ("intervals", "uncertainty") if key in values}
+        return Search(name, folder, point, values.get("words", ""), float(values["tolerance"]), trials, ranges)
 
 
 def read_sweep(folder: Path, name: str) -> Sweep:

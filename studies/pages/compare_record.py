@@ -53,6 +53,14 @@ _HEADLINES = (
     *(_latency(statistic, metric) for metric, statistic in _LATENCIES),
     ("Preemptions", "", "preemptions"),
 )
+_IF_ANY = (  # likewise, left out where no run has it
+    ("Throughput, steady window", "requests/s", "steady_request_throughput"),
+    ("Output, steady window", "tokens/s", "steady_output_throughput"),
+    ("TTFT, steady window, P99", "s", "steady_p99_ttft_ms"),
+    ("Prefix cache hits", "%", "prefix_hit_rate"),
+    ("Blocks evicted from the prefix cache", "", "prefix_evictions"),
+)
+_SCALE = {"s": 1e-3, "%": 100.0}  # of a unit: what a summary has is times this
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +89,13 @@ class Headline:
         known = [value for value in self.values if value is not None]
         best, second = sorted(known, reverse=self.better == "more")[:2]
         return known.index(best) if abs(second - best) >= _NEAR * max(abs(best), abs(second), 1e-12) else None
+
+
+def _better(unit: str, key: str) -> Literal["", "more", "less"]:
+    """Whether more or less of a headline's number is better, or neither."""
+    if key == "completed":
+        return ""
+    return "more" if unit.endswith("/s") or key == "prefix_hit_rate" else "less"
 
 
 def kind_of(folder: Path) -> Kind:
@@ -165,14 +180,11 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
     summaries = [side.record.summary for side in sides]
     timelines = [side.record.timeline for side in sides]
     rows = []
-    for name, unit, key in _HEADLINES:
+    for name, unit, key in (*_HEADLINES, *_IF_ANY):
         found = [summary.get(key) for summary in summaries]
-        values = [each / 1e3 if unit == "s" and each is not None else each for each in found]
-        rows.append(
-            Headline(
-                name, unit, values, "more" if unit.endswith("/s") else "less" if name != "Requests finished" else ""
-            )
-        )
+        if any(each is not None for each in found) or (name, unit, key) in _HEADLINES:
+            values = [None if each is None else _SCALE.get(unit, 1) * each for each in found]
+            rows.append(Headline(name, unit, values, _better(unit, key)))
     devices = [num_gpus(side.record) for side in sides]
     per_device = [
         summary["output_throughput"] / count if count else None

@@ -16,6 +16,7 @@ from typing import Any
 from engine.results.metric_table import METRICS
 from engine.results.metrics import burst_finding, describe_slo, summary_key
 from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
+from studies.pages.ranges import ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
 from studies.words import number, percent, seconds, size
@@ -46,7 +47,7 @@ def write_report(folder: Path) -> Path:
 def render(record: Record) -> Page:
     """Make the page."""
     page = Page(_served(record))
-    page.add(_header(record), _cards(record))
+    page.add(_header(record), _cards(record), ranges(record.summary))
     for heading, group in panels(record):
         page.add_panels(heading, group)
         if heading == "Latency":
