@@ -74,13 +74,17 @@ def search(
     """
     with _in_keywords():
         from windtunnel.capacity import check_tolerance, open_search, search_capacity
-        from windtunnel.results import Search
+        from windtunnel.results import SEARCH_FILE, Search
 
         check_tolerance(tolerance)
+        if seeds < 1:
+            raise InputError(f"seeds {seeds}: give at least 1")
         read = _read(config, settings, ("config", "output_dir", "tolerance", "seeds"))
         folder = None if output_dir is None else Path(output_dir)
         if folder is not None:
             open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance, "seeds": seeds})
+            if (folder / SEARCH_FILE).is_file():  # finished
+                return Search(json.loads((folder / SEARCH_FILE).read_text("utf-8")), folder=folder)
         return Search(search_capacity(read, tolerance, folder, seeds=seeds), folder=folder)
 
 
