@@ -261,7 +261,8 @@ def test_a_validation_asks_it_what_it_is_and_counts_by_its_tokenizer(
     served: Running, folder: Path, tmp_path: Path
 ) -> None:
     """From profile to validation by URL: here with a predictor that was not measured, so that errors are found."""
-    load = ["--workload", "fixed", "--input-len", "9", "--output-len", "6", "--request-rate", "40", "--num-prompts", "8"]
+    load = ["--workload", "fixed", "--input-len", "9", "--output-len", "6", "--request-rate", "40"]
+    load += ["--num-prompts", "8"]
     asked = ["--model", str(folder), "--device", "cpu", "--tokenizer", str(folder), "--ignore-eos", *load]
     assert run(["validate", "--against", served.url, *asked, "--output-dir", str(tmp_path / "check")]) == (0, "")
     found = json.loads((tmp_path / "check" / "validation.json").read_text())
