@@ -34,11 +34,21 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
     console.print(f"fitted to {found['points']:,} points, from {found['preset']['base']}:")
     for name, value in found["constants"].items():
         margin, before = found["margins"][name], found["before_constants"][name]
+        if name in found["factors"]:
+            known = "of no effect on these points" if isinf(margin) else f"90 % within {margin:.2g}"
+            console.print(f"  {name} x {value:.4g}, {known} (before {before:.4g})")
+            continue
         known = "of no effect on these points" if isinf(margin) else f"90 % within {1e6 * margin:,.3g} us"
         console.print(f"  {name} {1e6 * value:,.4g} us, {known} (before {1e6 * before:,.4g})")
     for one, other in found["alike"]:
         console.print(
             f"note: these points can't tell {one} and {other} apart: give others, or --fit one of the two",
+            style="yellow",
+        )
+    for names in found["flat"]:
+        those = " and ".join(names) + (" together" if len(names) > 1 else "")
+        console.print(
+            f"note: of {those} these points say less than was known before: what is printed is mostly that",
             style="yellow",
         )
     for name in MEASURES:

@@ -23,6 +23,7 @@ from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
 from windtunnel.settings import (
+    SEEDS,
     TOLERANCE,
     BenchConfig,
     FileConfig,
@@ -121,12 +122,31 @@ def simulate(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+    operator_times: Annotated[
+        bool,
+        typer.Option("--operator-times", help="Also work out the run's time by kind of operator (a second or two)."),
+    ] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
     from cli.clock import STARTED
     from cli.simulate import run
 
-    run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+    run(
+        _load_config(config, flags, FileConfig),
+        output_dir,
+        as_json=json_,
+        chrome_trace=chrome_trace,
+        operator_times=operator_times,
+        started=STARTED,
+    )
+
+
+def _simulated_alone(flags: dict[str, Any]) -> None:
+    """Raise InputError for a flag that only simulated runs heed."""
+    if flags.get("uncertainty") is not None:
+        raise InputError(
+            f"--uncertainty {flags['uncertainty']} draws errors of predicted times: use it with simulate and search"
+        )
 
 
 @app.command()
@@ -161,6 +181,7 @@ def bench(
     ] = None,
 ) -> None:
     """Serve a workload on this machine's engine, or send it to a server, in real time and write a report."""
+    _simulated_alone(flags)
     if url is not None:
         from cli.bench_url import run as run_on_server
 
@@ -209,6 +230,7 @@ def serve(
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
 ) -> None:
     """Serve an OpenAI-compatible API, from this machine's engine or from simulated replicas, until SIGTERM."""
+    _simulated_alone(flags)
     from cli.serve import run
 
     run(
@@ -291,13 +313,15 @@ def validate(
         given = load_file(config, FileConfig)
         given |= {name: value for name, value in flags.items() if value is not None}
         columns = given.pop("columns", None)
+        uncertainty = from_flags(RunConfig, {"uncertainty": given.pop("uncertainty", None)}).uncertainty
         if load is not None:
             raise InputError(f"--load {load} has no meaning with --against: the load is the measured one")
         run_measured(
             Path(against), given, output_dir, only=only, source=source, client=client, columns=columns,
-            warmup_requests=warmup_requests, as_json=json_,
+            warmup_requests=warmup_requests, uncertainty=uncertainty, as_json=json_,
         )  # fmt: skip
         return
+    _simulated_alone(flags)
     if output_dir is None:
         raise InputError("no --output-dir: name a new folder for the results")
     settings = _load_config(config, flags, BenchConfig)
@@ -330,6 +354,15 @@ def search(
         str | None,
         typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Workloads of other seeds to find each capacity for, for its range; 1: none.")
+    ] = SEEDS,
+    curve: Annotated[
+        bool, typer.Option(help="Also simulate loads beyond each capacity, for the page's latency against load.")
+    ] = True,
+    keep_runs: Annotated[
+        bool, typer.Option("--keep-runs", help="Keep every trial's tables in a sweep, not only settings and summary.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Number of processes of a sweep. Default: one per core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute a sweep over.")] = None,
     confirm: Annotated[
@@ -347,6 +380,9 @@ def search(
         output_dir,
         sweep=sweep,
         tolerance=tolerance,
+        seeds=seeds,
+        curve=curve,
+        keep_runs=keep_runs,
         gpu_price=gpu_price,
         workers=workers,
         ray_address=ray,
@@ -383,11 +419,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="HTML file to write. Default: in the folder; comparison.html for several.")
     ] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Put the plot library into the page, to send it as one file.")
+    ] = False,
 ) -> None:
     """Write one offline page about a run, search, sweep, study or validation, or about several side by side."""
     from cli.report import run
 
-    run(folders, output)
+    run(folders, output, standalone)
 
 
 @app.command()
@@ -642,19 +681,29 @@ def _study_list() -> None:
 
 @study.command("run")
 def _study_run(
-    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`.")],
+    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`, or all.")],
     model: Annotated[
         str | None, typer.Option(help="Run only the models whose name contains this. Default: all.")
     ] = None,
     host_overhead: Annotated[
         str | None,
-        typer.Option(help="Host overhead. Default: both sarathi_osdi24 (as published) and cuda_graphs."),
+        typer.Option(
+            help="Host overhead. Default: sarathi_osdi24 (as published), cuda_graphs, and beside them "
+            "sarathi_osdi24_fig2 and two placebos."
+        ),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Requests per run. Default: the study's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Draws of the requests, seeds from 0; tables show medians. Default: 3.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; an interrupted study in it resumes. Default: runs/studies/NAME."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to keep the results in; the page of all that it has is written beside it."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
     markdown: Annotated[
@@ -672,8 +721,10 @@ def _study_run(
         model,
         host_overhead,
         num_prompts,
+        seeds,
         workers,
         output_dir,
+        record,
         as_json=json_,
         as_markdown=markdown,
         confirm=confirm,

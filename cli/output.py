@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         values = [summary.get(summary_key(s, key)) for s in ("mean", "p50", "p90", "p99", "max")]
         table.add_row(metric.name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
     console.print(table)
+    if summary.get("uncertainty"):
+        print_ranges(summary, console)
     known = [replica["max_model_len"] for replica in summary["replicas"] if "max_model_len" in replica]
     longest = f"--max-model-len {min(known):,}" if known else "the server's longest"
     how = "simulated" if "simulator" in summary else "measured"
@@ -135,6 +138,36 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         )
     console.print(f"verdict: {'; '.join(describe(summary))}", style="bold")
     console.print(f"report: {target / 'report.html'}")
+
+
+def print_ranges(summary: dict[str, Any], console: Console) -> None:
+    """Print the ranges of results under drawn errors, and what is off most."""
+    parts = []
+    for name, each in summary["intervals"].items():
+        unit = 1e-3 if name.endswith("_ms") else 1.0
+        if name in RANGES:
+            parts.append(f"{RANGES[name]} {unit * each['low']:.3g} to {unit * each['high']:.3g}")
+    drawn = summary["uncertainty"]
+    console.print(f"{drawn['covers']:.0%} range of {drawn['draws']:,} reruns with drawn errors: {', '.join(parts)}")
+    print_errors([summary], console)
+
+
+def print_errors(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print which errors were drawn of the predicted times, once for each kind of replica."""
+    every = [errors for row in rows if row.get("uncertainty") for errors in row["uncertainty"]["errors"]]
+    lines = [", ".join(f"{name} {share:.0%}" for name, share in list(errors.items())[:5]) for errors in every]
+    for line in dict.fromkeys(lines):
+        console.print(f"errors drawn (90 % within): {line}", style="dim")
+
+
+RANGES = {  # results whose ranges are printed, in words, latencies in seconds
+    summary_key("mean", "ttft"): "mean TTFT (s)",
+    summary_key("p99", "ttft"): "P99 TTFT (s)",
+    summary_key("mean", "tpot"): "mean TPOT (s)",
+    summary_key("p99", "tbt"): "P99 TBT (s)",
+    summary_key("mean", "e2e"): "mean E2E (s)",
+    "output_throughput": "output tokens/s",
+}
 
 
 def _steady_latencies(summary: dict[str, Any]) -> str:

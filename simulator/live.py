@@ -190,7 +190,7 @@ class LiveReplica:
             token,
         )
         self.driver = Driver(
-            deployment.new_scheduler(),
+            deployment.replica.new_scheduler(),
             self._executor,
             recorder,
             clock=clock,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,16 @@ from engine.results.run_folder import run_folder, write_config, write_summary
 from engine.results.slo import SLO
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment
+from simulator.cluster import simulate as simulate_run
 from studies.capacity.confirm import gpu_hours
+from studies.capacity.ranges import curve_shares, over_seeds
 from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
+from studies.capacity.uncertainty import capacity_range, described, errors_in_words
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
 from windtunnel.run_config import resolved
-from windtunnel.settings import ENGINE_KEYS, FileConfig, ReplicaGroup
+from windtunnel.settings import ENGINE_KEYS, SEEDS, FileConfig, ReplicaGroup
 
 NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
 SETTINGS = "settings.json"
@@ -33,11 +38,21 @@ _AT_CAPACITY = {"p99_tbt_ms": summary_key("p99", "tbt"), "p50_ttft_ms": summary_
                 "output_throughput": "output_throughput", "mean_tpot_ms": summary_key("mean", "tpot")}  # fmt: skip
 
 
-def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None) -> dict[str, Any]:
+def search_capacity(
+    settings: FileConfig,
+    tolerance: float,
+    folder: Path | None,
+    *,
+    seeds: int = SEEDS,
+    curve: bool = True,
+    keep_runs: bool = True,
+) -> dict[str, Any]:
     """Search the capacity of one deployment and return what `search.json` holds.
 
-    With a folder the trials are written to `folder/trials` and those already there are kept. Raises InputError for
-    settings that can't be searched with.
+    With a folder the trials are written to `folder/trials` and those already there are kept: as runs, or without
+    `keep_runs` their settings and summaries alone. The capacity is searched again, near the first, for each further one
+    of `seeds`; with `curve` loads beyond it are simulated to their end. Raises InputError for settings that can't be
+    searched with.
     """
     for plugin in settings.plugin:
         load_plugin(plugin)
@@ -47,7 +62,8 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
 
     def simulate(rate: float, partial: Path | None) -> Trial:
         requests = at_rate(workload, rate)
-        made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
+        run = partial if keep_runs else None
+        made = simulated_trial(requests, deployments, slos, rate, run, settings.router, settings.seed)
         if partial is not None:
             write_config(partial, _config(settings, [kind.replica for kind, _ in kinds], len(requests), rate))
         return made
@@ -57,10 +73,24 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
             return simulate(rate, None)
         return kept(folder / "trials", rate, lambda rate, partial: simulate(rate, partial).summary)
 
+    def seeded(seed: int, rate: float) -> Trial:
+        requests = at_rate(replace(workload, seed=workload.seed + seed), rate)
+        return simulated_trial(requests, deployments, slos, rate, None, settings.router, settings.seed + seed)
+
+    def to_its_end(rate: float) -> Trial:
+        run = simulate_run(at_rate(workload, rate), deployments, router=settings.router, seed=settings.seed, slos=slos)
+        return judged(run.summary, rate)
+
     begin = settings.request_rate or guess(workload, deployments, settings.router)
     capacity = find_capacity(trial, begin, tolerance)
+    things = "requests"
+    if workload.has_conversations:
+        things = "conversations"
+        if capacity.outcome == "all":  # whose rate was that of requests
+            after = at_rate(workload, 1.0).after
+            if after is not None:
+                capacity = replace(capacity, qps=capacity.qps * float((after < 0).mean()))
     gpus = sum(kind.parallel.world_size for kind in deployments)
-    things = "conversations" if workload.has_conversations and capacity.outcome != "all" else "requests"
     found: dict[str, Any] = {
         "status": "done",
         **capacity.to_json(),
@@ -75,9 +105,58 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
         **_at_capacity(capacity.best),
         "unsteady": _unsteady(capacity.best) if capacity.outcome == "found" else None,
     }
+    ended = [each for each in capacity.trials if each.summary.get("stopped_early") is None]
+    if settings.uncertainty is not None:
+        found |= _ranges(settings, workload, kinds, slos, capacity.qps, tolerance, settings.uncertainty)
+    elif capacity.outcome == "found" and seeds > 1:
+        spread = over_seeds(seeded, capacity.qps, seeds, tolerance)
+        per_gpu = {name: value / gpus for name, value in spread.items()}
+        found |= {"seeds": seeds, "intervals": {"max_qps_under_slo": spread, "qps_per_gpu": per_gpu}}
+    if capacity.outcome == "found" and curve:
+        ended += [
+            to_its_end(share * capacity.qps) for share in curve_shares(capacity.qps, [each.rate for each in ended])
+        ]
+    found["loads"] = [_load(each) for each in sorted(ended, key=lambda each: each.rate)]
     if folder is not None:
         write_json(folder / SEARCH_FILE, found)
     return found
+
+
+def _load(trial: Trial) -> dict[str, Any]:
+    """Return what a run to its end says of a load: its rate, its results and the value of each SLO (s)."""
+    return {
+        "rate": trial.rate,
+        "met": trial.met,
+        **_at_capacity(trial),
+        "slos": {each["slo"]: each["value_s"] for each in trial.summary["slos"]},
+    }
+
+
+def _ranges(
+    settings: FileConfig,
+    workload: WorkloadSpec,
+    kinds: list[tuple[Deployment, int]],
+    slos: list[SLO],
+    start: float,
+    tolerance: float,
+    draws: int,
+) -> dict[str, Any]:
+    """Return the range of the capacity under drawn errors and seeds; it is searched again for each, near `start`."""
+
+    @cache
+    def drawn(seed: int) -> list[Deployment]:
+        every = [(kind.drawn(seed), count) for kind, count in kinds]
+        return [kind for kind, count in every for _ in range(count)]
+
+    def trial(seed: int, rate: float) -> Trial:
+        requests = at_rate(replace(workload, seed=workload.seed + seed), rate)
+        return simulated_trial(requests, drawn(seed), slos, rate, None, settings.router, settings.seed + seed)
+
+    begin = start or guess(workload, drawn(1), settings.router)
+    found = {"max_qps_under_slo": capacity_range(trial, begin, draws, tolerance)}
+    gpus = sum(kind.parallel.world_size * count for kind, count in kinds)
+    found["qps_per_gpu"] = {name: value / gpus for name, value in found["max_qps_under_slo"].items()}
+    return described(found, draws, [errors_in_words(kind) for kind, _ in kinds])
 
 
 def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
@@ -136,7 +215,8 @@ def open_search(folder: Path, settings: dict[str, Any]) -> None:
 def _config(settings: FileConfig, kinds: list[ReplicaSpec], num_prompts: int, rate: float) -> dict[str, Any]:
     """Return the settings of a trial, by which `simulate` runs it again: to its end, if it was given up."""
     found = resolved(settings, kinds, num_prompts)
-    return {key: value for key, value in found.items() if key not in ENGINE_KEYS} | {"request_rate": rate}
+    left_out = {*ENGINE_KEYS, "uncertainty"}
+    return {key: value for key, value in found.items() if key not in left_out} | {"request_rate": rate}
 
 
 def _at_capacity(best: Trial | None) -> dict[str, Any]:

@@ -325,11 +325,23 @@ HOST_OVERHEADS = {
             sequence_s=69.5e-6,
             layer_s=0.339e-3,
             message_s=2.32e-3,
+            lone_message=True,
             source="fitted to microsoft/vidur's cpu_overheads/a100_codellama34b_tp2.csv: the 2023-24 Python engine, "
             "Ray workers, all 48 layers, TP2, 8 to 128 sequences (a100.csv and a40.csv are of a later engine with "
             f"another scheduler, sampler and messages, cut to one layer); {_LAUNCH_SOURCE}. The whole model's "
             "execution, 28.9 ms at the least, bounds it to 0.602 ms and is no launch floor: its kernels alone take "
-            "about as long",
+            "about as long. Its scripts start a Ray worker for one GPU too, which is taken to cost the message of two",
+        ),
+        HostOverhead(
+            name="sarathi_osdi24_fig2",
+            attention_kernel="flash_attention/paged, blocks of 16 tokens",
+            iteration_s=16.7e-3,
+            sequence_s=1.061e-3,
+            layer_s=0.339e-3,
+            message_s=2.32e-3,
+            lone_message=True,
+            source="sarathi_osdi24 with iteration_s and sequence_s fitted to the batch times of Figure 2 and Table 2 "
+            "of the Sarathi-Serve paper (studies/published/fitted_host.py)",
         ),
     )
 }

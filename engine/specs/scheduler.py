@@ -37,6 +37,9 @@ class SchedulerSpec:
     long_prefill_token_threshold_adaptive: bool = False
     scheduler_reserve_full_isl: bool | None = None  # of vllm: admit only where the whole prompt's blocks are free
     vllm_version: str | None = None  # whose rules vllm follows
+    # how the engine of Sarathi-Serve's paper counted, in simulated runs (engine/scheduling/osdi24.py):
+    late_first_token: bool = False
+    preempt_for_every_decode: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "max_num_seqs block_size")
@@ -53,7 +56,12 @@ class SchedulerSpec:
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise unknown("scheduling_policy", str(self.scheduling_policy), ("fcfs", "priority"))
         check_fields(self, "long_prefill_token_threshold", zero=True)
-        for name in ("enable_prefix_caching", "long_prefill_token_threshold_adaptive"):
+        for name in (
+            "enable_prefix_caching",
+            "long_prefill_token_threshold_adaptive",
+            "late_first_token",
+            "preempt_for_every_decode",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"SchedulerSpec {name}={getattr(self, name)!r}: give true or false")
         if self.vllm_version is not None and not isinstance(self.vllm_version, str):  # YAML reads 0.15 as a number

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from engine.scheduling.request import BatchShape
+
+if TYPE_CHECKING:
+    from engine.specs import HostOverhead
+    from simulator.predictor.uncertainty import KindError
 
 
 class RuntimePredictor:
@@ -16,6 +22,8 @@ class RuntimePredictor:
 
     #: One line for reports: where the times come from.
     description = "a user's own predictor"
+    #: How far the times of each kind of operator may be off, by its name (`simulator.predictor.uncertainty`).
+    errors: Mapping[str, KindError] = MappingProxyType({})
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         """Seconds that a batch occupies `stage`."""
@@ -28,6 +36,10 @@ class RuntimePredictor:
     def send_time(self, shape: BatchShape, stage: int) -> float:
         """Seconds from the end of a batch on `stage` until the next stage has its activations."""
         return 0.0
+
+    def for_host(self, host: HostOverhead) -> RuntimePredictor:
+        """Return the predictor of the same replica with another host overhead, as far as it heeds one."""
+        return self
 
     def in_range(self, shape: BatchShape) -> bool:
         """Whether the batch lies within what the predictor was calibrated on."""

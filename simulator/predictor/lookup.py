@@ -19,6 +19,17 @@ BatchTime = Callable[[BatchShape], float]
 
 
 @dataclass(frozen=True)
+class StageParts:
+    """Seconds of one stage's operators over the grids, (operators, points): what StageTables adds up."""
+
+    tokens: Array
+    sampled: Array
+    prefill: Array
+    decode: Array
+    send: Array
+
+
+@dataclass(frozen=True)
 class StageTables:
     """Seconds of one stage. `tokens` (MOST_ROWS + 1,) and `sampled` (MOST_REQUESTS + 1,) by rows; `prefill` (prompts,
     chunks, prefixes) of so many equal prompts; `decode` (MOST_REQUESTS + 1, lengths) by the cached tokens of each;
@@ -177,11 +188,11 @@ class StageTimes:
         """Values and slopes of the segments by prefix, for some of PROMPTS: linear between the grid's chunks."""
         i = min(bisect_right(_CHUNKS, chunk) - 1, len(_CHUNKS) - 2)
         across = (chunk - _CHUNKS[i]) / (_CHUNKS[i + 1] - _CHUNKS[i])
-        lows, slopes = self.prefill[prompts], self.prefill_slopes[prompts]
-        below, above = lows[..., i, :-1], lows[..., i + 1, :-1]
-        return below + across * (above - below), slopes[..., i, :] + across * (
-            slopes[..., i + 1, :] - slopes[..., i, :]
+        values, slopes = (
+            grid[..., i, :] + across * (grid[..., i + 1, :] - grid[..., i, :])
+            for grid in (self.prefill[prompts, :, :-1], self.prefill_slopes[prompts])
         )
+        return values, slopes
 
 
 class SteppedTimes(StageTimes):

@@ -18,9 +18,10 @@ from engine.errors import InputError
 from studies.capacity.trial import Trial
 
 TOLERANCE = 0.025
+FROM_A_GUESS = (2.0, 2.0, inf)  # steps of the bracket
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
-FINE = 0.005  # tolerance of the exhaustive search that a choice is held against
-_FINE_STEP = 1.08  # of its bracket
+FINE = 0.005  # tolerance of the fine search that a choice is held against
+_FINE_STEP = 1.03  # of its bracket
 
 
 class Bracket(NamedTuple):
@@ -86,7 +87,7 @@ class Capacity:
         if self.outcome == "none":
             return f"no rate meets {self.binding}, not even one request at a time"
         if self.outcome == "all":
-            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} requests/s)"
+            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} {things}/s)"
         return f"{self.qps:.3g} {things}/s within the SLOs; beyond it {self.binding} is missed"
 
     def to_json(self) -> dict[str, Any]:
@@ -101,8 +102,13 @@ class Capacity:
         }
 
 
-def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float = TOLERANCE) -> Capacity:
-    """Search from the guess `start` (requests/s): `run` makes the trial at a rate.
+def find_capacity(
+    run: Callable[[float], Trial],
+    start: float,
+    tolerance: float = TOLERANCE,
+    steps: Iterable[float] = FROM_A_GUESS,
+) -> Capacity:
+    """Search from the guess `start` (requests/s): `run` makes the trial at a rate; `steps` are those of the bracket.
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """
@@ -114,7 +120,7 @@ def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float 
         trials.append(run(rate))
         return trials[-1].met
 
-    low, high = bracket(met, start, steps=(2.0, 2.0, inf), far=FAR, tolerance=tolerance)
+    low, high = bracket(met, start, steps=steps, far=FAR, tolerance=tolerance)
     if high is None:
         return Capacity("all", trials[-1].summary["request_throughput"], None, tolerance, tuple(trials))
     if low is None:
@@ -123,9 +129,9 @@ def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float 
     return Capacity("found", low, over.binding, tolerance, tuple(trials))
 
 
-def exhaustive(met: Callable[[float], bool], start: float) -> float:
+def fine_capacity(met: Callable[[float], bool], start: float) -> float:
     """Return the capacity at a fine tolerance near `start`, a rate above 0; 0 if a thousandth of it is too much.
 
-    Meant for trials that run to their end. The bracket is found in steps of 8 %.
+    Meant for trials that run to their end. The bracket is found in steps of 3 %.
     """
     return bracket(met, start, steps=repeat(_FINE_STEP), far=FAR, tolerance=FINE).low or 0.0

@@ -49,6 +49,44 @@ def name_of(changed: Mapping[str, Any]) -> str:
     return ",".join(parts)
 
 
+_WORDS = {
+    "tensor_parallel_size": "TP{}", "pipeline_parallel_size": "PP{}", "data_parallel_size": "DP{}",
+    "max_num_batched_tokens": "budget {:,}", "max_num_seqs": "{:,} sequences", "num_replicas": "{} replicas",
+    "kv_cache_dtype": "{} KV cache", "gpu_memory_utilization": "{} of the memory", "block_size": "blocks of {}",
+}  # fmt: skip
+_SWITCHES = {
+    "enable_prefix_caching": ("prefix caching", "no prefix caching"),
+    "async_scheduling": ("asynchronous", "synchronous"),
+    "enable_expert_parallel": ("expert parallel", "no expert parallel"),
+}
+_NAMED = (
+    "model",
+    "device",
+    "engine",
+    "scheduler",
+    "quantization",
+    "workload",
+    "network",
+    "predictor",
+    "router",
+    "dtype",
+)
+
+
+def in_words(changed: Mapping[str, Any]) -> str:
+    """Return a point's name for a reader: what each value is, such as "h100_sxm, TP2, budget 2,048"."""
+    return ", ".join(_word(key, str(value)) for key, value in changed.items())
+
+
+def _word(key: str, value: str) -> str:
+    if key in _SWITCHES and value in ("True", "False"):
+        return _SWITCHES[key][value == "False"]
+    if key in _WORDS:
+        words = _WORDS[key]
+        return words.format(int(value)) if value.isdigit() else words.replace("{:,}", "{}").format(value)
+    return value.split("/")[-1] if key in _NAMED else f"{key.replace('_', ' ')} {value}"
+
+
 def mark_pareto(rows: Sequence[dict[str, Any]], more: Sequence[str], less: Sequence[str]) -> None:
     """Set "pareto" on each row: whether no other is at least as good in everything and better in something.
 

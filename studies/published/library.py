@@ -15,6 +15,7 @@ from engine.results.slo import SLO
 from engine.scheduling.policies import POLICIES
 from engine.specs import catalog
 from studies.published.experiment import (
+    CONTROLS,
     METRICS,
     MODERN_HOST,
     NEEDS,
@@ -33,6 +34,7 @@ FOLDER = Path(__file__).with_name("experiments")
 _ORDER = (  # of the paper
     "generation_stalls",
     "tail_latency",
+    "batch_times",
     "operation_split",
     "piggybacking",
     "capacity",
@@ -124,7 +126,7 @@ def _check(experiment: Experiment) -> None:
 def _check_claims(experiment: Experiment) -> None:
     known = {point.id: point.task for point in expand(experiment, PAPER_HOST)}
     for claim in experiment.claims:
-        least = {"value": 1, "order": 2}.get(claim.compare, 2)
+        least = 1 if claim.compare == "value" else 2
         pairs = claim.compare == "up_to" and len(claim.of) % 2 == 1
         if len(claim.of) < least or pairs or (claim.published is None) != (claim.compare == "order"):
             raise InputError(
@@ -141,8 +143,11 @@ def _check_claims(experiment: Experiment) -> None:
 
 
 def hosts(given: str | None) -> list[str]:
-    """Return the host overheads to run on: the one asked for, else the paper's engine's and a modern one's."""
-    return [PAPER_HOST, MODERN_HOST] if given is None else [catalog.host_overhead(given).name]
+    """Return what to run on: the host overhead asked for, else the paper's engine's, a modern one's and the controls.
+
+    The controls are the fitted host overhead and the placebos.
+    """
+    return [PAPER_HOST, MODERN_HOST, *CONTROLS] if given is None else [catalog.host_overhead(given).name]
 
 
 def reduced(experiment: Experiment, model: str | None, num_prompts: int | None) -> Experiment:
