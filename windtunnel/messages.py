@@ -27,11 +27,7 @@ _FLAG_OF_FIELD = {  # of fields inside that are called otherwise than their sett
     "seed": "seed",
 }
 _OTHER_FIELD = re.compile(
-<<<<<<< HEAD
     rf"(?<![\w.-])({'|'.join(_FLAG_OF_FIELD)})(?= \S+(?:: give| needs| has no meaning| must)| '| must)"
-=======
-    rf"(?<![\w.-])({'|'.join(_FLAG_OF_FIELD)})(?= \S+(?:: give| needs| has no meaning)| '| \S+ must| must)"
->>>>>>> main
 )
 _OVERHEAD = re.compile(r"(?<![\w.-])(?:client_)?overhead_s ([-+.\w]+)")
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])(?![\w-])")
