@@ -231,8 +231,8 @@ class ReplicaConfig(ServingSettings):
     host_overhead: str = _field(
         _REPLICA["host_overhead"],
         "Deployment",
-        "Host overhead of an iteration: cuda_graphs, eager, eager_cpu, sarathi_osdi24, sarathi_osdi24_fig2, measured (by "
-        "the calibration) or auto (measured if available, else eager_cpu on a CPU, else cuda_graphs).",
+        "Host overhead of an iteration: cuda_graphs, eager, eager_cpu, sarathi_osdi24, sarathi_osdi24_fig2, measured "
+        "(by the calibration) or auto (measured if available, else eager_cpu on a CPU, else cuda_graphs).",
     )
     predictor: str = _field(
         "auto",
