@@ -101,8 +101,13 @@ class Capacity:
         }
 
 
-def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float = TOLERANCE) -> Capacity:
-    """Search from the guess `start` (requests/s): `run` makes the trial at a rate.
+def find_capacity(
+    run: Callable[[float], Trial],
+    start: float,
+    tolerance: float = TOLERANCE,
+    steps: Iterable[float] = (2.0, 2.0, inf),
+) -> Capacity:
+    """Search from the guess `start` (requests/s): `run` makes the trial at a rate. `steps` bracket it.
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """
@@ -114,7 +119,7 @@ def find_capacity(run: Callable[[float], Trial], start: float, tolerance: float 
         trials.append(run(rate))
         return trials[-1].met
 
-    low, high = bracket(met, start, steps=(2.0, 2.0, inf), far=FAR, tolerance=tolerance)
+    low, high = bracket(met, start, steps=steps, far=FAR, tolerance=tolerance)
     if high is None:
         return Capacity("all", trials[-1].summary["request_throughput"], None, tolerance, tuple(trials))
     if low is None:

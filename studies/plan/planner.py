@@ -1,0 +1,243 @@
+"""The order of a plan's work: bounds for every point, the smallest fleets of those that may win, draws for finalists.
+
+A point is dismissed, never simulated or after one trial, when even the fewest replicas that its bound allows cost more
+than a fleet that is known to hold: the best of its own device, or FAR times the best of all. Every dismissal compares
+with a fleet that was simulated, so the cheapest fleet is found as if every point had been searched.
+
+    planner = Planner(points, rate=40.0)
+    for number, result in work_off(work, planner.jobs(), workers, reuse=True):
+        planner.take(number, result)
+    print(planner.best)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, floor, inf
+from typing import Any, Literal
+
+FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
+FINALISTS = 3
+DRAWS = 4
+
+Outcome = Literal["open", "refused", "crashed", "dismissed", "none", "holds"]
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A point and what is known of it.
+
+    `job` is what its work is given; `fewest` replicas are not ruled out. Prices are dollars per hour.
+    """
+
+    name: str
+    device: str
+    usd_per_gpu_hour: float
+    job: dict[str, Any]
+    outcome: Outcome = "open"
+    why: str = ""  # it was refused, has crashed, or was dismissed
+    bound: dict[str, Any] = field(default_factory=dict)
+    replica: dict[str, Any] = field(default_factory=dict)
+    step: int = 1
+    fewest: int = 1
+    replicas: int | None = None  # of the smallest fleet that holds
+    too_few: int | None = None
+    trial: dict[str, Any] | None = None  # of that fleet
+    alone: dict[str, Any] | None = None  # of one request at a time, where no fleet holds
+    draws: dict[int, dict[str, Any]] = field(default_factory=dict)
+    whole: dict[str, Any] | None = None  # the trial of every replica, to its end
+    batch: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a replica."""
+        return int(self.replica.get("num_gpus", 1))
+
+    @property
+    def usd_per_replica(self) -> float:
+        return self.gpus * self.usd_per_gpu_hour
+
+    @property
+    def count(self) -> int:
+        """Replicas: those that hold, else the fewest that are not ruled out."""
+        return self.replicas or self.fewest
+
+    @property
+    def usd_per_hour(self) -> float:
+        return self.count * self.usd_per_replica
+
+    @property
+    def likely_usd(self) -> float:
+        """What the fleet probably costs: the order of the search."""
+        likely = self.bound.get("likely") or 0.0
+        return self.usd_per_replica * max(self.fewest, self.bound["rate"] / likely) if likely else inf
+
+    def capacity(self, rate: float) -> list[float]:
+        """Return requests/s of a replica: low, expected and high.
+
+        Of a finalist the range of its draws; of another that holds the rates at which its fleets were seen to hold and
+        to miss; of one that was dismissed what its bound or its trial leave open.
+        """
+        if 0 in self.draws and self.replicas:
+            every = [draw["qps"] for draw in self.draws.values()]
+            mid = self.draws[0]["qps"]
+            return [min(*every, mid), mid, max(*every, mid, rate / self.replicas)]
+        most = min(self.bound.get("most") or inf, rate / self.too_few if self.too_few else inf)
+        if self.replicas:
+            held = rate / self.replicas
+            return [held, held, max(held, most) if most < inf else held]
+        likely = self.bound.get("likely") or 0.0
+        if self.outcome == "none":
+            return [0.0, 0.0, 0.0]
+        high = most if most < inf else likely
+        return [0.0, min(likely, high), high]
+
+    def usd_range(self, rate: float) -> tuple[float, float]:
+        """Return what the load costs by this point's range of capacities (dollars per hour, not of whole replicas)."""
+        low, _, high = self.capacity(rate)
+        return (self.usd_per_replica * rate / high if high else inf, self.usd_per_replica * rate / low if low else inf)
+
+
+class Planner:
+    """Hands out the jobs of a plan and takes their results."""
+
+    def __init__(self, candidates: Sequence[Candidate], rate: float, draws: int = DRAWS, bounds: bool = True) -> None:
+        """Plan for `rate` requests/s, with so many `draws` of each finalist; without `bounds` nothing is dismissed."""
+        self.candidates = list(candidates)
+        self.rate = rate
+        self.num_draws = draws
+        self.bounds = bounds
+        self.finalists: list[Candidate] = []
+        self._given: list[tuple[Candidate, dict[str, Any]]] = []
+        self._pending = 0
+
+    @property
+    def holding(self) -> list[Candidate]:
+        """Candidates with a fleet that holds, the cheapest first, of equals the one farthest from its SLOs."""
+        found = [each for each in self.candidates if each.outcome == "holds"]
+        return sorted(found, key=lambda each: (each.usd_per_hour, _margin(each.trial)))
+
+    @property
+    def best(self) -> Candidate | None:
+        """The cheapest fleet that holds; else the candidate that is closest to its SLOs. None where all are refused."""
+        if self.holding:
+            return self.holding[0]
+        closest = [each for each in self.candidates if each.outcome in ("none", "dismissed", "open")]
+        return min(closest, key=lambda each: (_margin(each.alone), each.likely_usd), default=None)
+
+    @property
+    def settled(self) -> int:
+        """Candidates that are known to hold, not to, or not to matter."""
+        return sum(each.outcome != "open" for each in self.candidates)
+
+    def jobs(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the jobs, and None while a result has to come first."""
+        for each in self.candidates:
+            yield self._job(each, "bound")
+        yield from self._wait()
+        yield from self._sizes()
+        yield from self._wait()
+        yield from self._ends()
+
+    def take(self, number: int, result: Mapping[str, Any]) -> None:
+        """Take the result of the job that was yielded as that number."""
+        self._pending -= 1
+        candidate, job = self._given[number]
+        if result["status"] != "done":
+            candidate.outcome, candidate.why = result["status"], str(result.get("error", ""))
+            return
+        what = job["what"]
+        if what == "bound":
+            candidate.bound = {"most": result["most"], "likely": result["likely"], "rate": self.rate,
+                               "tokens": result["tokens"], "notes": result["notes"]}  # fmt: skip
+            candidate.replica, candidate.step = result["replica"], result["step"]
+            most = inf if result["most"] is None else result["most"]
+            least = ceil(self.rate / most) if most else 0
+            candidate.fewest = candidate.step * max(1, ceil(least / candidate.step))
+            if not most:
+                candidate.outcome, candidate.why = "none", "its shortest batches take longer than TBT may"
+        elif what == "size":
+            candidate.outcome = result["outcome"]
+            candidate.replicas, candidate.too_few = result["replicas"], result["too_few"]
+            candidate.trial = result["trial"]
+            if result["outcome"] == "dismissed":
+                candidate.fewest = max(candidate.fewest, (result["too_few"] or 0) + candidate.step)
+                candidate.why = f"{result['too_few']} replicas do not hold, and more cost more"
+            elif result["outcome"] == "none":
+                candidate.why = "not even one request at a time meets the SLOs"
+        elif what == "alone":
+            candidate.alone = result["trial"]
+        elif what == "draw":
+            candidate.draws[job["draw"]] = dict(result)
+        else:
+            candidate.whole, candidate.batch = result["trial"], result["batch"]
+            if candidate.outcome == "holds" and not candidate.whole["holds"]:
+                candidate.too_few = candidate.replicas
+                candidate.replicas = (candidate.replicas or 0) + candidate.step
+
+    def _wait(self) -> Iterator[None]:
+        while self._pending:
+            yield None
+
+    def _job(self, candidate: Candidate, what: str, **more: Any) -> dict[str, Any]:
+        job = {**candidate.job, "what": what, **more}
+        self._given.append((candidate, job))
+        self._pending += 1
+        return job
+
+    def _sizes(self) -> Iterator[dict[str, Any]]:
+        """Yield the searches of fleets: first the likeliest of each device, then whatever may still beat these."""
+        waiting = sorted((each for each in self.candidates if each.outcome == "open"), key=lambda each: each.likely_usd)
+        first = list({each.device: each for each in reversed(waiting)}.values())
+        for each in sorted(waiting, key=lambda each: (each not in first, each.likely_usd)):
+            limit = self._limit(each) if self.bounds else inf
+            if each.fewest * each.usd_per_replica > limit:
+                each.outcome, each.why = "dismissed", f"its bound: {each.fewest} replicas or more"
+                continue
+            most = None if limit == inf else floor(limit / each.usd_per_replica * (1 + 1e-9))
+            yield self._job(each, "size", bound=each.bound, most=most)
+
+    def _limit(self, candidate: Candidate) -> float:
+        """Return the price above which a candidate is of no interest."""
+        held = self.holding
+        own = min((each.usd_per_hour for each in held if each.device == candidate.device), default=inf)
+        return min(own, FAR * held[0].usd_per_hour) if held else inf
+
+    def _ends(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the whole fleet of the best, growing until it holds, and the draws of the finalists."""
+        if not self.holding:
+            for each in self.candidates:
+                if each.outcome == "none":
+                    yield self._job(each, "alone", bound=each.bound)
+            yield from self._wait()
+            if self.best is not None:
+                self.best.replicas = self.best.count
+                yield self._job(self.best, "finish", replicas=self.best.count)
+            return
+        while True:
+            best = self.holding[0]
+            if best.whole is not None and best.whole["replicas"] == best.replicas:
+                break
+            yield self._job(best, "finish", replicas=best.replicas)
+            yield from self._wait()
+        self.finalists = self._choose_finalists()
+        for draw in range(self.num_draws):
+            for each in self.finalists:
+                start = self.rate / each.count
+                yield self._job(each, "draw", draw=draw, replicas=each.count, start=start)
+        yield from self._wait()
+
+    def _choose_finalists(self) -> list[Candidate]:
+        """Return the best and those nearest to it, another device's best among them if one holds."""
+        best, *others = self.holding
+        elsewhere = [each for each in others if each.device != best.device][:1]
+        nearest = [each for each in others if each not in elsewhere]
+        chosen = [*elsewhere, *nearest][: FINALISTS - 1]
+        return [best, *sorted(chosen, key=lambda each: each.usd_per_hour)]
+
+
+def _margin(trial: Mapping[str, Any] | None) -> float:
+    """Return the worst value over its threshold; infinite where a trial was given up or there is none."""
+    margin = None if trial is None else trial["margin"]
+    return inf if margin is None else float(margin)
