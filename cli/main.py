@@ -112,6 +112,14 @@ def simulate(
     run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
 
 
+def _simulated_alone(flags: dict[str, Any]) -> None:
+    """Raise InputError for a flag that only simulated runs heed."""
+    if flags.get("uncertainty") is not None:
+        raise InputError(
+            f"--uncertainty {flags['uncertainty']} draws errors of predicted times: use it with simulate and search"
+        )
+
+
 @app.command()
 @partial(_with_settings, BenchConfig)
 def bench(
@@ -143,6 +151,7 @@ def bench(
     ] = None,
 ) -> None:
     """Serve a workload on this machine's engine, or send it to a server, in real time and write a report."""
+    _simulated_alone(flags)
     if url is not None:
         from cli.bench_url import run as run_on_server
 
@@ -189,6 +198,7 @@ def serve(
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
 ) -> None:
     """Serve an OpenAI-compatible API, from this machine's engine or from simulated replicas, until SIGTERM."""
+    _simulated_alone(flags)
     from cli.serve import run
 
     run(
@@ -268,13 +278,15 @@ def validate(
         given = load_file(config, FileConfig)
         given |= {name: value for name, value in flags.items() if value is not None}
         columns = given.pop("columns", None)
+        uncertainty = from_flags(RunConfig, {"uncertainty": given.pop("uncertainty", None)}).uncertainty
         if load is not None:
             raise InputError(f"--load {load} has no meaning with --against: the load is the measured one")
         run_measured(
             Path(against), given, output_dir, only=only, source=source, client=client, columns=columns,
-            warmup_requests=warmup_requests, as_json=json_,
+            warmup_requests=warmup_requests, uncertainty=uncertainty, as_json=json_,
         )  # fmt: skip
         return
+    _simulated_alone(flags)
     if output_dir is None:
         raise InputError("no --output-dir: name a new folder for the results")
     settings = _load_config(config, flags, BenchConfig)

@@ -90,6 +90,8 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         values = [summary.get(summary_key(s, key)) for s in ("mean", "p50", "p90", "p99", "max")]
         table.add_row(metric.name, *("-" if value is None else f"{value / 1e3:.4g}" for value in values))
     console.print(table)
+    if summary.get("uncertainty"):
+        print_ranges(summary, console)
     known = [replica["max_model_len"] for replica in summary["replicas"] if "max_model_len" in replica]
     longest = f"--max-model-len {min(known):,}" if known else "the server's longest"
     how = "simulated" if "simulator" in summary else "measured"
@@ -135,6 +137,31 @@ def print_summary(summary: dict[str, Any], copies: list[int], target: Path, cons
         )
     console.print(f"verdict: {'; '.join(describe(summary))}", style="bold")
     console.print(f"report: {target / 'report.html'}")
+
+
+def print_ranges(summary: dict[str, Any], console: Console) -> None:
+    """Print the ranges of results under drawn errors, and what is off most."""
+    parts = []
+    for name, each in summary["intervals"].items():
+        unit = 1e-3 if name.endswith("_ms") else 1.0
+        if name in RANGES:
+            parts.append(f"{RANGES[name]} {unit * each['low']:.3g} to {unit * each['high']:.3g}")
+    drawn = summary["uncertainty"]
+    console.print(f"{drawn['covers']:.0%} range of {drawn['draws']:,} reruns with drawn errors: {', '.join(parts)}")
+    for errors in drawn["errors"]:
+        shown = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in errors.items())
+        console.print(f"errors drawn (90 % within): {shown}", style="dim")
+
+
+RANGES = {  # results whose ranges are printed, in words, latencies in seconds
+    "max_qps_under_slo": "capacity (requests/s)",
+    summary_key("mean", "ttft"): "mean TTFT (s)",
+    summary_key("p99", "ttft"): "P99 TTFT (s)",
+    summary_key("mean", "tpot"): "mean TPOT (s)",
+    summary_key("p99", "tbt"): "P99 TBT (s)",
+    summary_key("mean", "e2e"): "mean E2E (s)",
+    "output_throughput": "output tokens/s",
+}
 
 
 def _steady_latencies(summary: dict[str, Any]) -> str:

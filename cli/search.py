@@ -17,7 +17,7 @@ from rich.table import Table
 
 from cli.bench import only_group
 from cli.engine import engine_spec
-from cli.output import progress_bar
+from cli.output import print_ranges, progress_bar
 from cli.search_point import confirm_point, search_point
 from engine.errors import InputError
 from engine.results.files import write_json
@@ -190,6 +190,8 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
     """Print a single search as a sentence, several as a table."""
     if len(rows) == 1 and rows[0]["status"] == "done":
         console.print(f"capacity: {rows[0]['words']}", style="bold")
+        if rows[0].get("uncertainty"):
+            print_ranges(rows[0], console)
         _print_unsteady(rows, console)
         console.print(f"{len(rows[0]['trials'])} trials; times: {rows[0]['predictor']}", style="dim")
         return
@@ -212,6 +214,10 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         cells += ["-" if row[key] is None else f"{row[key]:.4g}" for key in ("p99_tbt_ms", "p50_ttft_ms")]
         table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], "*" if row["pareto"] else "")
     console.print(table)
+    for row in rows:
+        if row.get("uncertainty"):
+            console.print(row["name"], style="bold") if len(rows) > 1 else None
+            print_ranges(row, console)
     _print_unsteady(rows, console)
 
 

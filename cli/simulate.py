@@ -20,7 +20,7 @@ def run(
     simulation = Simulation.of(config)
     target = output_dir or default_folder(simulation.kinds[0].replica, simulation.workload.name)
     with progress_bar("requests") as progress:
-        task = progress.add_task("simulating", total=len(simulation.workload))
+        task = progress.add_task("simulating", total=len(simulation.workload) * (1 + (config.uncertainty or 0)))
         summary = simulation.write(
             target,
             started=started,

@@ -30,6 +30,7 @@ def run(
     client: str | None,
     columns: str | None,
     warmup_requests: int | None,
+    uncertainty: int | None,
     as_json: bool,
 ) -> None:
     """Predict the points, print the errors by group, and write `validation.json` and a page if a folder is given."""
@@ -41,7 +42,8 @@ def run(
             task = progress.add_task("predicting", total=None)
             return validate_measured(
                 path, given, only=only, source=source, client=client, columns=columns, warmup_requests=warmup_requests,
-                workers=None, on_progress=lambda done, of: progress.update(task, completed=done, total=of),
+                uncertainty=uncertainty, workers=None,
+                on_progress=lambda done, of: progress.update(task, completed=done, total=of),
             )  # fmt: skip
 
     if output_dir is None:
@@ -74,6 +76,10 @@ def _print(results: dict[str, Any], console: Console) -> None:
     for group in groups_of(results):
         table.add_row(group["group"], f"{group['count']:,}", *(_cell(group[name]) for name in MEASURES))
     console.print(table)
+    known = [(name, results[name]) for name in MEASURES if "covered" in (results[name] or {})]
+    shares = [f"{name.upper()} {error['covered']:.0%}" for name, error in known]
+    if shares:
+        console.print(f"measured within the ranges of reruns with drawn errors: {', '.join(shares)} of the points")
     for name, words in OF_REQUESTS.items():
         if entry := results.get(name):
             sign = "" if name == "per_request" else "+"  # a mean of absolute errors has none

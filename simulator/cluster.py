@@ -35,6 +35,7 @@ from engine.workload.workload import Workload
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.learned import carried_over, learned
 from simulator.predictor.roofline import Roofline
+from simulator.predictor.uncertainty import drawn
 from simulator.replica import Clock, Replica
 from simulator.router import ROUTERS
 
@@ -67,6 +68,7 @@ class Deployment:
     replica: ReplicaSpec
     predictor: RuntimePredictor
     host: HostOverhead | None = None  # that the predictor was made with, if it was made by name
+    made_by: str | None = None  # that name
 
     def __post_init__(self) -> None:
         self.replica.num_kv_blocks()
@@ -80,7 +82,16 @@ class Deployment:
             raise unknown("predictor", predictor, PREDICTORS)
         host = replica.engine.host
         made = PREDICTORS[predictor](replica.model, replica.device, replica.network, replica.parallel, host)
-        return cls(replica, made, host)
+        return cls(replica, made, host, predictor)
+
+    def drawn(self, seed: int) -> Deployment:
+        """Return the deployment with the errors of its times drawn (`simulator.predictor.uncertainty`).
+
+        Raises InputError for one whose predictor was not made by name.
+        """
+        if self.made_by is None:
+            raise InputError(f"{self.predictor.description}: its errors are not known, nothing can be drawn of them")
+        return Deployment.of(drawn(self.replica, self.predictor.errors, seed), self.made_by)
 
     @property
     def model(self) -> ModelSpec:

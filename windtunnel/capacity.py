@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from simulator.cluster import Deployment
 from studies.capacity.confirm import gpu_hours
 from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
+from studies.capacity.uncertainty import capacity_range, described, errors_in_words
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
 from windtunnel.run_config import resolved
@@ -75,9 +77,39 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
         **_at_capacity(capacity.best),
         "unsteady": _unsteady(capacity.best) if capacity.outcome == "found" else None,
     }
+    if settings.uncertainty is not None:
+        found |= _ranges(settings, workload, kinds, slos, capacity.qps, tolerance, settings.uncertainty)
     if folder is not None:
         write_json(folder / SEARCH_FILE, found)
     return found
+
+
+def _ranges(
+    settings: FileConfig,
+    workload: WorkloadSpec,
+    kinds: list[tuple[Deployment, int]],
+    slos: list[SLO],
+    start: float,
+    tolerance: float,
+    draws: int,
+) -> dict[str, Any]:
+    """Return the range of the capacity under drawn errors; it is searched again for each draw, near `start`."""
+
+    @cache
+    def drawn(seed: int) -> list[Deployment]:
+        every = [(kind.drawn(seed), count) for kind, count in kinds]
+        return [kind for kind, count in every for _ in range(count)]
+
+    def trial(seed: int, rate: float) -> Trial:
+        return simulated_trial(
+            at_rate(workload, rate), drawn(seed), slos, rate, router=settings.router, seed=settings.seed
+        )
+
+    begin = start or guess(workload, drawn(1), settings.router)
+    found = {"max_qps_under_slo": capacity_range(trial, begin, draws, tolerance)}
+    gpus = sum(kind.parallel.world_size * count for kind, count in kinds)
+    found["qps_per_gpu"] = {name: value / gpus for name, value in found["max_qps_under_slo"].items()}
+    return described(found, draws, [errors_in_words(kind) for kind, _ in kinds])
 
 
 def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
@@ -136,7 +168,8 @@ def open_search(folder: Path, settings: dict[str, Any]) -> None:
 def _config(settings: FileConfig, kinds: list[ReplicaSpec], num_prompts: int, rate: float) -> dict[str, Any]:
     """Return the settings of a trial, by which `simulate` runs it again: to its end, if it was given up."""
     found = resolved(settings, kinds, num_prompts)
-    return {key: value for key, value in found.items() if key not in ENGINE_KEYS} | {"request_rate": rate}
+    left_out = {*ENGINE_KEYS, "uncertainty"}
+    return {key: value for key, value in found.items() if key not in left_out} | {"request_rate": rate}
 
 
 def _at_capacity(best: Trial | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def validate_measured(
     client: str | None = None,
     columns: str | None = None,
     warmup_requests: int | None = None,
+    uncertainty: int | None = None,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
@@ -46,13 +47,14 @@ def validate_measured(
         given: settings of the replica that win over what the file and its source say.
         only: keeps the points whose id or load matches this regular expression.
         source, client, columns, warmup_requests: see `studies.measured.readers.read`.
+        uncertainty: reruns of each point with drawn errors, for ranges; 19 or more give 90 % ranges.
         workers: processes; None: one a processor. More than one needs the caller's script to guard `__main__`.
         on_progress: called with how many points are predicted, and of how many.
 
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
     """
-    found = read_points(path, given, source, client, columns, warmup_requests, only)
-    return _predicted(path, found, workers, on_progress)
+    files, ready, refused = read_points(path, given, source, client, columns, warmup_requests, only)
+    return _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
 
 
 def adjust_preset(
@@ -228,6 +230,11 @@ def predict_points(
             failures[number] = str(result["error"])
         on_progress(done, len(ready))
     return records
+
+
+def with_draws(ready: Sequence[_Ready], uncertainty: int | None) -> list[_Ready]:
+    """Return the points, each to be rerun so often with drawn errors."""
+    return [replace(each, job=replace(each.job, draws=uncertainty or 0)) for each in ready]
 
 
 def job_of(point: Point) -> _Ready:

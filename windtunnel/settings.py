@@ -21,6 +21,7 @@ from engine.workload.workload import WorkloadSpec
 from windtunnel.names import unknown_setting
 from windtunnel.trace_check import check_no_result
 
+MOST_DRAWS = 1000
 TOLERANCE = 0.025  # of a capacity search, a share of the capacity
 
 # what is not given is what the specs say; here no default of a replica is decided
@@ -373,6 +374,19 @@ class RunConfig(ReplicaConfig):
     slo: list[str] = _field(
         [], "Goals", "Latency goal such as 'p99_tbt<=0.1' (seconds) or 'mean_ttft<=300ms'; repeatable."
     )
+    uncertainty: int | None = _field(
+        None,
+        "Goals",
+        "Reruns with errors of the predicted times drawn, for the ranges of results; 19 or more give 90 % ranges. "
+        "Simulated runs alone.",
+    )
+
+    @field_validator("uncertainty")
+    @classmethod
+    def _two_draws(cls, value: int | None) -> int | None:
+        if value is not None and not 2 <= value <= MOST_DRAWS:
+            raise ValueError(f"give 2 to {MOST_DRAWS:,} reruns, 19 or more for a 90 % range")
+        return value
 
     @field_validator("plugin", "slo", mode="before")
     @classmethod
@@ -602,4 +616,5 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: C
         first = error.errors()[0]
         key = str(first["loc"][0])
         place = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
-        raise InputError(f"{place} {first['input']!r}: {_WANTED.get(first['type'], first['msg'])}") from None
+        wanted = _WANTED.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise InputError(f"{place} {first['input']!r}: {wanted}") from None

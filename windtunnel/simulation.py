@@ -19,6 +19,7 @@ from engine.results.recorder import Run
 from engine.results.run_folder import run_folder, write_chrome_trace, write_config, write_summary
 from engine.workload.workload import Workload, make_workload
 from simulator.cluster import Deployment, simulate
+from studies.capacity.uncertainty import described, errors_in_words, intervals
 from windtunnel.plugins import load_plugin
 from windtunnel.run_config import resolved
 from windtunnel.settings import FileConfig
@@ -64,12 +65,28 @@ class Simulation:
             folder=folder,
             on_progress=on_progress,
         )
+        if self.config.uncertainty is not None:
+            result.summary.update(self._intervals(self.config.uncertainty, on_progress))
         result.summary["version"] = version("windtunnel")
         result.summary["simulator"] |= {
             "startup_seconds": startup_seconds,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         return result
+
+    def _intervals(self, draws: int, on_progress: Progress | None) -> dict[str, Any]:
+        """Return the ranges of the leading results over reruns with drawn errors, as the summary holds them."""
+        summaries = []
+        for seed in range(1, draws + 1):
+            kinds = [kind.drawn(seed) for kind in self.kinds]
+            deployments = [kind for kind, count in zip(kinds, self.copies, strict=True) for _ in range(count)]
+            again = simulate(
+                self.workload, deployments, router=self.config.router, seed=self.config.seed, slos=self.config.slos()
+            )
+            summaries.append(again.summary)
+            if on_progress is not None:
+                on_progress((seed + 1) * len(self.workload))
+        return described(intervals(summaries), draws, [errors_in_words(kind) for kind in self.kinds])
 
     def write(
         self, target: Path, *, started: float, chrome_trace: bool = False, on_progress: Progress | None = None

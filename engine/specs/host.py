@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
+from engine.errors import InputError
 from engine.specs.checks import check_fields
+
+Shares = tuple[tuple[str, float], ...]  # by name; from a file a mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +41,25 @@ class HostOverhead:
     receive_s: float = 0.0  # one request after the other
     receive_token_s: float = 0.0  # for each token of its prompt, as well
     transit_s: float = 0.0  # beside others: the way there and that of a token back
+    factors: Shares = ()  # of the GPU's time, by kind of operator (gemm) or population of it (gemm.fp8)
+    margins: Shares = ()  # how far a field of seconds may be off (90 %), as a share of it, where that is known
     source: str
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "graph_sizes", tuple(self.graph_sizes))  # a list, where it comes from a file
+        for name in ("factors", "margins"):
+            object.__setattr__(self, name, _shares(name, getattr(self, name)))
         check_fields(
             self,
             "iteration_s sequence_s layer_s message_s graph_decodes exposed_s receive_s receive_token_s transit_s "
             "sampler_s sampler_logit_s",
             zero=True,
         )
+
+    def factor(self, name: str) -> float:
+        """Return the factor of a kind of operator, or of a population of it, whose own comes first."""
+        of = dict(self.factors)
+        return of.get(name, of.get(name.partition(".")[0], 1.0))
 
     def times(
         self, layers: int, sequences: int, ranks: int, stage: int = 0, in_graph: bool = False
@@ -74,3 +88,16 @@ class HostOverhead:
         """Tokens that a batch is computed as, with the padding of its CUDA graph."""
         place = bisect_left(self.graph_sizes, num_tokens)
         return self.graph_sizes[place] if place < len(self.graph_sizes) else num_tokens
+
+
+def _shares(field: str, value: Mapping[str, float] | Sequence[tuple[str, float]]) -> Shares:
+    """Return shares by name, in order. Raises InputError unless each is a number above 0."""
+    pairs = value.items() if isinstance(value, Mapping) else value
+    try:
+        found = tuple(sorted((str(name), float(share)) for name, share in pairs))
+    except (TypeError, ValueError):
+        raise InputError(f"HostOverhead {field}={value!r}: give a mapping of names to numbers") from None
+    for name, share in found:
+        if not 0 < share < inf:
+            raise InputError(f"HostOverhead {field} {name}={share!r}: give a number above 0")
+    return found

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from engine.scheduling.request import BatchShape
+
+if TYPE_CHECKING:
+    from simulator.predictor.uncertainty import KindError
 
 
 class RuntimePredictor:
@@ -16,6 +21,8 @@ class RuntimePredictor:
 
     #: One line for reports: where the times come from.
     description = "a user's own predictor"
+    #: How far the times of each kind of operator may be off, by its name (`simulator.predictor.uncertainty`).
+    errors: Mapping[str, KindError] = MappingProxyType({})
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         """Seconds that a batch occupies `stage`."""

@@ -58,6 +58,11 @@ class Sorted:
     sends: list[tuple[Any, type[SendModel[Any]]]] = field(default_factory=list)
     batches: list[tuple[Any, type[BatchModel[Any]]]] = field(default_factory=list)
 
+    @property
+    def every(self) -> list[tuple[Any, type[KindModel[Any]]]]:
+        """All operators."""
+        return [*self.rows, *self.prompts, *self.decodes, *self.sends, *self.batches]
+
 
 def sort_out(operators: Iterable[Operator]) -> Sorted:
     """Return the operators by what their times depend on. Raises LookupError for a kind that is not in KINDS."""

@@ -7,6 +7,7 @@ sum and the host's time to launch its layers, and the host time that is not hidd
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,17 +22,22 @@ from simulator.predictor import calibration as store
 from simulator.predictor import table_cache
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.carried import carried
+from simulator.predictor.kinds import check_kinds
 from simulator.predictor.lookup import Limits, StageTimes, at, stage_times
 from simulator.predictor.tables import TableMaker
+from simulator.predictor.uncertainty import KindError, errors_of
 
 
 class Learned(RuntimePredictor):
     """Times of one model under one parallel layout on a calibrated device."""
 
-    def __init__(self, description: str, stages: list[StageTimes], limits: Limits) -> None:
+    def __init__(
+        self, description: str, stages: list[StageTimes], limits: Limits, errors: Mapping[str, KindError]
+    ) -> None:
         self.description = description
         self.stages = stages
         self.limits = limits
+        self.errors = errors
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         return self.stage_times(shape, stage, 1)[0]
@@ -101,15 +107,16 @@ def _predictor(
         table_cache.code_hash(),
     )
     path = table_cache.cache_folder() / f"{hashlib.sha256(repr(arguments).encode()).hexdigest()[:32]}.npz"
-    tables = table_cache.read(path, len(stages))
-    if tables is None:
-        tables = [maker.stage(stage) for stage in stages]
-        table_cache.write(path, tables)
+    parts = table_cache.read(path, len(stages))
+    if parts is None:
+        parts = [maker.parts(stage) for stage in stages]
+        table_cache.write(path, parts)
+    check_kinds([store.kind_name(name) for name, _ in host.factors], f"the factors of {host.name}")
+    tables = [maker.stage(stage, parts[stage], host) for stage in stages]
     sampled = tables[-1].sampled + host.sampling(model.vocab_size, np.arange(len(tables[-1].sampled)))
     sampled[0] = 0.0
     tables[-1] = replace(tables[-1], sampled=sampled)
     layers, ranks = parallel.stage_layers(model.num_layers), parallel.world_size
-    times = [
-        stage_times(tables[stage], host, layers[stage], ranks, stage, maker.batch_times(stage)) for stage in stages
-    ]
-    return Learned(maker.describe(host), times, maker.limits())
+    of_batch = [maker.batch_times(stage, host) for stage in stages]
+    times = [stage_times(tables[stage], host, layers[stage], ranks, stage, of_batch[stage]) for stage in stages]
+    return Learned(maker.describe(host), times, maker.limits(), errors_of(maker, host))

@@ -19,6 +19,17 @@ BatchTime = Callable[[BatchShape], float]
 
 
 @dataclass(frozen=True)
+class StageParts:
+    """Seconds of one stage's operators over the grids, (operators, points): what StageTables adds up."""
+
+    tokens: Array
+    sampled: Array
+    prefill: Array
+    decode: Array
+    send: Array
+
+
+@dataclass(frozen=True)
 class StageTables:
     """Seconds of one stage. `tokens` (MOST_ROWS + 1,) and `sampled` (MOST_REQUESTS + 1,) by rows; `prefill` (prompts,
     chunks, prefixes) of so many equal prompts; `decode` (MOST_REQUESTS + 1, lengths) by the cached tokens of each;

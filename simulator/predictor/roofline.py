@@ -8,17 +8,20 @@ longer of that sum and the host's time to launch its layers. Nothing here is mea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from engine.scheduling.request import BatchShape
 from engine.specs import DeviceSpec, HostOverhead, ModelSpec, NetworkSpec, ParallelSpec
 from profiler.operators import inventory
+from simulator.predictor import calibration as store
 from simulator.predictor.base import RuntimePredictor
-from simulator.predictor.kind import Site
+from simulator.predictor.kind import KindModel, Site
 from simulator.predictor.kinds import Sorted, sort_out
+from simulator.predictor.uncertainty import SHEET, UNKNOWN, estimate
 
 
 class Roofline(RuntimePredictor):
@@ -39,6 +42,12 @@ class Roofline(RuntimePredictor):
         self.stages = [
             _stage(model, device, network, parallel, host, stage) for stage in range(parallel.pipeline_parallel_size)
         ]
+        self.errors = {name: estimate(SHEET.get(store.kind_name(name), UNKNOWN)) for name in self._names()}
+
+    def _names(self) -> Iterator[str]:
+        for stage in self.stages:
+            for op, kind in stage.operators.every:
+                yield named(op, kind, stage.site)
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         return self.stage_times(shape, stage, 1)[0]
@@ -56,13 +65,25 @@ class _Stage:
     def __init__(self, operators: Sorted, site: Site, host: HostOverhead, layers: int, ranks: int, stage: int) -> None:
         self.operators, self.site, self.host = operators, site, host
         self.layers, self.ranks, self.stage = layers, ranks, stage
-        decodes = [kind.data_sheet(op, site) for op, kind in operators.decodes]
-        self.decode_launch = sum(op.count * kind.launch_floor(op, site) for op, kind in operators.decodes)
-        self.prefill_launch = sum(op.count * kind.launch_floor(op, site) for op, kind in operators.prompts)
-        self.decode_per_request = sum(per_request for per_request, _ in decodes)
-        self.decode_per_kv_token = sum(per_kv_token for _, per_kv_token in decodes)
-        self.prefill_time = _sum([partial(kind.data_sheet, op, site) for op, kind in operators.prompts])
+        decodes = [(self.factor(op, kind), *kind.data_sheet(op, site)) for op, kind in operators.decodes]
+        self.decode_launch = self.launches(operators.decodes)
+        self.prefill_launch = self.launches(operators.prompts)
+        self.decode_per_request = sum(factor * per_request for factor, per_request, _ in decodes)
+        self.decode_per_kv_token = sum(factor * per_kv_token for factor, _, per_kv_token in decodes)
+        self.prefill_time = _sum([
+            _scaled(self.factor(op, kind), partial(kind.data_sheet, op, site)) for op, kind in operators.prompts
+        ])  # fmt: skip
         self.tables: dict[str, list[float]] = {"tokens": [], "sampled": []}
+
+    def factor(self, op: Any, kind: type[KindModel[Any]]) -> float:
+        """Return the factor that the engine's operators of a kind have."""
+        factor: float = self.host.factor(named(op, kind, self.site))
+        return factor
+
+    def launches(self, operators: Sequence[tuple[Any, Any]]) -> float:
+        """Return the seconds of the launches of operators."""
+        every = (self.factor(op, kind) * op.count * kind.launch_floor(op, self.site) for op, kind in operators)
+        return float(sum(every))
 
     def times(self, shape: BatchShape, repeats: int) -> list[float]:
         """Seconds of the batch and of its next repeats: the longer of GPU and launch, and the host time not hidden."""
@@ -93,7 +114,11 @@ class _Stage:
         if count >= len(table):
             size = max(1024, 2 * count)
             counts = np.arange(size)
-            every = [kind.roofline(op, self.site, counts) for op, kind in self.operators.rows if op.rows == rows]
+            every = [
+                self.factor(op, kind) * kind.roofline(op, self.site, counts)
+                for op, kind in self.operators.rows
+                if op.rows == rows
+            ]
             times = sum(every, np.zeros(size))
             if rows == "sampled" and every:  # on the last stage
                 times = times + self.host.sampling(self.site.model.vocab_size, counts)
@@ -103,7 +128,9 @@ class _Stage:
 
     def send_time(self, tokens: int) -> float:
         """Seconds to send a batch's activations to the next stage."""
-        return sum((kind.roofline(op, self.site, tokens) for op, kind in self.operators.sends), 0.0)
+        return sum(
+            (self.factor(op, kind) * kind.roofline(op, self.site, tokens) for op, kind in self.operators.sends), 0.0
+        )
 
 
 class _SteppedStage(_Stage):
@@ -119,10 +146,11 @@ class _SteppedStage(_Stage):
         launch, host = self.host.times(self.layers, decodes + len(prefills), self.ranks, self.stage, in_graph)
         gpu = self.rows_time("tokens", self.host.padded(tokens)) + self.rows_time("sampled", sampled)
         for op, kind in self.operators.decodes if decodes else ():
-            gpu += float(kind.roofline(op, self.site, np.array([decodes]), np.array([kv]))[0])
+            seconds = kind.roofline(op, self.site, np.array([decodes]), np.array([kv]))[0]
+            gpu += self.factor(op, kind) * float(seconds)
         gpu += sum(self.prefill_time(chunk, prefix) for chunk, prefix in prefills)
         gpu += self.prefill_launch if prefills else 0.0
-        gpu += sum(kind.roofline(op, self.site, shape) for op, kind in self.operators.batches)
+        gpu += sum(self.factor(op, kind) * kind.roofline(op, self.site, shape) for op, kind in self.operators.batches)
         return max(gpu, launch) + host
 
 
@@ -135,6 +163,15 @@ def _stage(
     bent = any(not kind.straight(op) for op, kind in operators.decodes)
     kind_of_stage = _SteppedStage if operators.batches or bent else _Stage
     return kind_of_stage(operators, site, host, layers, parallel.world_size, stage)
+
+
+def named(op: Any, kind: type[KindModel[Any]], site: Site) -> str:
+    """Return the name of an operator's kind, with its population."""
+    return store.named(op.kind, kind.variant_of(op, site))
+
+
+def _scaled(factor: float, function: Callable[[int, int], float]) -> Callable[[int, int], float]:
+    return function if factor == 1.0 else lambda chunk, prefix: factor * function(chunk, prefix)
 
 
 def _sum(functions: list[Callable[[int, int], float]]) -> Callable[[int, int], float]:

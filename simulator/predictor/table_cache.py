@@ -1,4 +1,7 @@
-"""Keeps the tables of deployments: a cache that can't be read or written costs time, nothing else."""
+"""Keeps the times of deployments' operators over the grids.
+
+A cache that can't be read or written costs time, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ import numpy as np
 from engine import specs
 from profiler import grids, kind, kinds, operators
 from simulator.predictor.kinds import KINDS
-from simulator.predictor.lookup import StageTables
+from simulator.predictor.lookup import StageParts
 
-_TABLES = tuple(field.name for field in fields(StageTables))
+_TABLES = tuple(field.name for field in fields(StageParts))
 
 
 def cache_folder() -> Path:
@@ -37,18 +40,18 @@ def _kinds() -> list[type]:
     return [*kinds.KINDS.values(), *KINDS.values()]
 
 
-def read(path: Path, stages: int) -> list[StageTables] | None:
-    """Return the tables of the stages; None where there are none that can be read."""
+def read(path: Path, stages: int) -> list[StageParts] | None:
+    """Return the times of the stages' operators; None where there are none that can be read."""
     try:
         with np.load(path) as data:
-            return [StageTables(*(data[f"{name}{i}"] for name in _TABLES)) for i in range(stages)]
+            return [StageParts(*(data[f"{name}{i}"] for name in _TABLES)) for i in range(stages)]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-def write(path: Path, tables: list[StageTables]) -> None:
-    """Keep the tables of the stages, if the place can be written to."""
-    arrays = {f"{name}{i}": getattr(table, name) for i, table in enumerate(tables) for name in _TABLES}
+def write(path: Path, parts: list[StageParts]) -> None:
+    """Keep the times of the stages' operators, if the place can be written to."""
+    arrays = {f"{name}{i}": getattr(part, name) for i, part in enumerate(parts) for name in _TABLES}
     partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

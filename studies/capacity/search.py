@@ -107,7 +107,7 @@ def find_capacity(
     tolerance: float = TOLERANCE,
     steps: Iterable[float] = (2.0, 2.0, inf),
 ) -> Capacity:
-    """Search from the guess `start` (requests/s): `run` makes the trial at a rate. `steps` bracket it.
+    """Search from the guess `start` (requests/s): `run` makes the trial at a rate; `steps` are those of the bracket.
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine.replica_spec import ReplicaSpec
+from simulator.predictor.uncertainty import interval
 from studies.measured.point import MEASURES, Point
 
 Prediction = Mapping[str, Any]
@@ -26,9 +27,7 @@ OF_REQUESTS = {  # what there is of a run with a line a request, in words
 
 def point_record(point: Point, replica: ReplicaSpec, predicted: Prediction) -> dict[str, Any]:
     """Return what is reported of one point: figures in seconds and tokens/s, errors as shares."""
-    if point.output_tokens is not None and {"ttft", "tpot"} <= predicted.keys():
-        e2e = predicted["ttft"] + predicted["tpot"] * (point.output_tokens - 1)
-        predicted = {**predicted, "e2e": e2e}
+    predicted = _with_e2e(point, predicted)
     record: dict[str, Any] = {
         "id": point.id,
         "group": group_of(replica),
@@ -44,9 +43,24 @@ def point_record(point: Point, replica: ReplicaSpec, predicted: Prediction) -> d
         },
         **{name: predicted[name] for name in ("kv_limited", "in_range", "preemptions", "where", "num_gpu_blocks")},
     }
+    if draws := [_with_e2e(point, each) for each in predicted.get("draws", ())]:
+        ranges = {name: interval([each[name] for each in draws]) for name in record["error"]}
+        record["range"] = ranges
+        record["covered"] = {name: _within(point.measured[name], ranges[name]) for name in ranges}
     if point.per_request:
         record["requests"] = _per_request(point, predicted["per_request"])
     return record
+
+
+def _with_e2e(point: Point, predicted: Prediction) -> Prediction:
+    """Return a prediction with the E2E that is TTFT + TPOT x (output - 1), where it is so measured."""
+    if point.output_tokens is None or not {"ttft", "tpot"} <= predicted.keys():
+        return predicted
+    return {**predicted, "e2e": predicted["ttft"] + predicted["tpot"] * (point.output_tokens - 1)}
+
+
+def _within(value: float, limits: Mapping[str, float]) -> bool:
+    return limits["low"] <= value <= limits["high"]
 
 
 def group_of(replica: ReplicaSpec) -> str:
@@ -87,11 +101,17 @@ def groups_of(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def errors_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return how many records there are, and of each measure `mape` and `bias`; None where none has it."""
+    """Return how many records there are, and of each measure `mape` and `bias`; None where none has it.
+
+    With ranges of reruns also `covered`, the share of the measured values that lie within.
+    """
     found: dict[str, Any] = {"count": len(records)}
     for measure in MEASURES:
         errors = [record["error"][measure] for record in records if measure in record["error"]]
         found[measure] = {"mape": float(np.mean(np.abs(errors))), "bias": float(np.mean(errors))} if errors else None
+        within = [record["covered"][measure] for record in records if measure in record.get("covered", ())]
+        if within:
+            found[measure]["covered"] = float(np.mean(within))
     return found
 
 

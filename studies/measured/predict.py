@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.replica_spec import ReplicaSpec
 from engine.results.metrics import latencies
+from engine.results.recorder import Run
 from engine.results.tables import Array, Columns
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
@@ -28,31 +29,23 @@ class Job:
     statistic: str = "mean"
     predictor: str = "auto"
     per_request: bool = False
+    draws: int = 0  # reruns with drawn errors of the times
 
 
 def predict(job: Job) -> dict[str, Any]:
     """Return the predicted figures of a point as plain numbers: seconds, tokens/s and shares.
 
     `kv_limited`: requests waited for KV blocks. `in_range`: the share of the batches within the calibrated range.
+    `draws`: the figures of each rerun with drawn errors.
     """
     workload = job.workload if isinstance(job.workload, Workload) else make_workload(job.workload)
     deployment = Deployment.of(job.replica, job.predictor)
     run = simulate(workload, [deployment])
     iterations = run.iterations
     assert iterations is not None
-    order = np.argsort(run.requests["request_id"])
-    requests = {name: column[order] for name, column in run.requests.items()}
-    values = latencies(requests)
-    counted = slice(job.warmup_requests, None)
-    middle = np.nanmedian if job.statistic == "median" else np.nanmean
-    found: dict[str, Any] = {
-        name: float(middle(values[key][counted]))
-        for name, key in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2e"))
-        if np.isfinite(values[key][counted]).any()
-    }
+    found, values = _figures(job, run)
     replica = run.summary["replicas"][0]
     found |= {
-        "throughput": run.summary["output_throughput"],
         "duration_s": run.summary["duration"],
         "preemptions": run.summary["preemptions"],
         "kv_limited": _waited_for_blocks(iterations, job.replica),
@@ -63,7 +56,25 @@ def predict(job: Job) -> dict[str, Any]:
     }
     if job.per_request:
         found["per_request"] = {name: values[name].tolist() for name in ("ttft", "e2e")}
+    if job.draws:
+        seeds = range(1, job.draws + 1)
+        found["draws"] = [_figures(job, simulate(workload, [deployment.drawn(seed)]))[0] for seed in seeds]
     return found
+
+
+def _figures(job: Job, run: Run) -> tuple[dict[str, Any], Columns]:
+    """Return the figures of a run that are measured too, and its requests' latencies in the order of the workload."""
+    order = np.argsort(run.requests["request_id"])
+    requests = {name: column[order] for name, column in run.requests.items()}
+    values = latencies(requests)
+    counted = slice(job.warmup_requests, None)
+    middle = np.nanmedian if job.statistic == "median" else np.nanmean
+    found: dict[str, Any] = {
+        name: float(middle(values[key][counted]))
+        for name, key in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2e"))
+        if np.isfinite(values[key][counted]).any()
+    }
+    return {**found, "throughput": run.summary["output_throughput"]}, values
 
 
 def _waited_for_blocks(iterations: Columns, replica: ReplicaSpec) -> bool:
