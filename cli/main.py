@@ -416,11 +416,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="HTML file to write. Default: in the folder; comparison.html for several.")
     ] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Put the plot library into the page, to send it as one file.")
+    ] = False,
 ) -> None:
     """Write one offline page about a run, search, sweep, study or validation, or about several side by side."""
     from cli.report import run
 
-    run(folders, output)
+    run(folders, output, standalone)
 
 
 @app.command()

@@ -70,6 +70,16 @@ class Headline:
     name: str
     unit: str  # s, %, or a word
     values: list[float | None]
+    better: Literal["", "more", "less"] = ""  # which is better; "": neither
+
+    @property
+    def best(self) -> int | None:
+        """The only run that is better than every other; None where there is none, or a run lacks the number."""
+        if not self.better or None in self.values or len(self.values) < 2:
+            return None
+        known = [value for value in self.values if value is not None]
+        value = max(known) if self.better == "more" else min(known)
+        return known.index(value) if known.count(value) == 1 else None
 
 
 def kind_of(folder: Path) -> Kind:
@@ -156,16 +166,21 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
     rows = []
     for name, unit, key in _HEADLINES:
         found = [summary.get(key) for summary in summaries]
-        rows.append(Headline(name, unit, [each / 1e3 if unit == "s" and each is not None else each for each in found]))
+        values = [each / 1e3 if unit == "s" and each is not None else each for each in found]
+        rows.append(
+            Headline(
+                name, unit, values, "more" if unit.endswith("/s") else "less" if name != "Requests finished" else ""
+            )
+        )
     devices = [num_gpus(side.record) for side in sides]
     per_device = [
         summary["output_throughput"] / count if count else None
         for summary, count in zip(summaries, devices, strict=True)
     ]
-    rows.insert(4, Headline("Output per device", "tokens/s", per_device))
+    rows.insert(4, Headline("Output per device", "tokens/s", per_device, "more"))
     seen = [timeline if timeline.batches else None for timeline in timelines]
     stalls = [None if each is None else 100 * each.stalled_batches / each.batches for each in seen]
-    rows.append(Headline("Batches that ended a stall", "%", stalls))
+    rows.append(Headline("Batches that ended a stall", "%", stalls, "less"))
     peaks = [None if each is None else each.peak_kv_percent for each in seen]
     rows.append(Headline("KV cache, peak use", "%", peaks))
     return rows

@@ -18,9 +18,10 @@ from engine.results.metrics import burst_finding, describe_slo, summary_key
 from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
-from studies.words import number, seconds, size
+from studies.words import number, percent, seconds, size
 
 _STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
+OUTSIDE = 0.1  # of the batches, from which being outside the calibrated range is a warning beside the verdict
 _FILES = {
     "config.yaml": "the configuration, complete",
     "summary.json": "every number of this report",
@@ -56,7 +57,14 @@ def render(record: Record) -> Page:
 
 def _header(record: Record) -> str:
     kicker = "Windtunnel · report of a run"
-    return header(kicker, _served(record), _setting(record), verdict(record.summary), [times_source(record)])
+    chips = [*verdict(record.summary), *_outside(record)]
+    return header(kicker, _served(record), _setting(record), chips, [times_source(record)])
+
+
+def _outside(record: Record) -> list[tuple[Tone, str]]:
+    """Return a warning where much of the run is outside what its predictor was calibrated on."""
+    share = record.timeline.outside_range / max(record.timeline.batches, 1)
+    return [("unsure", f"{percent(share)} of the batches are outside the calibrated range")] if share >= OUTSIDE else []
 
 
 def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:

@@ -19,6 +19,8 @@ from engine.results.metric_table import REQUEST_COLUMNS
 from engine.results.metrics import distributions
 from engine.results.slo import SLO
 from engine.results.tables import Array, to_numpy
+from studies.pages.run_batches import Excerpt, read_excerpt
+from studies.pages.run_requests import Requests, read_requests
 from studies.pages.run_timeline import Timeline, read_timeline
 
 NOT_SET = "not set"
@@ -42,6 +44,8 @@ class Record:
     latencies: dict[str, Distribution]  # of each drawn metric; tbt is absent where no request has two tokens
     arrival_rate: float | None  # requests/s as they came; None when all came at once
     timeline: Timeline
+    requests: Requests
+    excerpt: Excerpt | None  # of its batches; None where nobody saw one
 
     @property
     def slos(self) -> list[tuple[SLO, float | None, bool]]:
@@ -53,7 +57,9 @@ def read_record(folder: Path) -> Record:
     """Read a finished run's folder. Raises FileNotFoundError where one of its files is missing."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    requests = to_numpy(pq.ParquetFile(folder / "requests.parquet").read(list(REQUEST_COLUMNS)))
+    table = pq.ParquetFile(folder / "requests.parquet")
+    more = [name for name in ("request_id", "prefix_hit_tokens") if name in table.schema_arrow.names]
+    requests = to_numpy(table.read([*REQUEST_COLUMNS, *more]))
     first, last = float(requests["arrived_s"].min()), float(requests["arrived_s"].max())
     end = float(requests["last_token_s"].max())
     return Record(
@@ -63,6 +69,8 @@ def read_record(folder: Path) -> Record:
         latencies={metric: Distribution(*curve) for metric, curve in distributions(requests, summary).items()},
         arrival_rate=(len(requests["arrived_s"]) - 1) / (last - first) if last > first else None,
         timeline=read_timeline(folder / "iterations.parquet", summary, first, end, requests["first_token_s"]),
+        requests=read_requests(requests),
+        excerpt=read_excerpt(folder / "iterations.parquet", first),
     )
 
 

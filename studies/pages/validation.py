@@ -44,7 +44,12 @@ _TARGETS = (
 
 
 def write_validation(results: Mapping[str, Any], path: Path) -> Path:
-    """Write the page to `path` and return it.
+    """Write the page of what `validation.json` holds to `path` and return it."""
+    return validation_page(results).write(path)
+
+
+def validation_page(results: Mapping[str, Any]) -> Page:
+    """Make the page.
 
     Args:
         results: what `validation.json` holds. `model`, `device`, `hardware`, `engine`, `scheduler` and `workload` say
@@ -65,7 +70,7 @@ def write_validation(results: Mapping[str, Any], path: Path) -> Path:
         page.add_panels("Operators", [_operators(results["operators"])])
     page.add(details("What ran", facts_table(_facts(results))))
     page.add(footer(f" {results['version']}" if "version" in results else ""))
-    return page.write(path)
+    return page
 
 
 def _header(results: Mapping[str, Any]) -> str:
