@@ -1,7 +1,7 @@
 """A plan of resolved settings: from a load and its SLOs to the cheapest fleet that holds them.
 
-    made = make_plan(settings, devices=["h100_sxm", "l40s"], prices={"h100_sxm": 2.5, "l40s": 0.9}, varied={})
-    print(made["best"]["replicas"], made["best"]["usd_per_hour"])
+made = make_plan(settings, devices=["h100_sxm", "l40s"], prices={"h100_sxm": 2.5, "l40s": 0.9}, varied={})
+print(made["best"]["replicas"], made["best"]["usd_per_hour"])
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from engine import engine_preset
-from engine.errors import InputError
+from engine.errors import InputError, unknown
 from engine.results.files import write_json
 from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
+from simulator.router import ROUTERS
 from studies.capacity.sweep import name_of
 from studies.jobs.pool import in_turn, work_off, work_off_on_ray
 from studies.plan.answer import summary_of
-from studies.plan.planner import Candidate, Planner
+from studies.plan.planner import DRAWS, Candidate, Planner
 from studies.words import unlike_sources
-from windtunnel.capacity import checked, open_search
+from windtunnel.capacity import open_search
 from windtunnel.plan_point import work
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices_of
@@ -101,6 +102,7 @@ def make_plan(
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
     candidates = _candidates(shared, own, varied, folder)
+    config = FileConfig(**candidates[0].job["settings"])
     known = {device: store.fingerprint(where) for device in names if (where := folder_of(catalog.device(device)))}
     identity = {
         "plan": {"settings": {**shared}, "prices": own, "points": [each.job["settings"] for each in candidates]},
@@ -109,7 +111,7 @@ def make_plan(
         "bounds": bounds,
     }
     open_search(folder, identity)
-    planner = Planner(candidates, rate, bounds=bounds)
+    planner = Planner(candidates, rate, config.uncertainty or DRAWS, bounds)
     several = workers or os.cpu_count() or 1
     if ray_address is not None:
         results = work_off_on_ray(work, planner.jobs(), ray_address)
@@ -130,7 +132,9 @@ def make_plan(
     found |= {
         "settings": shared,
         "gpu_price": own,
-        "slos": [str(slo) for slo in checked(FileConfig(**best.job["settings"]))[1]],
+        "slos": [str(slo) for slo in config.slos()],
+        "draws": planner.num_draws,
+        "cpu_s": planner.cpu_s,
         "warning": unlike_sources([each["provenance"] for each in found["candidates"] if each["met"]]),
         "version": version("windtunnel"),
     }
@@ -200,9 +204,6 @@ def _check_load(config: FileConfig) -> None:
         raise InputError("no SLO to plan for: add --slo 'p99_ttft<=2' --slo 'p99_tbt<=0.1'")
     config.slos()
     model = catalog.model(config.model)
-    from simulator.router import ROUTERS
-    from engine.errors import unknown
-
     if config.router not in ROUTERS:
         raise unknown("router", config.router, ROUTERS)
     longest = config.max_model_len or model.max_position_embeddings
@@ -234,7 +235,7 @@ def _progress(planner: Planner) -> tuple[str, int, int]:
     if bounded < len(every):
         return "bounding points", bounded, len(every)
     draws = sum(len(each.draws) for each in planner.finalists)
-    wanted = planner.num_draws * (len(planner.finalists) or 3)
+    wanted = (planner.num_draws + 1) * len(planner.finalists)
     if planner.finalists:
         return "drawing capacities of the finalists", draws, wanted
     held = planner.holding

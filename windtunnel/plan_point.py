@@ -6,12 +6,14 @@ says all that it depends on within the plan, so a plan that is run again simulat
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from math import ceil, inf, isfinite
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 from engine.results.metrics import summary_key
@@ -23,13 +25,17 @@ from simulator.fleet import Fleet, Pool
 from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial, at_rate, judged, simulated_trial
 from studies.jobs.cache import Cache
-from studies.plan.bounds import Bound, replica_bound
+from studies.plan.bounds import replica_bound
 from studies.plan.smallest import smallest_fleet
 from windtunnel.capacity import checked, deployed
 from windtunnel.plugins import load_plugin
 from windtunnel.settings import FileConfig
 
 FLEET_S = 120.0  # seconds of load that a fleet is simulated under, at least
+SPANS = 6.0  # and times the median E2E: as many requests are under way then as ever will be, most of the time
+CURVE = (0.25, 0.5, 0.75, 0.9, 1.0, 1.15, 1.4)  # shares of the plan's load at which latencies are drawn
+CURVE_S = 30.0
+DRAW_S = 60.0  # of a search of the capacity
 MOST_REQUESTS = 24_000  # of such a trial; of a fleet that takes more a slice is simulated, at its share of the rate
 GROUP = 4  # replicas, at most, whose capacity behind the router is searched
 TOLERANCE = 0.05  # of that search: what the draws differ by is more
@@ -71,16 +77,19 @@ class Point:
         """Replicas come in multiples of those that share experts."""
         return self.group.data_parallel_size
 
-    def fleet_spec(self, share: float = 1.0) -> WorkloadSpec:
-        """Return the workload of a fleet's trial: FLEET_S seconds of it at least, but for a trace, which has an end."""
+    def fleet_spec(self, seconds: float, rate: float | None = None) -> WorkloadSpec:
+        """Return the workload that lasts so long at the target rate, at least; of a trace what it has."""
         if self.spec.trace is not None:
             return self.spec
         arrivals = len(self.workload) if self.workload.after is None else int((self.workload.after < 0).sum())
-        enough = ceil(self.rate * share * FLEET_S * len(self.workload) / arrivals)
+        enough = ceil((rate or self.rate) * seconds * len(self.workload) / arrivals)
         return replace(self.spec, num_prompts=max(self.spec.num_prompts or 0, enough))
 
-    def fleet(self, replicas: int) -> Fleet:
-        return Fleet((Pool(self.deployment, replicas),), self.settings.router)
+    def fleet(self, replicas: int, draw: int = 0) -> Fleet:
+        """Return a fleet of the point; of a draw past 0 with errors of the predicted times, where these are known."""
+        known = draw and self.deployment.made_by is not None
+        kind = self.deployment.drawn(draw) if known else self.deployment
+        return Fleet((Pool(kind, replicas),), self.settings.router)
 
     def record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what is kept by a name, or make and keep it."""
@@ -97,14 +106,20 @@ class Point:
         """
 
         def make() -> dict[str, Any]:
+            found = run(FLEET_S)
+            usual = found["summary"].get(summary_key("p50", "e2e")) or 0.0
+            enough = SPANS * usual / 1e3
+            return found if not found["holds"] or enough <= FLEET_S else run(enough)
+
+        def run(seconds: float) -> dict[str, Any]:
             share = 1.0
             if not whole:
-                requests = self.fleet_spec().num_prompts or 0
+                requests = self.fleet_spec(seconds).num_prompts or 0
                 some = ceil(replicas / ceil(requests / MOST_REQUESTS)) if requests else replicas
                 share = self.step * ceil(some / self.step) / replicas
             fleet = self.fleet(round(replicas * share))
             rate = self.rate * share
-            trial = self.trial(at_rate(self.fleet_spec(share), rate), fleet, rate, stop=not whole)
+            trial = self.trial(at_rate(self.fleet_spec(seconds * share), rate), fleet, rate, stop=not whole)
             return {**_kept(trial), "replicas": replicas, "simulated_replicas": fleet.replicas}
 
         if whole and (found := self.cache.read(f"fleet-{replicas}")) is not None:
@@ -115,6 +130,7 @@ class Point:
 
     def trial(self, workload: Workload, fleet: Fleet, rate: float, stop: bool = True) -> Trial:
         """Simulate a fleet at a rate; `stop` gives the trial up as soon as an SLO can't be met any more."""
+        gc.collect()  # the fleet before: of many replicas, each with the blocks of its KV cache
         router, seed = fleet.router, self.settings.seed
         if stop:
             return simulated_trial(workload, fleet.deployments, self.slos, rate, None, router, seed)
@@ -149,7 +165,7 @@ def bound_point(job: dict[str, Any]) -> dict[str, Any]:
         bound = replica_bound(point.deployment, point.workload, point.slos)
         return {
             "most": bound.most if isfinite(bound.most) else None,
-            "likely": bound.likely,
+            "likely": bound.likely if isfinite(bound.likely) else 0.0,
             "replica": {**point.deployment.describe(), "quantization": point.deployment.model.quantization or "none"},
             "step": point.step,
             "notes": list(point.workload.notes),
@@ -166,23 +182,22 @@ def tokens_per_arrival(workload: Workload) -> list[float]:
 
 
 def size_point(job: dict[str, Any]) -> dict[str, Any]:
-    """Return the smallest fleet of a point that holds, of at most `job["most"]` replicas if given.
+    """Return the smallest fleet of a point that holds, of at most `job["most"]` replicas if given, near the likely.
 
-    "outcome" is "holds", "dismissed" (as many as are of interest do not hold), or "none" (no fleet holds).
+    "outcome" is "holds", "dismissed" (as many do not hold), or "none" (no fleet holds).
     """
     point = point_of(job)
-    bound = Bound(job["bound"]["most"] or inf, job["bound"]["likely"])
     impossible = False
 
     def possible() -> bool:
         nonlocal impossible
-        impossible = not point.possible(bound.likely)
+        impossible = not point.possible(point.rate / job["likely"])
         return not impossible
 
     found = smallest_fleet(
         lambda replicas: bool(point.fleet_trial(replicas)["holds"]),
-        max(1, ceil(point.rate / bound.likely)),
-        least=max(1, ceil(point.rate / bound.most)),
+        job["likely"],
+        least=job["least"],
         most=job["most"],
         step=point.step,
         possible=possible,
@@ -197,15 +212,17 @@ def size_point(job: dict[str, Any]) -> dict[str, Any]:
 def draw_point(job: dict[str, Any]) -> dict[str, Any]:
     """Return the capacity of a replica in a group behind the router, for one draw of what is uncertain.
 
-    Draw 0 has the plan's own seed and the predictor as it is; each other one a seed of its own.
+    Draw 0 has the plan's own seed and the predicted times as they are; each other one a workload of its own seed and
+    times with their errors drawn, which unlike candidates share as far as they have them in common.
     """
     point = point_of(job)
     group = min(job["replicas"], max(GROUP, point.step))
     group -= group % point.step
 
     def make() -> dict[str, Any]:
-        spec = replace(point.spec, seed=point.spec.seed + job["draw"])
-        fleet = point.fleet(group)
+        spec = point.fleet_spec(DRAW_S, job["start"] * group)
+        spec = replace(spec, seed=spec.seed + job["draw"])
+        fleet = point.fleet(group, job["draw"])
         trials: list[dict[str, Any]] = []
 
         def run(rate: float) -> Trial:
@@ -244,12 +261,30 @@ def full_batch(deployment: Deployment) -> dict[str, Any]:
     return {"tokens": int(tokens), "full_s": full_s, "decode_s": one_s}
 
 
+def curve_point(job: dict[str, Any]) -> dict[str, Any]:
+    """Return what a group of a point's replicas does under shares of a load, each trial to its end."""
+    point = point_of(job)
+    group = min(job["replicas"], max(GROUP, point.step))
+    group -= group % point.step
+
+    def make() -> dict[str, Any]:
+        found = []
+        for share in CURVE:
+            rate = share * job["start"]
+            few = point.fleet_spec(CURVE_S, rate * group)
+            trial = point.trial(at_rate(few, rate * group), point.fleet(group), rate * group, stop=False)
+            found.append({"rate": rate, "slos": trial.summary["slos"]})
+        return {"curve": found}
+
+    return {"status": "done", **point.record(f"curve-{group}", make)}
+
+
 def alone_point(job: dict[str, Any]) -> dict[str, Any]:
     """Return the trial of one request at a time, to its end: how far from its SLOs a point is that no fleet meets."""
     point = point_of(job)
 
     def make() -> dict[str, Any]:
-        rate = _ALONE * (job["bound"]["likely"] or 1.0)
+        rate = _ALONE * (job["likely"] or 1.0)
         few = point.spec if point.spec.trace is not None else replace(point.spec, num_prompts=_FEW)
         return _kept(point.trial(at_rate(few, rate), point.fleet(1), rate, stop=False))
 
@@ -268,7 +303,8 @@ def _kept(trial: Trial) -> dict[str, Any]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job: what it is says `job["what"]`."""
-    return _WORK[job["what"]](job)
+    begun = process_time()
+    return {**_WORK[job["what"]](job), "cpu_s": process_time() - begun}
 
 
 _WORK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -277,4 +313,5 @@ _WORK: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "draw": draw_point,
     "finish": finish_point,
     "alone": alone_point,
+    "curve": curve_point,
 }

@@ -175,6 +175,7 @@ def summary_of(planner: Planner) -> dict[str, Any]:
         "headroom": headroom(best, rate),
         "fleet": best.whole,
         "batch": best.batch,
+        "curve": best.curve,
         "words": words,
         "refused": [
             {"name": each.name, "why": each.why, "status": each.outcome}

@@ -28,6 +28,7 @@ from simulator.predictor.learned import Learned
 
 SLACK = 1.15  # of the bound: shapes between those that are looked at, and runs that end before their queue does
 LATE = 1.2  # times the threshold of TBT: a shape beside it may still be in time
+BESIDE = 16  # decodes, at least, that run beside a chunk under a load worth planning for
 _CACHED = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)  # tokens of each decode
 
 
@@ -78,7 +79,8 @@ def replica_bound(deployment: Deployment, workload: Workload, slos: Sequence[SLO
     slowest, passing = times.max(axis=1), times.sum(axis=1)
     gaps = [(slo.threshold_s, 1 - slo.percentile / 100) for slo in slos if slo.metric == "tbt" and slo.percentile]
     likely_chunk = min(policies.largest_batch(scheduler), max(1, int(demand.prompt_tokens)))
-    usual = (table[:, 0] == 0) | (np.abs(table[:, 0] / likely_chunk - 1) < 0.15)
+    beside = table[:, 1] >= min(BESIDE, scheduler.max_num_seqs)  # decodes that a chunk of a prompt stalls
+    usual = (table[:, 0] == 0) | ((np.abs(table[:, 0] / likely_chunk - 1) < 0.15) & beside)
     likely = _fastest(table[usual], slowest[usual], passing[usual], demand, gaps, 1.0)
     policy = policies.POLICIES[scheduler.policy]
     if not (isinstance(deployment.predictor, Learned) and policy.has_budget and policy.strict_budget):

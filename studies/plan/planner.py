@@ -17,9 +17,15 @@ from dataclasses import dataclass, field
 from math import ceil, floor, inf
 from typing import Any, Literal
 
+from simulator.predictor.uncertainty import interval
+
 FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
+FAR_OFF = 3.0  # times the best price: no runner-up
 FINALISTS = 3
-DRAWS = 4
+REACH = 1.7  # times the likely replicas: as many are tried before others get their turn
+NEXT = 1.15  # times the fewest replicas that are left: what is likely after a miss
+MOST_TRIES = 3  # of what was dismissed, to find a runner-up
+DRAWS = 4  # of errors and workloads, by default: what they span is meant to cover 60 %
 
 Outcome = Literal["open", "refused", "crashed", "dismissed", "none", "holds"]
 
@@ -41,6 +47,9 @@ class Candidate:
     replica: dict[str, Any] = field(default_factory=dict)
     step: int = 1
     fewest: int = 1
+    ruled_out: str = "its bound"  # why no fewer
+    likely: float = 0.0  # requests/s of a replica, as far as was seen; 0: nothing is known
+    asked: bool = False  # a fleet of it is being searched
     replicas: int | None = None  # of the smallest fleet that holds
     too_few: int | None = None
     trial: dict[str, Any] | None = None  # of that fleet
@@ -48,6 +57,7 @@ class Candidate:
     draws: dict[int, dict[str, Any]] = field(default_factory=dict)
     whole: dict[str, Any] | None = None  # the trial of every replica, to its end
     batch: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)  # latencies against the load
 
     @property
     def gpus(self) -> int:
@@ -68,30 +78,37 @@ class Candidate:
         return self.count * self.usd_per_replica
 
     @property
+    def fewest_usd(self) -> float:
+        """What the fewest replicas cost that are not ruled out."""
+        return self.fewest * self.usd_per_replica
+
+    @property
     def likely_usd(self) -> float:
         """What the fleet probably costs: the order of the search."""
-        likely = self.bound.get("likely") or 0.0
-        return self.usd_per_replica * max(self.fewest, self.bound["rate"] / likely) if likely else inf
+        rate = self.bound["rate"]
+        return self.usd_per_replica * max(self.fewest, rate / self.likely if self.likely else self.fewest)
 
     def capacity(self, rate: float) -> list[float]:
         """Return requests/s of a replica: low, expected and high.
 
-        Of a finalist the range of its draws; of another that holds the rates at which its fleets were seen to hold and
+        Of a finalist the range that its draws span around what its fleet carries; of another that holds the rates at which its fleets were seen to hold and
         to miss; of one that was dismissed what its bound or its trial leave open.
         """
         if 0 in self.draws and self.replicas:
-            every = [draw["qps"] for draw in self.draws.values()]
-            mid = self.draws[0]["qps"]
-            return [min(*every, mid), mid, max(*every, mid, rate / self.replicas)]
+            held, missed = rate / self.replicas, rate / self.too_few if self.too_few else inf
+            base = self.draws[0]["qps"]
+            mid = min(max(base, held), missed)  # the fleet itself was seen to hold, and one with fewer to miss
+            low, high = (mid * value / base for value in ends([draw["qps"] for draw in self.draws.values()]))
+            return [min(low, mid), mid, max(high, mid)]
         most = min(self.bound.get("most") or inf, rate / self.too_few if self.too_few else inf)
         if self.replicas:
             held = rate / self.replicas
             return [held, held, max(held, most) if most < inf else held]
-        likely = self.bound.get("likely") or 0.0
         if self.outcome == "none":
             return [0.0, 0.0, 0.0]
-        high = most if most < inf else likely
-        return [0.0, min(likely, high), high]
+        high = min(most, rate / max(self.fewest - self.step, 1)) if self.fewest > self.step else most
+        high = high if high < inf else self.likely
+        return [0.0, min(self.likely, high), high]
 
     def usd_range(self, rate: float) -> tuple[float, float]:
         """Return what the load costs by this point's range of capacities (dollars per hour, not of whole replicas)."""
@@ -111,6 +128,7 @@ class Planner:
         self.finalists: list[Candidate] = []
         self._given: list[tuple[Candidate, dict[str, Any]]] = []
         self._pending = 0
+        self.cpu_s = 0.0  # of the jobs
 
     @property
     def holding(self) -> list[Candidate]:
@@ -138,13 +156,16 @@ class Planner:
         yield from self._wait()
         yield from self._sizes()
         yield from self._wait()
+        yield from self._runners_up()
         yield from self._ends()
 
     def take(self, number: int, result: Mapping[str, Any]) -> None:
         """Take the result of the job that was yielded as that number."""
         self._pending -= 1
+        self.cpu_s += float(result.get("cpu_s", 0.0))
         candidate, job = self._given[number]
         if result["status"] != "done":
+            candidate.asked = False
             candidate.outcome, candidate.why = result["status"], str(result.get("error", ""))
             return
         what = job["what"]
@@ -152,22 +173,28 @@ class Planner:
             candidate.bound = {"most": result["most"], "likely": result["likely"], "rate": self.rate,
                                "tokens": result["tokens"], "notes": result["notes"]}  # fmt: skip
             candidate.replica, candidate.step = result["replica"], result["step"]
+            candidate.likely = result["likely"] if result["likely"] < inf else 0.0
             most = inf if result["most"] is None else result["most"]
             least = ceil(self.rate / most) if most else 0
             candidate.fewest = candidate.step * max(1, ceil(least / candidate.step))
             if not most:
                 candidate.outcome, candidate.why = "none", "its shortest batches take longer than TBT may"
         elif what == "size":
+            candidate.asked = False
             candidate.outcome = result["outcome"]
             candidate.replicas, candidate.too_few = result["replicas"], result["too_few"]
             candidate.trial = result["trial"]
             if result["outcome"] == "dismissed":
+                candidate.outcome = "open"  # unless these cost too much, it is tried again
                 candidate.fewest = max(candidate.fewest, (result["too_few"] or 0) + candidate.step)
-                candidate.why = f"{result['too_few']} replicas do not hold, and more cost more"
+                candidate.ruled_out = "a simulated fleet that missed"
+                candidate.likely = min(candidate.likely, self.rate / (NEXT * candidate.fewest))
             elif result["outcome"] == "none":
                 candidate.why = "not even one request at a time meets the SLOs"
         elif what == "alone":
             candidate.alone = result["trial"]
+        elif what == "curve":
+            candidate.curve = result["curve"]
         elif what == "draw":
             candidate.draws[job["draw"]] = dict(result)
         else:
@@ -186,17 +213,51 @@ class Planner:
         self._pending += 1
         return job
 
-    def _sizes(self) -> Iterator[dict[str, Any]]:
-        """Yield the searches of fleets: first the likeliest of each device, then whatever may still beat these."""
-        waiting = sorted((each for each in self.candidates if each.outcome == "open"), key=lambda each: each.likely_usd)
-        first = list({each.device: each for each in reversed(waiting)}.values())
-        for each in sorted(waiting, key=lambda each: (each not in first, each.likely_usd)):
-            limit = self._limit(each) if self.bounds else inf
-            if each.fewest * each.usd_per_replica > limit:
-                each.outcome, each.why = "dismissed", f"its bound: {each.fewest} replicas or more"
+    def _sizes(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the searches of fleets, the likeliest first; what misses by far is tried again when others were."""
+        while True:
+            waiting = [each for each in self.candidates if each.outcome == "open" and not each.asked]
+            for each in waiting if self.bounds else ():
+                if each.fewest_usd > self._limit(each):
+                    each.outcome, each.why = "dismissed", f"{each.fewest} replicas or more, by {each.ruled_out}"
+            waiting = [each for each in waiting if each.outcome == "open"]
+            if not waiting:
+                if not any(each.asked for each in self.candidates):
+                    return
+                yield None
                 continue
-            most = None if limit == inf else floor(limit / each.usd_per_replica * (1 + 1e-9))
-            yield self._job(each, "size", bound=each.bound, most=most)
+            held = {each.device for each in self.candidates if each.asked or each.outcome == "holds"}
+            chosen = min(waiting, key=lambda each: (each.device in held, each.likely_usd))
+            limit = self._limit(chosen) if self.bounds else inf
+            likely = max(chosen.fewest, ceil(self.rate / chosen.likely * (1 - 1e-9)) if chosen.likely else 1)
+            most = ceil(REACH * likely) if chosen.likely else None
+            if limit < inf:
+                affordable = floor(limit / chosen.usd_per_replica * (1 + 1e-9))
+                most = affordable if most is None else min(most, affordable)
+            chosen.asked = True
+            yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
+
+    def _runners_up(self) -> Iterator[dict[str, Any] | None]:
+        """Yield searches of what was dismissed, until there is something to compare the best with."""
+        for _ in range(MOST_TRIES):
+            held = self.holding
+            if not held or len(held) >= FINALISTS:
+                return
+            layouts = {(each.device, *each.job["layout"]) for each in held}
+            left = [
+                each for each in self.candidates
+                if each.outcome == "dismissed" and (each.device, *each.job["layout"]) not in layouts
+            ]  # fmt: skip
+            elsewhere = [each for each in left if each.device not in {each.device for each in held}]
+            chosen = min(elsewhere or left, key=lambda each: max(each.likely_usd, each.fewest_usd), default=None)
+            if chosen is None or chosen.fewest_usd > FAR_OFF * held[0].usd_per_hour:
+                return
+            chosen.outcome = "open"
+            likely = max(chosen.fewest, ceil(self.rate / chosen.likely)) if chosen.likely else chosen.fewest
+            yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=ceil(REACH**2 * likely))
+            yield from self._wait()
+            if chosen.outcome == "open":
+                chosen.outcome, chosen.why = "dismissed", f"{chosen.fewest} replicas or more, by {chosen.ruled_out}"
 
     def _limit(self, candidate: Candidate) -> float:
         """Return the price above which a candidate is of no interest."""
@@ -209,7 +270,7 @@ class Planner:
         if not self.holding:
             for each in self.candidates:
                 if each.outcome == "none":
-                    yield self._job(each, "alone", bound=each.bound)
+                    yield self._job(each, "alone", likely=each.likely)
             yield from self._wait()
             if self.best is not None:
                 self.best.replicas = self.best.count
@@ -221,8 +282,9 @@ class Planner:
                 break
             yield self._job(best, "finish", replicas=best.replicas)
             yield from self._wait()
+        yield self._job(best, "curve", replicas=best.count, start=self.rate / best.count)
         self.finalists = self._choose_finalists()
-        for draw in range(self.num_draws):
+        for draw in range(self.num_draws + 1):
             for each in self.finalists:
                 start = self.rate / each.count
                 yield self._job(each, "draw", draw=draw, replicas=each.count, start=start)
@@ -235,6 +297,12 @@ class Planner:
         nearest = [each for each in others if each not in elsewhere]
         chosen = [*elsewhere, *nearest][: FINALISTS - 1]
         return [best, *sorted(chosen, key=lambda each: each.usd_per_hour)]
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the range that drawn values are meant to cover."""
+    found = interval(values)
+    return found["low"], found["high"]
 
 
 def _margin(trial: Mapping[str, Any] | None) -> float:

@@ -46,7 +46,7 @@ def smallest_fleet(
         return Smallest(None, top)
     count = max(floor, step * ceil(likely / step))
     if top is not None and count > 0.8 * top:
-        count = top  # likely not worth it: one trial says so
+        count = top  # one trial says whether it is worth it
     low, high = floor - step, None  # known not to hold, to hold
     asked = False
     for _ in range(MOST_STEPS):
