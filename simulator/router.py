@@ -8,7 +8,7 @@ gateways do, which is why they may be wrong about what a replica has evicted sin
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
 import numpy as np
@@ -69,7 +69,7 @@ class PrefixAware:
         most = MOST_LOAD * (sum(outstanding) + 1) / len(replicas)
 
         def hit(place: int) -> int:
-            known = self._known.get(place, {})
+            known: Mapping[int, None] = self._known.get(place, {})
             return next((number for number, block in enumerate(askable) if block not in known), len(askable))
 
         open_to_it = [place for place, load in enumerate(outstanding) if load + 1 <= max(most, min(outstanding) + 1)]

@@ -194,7 +194,7 @@ def _candidates(
                    "layout": layout}  # fmt: skip
             if (key := json.dumps(job["settings"], sort_keys=True)) not in seen:
                 seen.add(key)
-                found.append(Candidate(job["name"], device, price, job))
+                found.append(Candidate(name_of(shown), device, price, job))
     return found
 
 
@@ -253,7 +253,7 @@ def _write_config(path: Path, best: Candidate, replicas: int) -> None:
 
 def default_folder(settings: Mapping[str, Any], *more: Any) -> Path:
     """Return the folder of a plan that was given none: the same command again resumes in it."""
-    text = json.dumps([settings, *more], sort_keys=True, default=str)
+    text = json.dumps([settings, version("windtunnel"), *more], sort_keys=True, default=str)
     model = str(settings.get("model", "")).rstrip("/").split("/")[-1] or "model"
     return Path("runs") / f"plan-{model}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

@@ -24,7 +24,7 @@ def prices(given: str | float | Mapping[str, float]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, price in parts:
         number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", price.strip())
-        if number is None or not 0 < float(number[0]) or not isfinite(float(number[0])):
+        if number is None or float(number[0]) == 0 or not isfinite(float(number[0])):
             raise InputError(f"--gpu-price {_shown(given)}: {f'{name}={price}' if name else price!r}: {EXAMPLE}")
         device = catalog.device(name).name if name else ""
         if device in found:

@@ -26,9 +26,10 @@ from engine.workload.workload import Workload
 from simulator.cluster import Deployment
 from simulator.predictor.learned import Learned
 
+NOTHING = 1e-6  # requests/s: the solver's zero
 SLACK = 1.15  # of the bound: shapes between those that are looked at, and runs that end before their queue does
 LATE = 1.2  # times the threshold of TBT: a shape beside it may still be in time
-BESIDE = 16  # decodes, at least, that run beside a chunk under a load worth planning for
+BESIDE = (16, 4, 1, 0)  # decodes, at least, beside a chunk in the mixes that are likely: the first that can be
 _CACHED = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 65536)  # tokens of each decode
 
 
@@ -79,9 +80,12 @@ def replica_bound(deployment: Deployment, workload: Workload, slos: Sequence[SLO
     slowest, passing = times.max(axis=1), times.sum(axis=1)
     gaps = [(slo.threshold_s, 1 - slo.percentile / 100) for slo in slos if slo.metric == "tbt" and slo.percentile]
     likely_chunk = min(policies.largest_batch(scheduler), max(1, int(demand.prompt_tokens)))
-    beside = table[:, 1] >= min(BESIDE, scheduler.max_num_seqs)  # decodes that a chunk of a prompt stalls
-    usual = (table[:, 0] == 0) | ((np.abs(table[:, 0] / likely_chunk - 1) < 0.15) & beside)
-    likely = _fastest(table[usual], slowest[usual], passing[usual], demand, gaps, 1.0)
+    for beside in BESIDE:  # decodes that a chunk of a prompt stalls: the more, the sooner a long one is too long
+        chunks = (np.abs(table[:, 0] / likely_chunk - 1) < 0.15) & (table[:, 1] >= min(beside, scheduler.max_num_seqs))
+        usual = (table[:, 0] == 0) | chunks
+        likely = _fastest(table[usual], slowest[usual], passing[usual], demand, gaps, 1.0)
+        if likely > NOTHING:
+            break
     policy = policies.POLICIES[scheduler.policy]
     if not (isinstance(deployment.predictor, Learned) and policy.has_budget and policy.strict_budget):
         return Bound(inf, likely)
@@ -106,7 +110,7 @@ def _fastest(
     goal = np.zeros(count + 1)
     goal[-1] = -1.0
     found: Any = linprog(goal, A_ub=np.array(rows) / scale, b_ub=limits / scale[:, 0], method="highs")
-    return float(found.x[-1]) if found.status == 0 else inf
+    return max(0.0, float(found.x[-1])) if found.status == 0 else inf
 
 
 def _shapes(deployment: Deployment) -> list[BatchShape]:

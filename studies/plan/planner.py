@@ -230,10 +230,9 @@ class Planner:
             chosen = min(waiting, key=lambda each: (each.device in held, each.likely_usd))
             limit = self._limit(chosen) if self.bounds else inf
             likely = max(chosen.fewest, ceil(self.rate / chosen.likely * (1 - 1e-9)) if chosen.likely else 1)
-            most = ceil(REACH * likely) if chosen.likely else None
-            if limit < inf:
-                affordable = floor(limit / chosen.usd_per_replica * (1 + 1e-9))
-                most = affordable if most is None else min(most, affordable)
+            most = ceil(REACH * likely) if self.bounds else None
+            if most is not None and limit < inf:
+                most = min(most, floor(limit / chosen.usd_per_replica * (1 + 1e-9)))
             chosen.asked = True
             yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
 
