@@ -99,18 +99,18 @@ def _print(made: dict[str, Any], console: Console, took_s: float) -> None:
 
 
 def answer_lines(made: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Return the answer in lines, each with its style: the fleet, its price, its latencies, its limit, the runner-up."""
+    """Return the answer in lines, each with its style: fleet, price, latencies, headroom, limit, runner-up."""
     best, expected = made["best"], made["expected"]
+    total, out = (number(best[f"usd_per_million_{name}_tokens"]) for name in ("total", "output"))
+    prompts = number(made["usd_per_million_input_tokens"])
     fleet = f"{best['replicas']} replica{'s' * (best['replicas'] != 1)} of {layout_words(best)}"
     head = f"{fleet}: {best['gpus']} GPUs, ${number(best['usd_per_hour'])}/h, {best['engine']}"
     lines: list[tuple[str, str | None]] = []
     if not best["met"]:
         lines.append(("No fleet meets the objectives; the closest is", "bold red"))
     lines.append((head, "bold"))
-    lines.append((
-        f"${number(best['usd_per_million_total_tokens'])} per million tokens (${number(best['usd_per_million_output_tokens'])} "
-        f"if the output tokens alone pay, ${number(made['usd_per_million_input_tokens'])} if the input tokens do)", None,
-    ))  # fmt: skip
+    alone = f"${out} if output tokens alone pay, ${prompts} if input tokens do"
+    lines.append((f"${total} per million tokens ({alone})", None))
     times = [
         f"{name} {seconds(expected[f'p50_{key}'])} median, {seconds(expected[f'p99_{key}'])} P99"
         for name, key in (("TTFT", "ttft"), ("TBT", "tbt"), ("E2E", "e2e"))

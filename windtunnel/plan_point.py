@@ -33,8 +33,8 @@ from windtunnel.settings import FileConfig
 
 FLEET_S = 120.0  # seconds of load that a fleet is simulated under, at least
 SPANS = 6.0  # and times the median E2E: as many requests are under way then as ever will be, most of the time
-CURVE = (0.25, 0.5, 0.75, 0.9, 1.0, 1.15, 1.4)  # shares of the plan's load at which latencies are drawn
-CURVE_S = 30.0
+CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.6, 2.0)  # shares of the plan's load at which latencies are drawn
+CURVE_S = 60.0  # seconds of load of each
 DRAW_S = 60.0  # of a search of the capacity
 MOST_REQUESTS = 24_000  # of such a trial; of a fleet that takes more a slice is simulated, at its share of the rate
 GROUP = 4  # replicas, at most, whose capacity behind the router is searched

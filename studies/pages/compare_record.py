@@ -102,7 +102,8 @@ def kind_of(folder: Path) -> Kind:
         raise InputError(f"{folder} is no finished run: it lacks {' and '.join(missing)}")
     if (folder / "settings.json").is_file():
         raise InputError(f"{folder} is an unfinished search: the same command again goes on with it")
-    raise InputError(f"{folder} is no folder of a run, search, sweep, plan, study or validation: it has none of their files")
+    kinds = "a run, search, sweep, plan, study or validation"
+    raise InputError(f"{folder} is no folder of {kinds}: it has none of their files")
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -89,7 +89,7 @@ def _sources(made: Mapping[str, Any]) -> list[tuple[Tone, str, str]]:
 
 def _cards(made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     best, expected = made["best"], made["expected"]
-    low, mid, high = best["capacity_per_replica"]
+    (low, mid, high), draws = best["capacity_per_replica"], made["draws"]
     gpus = best["gpus"] // best["replicas"]
     entries = [
         ("Replicas", f"{best['replicas']:,}", f"of {gpus} GPU{'s' * (gpus > 1)}: {best['gpus']:,} {best['device']}"),
@@ -102,8 +102,8 @@ def _cards(made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if made["headroom"] is not None:
         entries += [
             ("Headroom", percent(made["headroom"], sign=True), "more load until an SLO is missed"),
-            ("A replica carries", f"{number(mid)} requests/s", f"{number(low)} to {number(high)} ({made['draws']} draws)"),
-        ]  # fmt: skip
+            ("A replica carries", f"{number(mid)} requests/s", f"{number(low)} to {number(high)}, {draws} draws"),
+        ]
     return entries
 
 

@@ -46,9 +46,10 @@ def dots(made: Mapping[str, Any]) -> list[Dot]:
             tpot = summary.get(summary_key("mean", "tpot"))
             value = summary.get(key)
             usd = gpus * facts["usd_per_gpu_hour"] * made["rate"] / rate
+            fleet = f"{row['replicas']} replicas of" if whole else f"{number(rate)} requests/s each of"
             found.append(Dot(
-                words, row["device"], usd, None if value is None else value / 1e3, 1e3 / tpot if tpot else None,
-                _output_rate(summary, rate) / gpus, whole, best,
+                f"{fleet} {words}", row["device"], usd, None if value is None else value / 1e3,
+                1e3 / tpot if tpot else None, _output_rate(summary, rate) / gpus, whole, best,
             ))  # fmt: skip
     return sorted(found, key=lambda dot: not dot.whole)
 
@@ -82,6 +83,8 @@ def _shown(made: Mapping[str, Any]) -> tuple[str, str]:
 def price_panel(made: Mapping[str, Any]) -> Panel:
     """Draw latency against the price of the load: lower left is better."""
     statistic, metric = _shown(made)
+    same = (slo for slo in map(SLO.parse, made["slos"]) if (slo.statistic, slo.metric) == (statistic, metric))
+    threshold = next((slo.threshold_s for slo in same), None)
     name = f"{METRICS[metric].name}, {statistic_name(statistic)}"
     known = [dot for dot in dots(made) if dot.latency_s is not None]
     caption = (
@@ -91,8 +94,7 @@ def price_panel(made: Mapping[str, Any]) -> Panel:
     return _scatter(
         "Price against latency", caption, known, "Price of the load ($/h)", f"{name} (s)",
         [dot.usd for dot in known], [dot.latency_s or 0.0 for dot in known], (1, 1),
-        next((slo.threshold_s for slo in map(SLO.parse, made["slos"]) if (slo.statistic, slo.metric) == (statistic, metric)),
-             None),
+        threshold,
     )  # fmt: skip
 
 
@@ -102,8 +104,8 @@ def speed_panel(made: Mapping[str, Any]) -> Panel:
     caption = "The same fleets: what a GPU puts out against the speed that a user sees. Upper right is better."
     return _scatter(
         "Throughput against a user's speed", caption, known, "Tokens/s of a user, 1 / mean TPOT",
-        "Output tokens/s and GPU", [dot.user_tokens or 0.0 for dot in known], [dot.gpu_tokens for dot in known], (-1, -1),
-        None,
+        "Output tokens/s and GPU", [dot.user_tokens or 0.0 for dot in known], [dot.gpu_tokens for dot in known],
+        (-1, -1), None,
     )  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def _scatter(
             },
             hovertemplate=f"%{{id}}<br>{x_title}: %{{x:.4~r}}<br>{y_title}: %{{y:.4~r}}<extra></extra>",
         )  # fmt: skip
-    front = [i for i in np.flatnonzero(not_dominated(values * np.array(less)))]
+    front = np.flatnonzero(not_dominated(values * np.array(less))).tolist()
     if len(front) > 1:
         steps = sorted(front, key=lambda i: values[i, 0])
         shape = "hv" if less[0] > 0 else "vh"

@@ -69,7 +69,7 @@ def expected(candidate: Candidate) -> dict[str, float | None]:
 
 
 def headroom(candidate: Candidate, rate: float) -> float | None:
-    """Return by what share the rate may rise until an SLO is missed, by the expected capacity; None if it is unknown."""
+    """Return by what share the rate may rise until an SLO is missed, as expected; None if it is unknown."""
     if not candidate.draws or not candidate.replicas:
         return None
     return candidate.replicas * candidate.capacity(rate)[1] / rate - 1
@@ -98,8 +98,8 @@ def limits(candidate: Candidate) -> str:
     if slo.metric in ("tbt", "tpot"):
         if budget and full_s > 0.5 * slo.threshold_s:
             return (
-                f"{name} by the chunk ({binding}): one {budget:,}-token batch of prompts takes {seconds(full_s)}; lower "
-                "the budget (--max-num-batched-tokens) for shorter gaps."
+                f"{name} by the chunk ({binding}): one {budget:,}-token batch takes {seconds(full_s)}; lower the "
+                "budget (--max-num-batched-tokens) for shorter gaps."
             )
         return (
             f"{name} by the decodes ({binding}): batches get longer with the requests that run together; lower "
@@ -114,8 +114,8 @@ def limits(candidate: Candidate) -> str:
     busy = summary.get("steady_utilization")
     where = f" with the GPUs {percent(busy)} busy" if busy else ""
     return (
-        f"{name} by queueing ({binding}): beyond the capacity prompts wait for their turn{where}; a larger token budget "
-        f"or more replicas shorten the queue (at most {seats:,} requests run at once)."
+        f"{name} by queueing ({binding}): beyond the capacity prompts wait for their turn{where}; a larger token "
+        f"budget or more replicas shorten the queue (at most {seats:,} requests run at once)."
     )
 
 
@@ -126,11 +126,12 @@ def _beyond(draw: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
-    """Return how a runner-up compares: its price, whether the two can be told apart, and what would change the choice."""
+    """Return how a runner-up compares: its price, whether they can be told apart, and what would change the choice."""
     row = row_of(other, rate)
     more = other.usd_per_hour / best.usd_per_hour - 1
     fleet = f"{row['replicas']} replicas of {layout_words(row)}"
-    words = [f"Runner-up: {fleet}, {row['gpus']} GPUs, ${number(row['usd_per_hour'])}/h ({percent(more, sign=True)})."]
+    usd = f"${number(row['usd_per_hour'])}/h ({percent(more, sign=True)})"
+    words = [f"Runner-up: {fleet}, {row['gpus']} GPUs, {usd}."]
     (low, high), (other_low, other_high) = best.usd_range(rate), other.usd_range(rate)
     if 0 in other.draws and other_low <= high and low <= other_high:
         words.append(

@@ -1,4 +1,4 @@
-"""Bounds on what a replica carries, from its predictor alone: which points of a plan can't win, without simulating them.
+"""Bounds on what a replica carries, from its predictor alone: which points of a plan can't win, without a simulation.
 
 A replica works through batches. Whatever its scheduler does, a second of its time is a mix of batches of some shapes,
 which together have to compute so many prompt tokens, decodes and cached tokens read for each request. The fastest

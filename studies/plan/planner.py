@@ -91,12 +91,13 @@ class Candidate:
     def capacity(self, rate: float) -> list[float]:
         """Return requests/s of a replica: low, expected and high.
 
-        Of a finalist the range that its draws span around what its fleet carries; of another that holds the rates at which its fleets were seen to hold and
-        to miss; of one that was dismissed what its bound or its trial leave open.
+        Of a finalist the range that its draws span around what its fleet carries; of another that holds the rates at
+        which its fleets were seen to hold and to miss; of one that was dismissed what its bound or its trials leave
+        open.
         """
         if 0 in self.draws and self.replicas:
             held, missed = rate / self.replicas, rate / self.too_few if self.too_few else inf
-            base = self.draws[0]["qps"]
+            base = self.draws[0]["qps"] or held
             mid = min(max(base, held), missed)  # the fleet itself was seen to hold, and one with fewer to miss
             low, high = (mid * value / base for value in ends([draw["qps"] for draw in self.draws.values()]))
             return [min(low, mid), mid, max(high, mid)]
@@ -175,7 +176,7 @@ class Planner:
             candidate.replica, candidate.step = result["replica"], result["step"]
             candidate.likely = result["likely"] if result["likely"] < inf else 0.0
             most = inf if result["most"] is None else result["most"]
-            least = ceil(self.rate / most) if most else 0
+            least = ceil(self.rate / most * (1 - 1e-9)) if most else 0
             candidate.fewest = candidate.step * max(1, ceil(least / candidate.step))
             if not most:
                 candidate.outcome, candidate.why = "none", "its shortest batches take longer than TBT may"
