@@ -32,9 +32,9 @@ from windtunnel.capacity import open_search
 from windtunnel.plan_point import work
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices_of
+from windtunnel.results import PLAN_FILE
 from windtunnel.settings import FileConfig, combined
 
-PLAN_FILE = "plan.json"
 ENGINE = "vllm@latest"
 NUM_PROMPTS = 1024  # of a search of capacity; a fleet has FLEET_S seconds of load
 MOST_GPUS = 8  # of a replica, where the layouts are left open
