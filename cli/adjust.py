@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cli.output import progress_bar
 from engine.errors import InputError
-from engine.results.files import write_whole
+from engine.results.files import check_output, write_whole
 from studies.measured.point import MEASURES
 from windtunnel.measured import adjust_preset
 
@@ -22,8 +22,7 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
         raise InputError(f"--output {output}: give a name that ends in .yaml")
     if output.exists():
         raise InputError(f"--output {output} exists: give another name, or remove it")
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}")
+    check_output(output)
     console = Console(highlight=False, soft_wrap=True)
     with progress_bar("simulations") as progress:
         task = progress.add_task("fitting", total=None)
@@ -34,11 +33,27 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
     console.print(f"fitted to {found['points']:,} points, from {found['preset']['base']}:")
     for name, value in found["constants"].items():
         margin, before = found["margins"][name], found["before_constants"][name]
+        if name in found["factors"]:
+            known = "of no effect on these points" if isinf(margin) else f"90 % within {margin:.2g}"
+            console.print(f"  {name} x {value:.4g}, {known} (before {before:.4g})")
+            continue
         known = "of no effect on these points" if isinf(margin) else f"90 % within {1e6 * margin:,.3g} us"
         console.print(f"  {name} {1e6 * value:,.4g} us, {known} (before {1e6 * before:,.4g})")
     for one, other in found["alike"]:
         console.print(
             f"note: these points can't tell {one} and {other} apart: give others, or --fit one of the two",
+            style="yellow",
+        )
+    for names in found["flat"]:
+        those = " and ".join(names) + (" together" if len(names) > 1 else "")
+        console.print(
+            f"note: of {those} these points say less than was known before: what is printed is mostly that",
+            style="yellow",
+        )
+    if found["share"] < 1:
+        console.print(
+            f"note: {found['share']:.0%} of the change was taken: fitted to the other loads, more of it predicts the "
+            "highest one worse",
             style="yellow",
         )
     for name in MEASURES:

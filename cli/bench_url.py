@@ -50,11 +50,15 @@ class Load:
     spec: WorkloadSpec
     endpoint: Endpoint
     prompts: Prompts
+    ignore_eos: bool
 
     async def send(self, recorder: Recorder, on_progress: Callable[[int], None]) -> Measured:
         """Send it and measure."""
         async with self.endpoint:
-            generator = Generator(self.endpoint, self.prompts, self.workload, self.model, on_progress=on_progress)
+            more = {"ignore_eos": True} if self.ignore_eos else {}
+            generator = Generator(
+                self.endpoint, self.prompts, self.workload, self.model, more=more, on_progress=on_progress
+            )
             return await generator.run(recorder)
 
 
@@ -63,14 +67,17 @@ def prepare(
 ) -> Load:
     """Ask a server what it is and make the load. Raises InputError for what can't be.
 
-    `server` has the url, the endpoint, the timeout (s) and the api_key. `model` is its name there; None takes the
-    config's, else the server's first. Requests are no longer than `longest`; None: than the server takes.
+    `server` has the url and the flag that gave it, the endpoint, the timeout (s), the api_key and ignore_eos. `model`
+    is its name there; None takes the config's, else the server's first. Requests are no longer than `longest`; None:
+    than the server takes.
     """
     need("aiohttp", "serve")
     if server["endpoint"] not in ENDPOINTS:
         raise unknown("endpoint", server["endpoint"], ENDPOINTS)
     chat = server["endpoint"] == "chat"
-    endpoint = Endpoint(server["url"], api_key=server["api_key"], timeout_s=server["timeout"], chat=chat)
+    endpoint = Endpoint(
+        server["url"], api_key=server["api_key"], timeout_s=server["timeout"], chat=chat, flag=server["flag"]
+    )
 
     async def ask() -> ServerFacts:
         async with endpoint:
@@ -88,7 +95,7 @@ def prepare(
     spec = without.workload_spec(limit)
     workload = make_workload(spec)
     prompts = Prompts(workload, config.seed, codec, chat=chat)
-    return Load(facts, name, workload, spec, endpoint, prompts)
+    return Load(facts, name, workload, spec, endpoint, prompts, server["ignore_eos"])
 
 
 def run(
@@ -196,7 +203,7 @@ def vllm_result(load: Load, measured: Measured, summary: Mapping[str, Any], conf
         "tokenizer_id": str(config.tokenizer or load.model),
         "num_prompts": len(load.workload),
         "request_rate": "inf" if rate is None else rate,
-        "burstiness": 1.0,
+        "burstiness": 1 / load.spec.arrival_cv**2 if load.spec.arrival == "gamma" else 1.0,
         "max_concurrency": load.workload.client.max_concurrency,
         **{name: summary[name] for name in RESULT_KEYS},
         **latencies,

@@ -23,6 +23,7 @@ from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
 from windtunnel.settings import (
+    SEEDS,
     TOLERANCE,
     BenchConfig,
     FileConfig,
@@ -48,6 +49,23 @@ app = typer.Typer(
 def _root(shown: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if shown:
         print(version("windtunnel"))
+
+
+_ENDPOINT, _TIMEOUT_S = "completions", 300.0  # of a server that is measured, by default
+
+
+def _check_no_server(
+    needed: str, endpoint: str, timeout: float, ignore_eos: bool, served_model_name: str | None = None
+) -> None:
+    """Raise InputError for what was asked of a server where none is measured: `needed` would say which."""
+    for flag, value, given in (
+        ("--endpoint", endpoint, endpoint != _ENDPOINT),
+        ("--timeout", timeout, timeout != _TIMEOUT_S),
+        ("--ignore-eos", "", ignore_eos),
+        ("--served-model-name", served_model_name, served_model_name is not None),
+    ):
+        if given:
+            raise InputError(f"{flag}{' ' * bool(value)}{value} needs {needed}")
 
 
 def _with_settings(kind: type[BaseModel], command: Callable[..., None]) -> Callable[..., None]:
@@ -104,12 +122,23 @@ def simulate(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+    operator_times: Annotated[
+        bool,
+        typer.Option("--operator-times", help="Also work out the run's time by kind of operator (a second or two)."),
+    ] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
     from cli.clock import STARTED
     from cli.simulate import run
 
-    run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+    run(
+        _load_config(config, flags, FileConfig),
+        output_dir,
+        as_json=json_,
+        chrome_trace=chrome_trace,
+        operator_times=operator_times,
+        started=STARTED,
+    )
 
 
 def _simulated_alone(flags: dict[str, Any]) -> None:
@@ -137,12 +166,13 @@ def bench(
         str | None,
         typer.Option(help="URL of an OpenAI-compatible server to measure in place of this machine's engine."),
     ] = None,
-    endpoint: Annotated[str, typer.Option(help="With --url: endpoint of the server, completions or chat.")] = (
-        "completions"
-    ),
-    timeout: Annotated[float, typer.Option(help="With --url: seconds without a byte after which a request failed.")] = (
-        300.0
-    ),
+    endpoint: Annotated[str, typer.Option(help="With --url: endpoint of the server, completions or chat.")] = _ENDPOINT,
+    timeout: Annotated[
+        float, typer.Option(help="With --url: seconds without a byte after which a request failed.")
+    ] = _TIMEOUT_S,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="With --url: ask for whole outputs, past the end-of-text token.")
+    ] = False,
     save_result: Annotated[
         Path | None, typer.Option(help="With --url: JSON file to write, in the form of vLLM's benchmark results.")
     ] = None,
@@ -156,12 +186,18 @@ def bench(
         from cli.bench_url import run as run_on_server
 
         LoadConfig.check(flags)
+        if save_result is not None:
+            from engine.results.files import check_output
+
+            check_output(save_result, "--save-result")
         load = _load_config(config, flags, LoadConfig)
-        server = {"url": url, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        server = {"url": url, "flag": "--url", "endpoint": endpoint, "timeout": timeout, "api_key": api_key,
+                  "ignore_eos": ignore_eos}  # fmt: skip
         run_on_server(load, server, output_dir, save_result, as_json=json_)
         return
     if save_result is not None:
         raise InputError(f"--save-result {save_result} needs --url")
+    _check_no_server("--url", endpoint, timeout, ignore_eos)
     from cli.bench import run
 
     run(_load_config(config, flags, BenchConfig), output_dir, as_json=json_, chrome_trace=chrome_trace)
@@ -253,12 +289,13 @@ def validate(
         int | None,
         typer.Option(help="With a file: first requests to leave out. Default: 200 where there is a cache to warm."),
     ] = None,
-    endpoint: Annotated[str, typer.Option(help="With a URL: endpoint of the server, completions or chat.")] = (
-        "completions"
-    ),
+    endpoint: Annotated[str, typer.Option(help="With a URL: endpoint of the server, completions or chat.")] = _ENDPOINT,
     timeout: Annotated[
         float, typer.Option(help="With a URL: seconds without a byte after which a request failed.")
-    ] = 300.0,
+    ] = _TIMEOUT_S,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="With a URL: ask for whole outputs, past the end-of-text token.")
+    ] = False,
     served_model_name: Annotated[
         str | None, typer.Option(help="With a URL: the model's name at the server. Default: its first.")
     ] = None,
@@ -269,6 +306,8 @@ def validate(
 ) -> None:
     """Run a workload on this machine's engine, or on a server, and in the simulator, and report the differences."""
     url = against is not None and against.startswith(("http://", "https://"))
+    if not url:
+        _check_no_server("--against with a URL", endpoint, timeout, ignore_eos, served_model_name)
     for flag, value in (("only", only), ("source", source), ("client", client), ("warmup-requests", warmup_requests)):
         if value is not None and (against is None or url):
             raise InputError(f"--{flag} {value} needs --against with a file of measured results")
@@ -293,7 +332,8 @@ def validate(
     if url:
         from cli.validate_url import run as run_against
 
-        server = {"url": against, "endpoint": endpoint, "timeout": timeout, "api_key": api_key}
+        server = {"url": against, "flag": "--against", "endpoint": endpoint, "timeout": timeout, "api_key": api_key,
+                  "ignore_eos": ignore_eos}  # fmt: skip
         run_against(settings, server, load, served_model_name, output_dir, as_json=json_)
         return
     from cli.validate import run
@@ -318,6 +358,15 @@ def search(
         str | None,
         typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Workloads of other seeds to find each capacity for, for its range; 1: none.")
+    ] = SEEDS,
+    curve: Annotated[
+        bool, typer.Option(help="Also simulate loads beyond each capacity, for the page's latency against load.")
+    ] = True,
+    keep_runs: Annotated[
+        bool, typer.Option("--keep-runs", help="Keep every trial's tables in a sweep, not only settings and summary.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Number of processes of a sweep. Default: one per core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute a sweep over.")] = None,
     confirm: Annotated[
@@ -335,6 +384,9 @@ def search(
         output_dir,
         sweep=sweep,
         tolerance=tolerance,
+        seeds=seeds,
+        curve=curve,
+        keep_runs=keep_runs,
         gpu_price=gpu_price,
         workers=workers,
         ray_address=ray,
@@ -597,8 +649,10 @@ def _truth(
     ] = None,
 ) -> None:
     """Write the page of predictions beside public measurements of servers."""
+    from engine.results.files import check_output
     from windtunnel.truth import write_truth
 
+    check_output(output)
     write_truth(output, public, lambda name: print(name, file=sys.stderr))
 
 
@@ -647,9 +701,11 @@ def _report(
 ) -> None:
     """Write a page about a device's calibration: held-out errors, measured and predicted."""
     from cli.calibrate import read
+    from engine.results.files import check_output
     from engine.specs import catalog
     from studies.pages.calibration import report
 
+    check_output(output)
     known = catalog.device(device)
     print(f"report: {report(device, [read(text, known) for text in source or []], output)}")
 
@@ -659,8 +715,11 @@ def _accuracy(
     output: Annotated[Path | None, typer.Option(help="Markdown file to write. Default: print.")] = None,
 ) -> None:
     """Print or write the held-out errors of the calibrations that ship."""
+    from engine.results.files import check_output
     from studies.calibration.accuracy import write_accuracy
 
+    if output is not None:
+        check_output(output)
     write_accuracy(output)
 
 
@@ -678,19 +737,29 @@ def _study_list() -> None:
 
 @study.command("run")
 def _study_run(
-    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`.")],
+    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`, or all.")],
     model: Annotated[
         str | None, typer.Option(help="Run only the models whose name contains this. Default: all.")
     ] = None,
     host_overhead: Annotated[
         str | None,
-        typer.Option(help="Host overhead. Default: both sarathi_osdi24 (as published) and cuda_graphs."),
+        typer.Option(
+            help="Host overhead. Default: sarathi_osdi24 (as published), cuda_graphs, and beside them "
+            "sarathi_osdi24_fig2 and two placebos."
+        ),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Requests per run. Default: the study's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Draws of the requests, seeds from 0; tables show medians. Default: 3.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; an interrupted study in it resumes. Default: runs/studies/NAME."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to keep the results in; the page of all that it has is written beside it."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
     markdown: Annotated[
@@ -708,8 +777,10 @@ def _study_run(
         model,
         host_overhead,
         num_prompts,
+        seeds,
         workers,
         output_dir,
+        record,
         as_json=json_,
         as_markdown=markdown,
         confirm=confirm,
@@ -754,6 +825,10 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
         code = app(_one_each(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
+    except SystemExit as error:  # of a plugin: our own commands raise typer.Exit
+        if blamed(error) is None:
+            raise
+        return _explained(error)
     except Exception as error:
         return _explained(error)
     if code == 130:
@@ -761,7 +836,7 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
     return code, ""
 
 
-def _explained(error: Exception) -> tuple[int, str]:
+def _explained(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the message of an error; raise it again if it is a defect of Windtunnel."""
     plugin = error if isinstance(error, PluginError) else blamed(error)
     if plugin is not None:

@@ -24,7 +24,8 @@ from windtunnel.settings import BenchConfig, load
 def search_point(point: dict[str, Any]) -> dict[str, Any]:
     """Search one point's capacity, in its folder."""
     settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
-    return search_capacity(settings, point["tolerance"], Path(point["folder"]))
+    how = {name: point[name] for name in ("seeds", "curve", "keep_runs")}
+    return search_capacity(settings, point["tolerance"], Path(point["folder"]), **how)
 
 
 def confirm_point(point: dict[str, Any]) -> dict[str, Any]:

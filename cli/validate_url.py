@@ -21,6 +21,7 @@ from engine.results.recorder import Recorder, Run
 from engine.results.run_folder import kept_if_interrupted, run_folder, write_config, write_summary
 from engine.results.tables import to_numpy
 from simulator.cluster import Deployment, simulate
+from studies.measured.readers import SERVER
 from studies.validation.outside import as_served, compare_outside
 from windtunnel.plugins import load_plugin
 from windtunnel.run_config import resolved
@@ -53,7 +54,7 @@ def run(
     deployment = Deployment.of(replica, group.predictor)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 130)
     with run_folder(output_dir) as folder, kept_if_interrupted(folder, output_dir, "validation.json"):
-        places = [folder / name for name in ("server", "simulated")]
+        places = [folder / name for name in (SERVER, "simulated")]
         for place in places:
             place.mkdir()
         recorder = Recorder(places[0], tbt_percentiles(slos), predicted=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,6 +24,7 @@ from simpy.events import URGENT
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
+from engine.results.batch_metrics import batch_metrics
 from engine.results.metrics import memory_and_steady_use, prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
@@ -68,7 +69,6 @@ class Deployment:
     replica: ReplicaSpec
     predictor: RuntimePredictor
     host: HostOverhead | None = None  # that the predictor was made with, if it was made by name
-    made_by: str | None = None  # that name
 
     def __post_init__(self) -> None:
         self.replica.num_kv_blocks()
@@ -82,16 +82,16 @@ class Deployment:
             raise unknown("predictor", predictor, PREDICTORS)
         host = replica.engine.host
         made = PREDICTORS[predictor](replica.model, replica.device, replica.network, replica.parallel, host)
-        return cls(replica, made, host, predictor)
+        return cls(replica, made, host)
 
     def drawn(self, seed: int) -> Deployment:
         """Return the deployment with the errors of its times drawn (`simulator.predictor.uncertainty`).
 
-        Raises InputError for one whose predictor was not made by name.
+        A user's own predictor gives the same times: its errors are not known.
         """
-        if self.made_by is None:
-            raise InputError(f"{self.predictor.description}: its errors are not known, nothing can be drawn of them")
-        return Deployment.of(drawn(self.replica, self.predictor.errors, seed), self.made_by)
+        replica = drawn(self.replica, self.predictor.errors, seed)
+        host = replica.engine.host
+        return replace(self, replica=replica, predictor=self.predictor.for_host(host), host=self.host and host)
 
     @property
     def model(self) -> ModelSpec:
@@ -122,8 +122,8 @@ class Deployment:
         return self.replica.num_kv_blocks()
 
     def new_scheduler(self) -> Scheduler:
-        """Make the engine's scheduler for one replica of this kind."""
-        return self.replica.new_scheduler()
+        """Make the engine's scheduler for one replica of this kind in simulated time."""
+        return self.replica.new_scheduler(simulated=True)
 
     def describe(self) -> dict[str, Any]:
         """Return a summary's entry for it."""
@@ -154,6 +154,7 @@ def simulate(
     repeats: bool = True,
     on_progress: Callable[[int], None] | None = None,
     stop: Callable[[Request], str | None] | None = None,
+    with_batches: bool = False,
 ) -> Run:
     """Run `workload` through one replica of each of `deployments`.
 
@@ -163,6 +164,7 @@ def simulate(
         repeats: False single-steps every batch; the result is the same, later.
         on_progress: called now and then with the number of finished requests.
         stop: called with each finished request; what it gives ends the run, and is `stopped_early` in its summary.
+        with_batches: add what `engine.results.batch_metrics` derives to the summary.
 
     Raises InputError for a request that one of the replicas could never run.
     """
@@ -181,20 +183,20 @@ def simulate(
     stopped_early: str | None = None
     report_every = max(1, len(workload) // 200)
 
-    def on_finished(request: Request) -> None:
+    def on_finished(requests: Sequence[Request]) -> None:
         nonlocal finished, stopped_early
-        finished += 1
+        for request in requests:
+            finished += 1
+            if client is not None:
+                client.finished(request, env.now)
+            if stop is not None and stopped_early is None:
+                stopped_early = stop(request)
+            if on_progress is not None and finished % report_every == 0:
+                on_progress(finished)
         if client is not None:
-            client.finished(request, env.now)
             send()
-        if stop is not None and stopped_early is None:
-            stopped_early = stop(request)
-            if stopped_early is not None and finished < len(workload):
-                all_finished.succeed()
-        if finished == len(workload) and not all_finished.triggered:
+        if (finished == len(workload) or stopped_early is not None) and not all_finished.triggered:
             all_finished.succeed()
-        if on_progress is not None and finished % report_every == 0:
-            on_progress(finished)
 
     replicas = [
         Replica(
@@ -254,7 +256,9 @@ def simulate(
         if collected:
             gc.enable()
     requests = recorder.requests()
+    of_batches = batch_metrics(recorder, requests) if with_batches else {}
     summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
+    summary |= of_batches
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
     summary["workload_notes"] = workload.notes_on(deployment.scheduler for deployment in deployments)

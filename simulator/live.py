@@ -123,7 +123,7 @@ class LiveCluster:
             replica.abort(id, self.now())
         self._set_alarm()
 
-    def stop(self, id: int) -> None:
+    def stop(self, id: int, tokens: int) -> None:
         self.abort(id)  # no text of a simulated model is ever complete before its length
 
     def gauges(self) -> Sequence[Gauges]:
@@ -195,7 +195,7 @@ class LiveReplica:
             token,
         )
         self.driver = Driver(
-            deployment.new_scheduler(),
+            deployment.replica.new_scheduler(),
             self._executor,
             recorder,
             clock=clock,

@@ -73,7 +73,7 @@ class Replica:
     """A replica and its life in the simulation.
 
     Args:
-        on_finished: called with each request that got its last token.
+        on_finished: called with the requests that got their last token by a batch, if there are any.
         repeats: False single-steps every batch (the reference that fast-forwarding is tested against).
     """
 
@@ -84,7 +84,7 @@ class Replica:
         scheduler: Scheduler,
         predictor: RuntimePredictor,
         recorder: Recorder,
-        on_finished: Callable[[Request], None],
+        on_finished: Callable[[Sequence[Request]], None],
         repeats: bool = True,
     ) -> None:
         self.env = env
@@ -316,7 +316,7 @@ class Replica:
             for request in finished:
                 self._tokens_here -= request.max_total_tokens
                 self.recorder.finished(request, self.index)
-                self.on_finished(request)
+            self.on_finished(finished)
         return batch
 
     def _complete_ahead(self, flight: _Flight, runs: int, more: list[int]) -> list[Request]:

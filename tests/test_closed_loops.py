@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_workers import FakeWorkers, VirtualTime
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_runs import assert_same, deployment, rows
 
@@ -73,6 +73,11 @@ specs = st.builds(
 
 
 @settings(max_examples=120, deadline=None)
+@example(  # a turn and a new conversation are sent at one time, after a batch that ends two requests
+    spec=WorkloadSpec(lengths="uniform", input_len="1:20", output_len="1:12", num_prompts=13, request_rate=50.0,
+                      turns=3, system_prompt_len=9, max_concurrency=3, max_model_len=LONGEST),
+    policy="sarathi", stages=1, blocks=21, ahead=False, overhead=0.0, think=0.0, people=True,
+)  # fmt: skip
 @given(
     spec=specs,
     policy=st.sampled_from(["sarathi", "vllm", "vllm_v0", "hybrid_only"]),
@@ -122,6 +127,11 @@ def test_a_closed_loop_holds_its_concurrency(rate: float) -> None:
     assert window is not None
     assert run.summary["steady_window_s"] == list(window)
     assert window[1] == run.requests["arrived_s"].max()
+    if rate == float("inf"):  # the first four, which come at once to an idle replica, are no part of the loop
+        assert window[0] == 0.0 and run.summary["steady_requests"] == 56
+        order = np.argsort(run.requests["arrived_s"], kind="stable")
+        ttft = (run.requests["first_token_s"] - run.requests["arrived_s"])[order][4:]
+        assert run.summary["steady_mean_ttft_ms"] == pytest.approx(1e3 * ttft.mean())
 
 
 def test_the_next_request_comes_so_long_after_an_answer() -> None:

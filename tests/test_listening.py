@@ -1,13 +1,18 @@
 """What listens, and to whom: on one machine nothing of the engine's is reached from another."""
 
+import contextlib
+import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from listening import descendants, listening
 
 from engine.errors import InputError
+from engine.executors.multiprocess import free_port
 from engine.executors.start import start
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.network import LOCALHOST, address_of, interface_of
@@ -66,3 +71,48 @@ def test_an_interface_has_an_address_and_back() -> None:
     assert interface_of("203.0.113.1") is None  # nobody's: kept for documentation
     with pytest.raises(InputError, match=r"distributed_interface 'eth99'.*lo"):
         address_of("eth99")
+
+
+RANKS = """
+import json, os, sys
+import torch.distributed as dist
+from engine.worker.rank import leave, meet
+from listening import listening
+child = os.fork()
+for place in sys.argv[1:]:
+    address, port, interface = place.split(",")
+    meet("gloo", f"tcp://{address}:{port}", int(child == 0), 2, interface)
+    dist.barrier()
+    os.write(1, (json.dumps([interface, sorted(listening([os.getpid()]))]) + os.linesep).encode())
+    dist.barrier()
+    leave()
+    del os.environ["GLOO_SOCKET_IFNAME"]
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def other_interfaces() -> list[str]:
+    """Return the names of this machine's interfaces with an address, but the loopback."""
+    found = []
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(InputError):
+            found += [name] * (address_of(name) != LOCALHOST)
+    return found
+
+
+def test_ranks_of_several_machines_listen_on_the_named_interface() -> None:
+    """Two addresses of one machine stand in for two machines: 127.0.0.2, and that of its network, if it has one."""
+    places = [("127.0.0.2", free_port(), "lo"), *((address_of(name), free_port(), name) for name in other_interfaces())]
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")}
+    folders = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
+    found = subprocess.run(
+        [sys.executable, "-c", RANKS, *(",".join(map(str, place)) for place in places)], capture_output=True, text=True,
+        timeout=120, env={**environment, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}, check=True,
+    )  # fmt: skip
+    said = [json.loads(line) for line in found.stdout.splitlines()]
+    for address, port, interface in places:
+        ranks = [{(at, number) for at, number in listened} for name, listened in said if name == interface]
+        assert len(ranks) == 2 and all(ranks), found.stderr
+        assert sum((address, port) in each for each in ranks) == 1  # the rendezvous, where it was told
+        assert {at for each in ranks for at, number in each if number != port} == {address_of(interface)}  # Gloo

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +11,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from http_serving import MODEL, Running, deployment, simulated
+from http_serving import MODEL, Running, deployment, running, simulated
 
 from cli.main import run
 from engine.loadgen.client import Endpoint, parse_metrics
 from engine.loadgen.generator import Generator, _spread
 from engine.loadgen.prompts import WORDS, Prompts, single_tokens
 from engine.results.recorder import Recorder
+from engine.server.requests import Limits
 from engine.server.text import BytesRule
 from engine.workload.workload import WorkloadSpec, make_workload
+from simulator.cluster import deploy
+from simulator.live import LiveCluster
 from studies.validation.outside import compare_gauges
 
 LENGTHS = ["--workload", "uniform", "--input-len", "8:60", "--output-len", "2:12"]
@@ -163,11 +167,37 @@ def test_wrong_flags_are_said(served: Running, tmp_path: Path) -> None:
         (["--url", served.url, "--endpoint", "talk"], "endpoint 'talk'"),
         (["--url", served.url, "--timeout", "0"], "--timeout 0"),
         (["--model", "x", "--device", "cpu", "--save-result", "r.json"], "needs --url"),
+        (["--model", "x", "--device", "cpu", "--endpoint", "chat"], "--endpoint chat needs --url"),
+        (["--model", "x", "--device", "cpu", "--ignore-eos"], "--ignore-eos needs --url"),
     ):
         code, error = run(["bench", *arguments, "--output-dir", str(tmp_path / "none")])
         assert code == 2 and word in error, error
     code, error = run(["validate", "--against", "nowhere", "--model", MODEL, "--device", "a100", "--output-dir", "x"])
     assert code == 2 and "nowhere does not exist: give a URL" in error
+    nobody = ["validate", "--model", MODEL, "--device", "a100", "--output-dir", str(tmp_path / "none"), *LENGTHS]
+    for arguments, word in (
+        (["--against", "http://127.0.0.1:9"], "start one, or give another --against"),
+        (["--against", "http://127.0.0.1:9", "--timeout", "0"], "--timeout 0"),
+        (["--served-model-name", "m"], "--served-model-name m needs --against with a URL"),
+    ):
+        code, error = run([*nobody, *arguments])
+        assert code == 2 and word in error, error
+
+
+def test_answers_may_end_early_unless_they_are_asked_not_to(tmp_path: Path) -> None:
+    kind = deployment(0.001)
+    limits = Limits(models=(MODEL,), max_model_len=512, simulated=True,
+                    draw_length=lambda given, ignore_eos: given if ignore_eos else min(given or 3, 3))  # fmt: skip
+    cluster = LiveCluster([kind], Recorder(), token=BytesRule().filler)
+    asked = ["--workload", "fixed", "--input-len", "8", "--output-len", "5", "--request-rate", "inf", "--num-prompts"]
+    with running(cluster, limits=limits) as served:
+        assert bench(served.url, tmp_path / "short", *asked, "4") == (0, "")
+        assert bench(served.url, tmp_path / "whole", *asked, "4", "--ignore-eos") == (0, "")
+    cluster.close()
+    short, whole = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("short", "whole"))
+    assert (short["total_output_tokens"], whole["total_output_tokens"]) == (12, 20)
+    assert any("4 answers are shorter than asked for: --ignore-eos" in note for note in short["workload_notes"])
+    assert not any("shorter" in note for note in whole["workload_notes"])
 
 
 def test_a_validation_finds_a_server_that_is_slower_than_simulated(tmp_path: Path) -> None:
@@ -236,3 +266,45 @@ def test_merged_tokens_are_spread_over_events_and_metrics_are_read() -> None:
     assert _spread([1.0, 2.0, 3.0], 3) == [1.0, 2.0, 3.0]
     page = '# HELP a\na{b="c \\" d",e="f"} 1.5\nplain 2\nbad x\n'
     assert parse_metrics(page) == [("a", {"b": 'c \\" d', "e": "f"}, 1.5), ("plain", {}, 2.0)]
+
+
+def test_constants_of_a_server_are_found_from_outside(tmp_path: Path) -> None:
+    hidden = {"exposed_s": 0.04, "transit_s": 0.25}
+    preset = tmp_path / "true.yaml"
+    preset.write_text(yaml.safe_dump({"base": "vllm@0.15", "host": hidden | {"source": "a test"}}))
+    truth = deploy(MODEL, "a100_sxm", engine=str(preset), scheduler={"max_model_len": 512})
+    load = ["--workload", "fixed", "--input-len", "64", "--output-len", "8"]
+    device = ["--model", MODEL, "--device", "a100_sxm", "--engine", "vllm@0.15"]
+    results = tmp_path / "results"
+    results.mkdir()
+    with simulated([truth]) as served:
+        three = [*load, "--max-concurrency", "3", "--num-prompts", "6"]
+        assert bench(served.url, results / "three", *three) == (0, "")
+        one = [*load, "--max-concurrency", "1", "--num-prompts", "2", "--output-dir", str(results / "one")]
+        assert run(["validate", "--against", served.url, *device, *one]) == (0, "")
+    output = tmp_path / "mine.yaml"
+    fit = ["--fit", "exposed_s,transit_s", "--output", str(output)]
+    assert run(["calibrate", "adjust", str(results), *device, *fit]) == (0, "")
+    found = yaml.safe_load(output.read_text())["host"]
+    for name, value in hidden.items():
+        assert 0.8 * value < found[name] < 2 * value, name  # it starts from 0 and 0.005; a busy machine is late
+    config = results / "one" / "config.yaml"
+    config.write_text(config.read_text().replace("num_replicas: 1", "num_replicas: 2"))
+    code, error = run(["calibrate", "adjust", str(results / "one"), *device, "--output", str(tmp_path / "two.yaml")])
+    assert code == 2 and "a run of 2 replicas" in error
+
+
+def test_hundreds_of_streams_at_once_are_answered_whole(tmp_path: Path) -> None:
+    usual = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, usual[1]))  # which is raised: 300 are served here, to 300 here
+    try:
+        with simulated([deployment(0.02, max_num_seqs=300, max_num_batched_tokens=2400)]) as served:
+            asked = ["--workload", "fixed", "--input-len", "8", "--output-len", "6", "--max-concurrency", "300"]
+            assert bench(served.url, tmp_path / "run", *asked, "--num-prompts", "400") == (0, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, usual)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["failed"], summary["completed"], summary["total_output_tokens"]) == (0, 400, 2400)
+    requests = pq.read_table(tmp_path / "run" / "requests.parquet").to_pandas()
+    at = requests["arrived_s"].nsmallest(300).iloc[-1]  # when the last of the first 300 is sent
+    assert ((requests["arrived_s"] <= at) & (requests["last_token_s"] > at)).sum() == 300

@@ -119,7 +119,10 @@ def test_a_search_resumes_and_refuses_another_ones_folder(searched: wt.Search, m
 
 
 def test_the_defaults_are_the_command_lines() -> None:
-    for function, own in ((wt.simulate, {"config", "output_dir"}), (wt.search, {"config", "output_dir", "tolerance"})):
+    for function, own in (
+        (wt.simulate, {"config", "output_dir"}),
+        (wt.search, {"config", "output_dir", "tolerance", "seeds"}),
+    ):
         parameters = inspect.signature(function).parameters
         assert set(parameters) == {*FileConfig.model_fields, *own}
         for name, field in FileConfig.model_fields.items():
@@ -141,7 +144,7 @@ def test_the_defaults_are_the_command_lines() -> None:
         (wt.simulate, {"replicas": [{"devise": "h100"}]}, "unknown key in replicas[0] 'devise'"),
         (wt.search, {"slo": []}, "no SLO to search by: add slo"),
         (wt.search, {"tolerance": 2.0}, "tolerance 2.0: give a share"),
-        (wt.simulate, {"config": "nowhere.yaml"}, "can't read the config file nowhere.yaml"),
+        (wt.simulate, {"config": "nowhere.yaml"}, "can't read nowhere.yaml"),
     ],
 )
 def test_errors_name_the_keyword(function: Callable[..., Any], settings: dict[str, Any], complaint: str) -> None:
@@ -158,7 +161,7 @@ def test_folders_without_a_finished_run_are_refused(tmp_path: Path) -> None:
         with pytest.raises(wt.InputError, match=complaint):
             wt.load(place)
     (tmp_path / "search.json").write_text("{")
-    with pytest.raises(wt.InputError, match=r"search\.json is damaged"):
+    with pytest.raises(wt.InputError, match=r"search\.json is not JSON .* it is damaged"):
         wt.load(tmp_path)
 
 

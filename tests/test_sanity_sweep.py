@@ -79,18 +79,29 @@ def test_prompts_of_a_batch_are_one_kernels_work() -> None:
     """64 prompts of 16 tokens take about as long as one of 1,024, not 64 times as long as one of 16."""
     for device in known_devices():
         stage = predictor(device, "small", 1, "bfloat16").stages[0]
-        together, one = stage.together([(16, 0)] * 64), stage.prefill_time(16, 0)
+        together, one = stage.together([(16, 0)] * 64), stage.together([(16, 0)])
         assert one <= together < 20 * one
-        assert together < 2 * stage.prefill_time(1024, 0)
-        long = stage.prefill_time(4096, 0)
-        assert long <= stage.together([(4096, 0), (16, 0)]) < long + stage.prefill_time(16, 0)
+        assert together < 2 * stage.together([(1024, 0)])
+        long = stage.together([(4096, 0)])
+        assert long <= stage.together([(4096, 0), (16, 0)]) < long + stage.together([(16, 0)])
 
 
-@pytest.mark.parametrize("dtype", KV)
-def test_twice_the_ranks_on_a_switch_are_not_slower_at_long_prefills(dtype: str) -> None:
-    for chunk in (2048, 4096, 8192, 16384):
-        few, many = (predictor("h100_sxm", "large", tp, dtype).stage_time(prompts((chunk, 0)), 0) for tp in (4, 8))
-        assert many <= few
+@pytest.mark.parametrize(
+    ("device", "model", "dtype", "ranks"),
+    [
+        ("h100_sxm", "large", "bfloat16", (4, 8)),
+        ("h100_sxm", "large", "fp8", (4, 8)),
+        ("h100_sxm", "small", "fp8", (1, 2, 4)),
+        ("h200_sxm", "small", "bfloat16", (1, 2, 4, 8)),
+        ("a100_sxm", "small", "bfloat16", (1, 2, 4)),
+    ],
+)
+def test_twice_the_ranks_on_a_switch_are_not_slower_at_long_prefills(
+    device: str, model: str, dtype: str, ranks: tuple[int, ...]
+) -> None:
+    for chunk in (2048, 3000, 4096, 8192, 16384):
+        times = [predictor(device, model, tp, dtype).stage_time(prompts((chunk, 0)), 0) for tp in ranks]
+        assert times == sorted(times, reverse=True), (chunk, times)
 
 
 def test_times_past_the_measured_sizes_go_on() -> None:

@@ -134,6 +134,9 @@ def test_stop_texts_and_stop_tokens_end_it(served: Running, client: openai.OpenA
     assert (cut.choices[0].text, cut.choices[0].finish_reason) == (whole[: whole.find(stop)], "stop")
     stream = client.completions.create(**asked, stop=stop, stream=True, extra_body={"ignore_eos": True})
     assert "".join(chunk.choices[0].text for chunk in stream) == cut.choices[0].text
+    assert cut.usage is not None
+    needed = next(i for i in range(1, 25) if stop in text_of(served, tokens[:i]))  # what comes later counts nowhere
+    assert cut.usage.completion_tokens == needed
     late = client.completions.create(
         **asked, extra_body={"ignore_eos": True, "stop_token_ids": [tokens[place]], "min_tokens": place + 2}
     )
@@ -153,6 +156,9 @@ def test_seeds_repeat_and_a_chat_goes_through_the_template(served: Running, clie
     )  # fmt: skip
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == len(served.server.codec.encode("u hello you a"))
+    half = '{"prompt": "a \\ud800", "messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}'
+    for path in ("completions", "chat/completions"):  # half of a surrogate pair is text that is no text
+        assert httpx.post(f"{served.url}/v1/{path}", content=half, timeout=60).status_code == 200
 
 
 def test_a_client_that_leaves_frees_its_blocks(served: Running) -> None:
@@ -234,12 +240,16 @@ def test_a_stopped_sequence_counts_as_finished_and_an_aborted_one_does_not() -> 
     driver.start()
     for id in (0, 1):
         driver.submit(Sequence(Request(id, 0.0, 5, 50), [1] * 5))
+        driver.submit(Sequence(Request(id + 2, 0.0, 5, 50), [1] * 5))
     for _ in range(3):
         driver.step()
     driver.stop(0)
     driver.abort(1)
     driver.stop(7)  # nobody's
+    driver.stop(2, 1)  # two tokens came after the text was complete
+    driver.abort(3)
     recorder.close()
     found = recorder.requests()
-    assert (found["request_id"].tolist(), found["output_tokens"].tolist()) == ([0], [3])
+    assert (found["request_id"].tolist(), found["output_tokens"].tolist()) == ([0, 2], [3, 1])
+    assert found["last_token_s"][1] == found["first_token_s"][1] < found["last_token_s"][0]
     assert driver.unfinished == 0 and driver.scheduler.kv_cache.num_used == 0

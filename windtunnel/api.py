@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 from engine.errors import InputError
 from windtunnel.messages import in_keywords
 from windtunnel.names import unknown_setting
-from windtunnel.settings import TOLERANCE, FileConfig, combined, load_file
+from windtunnel.settings import SEEDS, TOLERANCE, FileConfig, combined, load_file
 
 if TYPE_CHECKING:
     from windtunnel.results import Plan, Run, Search
@@ -55,7 +55,12 @@ def simulate(*, config: _Path | None = None, output_dir: _Path | None = None, **
 
 
 def search(
-    *, config: _Path | None = None, output_dir: _Path | None = None, tolerance: float = TOLERANCE, **settings: Any
+    *,
+    config: _Path | None = None,
+    output_dir: _Path | None = None,
+    tolerance: float = TOLERANCE,
+    seeds: int = SEEDS,
+    **settings: Any,
 ) -> Search:
     """Find the highest request rate at which every SLO holds, as `windtunnel search` does in the simulator.
 
@@ -63,20 +68,23 @@ def search(
         config: YAML file with any of the settings; keywords win.
         output_dir: folder for the trials; the same search in the same folder resumes. None keeps it in memory.
         tolerance: the precision of the capacity, as a share of it.
+        seeds: workloads of other seeds to find the capacity for, for its range; 1: none.
         **settings: the command's flags, with underscores; `slo` is required, `request_rate` is the first guess.
 
     Raises InputError for an unknown keyword, an impossible setting, and settings that can't be searched with.
     """
     with _in_keywords():
-        from windtunnel.capacity import check_tolerance, open_search, search_capacity
+        from studies.capacity.search import check_tolerance
+        from windtunnel.capacity import open_search, search_capacity
         from windtunnel.results import Search
 
         check_tolerance(tolerance)
-        read = _read(config, settings, ("config", "output_dir", "tolerance"))
+        read = _read(config, settings, ("config", "output_dir", "tolerance", "seeds"))
         folder = None if output_dir is None else Path(output_dir)
-        if folder is not None:
-            open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance})
-        return Search(search_capacity(read, tolerance, folder), folder=folder)
+        if folder is None:
+            return Search(search_capacity(read, tolerance, None, seeds=seeds))
+        with open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance, "seeds": seeds}):
+            return Search(search_capacity(read, tolerance, folder, seeds=seeds), folder=folder)
 
 
 def plan(

@@ -10,13 +10,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
+from engine.specs import HostOverhead
+from simulator.cluster import Deployment
+from simulator.predictor.uncertainty import deviations
 from studies.jobs.pool import Results, in_turn, work_off
-from studies.measured.adjust import UNITS, adjust, figures_of
+from studies.measured.adjust import UNITS, Adjusted, adjust, figures_of
+from studies.measured.effects import effects as effects_of
+from studies.measured.effects import variants
 from studies.measured.judge import point_record, summary
 from studies.measured.point import MEASURES, Measurements, Point
 from studies.measured.predict import Job, predict
@@ -28,33 +34,63 @@ MOST_POINTS = 20_000
 JOBS_A_PROCESS = 8  # at least: a process takes longer to start than most points
 
 
+class Reading(TypedDict, total=False):
+    """How to read measured results: `only` keeps points whose id or load matches it; else see `readers.read`."""
+
+    only: str | None
+    source: str | None
+    client: str | None
+    columns: str | None
+    warmup_requests: int | None
+
+
 def validate_measured(
     path: Path,
     given: Mapping[str, Any],
     *,
-    only: str | None = None,
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
     uncertainty: int | None = None,
+    effects: bool = False,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Predict every point of a file or folder of measured results and return what `validation.json` holds.
 
     Args:
         given: settings of the replica that win over what the file and its source say.
-        only: keeps the points whose id or load matches this regular expression.
-        source, client, columns, warmup_requests: see `studies.measured.readers.read`.
         uncertainty: reruns of each point with drawn errors, for ranges; 19 or more give 90 % ranges.
+        effects: whether to predict a few points again with other plausible values of what is assumed.
         workers: processes; None: one a processor. More than one needs the caller's script to guard `__main__`.
         on_progress: called with how many points are predicted, and of how many.
+        **reading: how to read the file.
 
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
     """
-    files, ready, refused = read_points(path, given, source, client, columns, warmup_requests, only)
-    return _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
+    files, ready, refused = read_points(path, given, **reading)
+    found = _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
+    return {**found, "effects": _effects(ready, given, found["records"], workers) if effects else []}
+
+
+def _effects(
+    ready: Sequence[_Ready], given: Mapping[str, Any], records: Sequence[Mapping[str, Any]], workers: int | None
+) -> list[dict[str, Any]]:
+    """Return what other values of the assumptions change, of a few points."""
+    tried = variants([each.point for each in ready], given)
+    places: list[int] = []
+    jobs = []
+    for place, variant in enumerate(tried):
+        try:
+            jobs.append(job_of(variant.point))
+        except InputError:  # a value that this replica can't have is no plausible one
+            continue
+        places.append(place)
+    failures: dict[int, str] = {}
+    after: list[Mapping[str, Any] | None] = [None] * len(tried)
+    for place, record in zip(places, predict_points(jobs, workers, failures=failures), strict=True):
+        after[place] = None if record is None else record["predicted"]
+    by_id = {record["id"]: record["predicted"] for record in records}
+    before = {i: by_id[each.point.id] for i, each in enumerate(ready) if each.point.id in by_id}
+    return effects_of(tried, before, after)
 
 
 def adjust_preset(
@@ -62,30 +98,28 @@ def adjust_preset(
     given: Mapping[str, Any],
     free: Sequence[str] = (),
     *,
-    only: str | None = None,
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Fit the host constants of an engine preset to measured results; return a preset, and the errors before and after.
 
-    `free` names the constants (empty: those that the engine has); `only` keeps the points whose id or load it matches.
+    `free` names the constants and kinds of operators (empty: those that the engine has, and every kind).
     What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
     constants that the points can't tell apart, and the errors `before` and `after`, of the points fitted to.
     """
-    _, kept, refused = read_points(path, given, source, client, columns, warmup_requests, only)
+    _, kept, refused = read_points(path, given, **reading)
     names = sorted({each.replica.engine.name for each in kept})
     if len(names) > 1:
         raise InputError(f"{path} has points of {' and '.join(names)}: give --engine, or --only some of them")
     host = kept[0].replica.engine.host
+    known = _factors_known(kept)
     for name in free:
-        if name not in UNITS:
-            raise unknown("constant", name, UNITS)
+        if name not in UNITS and name not in known:
+            raise unknown("constant", name, (*UNITS, *known))
     figures = sum(len(figures_of(each.point)) for each in kept)
-    chosen = tuple(free) or (_HIDDEN if host.hidden else _SERIAL)[: max(1, figures - 1)]
+    usual = (*(_HIDDEN if host.hidden else _SERIAL)[: max(1, figures - 1)], *known)
+    chosen = tuple(free) or usual
     done = 0
 
     def evaluate(trials: Sequence[Mapping[str, float]]) -> list[list[Mapping[str, Any]]]:
@@ -100,26 +134,53 @@ def adjust_preset(
             on_progress(done, 0)
         return [results[i : i + len(kept)] for i in range(0, len(jobs), len(kept))]
 
-    before = {name: float(getattr(host, name)) for name in chosen}
-    found = adjust([each.point for each in kept], before, evaluate)
+    before = {name: float(getattr(host, name)) if name in UNITS else host.factor(name) for name in chosen}
+    found = adjust([each.point for each in kept], before, evaluate, known)
     errors = [
         summary([point_record(each.point, each.replica, result) for each, result in zip(kept, results, strict=True)], 0)
-        for results in evaluate([before, found.constants])
+        for results in (found.before, found.after)
     ]
-    fitted = {**asdict(host), **found.constants}
+    only = reading.get("only")
     rows = f"{len(kept)} points of {path.name}" + (f" (those with {only!r})" if only else "")
+    fitted = asdict(_host_with(host, found.constants))
     fitted["source"] = f"fitted by 'windtunnel calibrate adjust' to {rows}: {', '.join(chosen)}; the rest as {names[0]}"
+    fitted["factors"] = dict(fitted["factors"])
+    fitted["margins"] = {**dict(host.margins), **_shares_off(found)}
     own = {key: value for key, value in fitted.items() if key not in ("name", "graph_sizes", "kernels")}
     return {
         "preset": {"base": names[0], "description": f"{names[0]} adjusted to {path.name}", "host": own},
         "constants": found.constants,
         "before_constants": before,
         "margins": found.margins,
+        "factors": sorted(known),
         "alike": [list(pair) for pair in found.alike],
+        "flat": found.flat,
+        "share": found.share,
         "points": len(kept),
         "before": {name: errors[0][name] for name in MEASURES},
         "after": {name: errors[1][name] for name in MEASURES},
         "refused": [{"id": name, "why": why} for name, why in refused],
+    }
+
+
+def _factors_known(ready: Sequence[_Ready]) -> dict[str, float]:
+    """Return the kinds of operators of the points, with how far each may be off (`uncertainty.deviations`)."""
+    found: dict[str, float] = {}
+    for each in {(one.replica.model, one.replica.parallel): one for one in ready}.values():
+        errors = Deployment.of(each.replica, each.job.predictor).predictor.errors
+        for name, deviation in deviations(each.replica, errors).items():
+            kind = name.partition(".")[0]
+            if name in errors and kind != "send":
+                found[kind] = max(deviation, found.get(kind, 0.0))
+    return found
+
+
+def _shares_off(found: Adjusted) -> dict[str, float]:
+    """Return how far each constant of the host may be off as a share of it (90 %), where that is known."""
+    return {
+        name: float(f"{found.margins[name] / value:.3g}")
+        for name, value in found.constants.items()
+        if name in UNITS and value > 0 and 0 < found.margins[name] < inf
     }
 
 
@@ -140,22 +201,22 @@ class _Ready:
 _Found = tuple[list[Measurements], list[_Ready], list[tuple[str, str]]]
 
 
-def read_points(
-    path: Path,
-    given: Mapping[str, Any],
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
-    only: str | None = None,
-) -> _Found:
+def read_points(path: Path, given: Mapping[str, Any], **reading: Unpack[Reading]) -> _Found:
     """Return what the file or folder holds, the points that can be predicted, and rows that can't, with the reason."""
     for name in given:
         if name not in _OWN:
             raise InputError(
                 f"--{name.replace('_', '-')} {given[name]} has no meaning with --against: the load is the measured one"
             )
-    files = read(path, given, source, client, columns, warmup_requests)
+    only = reading.get("only")
+    files = read(
+        path,
+        given,
+        reading.get("source"),
+        reading.get("client"),
+        reading.get("columns"),
+        reading.get("warmup_requests"),
+    )
     if only is not None:
         every = sum(len(file.points) + len(file.refused) for file in files)
         files = [file.only(only) for file in files]
@@ -178,9 +239,16 @@ def read_points(
 
 
 def _with_host(replica: ReplicaSpec, constants: Mapping[str, float]) -> ReplicaSpec:
-    changed: dict[str, Any] = dict(constants)
-    host = replace(replica.engine.host, **changed)
+    host = _host_with(replica.engine.host, constants)
     return replace(replica, engine=replace(replica.engine, host=host))
+
+
+def _host_with(host: HostOverhead, constants: Mapping[str, float]) -> HostOverhead:
+    """Return the host overhead with its fields, or factors of kinds of operators, changed."""
+    seconds: dict[str, Any] = {name: value for name, value in constants.items() if name in UNITS}
+    kinds = {name: value for name, value in constants.items() if name not in UNITS}
+    kept = [(name, value) for name, value in host.factors if name.partition(".")[0] not in kinds]
+    return replace(host, **seconds, factors=(*kept, *kinds.items()))
 
 
 def _predicted(

@@ -24,8 +24,11 @@ _FLAG_OF_FIELD = {  # of fields inside that are called otherwise than their sett
     "priorities": "priorities",
     "columns": "columns",
     "tokenizer": "tokenizer",
+    "seed": "seed",
 }
-_OTHER_FIELD = re.compile(rf"(?<![\w.-])({'|'.join(_FLAG_OF_FIELD)})(?= \S+(?:: give| needs| has no meaning)| '| must)")
+_OTHER_FIELD = re.compile(
+    rf"(?<![\w.-])({'|'.join(_FLAG_OF_FIELD)})(?= \S+(?:: give| needs| has no meaning)| '| \S+ must| must)"
+)
 _OVERHEAD = re.compile(r"(?<![\w.-])(?:client_)?overhead_s ([-+.\w]+)")
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])(?![\w-])")
 _OWN_KEYWORDS = ("config", "output_dir", "tolerance")
@@ -37,6 +40,8 @@ def in_flags(message: str) -> str:
         return message
     message = _FIELD.sub(lambda found: "--" + found[1].replace("_", "-"), message)
     message = _OTHER_FIELD.sub(lambda found: "--" + _FLAG_OF_FIELD[found[1]], message)
+    message = re.sub(r"\b(?:Scheduler|Parallel)Spec (\w+)(?==)", r"--\1", message)
+    message = message.replace("leave out workload ", "leave out --workload ")
     message = re.sub(r"(?<=needs )turns\b", "--turns", message)
     message = re.sub(r"\b(or|and) users\b", r"\1 --users", message)
     message = message.replace("(columns session=", "(--columns session=")

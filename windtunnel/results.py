@@ -5,11 +5,11 @@ pandas is imported when the first DataFrame is asked for.
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.documents import read_json, read_yaml
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -147,8 +147,6 @@ class Plan:
 
 def read_folder(folder: Path) -> Run | Search | Plan:
     """Read a run's, a search's or a plan's folder. Raises InputError if it holds none, or is unfinished."""
-    import yaml
-
     if not folder.is_dir():
         raise InputError(f"{folder} is {'a file' if folder.exists() else 'missing'}: give the folder of a run")
     if (folder / PLAN_FILE).is_file():
@@ -157,15 +155,14 @@ def read_folder(folder: Path) -> Run | Search | Plan:
         return Search(_json(folder / SEARCH_FILE), folder=folder)
     if missing := [name for name in RUN_FILES if not (folder / name).is_file()]:
         raise InputError(f"{folder} holds no finished run or search: it lacks {' and '.join(missing)}")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(folder / "config.yaml", "run it again")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.yaml'} holds no settings: run it again")
     return Run(_json(folder / "summary.json"), config, folder=folder)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): run it again") from None
+    found: Any = read_json(path, "it is damaged: run it again")
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no JSON object: run it again")
     return found

@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import InputError
+from engine.runtime.network import allow_connections
 
 if TYPE_CHECKING:
     import aiohttp
@@ -48,15 +49,27 @@ class ServerFacts:
 
 
 class Endpoint:
-    """A server's base URL, such as http://127.0.0.1:8000 (a /v1 at its end is as good), used as a context manager."""
+    """A server's base URL, such as http://127.0.0.1:8000 (a /v1 at its end is as good), used as a context manager.
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout_s: float = 300.0, chat: bool = False) -> None:
+    `flag` is what the user gave the URL by, for errors.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 300.0,
+        chat: bool = False,
+        flag: str = "--url",
+    ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise InputError(f"--url {url!r}: give an address such as http://127.0.0.1:8000")
+            raise InputError(f"{flag} {url!r}: give an address such as http://127.0.0.1:8000")
         if not timeout_s > 0:
             raise InputError(f"--timeout {timeout_s}: give seconds above 0")
         self.base = url.rstrip("/").removesuffix("/v1")
         self.chat = chat
+        self._flag = flag
         self.timeout_s = timeout_s
         self._path = f"{self.base}/v1/{'chat/completions' if chat else 'completions'}"
         self._headers = {"content-type": "application/json"}
@@ -66,6 +79,7 @@ class Endpoint:
     async def __aenter__(self) -> Endpoint:
         import aiohttp
 
+        allow_connections()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=None),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=self.timeout_s),
@@ -85,7 +99,7 @@ class Endpoint:
                 text = await response.text()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise InputError(
-                f"there is no server at {self.base} ({_words(error)}): start one, or give another --url"
+                f"there is no server at {self.base} ({_words(error)}): start one, or give another {self._flag}"
             ) from None
         if response.status == 401:
             raise InputError(f"{self.base} wants a key: give --api-key")
@@ -116,7 +130,7 @@ class Endpoint:
         return await self._get_text("/metrics")
 
     def body(self, model: str, prompt: str, output_tokens: int, more: Mapping[str, Any]) -> bytes:
-        """Return the body of a request for exactly so many tokens."""
+        """Return the body of a request for at most so many tokens."""
         what: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         return json.dumps(
             {
@@ -124,7 +138,6 @@ class Endpoint:
                 **what,
                 "max_tokens": output_tokens,
                 "temperature": 0.0,
-                "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
                 **more,

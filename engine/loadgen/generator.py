@@ -46,6 +46,7 @@ class Measured:
     counted_tokens: int = 0  # what the server counted of these
     uncounted: int = 0  # requests whose server counts no output tokens: events stand for tokens
     merged_tokens: int = 0  # tokens that came in one event with another
+    ignore_eos: bool = False  # whether requests asked for their whole length
     short: int = 0  # requests that got fewer tokens than they asked for
     samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)  # of the server's gauges
     interrupted: bool = False
@@ -70,7 +71,8 @@ class Measured:
         if self.merged_tokens:
             notes.append(f"{self.merged_tokens:,} tokens came in one event with another: gaps of 0 between these")
         if self.short:
-            notes.append(f"{self.short:,} answers are shorter than asked for: the server does not heed ignore_eos")
+            why = "the server does not heed ignore_eos" if self.ignore_eos else "--ignore-eos asks for whole ones"
+            notes.append(f"{self.short:,} answers are shorter than asked for: {why}")
         if self.interrupted:
             notes.append("interrupted: what was finished by then")
         return notes
@@ -107,7 +109,7 @@ class Generator:
         self.model = model
         self.more = dict(more or {})
         self.on_progress = on_progress
-        self.measured = Measured()
+        self.measured = Measured(ignore_eos=bool(self.more.get("ignore_eos")))
         self._ended = 0
 
     async def run(self, recorder: Recorder) -> Measured:

@@ -310,6 +310,7 @@ def steady_window(requests: Columns, max_concurrency: int | None = None) -> tupl
 def steady(requests: Columns, max_concurrency: int | None = None, gaps: Gaps | None = None) -> dict[str, Any]:
     """`steady_*` keys of a summary: rates in the steady window and latencies (ms) of the requests that arrive in it.
 
+    Those that a closed loop begins with, up to the one that makes `max_concurrency` in the system, are its ramp-up.
     A request's output tokens are taken to come evenly between its first and its last, its prompt to be computed evenly
     between its first batch and its first token; empty without a window. TBT needs the exact `gaps` of these requests,
     nothing of which has been asked before.
@@ -319,7 +320,8 @@ def steady(requests: Columns, max_concurrency: int | None = None, gaps: Gaps | N
         return {}
     start, end = window
     duration = end - start
-    arrive = (requests["arrived_s"] >= start) & (requests["arrived_s"] <= end)
+    arrived = requests["arrived_s"]
+    arrive = ((arrived >= start) if max_concurrency is None else (arrived > start)) & (arrived <= end)
     if not arrive.any():
         return {}
     first, last = requests["first_token_s"], requests["last_token_s"]

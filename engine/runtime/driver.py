@@ -170,10 +170,15 @@ class Driver:
         """
         self._let_go(id, "abort")
 
-    def stop(self, id: int) -> None:
-        """End the sequence with a request's id, whose text is complete: as `abort`, but it counts as finished."""
+    def stop(self, id: int, tokens: int | None = None) -> None:
+        """End the sequence with a request's id, whose text is complete: as `abort`, but it counts as finished.
+
+        Of what was generated meanwhile only the first `tokens` count, by default all.
+        """
         sequence = self._let_go(id, "stop")
         if sequence is not None and sequence.request.token_times:
+            if tokens is not None:
+                del sequence.request.token_times[tokens:]
             self.recorder.finished(sequence.request, self.replica)
 
     def _let_go(self, id: int, reason: str) -> Sequence | None:

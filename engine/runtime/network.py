@@ -1,8 +1,9 @@
-"""Network interfaces of this machine, by name and by IPv4 address."""
+"""Network interfaces of this machine, by name and by IPv4 address, and how many connections there may be."""
 
 from __future__ import annotations
 
 import fcntl
+import resource
 import socket
 import struct
 
@@ -34,3 +35,10 @@ def interface_of(address: str) -> str | None:
         except InputError:  # one without an address
             continue
     return None
+
+
+def allow_connections() -> None:
+    """Let this process have as many open files, sockets among them, as it may: usual is 1024, allowed are more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

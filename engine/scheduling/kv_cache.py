@@ -8,7 +8,7 @@ another, the least recently released first (vLLM V1's rules, v1/core/block_pool.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from engine.scheduling.request import Request
 
@@ -91,7 +91,7 @@ class KVCache:
             return False
         self.num_free -= count
         if self.prefix_caching:
-            self._take(request.blocks, count)
+            request.blocks.extend([self._pop() for _ in range(count)])
         elif count == 1:  # as it mostly is
             request.blocks.append(self._stack.pop())
         else:
@@ -100,25 +100,32 @@ class KVCache:
         request.allocated_tokens += count * self.block_size
         return True
 
-    def grow_each(self, growing: Iterable[Request], ahead: int, since: int = 0) -> list[int]:
+    def grow_each(self, growing: Collection[Request]) -> None:
+        """Give each request one more block; enough have to be free."""
+        block_size, pop = self.block_size, self._pop if self.prefix_caching else self._stack.pop
+        for request in growing:
+            request.blocks.append(pop())
+            request.allocated_tokens += block_size
+        self.num_free -= len(growing)
+
+    def grow_since(self, growing: Iterable[Request], ahead: int, since: int) -> list[int]:
         """Give each request blocks for `ahead` tokens beyond those that are computed; enough have to be free.
 
         Returns, for each block given, how many tokens after the computed ones less `since` it begins.
         """
-        block_size, pop = self.block_size, None if self.prefix_caching else self._stack.pop
+        block_size, pop = self.block_size, self._pop if self.prefix_caching else self._stack.pop
         ahead += since
         taken: list[int] = []
         for request in growing:
-            before = request.num_computed_tokens - since
-            first = request.allocated_tokens - before
+            first = since + request.allocated_tokens - request.num_computed_tokens
+            if first >= ahead:
+                continue
+            blocks = request.blocks
             while first < ahead:
-                if pop is None:
-                    self._take(request.blocks, 1)
-                else:
-                    request.blocks.append(pop())
+                blocks.append(pop())
                 taken.append(first)
                 first += block_size
-            request.allocated_tokens = before + first
+            request.allocated_tokens = first + request.num_computed_tokens - since
         self.num_free -= len(taken)
         return taken
 
@@ -214,30 +221,26 @@ class KVCache:
             if not others:
                 del self._with_hash[block_hash]
 
-    def _take(self, blocks: list[int], count: int) -> None:
-        """Move `count` blocks from the head of the line to `blocks`, without the contents they had."""
-        holders, hash_of, with_hash = self._holders, self._hash_of, self._with_hash
-        take, stack, evictions = self._line.popitem, self._stack, 0
-        for _ in range(count):
-            if stack:
-                block = stack.pop()
-            elif self._fresh < self.num_blocks:
-                block = self._fresh
-                self._fresh += 1
-            else:
-                block = take(False)[0]
-            blocks.append(block)
-            holders[block] = 1
-            block_hash = hash_of[block]
-            if block_hash is not None:
-                evictions += 1
-                if block_hash is not _NOBODYS:
-                    if with_hash[block_hash].__class__ is not int:  # others have the same content
-                        self._unregister(block)
-                        continue
-                    del with_hash[block_hash]
-                hash_of[block] = None
-        self.evictions += evictions
+    def _pop(self) -> int:
+        """Take the block at the head of the line, without the content it had."""
+        if self._stack:
+            block = self._stack.pop()
+        elif self._fresh < self.num_blocks:
+            block = self._fresh
+            self._fresh += 1
+        else:
+            block = self._line.popitem(False)[0]
+        self._holders[block] = 1
+        block_hash = self._hash_of[block]
+        if block_hash is not None:
+            self.evictions += 1
+            if block_hash is not _NOBODYS:
+                if self._with_hash[block_hash].__class__ is not int:  # others have the same content
+                    self._unregister(block)
+                    return block
+                del self._with_hash[block_hash]
+            self._hash_of[block] = None
+        return block
 
     # -- for tests and debugging -----------------------------------------------------------------------------------
 

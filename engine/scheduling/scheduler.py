@@ -154,11 +154,14 @@ class Scheduler:
         else:
             kv_tokens = sum([min(r.start + 1, window) for r in decodes])
             growth = sum([r.start + 1 < window for r in decodes])
-        left = (everyone and self._left) or min(
-            [r.max_total_tokens - r.num_tokens - r.num_pending_tokens for r in decodes], default=UNBOUNDED
-        )
-        if everyone:
-            self._left = left
+        left = self._left if everyone else 0
+        if not left:
+            if self.async_scheduling:
+                left = min([_output_left(r) for r in decodes], default=UNBOUNDED)
+            else:  # none has a token pending
+                left = min([r.max_total_tokens - r.num_tokens for r in decodes], default=UNBOUNDED)
+            if everyone:
+                self._left = left
         prefills: list[tuple[int, int]] = []
         completing: list[Request] = []
         for request, tokens in chunks:
@@ -188,13 +191,14 @@ class Scheduler:
         # after a preemption there are free blocks, which the next plan may use for another
         stable = plan.stable and num_decodes == num_sampled and not self.preempted
         kv_cache = self.kv_cache
-        if stable and kv_cache.prefix_caching:
+        caching = kv_cache.prefix_caching
+        if stable and caching:
             stable = not self._cache_matters()
         repeats = self._repeats(plan, left) if stable else 1
         kv_blocks = kv_cache.num_blocks - kv_cache.num_free
         batch = Batch(decodes, chunks, completing, shape, kv_blocks, left, repeats)
         self._in_flight.append(batch)
-        if kv_cache.prefix_caching:
+        if caching:
             batch.prefix_hit_tokens, self._hits = self._hits, 0
             kv_cache.register_decodes(decodes)
             for request, tokens in chunks:
@@ -309,7 +313,7 @@ class Scheduler:
         if self._full:
             full = sorted(self._full, key=_by_order) if len(self._full) > 1 else list(self._full)
             if len(full) <= self.kv_cache.num_free and not self.async_scheduling:
-                self.kv_cache.grow_each(full, 1)
+                self.kv_cache.grow_each(full)
                 full.clear()
             for request in full:
                 start = request.num_computed_tokens + request.num_in_flight_tokens
@@ -464,7 +468,7 @@ class Scheduler:
             if after + ahead >= request.allocated_tokens:
                 growing.append(request)
         if growing:
-            taken = self.kv_cache.grow_each(growing, ahead, repeats - offset)
+            taken = self.kv_cache.grow_since(growing, ahead, repeats - offset)
             ahead = offset + offset  # with the two in flight
             for request in growing:
                 if request.num_computed_tokens + ahead == request.allocated_tokens:

@@ -289,8 +289,8 @@ class Server:
                 if each.finish_reason is not None:
                     left -= 1
                     if event.finish_reason is None:
-                        self.backend.stop(each.sequence.request.id)
-                    metrics.finished(each.sequence.request, each.finish_reason)
+                        self.backend.stop(each.sequence.request.id, len(each.tokens))
+                    metrics.finished(each.sequence.request, each.finish_reason, len(each.tokens))
                 news.append((each, text))
             yield news
 
@@ -301,7 +301,7 @@ class Server:
                 each.finish_reason = "abort"
                 self.num_aborted += 1
                 self.backend.abort(each.sequence.request.id)
-                self.metrics.finished(each.sequence.request, "abort")
+                self.metrics.finished(each.sequence.request, "abort", len(each.tokens))
 
 
 class _EventStream:

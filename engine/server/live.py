@@ -105,8 +105,8 @@ class Backend(Protocol):
     def abort(self, id: int) -> None:
         """Let go of a sequence whose client went away, by its request's id."""
 
-    def stop(self, id: int) -> None:
-        """End a sequence whose text is complete, by its request's id."""
+    def stop(self, id: int, tokens: int) -> None:
+        """End a sequence whose text is complete after so many tokens, by its request's id."""
 
     def gauges(self) -> Sequence[Gauges]:
         """How each replica stands."""
@@ -158,7 +158,7 @@ class LiveEngine:
         self.error: str | None = None
         driver.on_token = self._on_token
         self._channels = Channels()
-        self._commands: deque[tuple[str, TokenSequence | int]] = deque()
+        self._commands: deque[TokenSequence | tuple[int, int | None]] = deque()  # a new one; else id, tokens that count
         self._wake = threading.Event()
         self._closing = False
         self._news: list[tuple[int, int, float, str | None]] = []
@@ -190,21 +190,21 @@ class LiveEngine:
         if self.error is not None:
             self._channels.fail(self.error)
             return
-        self._command("submit", sequence)
+        self._command(sequence)
 
     def abort(self, id: int) -> None:
         self._channels.remove(id)
-        self._command("abort", id)
+        self._command((id, None))
 
-    def stop(self, id: int) -> None:
+    def stop(self, id: int, tokens: int) -> None:
         self._channels.remove(id)
-        self._command("stop", id)
+        self._command((id, tokens))
 
     def gauges(self) -> Sequence[Gauges]:
         return [Gauges.of(self.driver, len(self._commands))]
 
-    def _command(self, what: str, which: TokenSequence | int) -> None:
-        self._commands.append((what, which))
+    def _command(self, what: TokenSequence | tuple[int, int | None]) -> None:
+        self._commands.append(what)
         self._wake.set()
 
     def _deliver(self, news: list[tuple[int, int, float, str | None]]) -> None:
@@ -241,13 +241,15 @@ class LiveEngine:
     def _obey(self) -> None:
         """Do what came in meanwhile; a sequence that comes to an idle engine begins when it came."""
         while self._commands:
-            what, which = self._commands.popleft()
-            if isinstance(which, TokenSequence):
-                self.driver.submit(which, max(self.driver.now, which.request.arrived_at))
-            elif what == "stop":
-                self.driver.stop(which)
+            what = self._commands.popleft()
+            if isinstance(what, TokenSequence):
+                self.driver.submit(what, max(self.driver.now, what.request.arrived_at))
+                continue
+            id, tokens = what
+            if tokens is None:
+                self.driver.abort(id)
             else:
-                self.driver.abort(which)
+                self.driver.stop(id, tokens)
 
     def _on_token(self, sequence: TokenSequence, token: int) -> None:
         request = sequence.request

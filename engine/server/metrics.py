@@ -56,13 +56,12 @@ class Metrics:
         self._success = {reason: success.labels(*values, reason) for reason in ("stop", "length", "abort")}
         self._registry.register(_Replicas(model, gauges))
 
-    def finished(self, request: Request, reason: str) -> None:
-        """A request got its last token, or lost its client."""
+    def finished(self, request: Request, reason: str, tokens: int) -> None:
+        """A request got its last token, which is its `tokens`-th, or lost its client."""
         self._success.get(reason, self._success["abort"]).inc()
-        if reason == "abort" or not request.token_times or request.scheduled_at is None:
+        if reason == "abort" or not tokens or request.scheduled_at is None:
             return
-        first, last = request.token_times[0], request.token_times[-1]
-        tokens = len(request.token_times)
+        first, last = request.token_times[0], request.token_times[tokens - 1]
         self._e2e.observe(last - request.arrived_at)
         self._queue.observe(request.scheduled_at - request.arrived_at)
         self._inference.observe(last - request.scheduled_at)

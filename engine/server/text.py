@@ -6,15 +6,16 @@ ids = tokens.encode("Hello"); decoder = tokens.decoder(ids)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from engine.documents import read_json
 from engine.errors import InputError
 from engine.executors.start import need
+from engine.specs.checks import short
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 BYTES_PER_TOKEN = 4
@@ -122,7 +123,7 @@ class ModelTokenizer:
         return self._filler
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text)
+        ids: list[int] = self.tokenizer.encode(_whole(text))
         return ids
 
     def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -132,7 +133,7 @@ class ModelTokenizer:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # whatever a template of Jinja raises
             raise InputError(f"the model's chat template refuses these messages: {error}") from None
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self.tokenizer.encode(_whole(text), add_special_tokens=False)
         return ids
 
     def token_text(self, token: int) -> str:
@@ -152,6 +153,11 @@ class ModelTokenizer:
             if len(ids) == 1 and self.tokenizer.encode(again, add_special_tokens=False)[1:] == ids * 7:
                 return int(ids[0])
         return int(self.tokenizer.encode(" the", add_special_tokens=False)[-1])
+
+
+def _whole(text: str) -> str:
+    """Return the text with a question mark for each half of a surrogate pair, which JSON may hold and no tokenizer."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class _Growing:
@@ -204,10 +210,11 @@ def end_tokens(folder: Path | None) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name if folder is not None else None
         if path is not None and path.is_file():
-            try:
-                found = json.loads(path.read_text("utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise InputError(f"{path} holds no JSON object ({error}): download it again") from None
+            values = read_json(path, "download it again")
+            found = values.get("eos_token_id") if isinstance(values, dict) else "no object"
             if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
+                tokens = found if isinstance(found, list) else [found]
+                if not all(type(token) is int for token in tokens):
+                    raise InputError(f"{path}: eos_token_id {short(found)}: give whole numbers")
+                return frozenset(tokens)
     return frozenset()

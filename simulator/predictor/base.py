@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from engine.scheduling.request import BatchShape
 
 if TYPE_CHECKING:
+    from engine.specs import HostOverhead
     from simulator.predictor.uncertainty import KindError
 
 
@@ -35,6 +36,10 @@ class RuntimePredictor:
     def send_time(self, shape: BatchShape, stage: int) -> float:
         """Seconds from the end of a batch on `stage` until the next stage has its activations."""
         return 0.0
+
+    def for_host(self, host: HostOverhead) -> RuntimePredictor:
+        """Return the predictor of the same replica with another host overhead, as far as it heeds one."""
+        return self
 
     def in_range(self, shape: BatchShape) -> bool:
         """Whether the batch lies within what the predictor was calibrated on."""

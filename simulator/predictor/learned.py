@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,21 +23,46 @@ from simulator.predictor import table_cache
 from simulator.predictor.base import RuntimePredictor
 from simulator.predictor.carried import carried
 from simulator.predictor.kinds import check_kinds
-from simulator.predictor.lookup import Limits, StageTimes, at, stage_times
+from simulator.predictor.lookup import Limits, StageParts, StageTimes, at, stage_times
 from simulator.predictor.tables import TableMaker
 from simulator.predictor.uncertainty import KindError, errors_of
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a deployment whatever its host: the times of its operators, and how far they may be off."""
+
+    maker: TableMaker
+    parts: list[StageParts]
+    limits: Limits
+    errors: Mapping[str, KindError]
+
+    def predictor(self, host: HostOverhead) -> Learned:
+        """Return the predictor of the deployment with a host overhead, and its factors of operators."""
+        check_kinds([store.kind_name(name) for name, _ in host.factors], f"the factors of {host.name}")
+        maker, parallel, model = self.maker, self.maker.parallel, self.maker.sites[0].model
+        stages = range(len(self.parts))
+        tables = [maker.stage(stage, self.parts[stage], host) for stage in stages]
+        sampled = tables[-1].sampled + host.sampling(model.vocab_size, np.arange(len(tables[-1].sampled)))
+        sampled[0] = 0.0
+        tables[-1] = replace(tables[-1], sampled=sampled)
+        layers, ranks = parallel.stage_layers(model.num_layers), parallel.world_size
+        of_batch = [maker.batch_times(stage, host) for stage in stages]
+        times = [stage_times(tables[stage], host, layers[stage], ranks, stage, of_batch[stage]) for stage in stages]
+        return Learned(maker.describe(host), times, self)
 
 
 class Learned(RuntimePredictor):
     """Times of one model under one parallel layout on a calibrated device."""
 
-    def __init__(
-        self, description: str, stages: list[StageTimes], limits: Limits, errors: Mapping[str, KindError]
-    ) -> None:
+    def __init__(self, description: str, stages: list[StageTimes], known: Known) -> None:
         self.description = description
         self.stages = stages
-        self.limits = limits
-        self.errors = errors
+        self.known = known
+        self.limits, self.errors = known.limits, known.errors
+
+    def for_host(self, host: HostOverhead) -> Learned:
+        return self.known.predictor(host)
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         return self.stage_times(shape, stage, 1)[0]
@@ -111,12 +136,4 @@ def _predictor(
     if parts is None:
         parts = [maker.parts(stage) for stage in stages]
         table_cache.write(path, parts)
-    check_kinds([store.kind_name(name) for name, _ in host.factors], f"the factors of {host.name}")
-    tables = [maker.stage(stage, parts[stage], host) for stage in stages]
-    sampled = tables[-1].sampled + host.sampling(model.vocab_size, np.arange(len(tables[-1].sampled)))
-    sampled[0] = 0.0
-    tables[-1] = replace(tables[-1], sampled=sampled)
-    layers, ranks = parallel.stage_layers(model.num_layers), parallel.world_size
-    of_batch = [maker.batch_times(stage, host) for stage in stages]
-    times = [stage_times(tables[stage], host, layers[stage], ranks, stage, of_batch[stage]) for stage in stages]
-    return Learned(maker.describe(host), times, maker.limits(), errors_of(maker, host))
+    return Known(maker, parts, maker.limits(), errors_of(maker, host)).predictor(host)

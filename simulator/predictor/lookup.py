@@ -80,7 +80,8 @@ class StageTimes:
         self.sampled: list[float] = tables.sampled.tolist()
         self.prefill = tables.prefill
         self.prefill_slopes = np.diff(tables.prefill, axis=2) / np.diff(PREFIXES)
-        self.prefill_rows: dict[int, list[list[Segment]]] = {}  # by the chunk, and by the number of prompts
+        self.prefill_rows: dict[int, list[Segment]] = {}  # of one prompt, by its chunk
+        self.prompts_rows: dict[int, list[list[tuple[float, float]]]] = {}  # by the chunk, then the number of prompts
         self.decode = tables.decode
         self.decode_rows: dict[int, list[Segment]] = {}
         self.send: list[float] = tables.send.tolist()
@@ -116,14 +117,18 @@ class StageTimes:
             if fixed + low >= launch:  # the GPU is the slower one from here on
                 return [fixed + (low + slope * (kv + i * growth - start)) for i in range(repeats)]
             return [max(fixed + (low + slope * (kv + i * growth - start)), launch) for i in range(repeats)]
-        times, alone = [], len(prefills) == 1
+        if len(prefills) == 1:
+            ((chunk, prefix),) = prefills
+            prefill_row = self.prefill_rows.get(chunk) or self.prefill_row(chunk)
+        times = []
         for i in range(repeats):
-            seconds = fixed + (low + slope * (kv + i * growth - start))
-            if alone:
-                chunk, prefix = prefills[0]
-                seconds += self.prefill_time(chunk, prefix + i * chunk)
-            else:
-                seconds += self.together([(chunk, prefix + i * chunk) for chunk, prefix in prefills])
+            if len(prefills) > 1:
+                prefill = self.together([(chunk, prefix + i * chunk) for chunk, prefix in prefills] if i else prefills)
+            else:  # bilinear between the grid's points
+                one, each, begin, _ = prefill_row[bisect_right(_PREFIX_STARTS, prefix) - 1]
+                prefill = one + each * (prefix - begin)
+                prefix += chunk
+            seconds = fixed + (low + slope * (kv + i * growth - start)) + prefill
             times.append(seconds if seconds > launch else launch)
         return times
 
@@ -133,12 +138,6 @@ class StageTimes:
         row = self.decode_rows[requests] = _segments(values, requests * LENGTHS)
         return row
 
-    def prefill_time(self, chunk: int, prefix: int) -> float:
-        """Attention of one prompt's chunk: bilinear between the grid's points."""
-        row = (self.prefill_rows.get(chunk) or self._of_chunk(chunk))[0]
-        low, slope, start, _ = row[bisect_right(_PREFIX_STARTS, prefix) - 1]
-        return low + slope * (prefix - start)
-
     def together(self, prompts: Sequence[tuple[int, int]]) -> float:
         """Attention of several prompts' (chunk, prefix), which are one kernel's work.
 
@@ -146,42 +145,54 @@ class StageTimes:
         work would take if it were all of its like: prompt i, with the work w_i of W in all, w_i / W of the time of
         W / w_i such prompts. A prompt's work is its share of the time of the most prompts together.
         """
-        at_prefix = []
+        works, places = [], []
         for chunk, prefix in prompts:
-            rows = self.prefill_rows.get(chunk) or self._of_chunk(chunk)
+            rows = self.prompts_rows.get(chunk) or self._of_prompts(chunk)
             place = bisect_right(_PREFIX_STARTS, prefix) - 1
-            at_prefix.append((rows, place, prefix - _PREFIX_STARTS[place]))
-        works = [rows[-1][place][0] + rows[-1][place][1] * past for rows, place, past in at_prefix]
+            past = prefix - _PREFIX_STARTS[place]
+            value, slope = rows[-1][place]
+            works.append(value + slope * past)
+            places.append((rows, place, past))
         total, seconds = sum(works), 0.0
         if not total:
             return 0.0
-        for (rows, place, past), work in zip(at_prefix, works, strict=True):
+        for (rows, place, past), work in zip(places, works, strict=True):
             count = total / work if work else _MOST_PROMPTS
             i = bisect_right(_PROMPT_STARTS, count) - 1
             if i < 0:
                 i = 0
-            few = rows[i][place][0] + rows[i][place][1] * past
+            value, slope = rows[i][place]
+            few = value + slope * past
             if count < _MOST_PROMPTS:
-                many = rows[i + 1][place][0] + rows[i + 1][place][1] * past
-                few += (many - few) * (count - _PROMPTS[i]) / (_PROMPTS[i + 1] - _PROMPTS[i])
+                value, slope = rows[i + 1][place]
+                few += (value + slope * past - few) * (count - _PROMPTS[i]) / (_PROMPTS[i + 1] - _PROMPTS[i])
             else:
                 few *= count / _MOST_PROMPTS
             seconds += few * work / total
         return seconds
 
-    def _of_chunk(self, chunk: int) -> list[list[Segment]]:
-        """Attention of each number of PROMPTS of a chunk, by their prefix: linear between the grid's chunks."""
+    def prefill_row(self, chunk: int) -> list[Segment]:
+        """Attention of one prompt's chunk, by its prefix."""
+        values, slopes = (grid.tolist() for grid in self._of_chunk(chunk, 0))
+        row = self.prefill_rows[chunk] = list(zip(values, slopes, _PREFIX_STARTS, _PREFIX_ENDS, strict=True))
+        return row
+
+    def _of_prompts(self, chunk: int) -> list[list[tuple[float, float]]]:
+        """Attention of each number of PROMPTS of a chunk, by their prefix: value and slope of each segment."""
+        values, slopes = (grid.tolist() for grid in self._of_chunk(chunk, slice(None)))
+        pairs = zip(values, slopes, strict=True)
+        rows = self.prompts_rows[chunk] = [list(zip(value, slope, strict=True)) for value, slope in pairs]
+        return rows
+
+    def _of_chunk(self, chunk: int, prompts: int | slice) -> tuple[Array, Array]:
+        """Values and slopes of the segments by prefix, for some of PROMPTS: linear between the grid's chunks."""
         i = min(bisect_right(_CHUNKS, chunk) - 1, len(_CHUNKS) - 2)
         across = (chunk - _CHUNKS[i]) / (_CHUNKS[i + 1] - _CHUNKS[i])
         values, slopes = (
-            (grid[:, i] + across * (grid[:, i + 1] - grid[:, i])).tolist()
-            for grid in (self.prefill[:, :, :-1], self.prefill_slopes)
+            grid[..., i, :] + across * (grid[..., i + 1, :] - grid[..., i, :])
+            for grid in (self.prefill[prompts, :, :-1], self.prefill_slopes[prompts])
         )
-        rows = self.prefill_rows[chunk] = [
-            list(zip(value, slope, _PREFIX_STARTS, _PREFIX_ENDS, strict=True))
-            for value, slope in zip(values, slopes, strict=True)
-        ]
-        return rows
+        return values, slopes
 
 
 class SteppedTimes(StageTimes):

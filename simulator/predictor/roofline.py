@@ -35,6 +35,7 @@ class Roofline(RuntimePredictor):
         parallel: ParallelSpec,
         host: HostOverhead,
     ) -> None:
+        self._replica = (model, device, network, parallel)
         self.description = (
             f"roofline estimate from the data sheet of {device.name} ({network.name}, host overhead {host.name}); "
             f"nothing in it is measured"
@@ -48,6 +49,9 @@ class Roofline(RuntimePredictor):
         for stage in self.stages:
             for op, kind in stage.operators.every:
                 yield named(op, kind, stage.site)
+
+    def for_host(self, host: HostOverhead) -> Roofline:
+        return Roofline(*self._replica, host)
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         return self.stage_times(shape, stage, 1)[0]

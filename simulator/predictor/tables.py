@@ -48,7 +48,7 @@ class TableMaker:
         kernel: str | None = None,
         engine: str | None = None,
     ) -> None:
-        self.calibration = calibration
+        self.calibration, self.parallel = calibration, parallel
         self.models: dict[str, KindModel[Any]] = calibration.models
         tp, stages = parallel.tensor_parallel_size, range(parallel.pipeline_parallel_size)
         self.sites = [Site(device, network, model, tp, stage * tp, kernel, engine) for stage in stages]

@@ -59,6 +59,7 @@ def work_off(
     free for it, after the results before have been given, so a generator may make it of these; it yields None while it
     has to wait for the next result.
     """
+    workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     waiting, numbers, left = iter(jobs), count(), True

@@ -1,7 +1,12 @@
-"""Fits what a server's host and front end cost to measured results, operators left as they are.
+"""Fits what a server's host and front end cost, and how fast its operators are, to measured results.
 
-Each constant is a field of `engine.specs.HostOverhead`. The fit is by least squares of log(predicted / measured), large
-errors counted less (Huber), by steps of Gauss and Newton over simulations; constants are never below zero.
+A constant is a field of `engine.specs.HostOverhead`, or a kind of operator, whose factor it is. The fit is by least
+squares of log(predicted / measured), large errors counted less (Huber), by steps of Gauss and Newton over simulations;
+constants are never below zero.
+
+Each constant is expected to be what it was, a factor give or take what the kind's predicted times may be off
+(`simulator.predictor.uncertainty`), so that it moves only as far as the measured results speak of it. What is far from
+that counts linearly too, so that a server that is unlike is seen.
 """
 
 from __future__ import annotations
@@ -9,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from engine.errors import InputError, unknown
 from engine.results.tables import Array
+from simulator.predictor.uncertainty import HOST
 from studies.measured.point import Point
 
 UNITS = {  # seconds in which each constant is of the order of one
@@ -29,68 +36,113 @@ UNITS = {  # seconds in which each constant is of the order of one
     "sampler_s": 1e-9,
     "sampler_logit_s": 1e-11,
 }
-_WEIGHTS = {"tpot": 1.0, "ttft": 0.5, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too
+_FACTOR = 0.1  # the unit of a factor of operators
+_LEAST = 1.0  # of a factor, in its unit
+_WEIGHTS = {"tpot": 1.0, "ttft": 0.25, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too: 5 to 16 %
+_NOISE = 0.02  # of a log error of weight one: repeats of a run on one server
 _HUBER = 0.1  # of a log error; larger ones count linearly
-_STEP = 0.2  # of a unit, for slopes
-_MOST_STEPS = 8
-_DAMPINGS = (0.01, 0.1, 1.0)  # of steps, which are tried beside each other
-_ENOUGH = 1e-3  # a step that lessens the loss by less, as a share, is the last
+_UNSURE = 1.0  # of a unit: standard deviation of a constant of the host that is small or not known
+_STEP = 0.5  # of a unit, for slopes: what a lock-in changes is small beside it
+_MOST_STEPS = 6
+_DAMPINGS = (0.01, 0.3, 3.0)  # of steps, which are tried beside each other
+_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of a change
+_ENOUGH = 3e-3  # a step that lessens the loss by less, as a share, is the last
 ALIKE = 0.95  # correlation from which on two constants are said not to be told apart
+_FLAT = 0.3  # share of a direction from which on a constant is named as part of it
 _Z90 = 1.645
 _FELT = 1e-6  # change of a log error by a unit of a constant, from which on it matters
 
 Constants = Mapping[str, float]
-Evaluate = Callable[[Sequence[Constants]], list[list[Mapping[str, Any]]]]  # predictions of every point, for each
+Predictions = list[Mapping[str, Any]]  # of every point
+Evaluate = Callable[[Sequence[Constants]], list[Predictions]]  # for each
 
 
 @dataclass(frozen=True)
 class Adjusted:
-    """Fitted constants (s), how far each may be off (90 %), and pairs that these points can't tell apart."""
+    """Fitted constants (s; factors of operators without a unit), and how far each may be off (90 %).
+
+    `alike` are pairs that these points can't tell apart, `flat` the constants of directions in which they hardly say
+    more than was known before, `share` how much of the change was taken (`_trusted`). `before` and `after` are the
+    predictions with the first and the last constants.
+    """
 
     constants: dict[str, float]
     margins: dict[str, float]
     alike: list[tuple[str, str]]
-    steps: int
+    flat: list[list[str]]
+    share: float
+    before: Predictions
+    after: Predictions
 
 
-def adjust(points: Sequence[Point], start: Constants, evaluate: Evaluate) -> Adjusted:
+def unit(name: str) -> float:
+    """Return what a constant is of the order of: seconds, or a share of an operator's time."""
+    return UNITS.get(name, _FACTOR)
+
+
+def adjust(
+    points: Sequence[Point], start: Constants, evaluate: Evaluate, known: Mapping[str, float] = MappingProxyType({})
+) -> Adjusted:
     """Fit the constants in `start`, from the values there, to `points`.
 
-    `evaluate` gives for each set of constants the predictions of `points` (`studies.measured.predict.predict`). Raises
-    InputError for an unknown constant, and for fewer measured figures than constants.
+    `evaluate` gives for each set of constants the predictions of `points` (`studies.measured.predict.predict`). `known`
+    names the kinds of operators whose factors may be fitted, with the standard deviation of the factor's logarithm.
+    Raises InputError for an unknown constant, and for fewer measured figures than constants of the host.
     """
     names = list(start)
     for name in names:
-        if name not in UNITS:
-            raise unknown("constant", name, UNITS)
+        if name not in UNITS and name not in known:
+            raise unknown("constant", name, (*UNITS, *known))
     figures = sum(len(figures_of(point)) for point in points)
-    if figures <= len(names):
+    hosts = sum(name in UNITS for name in names)
+    if figures <= hosts or not figures:
         raise InputError(
-            f"{figures} measured figures of {len(points)} points can't fit {len(names)} constants: give more points, "
+            f"{figures} measured figures of {len(points)} points can't fit {hosts} constants: give more points, "
             "or fewer constants by --fit"
         )
-    x = np.array([start[name] / UNITS[name] for name in names])
-    residuals = _residuals(points, evaluate([_named(names, x)])[0])
+    x = first = np.array([start[name] / unit(name) for name in names])
+    # how sure each was before, the noise over its standard deviation, in its unit
+    off = [known[name] * x[i] if name in known else max(HOST * x[i], _UNSURE) for i, name in enumerate(names)]
+    sure = _NOISE / np.array(off)
+
+    def residuals_at(predictions: Predictions, place: Array) -> Array:
+        return np.concatenate([_residuals(points, predictions), sure * (np.maximum(place, 0.0) - first)])
+
+    (before,) = evaluate([_named(names, x)])
+    after, residuals = before, residuals_at(before, x)
+    first_residuals = residuals
     slopes = np.zeros((len(residuals), len(names)))
-    steps = 0
-    for steps in range(1, _MOST_STEPS + 1):  # noqa: B007 - how many there were
+    for _ in range(_MOST_STEPS):
         trials = [x + _STEP * np.eye(len(names))[i] for i in range(len(names))]
-        found = [_residuals(points, each) for each in evaluate([_named(names, trial) for trial in trials])]
+        found = [residuals_at(each, trial) for each, trial in zip(_at(evaluate, names, trials), trials, strict=True)]
         slopes = (np.array(found) - residuals).T / _STEP
         trials = [x + _step(slopes, residuals, x, damping) for damping in _DAMPINGS]
-        found = [_residuals(points, each) for each in evaluate([_named(names, trial) for trial in trials])]
+        made = _at(evaluate, names, trials)
+        found = [residuals_at(each, trial) for each, trial in zip(made, trials, strict=True)]
         best = int(np.argmin([_loss(each) for each in found]))
-        gain = 1 - _loss(found[best]) / _loss(residuals)
+        gain = 1 - _loss(found[best]) / max(_loss(residuals), 1e-12)
         if gain > 0:
-            x, residuals = trials[best], found[best]
+            x, residuals, after = trials[best], found[best], made[best]
         if gain < _ENOUGH:
             break
-    margins, alike = _confidence(names, slopes, residuals)
-    return Adjusted(dict(_named(names, x)), margins, alike, steps)
+    share = _trusted(points, first_residuals, residuals, slopes, x)
+    if share < 1:
+        x = first + share * (x - first)
+        (after,) = evaluate([_named(names, x)])
+        residuals = residuals_at(after, x)
+    of_data = slice(0, figures)
+    margins, alike = _confidence(names, slopes, residuals, figures, slopes[of_data])
+    flat = _flat(names, slopes[of_data], sure, [name in known for name in names])
+    return Adjusted(dict(_named(names, x)), margins, alike, flat, share, before, after)
+
+
+def _at(evaluate: Evaluate, names: Sequence[str], trials: Sequence[Array]) -> list[Predictions]:
+    return evaluate([_named(names, trial) for trial in trials])
 
 
 def _named(names: Sequence[str], x: Array) -> dict[str, float]:
-    return {name: float(f"{value * UNITS[name]:.4g}") for name, value in zip(names, np.maximum(x, 0.0), strict=True)}
+    low = [0.0 if name in UNITS else _LEAST for name in names]
+    return {name: float(f"{value * unit(name):.4g}") for name, value in zip(names, np.maximum(x, low), strict=True)}
 
 
 def figures_of(point: Point) -> list[str]:
@@ -123,14 +175,53 @@ def _step(slopes: Array, residuals: Array, x: Array, damping: float) -> Array:
     return found
 
 
+def _trusted(points: Sequence[Point], first: Array, residuals: Array, slopes: Array, x: Array) -> float:
+    """How much of the change to take: as much as predicts the highest load best when fitted to the others alone.
+
+    That fit and its predictions are by the slopes at the fit to all, without simulations. 1.0 where there is one load.
+    """
+    loads = np.array([point.load_number for point in points for _ in figures_of(point)])
+    if len(np.unique(loads)) < 2:
+        return 1.0
+    held = np.zeros(len(residuals), dtype=bool)
+    held[: len(loads)] = loads == loads.max()
+    kept = x + _step(slopes[~held], residuals[~held], x, _DAMPINGS[0])
+    fitted = residuals[held] + slopes[held] @ (kept - x)
+    losses = [_loss((1 - share) * first[held] + share * fitted) for share in _SHARES]
+    return _SHARES[int(np.argmin(losses))]
+
+
 def _confidence(
-    names: Sequence[str], slopes: Array, residuals: Array
+    names: Sequence[str], slopes: Array, residuals: Array, figures: int, of_data: Array
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """How far each constant may be off (s, 90 %), and which pairs the points can't tell apart."""
-    freedom = max(1, len(residuals) - len(names))
-    covariance = np.linalg.pinv(slopes.T @ slopes) * float((residuals**2).sum()) / freedom
-    spread = np.sqrt(np.maximum(np.diag(covariance), 1e-30))
-    correlation = covariance / np.outer(spread, spread)
-    alike = [(names[i], names[j]) for i in range(len(names)) for j in range(i) if abs(correlation[i, j]) > ALIKE]
-    felt = np.abs(slopes).max(axis=0) > _FELT  # what these points do not depend on they say nothing about
-    return {name: float(_Z90 * spread[i] * UNITS[name]) if felt[i] else inf for i, name in enumerate(names)}, alike
+    """How far each constant may be off (90 %), and which pairs the points alone can't tell apart."""
+    freedom = max(1, figures - sum(name in UNITS for name in names))
+    noise = max(float((residuals[:figures] ** 2).sum()) / freedom, (_NOISE / 2) ** 2)
+    whole = slopes.copy()
+    whole[figures:] *= np.sqrt(noise) / _NOISE  # what was known before does not depend on how well the points are met
+    spread = np.sqrt(np.maximum(np.diag(np.linalg.pinv(whole.T @ whole)) * noise, 1e-30))
+    alone = np.linalg.pinv(of_data.T @ of_data)
+    deviation = np.sqrt(np.maximum(np.diag(alone), 1e-30))
+    correlation = alone / np.outer(deviation, deviation)
+    felt = np.abs(of_data).max(axis=0) > _FELT  # what these points do not depend on they say nothing about
+    alike = [
+        (names[i], names[j])
+        for i in range(len(names))
+        for j in range(i)
+        if felt[i] and felt[j] and abs(correlation[i, j]) > ALIKE
+    ]
+    return {name: float(_Z90 * spread[i] * unit(name)) if felt[i] else inf for i, name in enumerate(names)}, alike
+
+
+def _flat(names: Sequence[str], of_data: Array, sure: Array, is_factor: Sequence[bool]) -> list[list[str]]:
+    """The constants of each direction among factors in which the points say less than was known before."""
+    factors = np.flatnonzero(is_factor)
+    if not len(factors):
+        return []
+    scaled = of_data[:, factors] / sure[factors]  # by how far each may be off, and by the noise
+    strengths, directions = np.linalg.eigh(scaled.T @ scaled)
+    return [
+        [names[factors[i]] for i in np.argsort(-np.abs(direction)) if abs(direction[i]) > _FLAT]
+        for strength, direction in zip(strengths, directions.T, strict=True)
+        if strength < 1.0
+    ]

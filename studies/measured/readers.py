@@ -4,13 +4,13 @@
 
 Formats: AIConfigurator's silicon CSV (`silicon`), LLM-Inference-Bench's CSV (`offline`), a CSV with a line a request
 (`requests`), a CSV with a line a run of an open loop (`aggregates`), the JSON of vLLM's benchmark (`vllm`), and the
-folders of our own runs (`run`). A folder of several is read whole.
+folders of our own runs and of validations against a server (`run`). A folder of several is read whole.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from engine.documents import check_table, read_json, read_yaml
 from engine.engine_preset import names as engine_names
 from engine.errors import InputError
 from engine.results.tables import Array
 from engine.scheduling.content import Content, own
+from engine.specs import catalog
 from engine.workload.client import ClientSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from studies.measured.point import Measurements, Point
@@ -57,6 +59,7 @@ _VLLM_KEYS = {"mean_ttft_ms", "mean_tpot_ms", "completed", "output_throughput"}
 WARMUP_REQUESTS = 200  # of a run with a line a request and a cache to warm, where nothing else is asked for
 _PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 _MOST_BYTES = 1 << 28
+SERVER = "server"  # in the folder of a validation against a URL: what was measured of it
 
 
 def read(
@@ -81,11 +84,9 @@ def read(
         raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
     if path.is_file():
         return [reader.file(path)]
-    if (path / "summary.json").is_file():
+    if _is_run(path):
         return [reader.run_folder(path)]
-    inside = sorted(
-        each for each in path.iterdir() if each.suffix in (".csv", ".json") or (each / "summary.json").is_file()
-    )
+    inside = sorted(each for each in path.iterdir() if each.suffix in (".csv", ".json") or _is_run(each))
     if not inside:
         raise InputError(f"{path} holds no measured results: give a folder of CSV or JSON files, or of runs")
     return [reader.run_folder(each) if each.is_dir() else reader.file(each) for each in inside]
@@ -111,7 +112,10 @@ class _Reader:
         if path.suffix == ".json":
             return self._vllm(path)
         try:
+            check_table(path, _MOST_BYTES)
             frame = pd.read_csv(path, skipinitialspace=True)
+        except InputError:
+            raise
         except (OSError, ValueError, pd.errors.ParserError) as error:
             raise InputError(f"{path} can't be read as CSV: {' '.join(str(error).split())[:200]}") from None
         if not len(frame):
@@ -129,22 +133,22 @@ class _Reader:
         )
 
     def run_folder(self, path: Path) -> Measurements:
-        """Read a folder of our own `bench`."""
+        """Read a folder of our own `bench`, or what `validate --against URL` measured of the server."""
         import pyarrow.parquet as pq
-        import yaml
 
+        hint = "give a folder that bench or simulate has written"
+        results = path / SERVER if (path / SERVER).is_dir() else path
+        summary = read_json(results / "summary.json", hint)
+        config = read_yaml(path / "config.yaml", hint)
         try:
-            summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-            table = pq.read_table(path / "requests.parquet").to_pandas().sort_values("request_id")
-        except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+            table = pq.read_table(results / "requests.parquet").to_pandas().sort_values("request_id")
+        except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path} is no run's folder: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(config, dict) or not isinstance(summary, dict):
             raise InputError(f"{path} is no run's folder: its config.yaml or summary.json holds no mapping")
-        if len(summary.get("replicas", [])) > 1:
-            raise InputError(
-                f"{path} is a run of {len(summary['replicas'])} replicas: only those of one can be predicted"
-            )
+        said = (summary.get("server") or {}).get("num_replicas") or 1
+        if (count := max(len(summary.get("replicas", [])), config.get("num_replicas") or 1, said)) > 1:
+            raise InputError(f"{path} is a run of {count} replicas: only those of one can be predicted")
         self._check_unused(path)
         arrived = np.sort((table["arrived_s"] - table["arrived_s"].min()).to_numpy())
         users = config.get("max_concurrency")
@@ -313,6 +317,10 @@ class _Reader:
         rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
         prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
         device = _device(str(row["hardware"]))
+        assumed = list(source.assumed)
+        if (card := source.cards.get(device)) is not None:
+            assumed.append(f"{row['hardware']} is {card}")
+            device = card
         settings = {**source.settings(device), "model": str(row["model"]), "device": device}
         for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
             if _given(row.get(key)):
@@ -333,16 +341,11 @@ class _Reader:
             warmup_requests=number if _given(later) and float(str(later)) > 0 else 0,
             load=f"{rate:g} requests/s",
             source=source_name,
-            assumed=tuple(source.assumed),
+            assumed=tuple(assumed),
         )
 
     def _vllm(self, path: Path) -> Measurements:
-        try:
-            if path.stat().st_size > _MOST_BYTES:
-                raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: no benchmark's result is")
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} can't be read as JSON: {' '.join(str(error).split())[:200]}") from None
+        data = read_json(path, "give a result of vLLM's benchmark", _MOST_BYTES, constants=True)
         if not isinstance(data, dict) or not set(data) >= _VLLM_KEYS:
             raise InputError(f"{path} is no result of vLLM's benchmark: it lacks {', '.join(sorted(_VLLM_KEYS))}")
         settings = {**(self.chosen[1].settings("") if self.chosen else {}), "model": data.get("model_id")}
@@ -388,6 +391,10 @@ class _Reader:
         users = workload.client.max_concurrency
         load = f"{users} users" if users else "open loop"
         return Point(id=name, settings=settings, workload=workload, measured=measured, load=load)
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / place / "summary.json").is_file() for place in (".", SERVER))
 
 
 def _closed_loop(how: Client, isl: int, osl: int, users: int) -> WorkloadSpec:
@@ -488,9 +495,12 @@ def _precision(row: Settings) -> dict[str, str]:
 
 
 def _device(hardware: str) -> str:
-    """The device's name in the catalogue, from how a table spells it."""
-    words = hardware.lower().replace("nvidia", "").replace("gpu", "").replace("-", "_").split()
-    return "_".join(words)
+    """The device's name in the catalogue, from how a table spells it: the card, and its form where that is said."""
+    words = [word for word in re.split(r"[^a-z0-9]+", hardware.lower()) if word and word not in ("nvidia", "gpu")]
+    forms = [form for form in ("pcie", "sxm") if any(word.startswith(form) for word in words)]
+    short = "_".join([*words[:1], *forms[:1]])
+    whole = "_".join(words)
+    return whole if catalog.is_name("device", whole) or not catalog.is_name("device", short) else short
 
 
 def _named(columns: str | None) -> dict[str, str]:

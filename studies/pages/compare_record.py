@@ -6,7 +6,6 @@ print(differing_settings(sides), headline(sides))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
+from engine import documents
 from engine.errors import InputError
 from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
@@ -53,6 +52,14 @@ _HEADLINES = (
     *(_latency(statistic, metric) for metric, statistic in _LATENCIES),
     ("Preemptions", "", "preemptions"),
 )
+_IF_ANY = (  # likewise, left out where no run has it
+    ("Throughput, steady window", "requests/s", "steady_request_throughput"),
+    ("Output, steady window", "tokens/s", "steady_output_throughput"),
+    ("TTFT, steady window, P99", "s", "steady_p99_ttft_ms"),
+    ("Prefix cache hits", "%", "prefix_hit_rate"),
+    ("Blocks evicted from the prefix cache", "", "prefix_evictions"),
+)
+_SCALE = {"s": 1e-3, "%": 100.0}  # of a unit: what a summary has is times this
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,13 @@ class Headline:
         known = [value for value in self.values if value is not None]
         value = max(known) if self.better == "more" else min(known)
         return known.index(value) if known.count(value) == 1 else None
+
+
+def _better(unit: str, key: str) -> Literal["", "more", "less"]:
+    """Whether more or less of a headline's number is better, or neither."""
+    if key == "completed":
+        return ""
+    return "more" if unit.endswith("/s") or key == "prefix_hit_rate" else "less"
 
 
 def kind_of(folder: Path) -> Kind:
@@ -123,7 +137,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a file holds."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = documents.read_json(path, "is all of it there?")
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no object: is all of it there?")
     return values
 
 
@@ -134,7 +150,7 @@ def readable(folder: Path, kind: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder} can't be read as a {kind} ({why}): is all of it there?") from error
 
@@ -166,14 +182,11 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
     summaries = [side.record.summary for side in sides]
     timelines = [side.record.timeline for side in sides]
     rows = []
-    for name, unit, key in _HEADLINES:
+    for name, unit, key in (*_HEADLINES, *_IF_ANY):
         found = [summary.get(key) for summary in summaries]
-        values = [each / 1e3 if unit == "s" and each is not None else each for each in found]
-        rows.append(
-            Headline(
-                name, unit, values, "more" if unit.endswith("/s") else "less" if name != "Requests finished" else ""
-            )
-        )
+        if any(each is not None for each in found) or (name, unit, key) in _HEADLINES:
+            values = [None if each is None else _SCALE.get(unit, 1) * each for each in found]
+            rows.append(Headline(name, unit, values, _better(unit, key)))
     devices = [num_gpus(side.record) for side in sides]
     per_device = [
         summary["output_throughput"] / count if count else None

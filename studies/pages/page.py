@@ -31,7 +31,7 @@ TEMPLATE = Path(__file__).with_name("template.html")
 LIBRARY = f"plotly-{get_plotlyjs_version()}.min.js"  # beside the pages that use it
 _BESIDE = '<script src="{}"></script>'
 
-Tone = Literal["good", "bad", "unsure"]
+Tone = Literal["good", "bad", "unsure", "plain"]
 Cell = str | tuple[Tone | Literal["best"], str]  # of a table; with a tone it is coloured, the best of its row marked
 
 
@@ -111,8 +111,12 @@ def header(
     setting: str,
     verdicts: Iterable[tuple[Tone, str]],
     sources: Iterable[tuple[Tone, str, str]],
+    answer: str = "",
 ) -> str:
-    """Return the top of a page; a source is a tone, a word and a sentence about where the numbers come from."""
+    """Return the top of a page; a source is a tone, a word and a sentence about where the numbers come from.
+
+    The answer, where a page has one, comes before everything else.
+    """
     chips = "".join(f"<li class='{tone}'>{text(words)}</li>" for tone, words in verdicts)
     lines = "\n".join(
         f"<p class='source'><b class='{tone}'>{escape(word)}</b> {text(words)}</p>" for tone, word, words in sources
@@ -120,6 +124,7 @@ def header(
     return f"""<header>
 <p class='kicker'>{escape(kicker)}</p>
 <h1>{escape(title)}</h1>
+{f"<p class='answer'>{text(answer)}</p>" if answer else ""}
 <p class='setting'>{escape(setting)}</p>
 <ul class='verdicts'>{chips}</ul>
 {lines}

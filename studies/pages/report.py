@@ -50,7 +50,9 @@ def write_page(folders: Sequence[Path], output: Path | None = None, standalone: 
     try:
         if len(folders) == 1:
             return _write_one(folders[0], kinds[folders[0]], path, standalone)
-        return _side_by_side(names, kinds).write(path, standalone)
+        with readable(Path(" and ".join(map(str, folders))), "comparison"):
+            page = _side_by_side(names, kinds)
+        return page.write(path, standalone)
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror or error}): give another --output") from error
 
@@ -103,11 +105,14 @@ def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
     if kind == "plan":
         return write_plan(folder, path, standalone)
     name = folder.resolve().name
-    if kind == "search":
-        return search_page(read_search(folder, name)).write(path, standalone)
-    if kind == "sweep":
-        return capacities_page([read_sweep(folder, name)], []).write(path, standalone)
-    return render(read_side(folder, name).record).write(path, standalone)
+    with readable(folder, kind):
+        if kind == "search":
+            page = search_page(read_search(folder, name))
+        elif kind == "sweep":
+            page = capacities_page([read_sweep(folder, name)], [])
+        else:
+            page = render(read_side(folder, name).record)
+    return page.write(path, standalone)
 
 
 def _copy(page: Path, path: Path, standalone: bool) -> Path:
