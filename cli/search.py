@@ -287,22 +287,22 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
         saved = row["plain_search_gpu_hours"] - result["gpu_hours"]
         row["confirmed"] = {**result, "gpu_hours_saved": saved}
         write_json(Path(every[number]["folder"]) / "confirmation.json", row["confirmed"])
-        console.print(f"{row['name']}: {_confirmed_words(row['confirmed'])}")
+        console.print(f"{row['name']}: {_confirmed_words(row['confirmed'], row['rate_of'])}")
 
 
-def _confirmed_words(result: Mapping[str, Any]) -> str:
+def _confirmed_words(result: Mapping[str, Any], things: str) -> str:
     """Return the result of a confirmation in a sentence."""
     low, high = result["confirmed_qps"], result["missed_at_qps"]
     if result["settled"]:
-        found = f"confirmed {low:.3g} requests/s on {result['hardware']} (predicted {result['error']:+.1%})"
+        found = f"confirmed {low:.3g} {things}/s on {result['hardware']} (predicted {result['error']:+.1%})"
     elif not low:
         found = (
-            f"below {high:.3g} requests/s on {result['hardware']}, far from the prediction ('windtunnel validate' "
+            f"below {high:.3g} {things}/s on {result['hardware']}, far from the prediction ('windtunnel validate' "
             "reports where it is wrong)"
         )
     else:
         above = "above it" if high is None else f"at most {high:.3g}"
-        found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled within the runs"
+        found = f"at least {low:.3g} and {above} {things}/s on {result['hardware']}: not settled within the runs"
     saved = result["gpu_hours_saved"]
     than = f"{abs(saved):.3g} {'fewer' if saved >= 0 else 'more'} than a plain search"
     unit = "CPU-hours" if result["on"] == "cpu" else "GPU-hours"

@@ -75,15 +75,19 @@ def search(
     """
     with _in_keywords():
         from studies.capacity.search import check_tolerance
-        from windtunnel.capacity import open_search, search_capacity
-        from windtunnel.results import Search
+        from windtunnel.capacity import open_search, read_search_file, search_capacity
+        from windtunnel.results import SEARCH_FILE, Search
 
         check_tolerance(tolerance)
+        if seeds < 1:
+            raise InputError(f"seeds {seeds}: give at least 1")
         read = _read(config, settings, ("config", "output_dir", "tolerance", "seeds"))
         folder = None if output_dir is None else Path(output_dir)
         if folder is None:
             return Search(search_capacity(read, tolerance, None, seeds=seeds))
         with open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance, "seeds": seeds}):
+            if (folder / SEARCH_FILE).is_file():  # finished
+                return Search(read_search_file(folder / SEARCH_FILE), folder=folder)
             return Search(search_capacity(read, tolerance, folder, seeds=seeds), folder=folder)
 
 
