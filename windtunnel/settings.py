@@ -297,7 +297,8 @@ class RunConfig(ReplicaConfig):
     router: str = _field(
         "round_robin",
         "Deployment",
-        "Router: round_robin, random, least_outstanding_requests or least_outstanding_tokens.",
+        "Router: round_robin, random, least_outstanding_requests, least_outstanding_tokens, kv_aware (least KV cache "
+        "in use), prefix_aware (longest prefix sent before, with bounded load) or session_affinity.",
     )
     workload: str | None = _field(
         None,
