@@ -15,11 +15,12 @@ from rich.console import Console
 from cli.output import progress_bar
 from engine.errors import InputError
 from engine.results.files import write_whole
-from studies.jobs.cache import claim_folder
+from studies.jobs.cache import claimed
 from studies.published import library as studies
 from studies.published import record as records_of
 from studies.published.experiment import SEEDS
 from studies.published.run import StudyCrashedError, run
+from windtunnel.settings import MOST_DRAWS
 
 ALL = "all"
 
@@ -73,8 +74,8 @@ def run_study(
         raise InputError("--json and --markdown exclude each other: remove one")
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
-    if seeds is not None and seeds < 1:
-        raise InputError(f"--seeds {seeds}: give at least 1")
+    if seeds is not None and not 1 <= seeds <= MOST_DRAWS:
+        raise InputError(f"--seeds {seeds}: give 1 to {MOST_DRAWS:,}")
     options = Options(model, host_overhead, num_prompts, seeds or SEEDS, workers)
     if record is not None:
         if options.left_out:
@@ -96,35 +97,36 @@ def _run_one(
     hosts = studies.hosts(options.host_overhead)
     experiment = studies.reduced(whole, options.model, options.num_prompts)
     target = output_dir or Path("runs") / "studies" / (name if not options.left_out else f"{name}-reduced")
-    claim_folder(target, name)
     console = Console(stderr=as_json or as_markdown, highlight=False, soft_wrap=True, markup=False)
     started = time.perf_counter()
-    with progress_bar("points") as progress:
-        task = progress.add_task(name, total=1)
-        try:
-            records = run(
-                experiment,
-                hosts,
-                target,
-                options.workers,
-                lambda what, done, of: progress.update(task, description=what or name, completed=done, total=of),
-                seeds=options.seeds,
-            )
-        except StudyCrashedError as error:
-            progress.stop()
-            for crash in error.crashes:
-                print(crash.trace, file=sys.stderr, end="")
-                print(f"error: {crash.point} on {crash.host} crashed: {crash.error}", file=sys.stderr)
-            kept = "the other points are kept: rerun to resume"
-            print(
-                f"error: {len(error.crashes)} points of {name} crashed: no page was written ({kept})", file=sys.stderr
-            )
-            raise typer.Exit(1) from None
-    from studies.pages.study import markdown, summary_lines, to_json, write_page
+    with claimed(target, name):
+        with progress_bar("points") as progress:
+            task = progress.add_task(name, total=1)
+            try:
+                records = run(
+                    experiment,
+                    hosts,
+                    target,
+                    options.workers,
+                    lambda what, done, of: progress.update(task, description=what or name, completed=done, total=of),
+                    seeds=options.seeds,
+                )
+            except StudyCrashedError as error:
+                progress.stop()
+                for crash in error.crashes:
+                    print(crash.trace, file=sys.stderr, end="")
+                    print(f"error: {crash.point} on {crash.host} crashed: {crash.error}", file=sys.stderr)
+                kept = "the other points are kept: rerun to resume"
+                print(
+                    f"error: {len(error.crashes)} points of {name} crashed: no page was written ({kept})",
+                    file=sys.stderr,
+                )
+                raise typer.Exit(1) from None
+        from studies.pages.study import markdown, summary_lines, to_json, write_page
 
-    results = {"study": name, "reduced": options.left_out, **to_json(experiment, records)}
-    write_whole(target / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    page = write_page(name, experiment, records, target / "report.html", options.left_out)
+        results = {"study": name, "reduced": options.left_out, **to_json(experiment, records)}
+        write_whole(target / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+        page = write_page(name, experiment, records, target / "report.html", options.left_out)
     for line in summary_lines(experiment, records):
         console.print(line)
     count = sum(map(len, records.values()))

@@ -20,7 +20,7 @@ from engine.workload.workload import Workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
 from studies.capacity.search import FINE, fine_capacity
-from studies.jobs.cache import claim_folder
+from studies.jobs.cache import claimed
 from studies.published import library as studies
 from studies.published.experiment import PAPER_HOST, PLACEBOS, Claim, Experiment
 from studies.published.judge import choices, judge, judge_all, spearman, tally
@@ -117,7 +117,7 @@ def test_a_file_that_is_no_mapping_or_no_yaml_is_told(tmp_path: Path) -> None:
     for text, said in (("- 1", "holds no study"), ("a: [", "is not YAML")):
         with pytest.raises(InputError, match=said):
             read(written(tmp_path, text))
-    with pytest.raises(InputError, match="can't read the study"):
+    with pytest.raises(InputError, match=r"can't read .*: give a study's file"):
         read(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="did you mean 'capacity'"):
         load("capasity")
@@ -402,14 +402,15 @@ def broken_never(point: Point) -> dict[str, Any]:
 
 
 def test_a_folder_is_one_studys(tmp_path: Path) -> None:
-    claim_folder(tmp_path / "a", "capacity")
-    claim_folder(tmp_path / "a", "capacity")
-    with pytest.raises(InputError, match="holds the study capacity"):
-        claim_folder(tmp_path / "a", "iso_qps")
+    for _ in range(2):
+        with claimed(tmp_path / "a", "capacity"):
+            pass
+    with pytest.raises(InputError, match="holds the study capacity"), claimed(tmp_path / "a", "iso_qps"):
+        pass
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.txt").touch()
-    with pytest.raises(InputError, match="holds no study"):
-        claim_folder(tmp_path / "b", "capacity")
+    with pytest.raises(InputError, match="holds no study"), claimed(tmp_path / "b", "capacity"):
+        pass
 
 
 # -- the door ------------------------------------------------------------------------------------------------------

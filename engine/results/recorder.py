@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
@@ -60,8 +61,10 @@ _MOST_STAGES = 1 << 15
 class _Table:
     """Blocks of rows of the same columns: kept, or written to a Parquet file as they come."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, together: list[_Table]) -> None:
         self.path = path
+        self.together = together  # the tables of a run: when one can't be written, the disk is full for all of them
+        together.append(self)
         self.writer: pq.ParquetWriter | None = None
         self.blocks: list[Columns] = []
 
@@ -74,11 +77,24 @@ class _Table:
         table = to_arrow(block)
         if self.writer is None:
             self.writer = pq.ParquetWriter(self.path, table.schema, compression="zstd")
-        self.writer.write_table(table)
+        with self._given_up_together():
+            self.writer.write_table(table)
+
+    @contextmanager
+    def _given_up_together(self) -> Iterator[None]:
+        """Write no more after an error: a writer that is thrown away would try again, and print that it can't."""
+        try:
+            yield
+        except OSError:
+            for table in self.together:
+                if table.writer is not None:
+                    table.writer.is_open = False
+            raise
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with self._given_up_together():
+                self.writer.close()
 
     def read(self, names: list[str]) -> Iterator[Columns]:
         """Yield the columns of `names`, a block of rows at a time; call after `close`."""
@@ -127,8 +143,9 @@ class Recorder:
         self._requests: list[tuple[Request, int]] = []
         self._request_tokens = 0
         self._request_blocks: list[Columns] = []
-        self._request_table = _Table(folder and folder / "requests.parquet")
-        self._iteration_table = _Table(folder and folder / "iterations.parquet")
+        tables: list[_Table] = []
+        self._request_table = _Table(folder and folder / "requests.parquet", tables)
+        self._iteration_table = _Table(folder and folder / "iterations.parquet", tables)
         self._clear_iterations()
 
     # -- what a driver reports -------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from math import inf
 from typing import Any
 
 from engine.errors import InputError
-from engine.specs.checks import check_fields
+from engine.specs.checks import check_fields, short
+
+MOST_GRAPH = 1 << 20  # tokens
 
 Shares = tuple[tuple[str, float], ...]  # by name; from a file a mapping
 
@@ -56,6 +58,9 @@ class HostOverhead:
             "sampler_s sampler_logit_s",
             zero=True,
         )
+        for size in self.graph_sizes:
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < MOST_GRAPH:
+                raise InputError(f"HostOverhead graph_sizes {short(size)}: give whole numbers of tokens")
 
     def factor(self, name: str) -> float:
         """Return the factor of a kind of operator, or of a population of it, whose own comes first."""

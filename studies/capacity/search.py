@@ -18,6 +18,7 @@ from engine.errors import InputError
 from studies.capacity.trial import Trial
 
 TOLERANCE = 0.025
+LEAST_TOLERANCE = 1e-4
 FROM_A_GUESS = (2.0, 2.0, inf)  # steps of the bracket
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
 FINE = 0.005  # tolerance of the fine search that a choice is held against
@@ -102,6 +103,12 @@ class Capacity:
         }
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise InputError unless it is a share that a search can reach, and that the names of its trials tell apart."""
+    if not LEAST_TOLERANCE <= tolerance < 1:
+        raise InputError(f"tolerance {tolerance}: give a share from {LEAST_TOLERANCE} to 1, such as {TOLERANCE}")
+
+
 def find_capacity(
     run: Callable[[float], Trial],
     start: float,
@@ -112,8 +119,7 @@ def find_capacity(
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """
-    if not 0 < tolerance < 1:
-        raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
+    check_tolerance(tolerance)
     trials: list[Trial] = []
 
     def met(rate: float) -> bool:

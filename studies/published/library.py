@@ -10,10 +10,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from engine.documents import read_yaml
 from engine.errors import InputError, unknown
 from engine.results.slo import SLO
 from engine.scheduling.policies import POLICIES
 from engine.specs import catalog
+from engine.workload.workload import MOST_PROMPTS
 from studies.published.experiment import (
     CONTROLS,
     METRICS,
@@ -61,17 +63,10 @@ def load(name: str) -> Experiment:
 
 def read(path: Path) -> Experiment:
     """Read the study in a YAML file; InputError says which key is wrong, and how."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"can't read the study {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+    values = read_yaml(path, "give a study's file")
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no study: give the keys {', '.join(Experiment.model_fields)}")
-    values = {key: value for key, value in values.items() if not key.startswith("_")}  # anchors to share
+    values = {key: value for key, value in values.items() if not str(key).startswith("_")}  # anchors to share
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
@@ -152,8 +147,8 @@ def hosts(given: str | None) -> list[str]:
 
 def reduced(experiment: Experiment, model: str | None, num_prompts: int | None) -> Experiment:
     """Return the study of only the models whose name has `model` in it, with that many requests a run."""
-    if num_prompts is not None and num_prompts < 2:
-        raise InputError(f"--num-prompts {num_prompts}: give 2 or more")
+    if num_prompts is not None and not 2 <= num_prompts <= MOST_PROMPTS:
+        raise InputError(f"--num-prompts {num_prompts}: give 2 to {MOST_PROMPTS:,}")
     kept = {
         name
         for name, setup in experiment.setups.items()
