@@ -50,6 +50,12 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
             f"note: of {those} these points say less than was known before: what is printed is mostly that",
             style="yellow",
         )
+    if found["share"] < 1:
+        console.print(
+            f"note: {found['share']:.0%} of the change was taken: fitted to the other loads, more of it predicts the "
+            "highest one worse",
+            style="yellow",
+        )
     for name in MEASURES:
         before, after = found["before"][name], found["after"][name]
         if after is not None:

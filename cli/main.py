@@ -397,6 +397,51 @@ def search(
 
 
 @app.command()
+@partial(_with_settings, RunConfig)
+def plan(
+    *,
+    flags: dict[str, Any],
+    devices: Annotated[
+        str | None, typer.Option(help="Devices to choose from, separated by commas: h100_sxm,a100_sxm,l40s.")
+    ] = None,
+    gpu_price: Annotated[
+        str | None, typer.Option(help="Price in dollars per GPU-hour: 2.5, or h100_sxm=2.5,a100_sxm=1.5.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results. Default: in runs/, by the settings: the same command resumes."),
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Size every point, also those that bounds dismiss.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute the plan over.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on the last line.")] = False,
+) -> None:
+    """Find the cheapest fleet that meets the SLOs at a request rate, and its price.
+
+    Layouts, engines, --quantization, --max-num-batched-tokens and --max-num-seqs may be lists, separated by commas.
+    """
+    from cli.plan import run
+
+    code = run(
+        config,
+        flags,
+        devices=devices,
+        gpu_price=gpu_price,
+        workers=workers,
+        ray_address=ray,
+        exhaustive=exhaustive,
+        output_dir=output_dir,
+        as_json=json_,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 @partial(_with_settings, GenerateConfig)
 def generate(
     *,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -33,6 +32,8 @@ from studies.words import times_kind, unlike_sources
 from windtunnel.capacity import checked, deployed, open_search, read_search_file
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
+from windtunnel.prices import price_of
+from windtunnel.prices import prices as parse_prices
 from windtunnel.results import SEARCH_FILE
 from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, BenchConfig, load, read_file
 
@@ -58,7 +59,7 @@ def run(
     """Search, write the results and print them. Returns the exit code: 1 if a point crashed."""
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 160
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
-    prices = None if gpu_price is None else _prices(gpu_price)
+    prices = None if gpu_price is None else parse_prices(gpu_price)
     check_tolerance(tolerance)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
@@ -186,20 +187,9 @@ def _search_all(
     return rows
 
 
-def _prices(text: str) -> dict[str, float]:
-    """Return dollars per GPU-hour by device, of "2.5" (any device: "") or "a100=2,h100=4"."""
-    found = {}
-    for part in text.split(","):
-        name, _, price = part.rpartition("=")
-        if re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", price.strip()) is None or float(price) == 0:
-            raise InputError(f"--gpu-price {text!r}: give dollars per GPU-hour such as 2.5, or a100=2,h100=4")
-        found[catalog.device(name.strip()).name if name else ""] = float(price)
-    return found
-
-
 def _per_dollar(row: Mapping[str, Any], prices: Mapping[str, float] | None) -> float | None:
     """Return requests per dollar at the capacity; None without a price of its device."""
-    price = (prices or {}).get(row.get("device", ""), (prices or {}).get(""))
+    price = price_of(row.get("device", ""), prices or {})
     if price is None or row["status"] != "done":
         return None
     return float(row["max_qps_under_slo"] * 3600 / (row["num_gpus"] * price))
@@ -297,22 +287,22 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
         saved = row["plain_search_gpu_hours"] - result["gpu_hours"]
         row["confirmed"] = {**result, "gpu_hours_saved": saved}
         write_json(Path(every[number]["folder"]) / "confirmation.json", row["confirmed"])
-        console.print(f"{row['name']}: {_confirmed_words(row['confirmed'])}")
+        console.print(f"{row['name']}: {_confirmed_words(row['confirmed'], row['rate_of'])}")
 
 
-def _confirmed_words(result: Mapping[str, Any]) -> str:
+def _confirmed_words(result: Mapping[str, Any], things: str) -> str:
     """Return the result of a confirmation in a sentence."""
     low, high = result["confirmed_qps"], result["missed_at_qps"]
     if result["settled"]:
-        found = f"confirmed {low:.3g} requests/s on {result['hardware']} (predicted {result['error']:+.1%})"
+        found = f"confirmed {low:.3g} {things}/s on {result['hardware']} (predicted {result['error']:+.1%})"
     elif not low:
         found = (
-            f"below {high:.3g} requests/s on {result['hardware']}, far from the prediction ('windtunnel validate' "
+            f"below {high:.3g} {things}/s on {result['hardware']}, far from the prediction ('windtunnel validate' "
             "reports where it is wrong)"
         )
     else:
         above = "above it" if high is None else f"at most {high:.3g}"
-        found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled within the runs"
+        found = f"at least {low:.3g} and {above} {things}/s on {result['hardware']}: not settled within the runs"
     saved = result["gpu_hours_saved"]
     than = f"{abs(saved):.3g} {'fewer' if saved >= 0 else 'more'} than a plain search"
     unit = "CPU-hours" if result["on"] == "cpu" else "GPU-hours"

@@ -83,7 +83,7 @@ def test_the_capacity_study_is_the_papers() -> None:
     assert by_id["Yi-34B/arxiv/relaxed/vllm"].slos == ("p99_tbt<=1", "p50_scheduling_delay<=2")
     assert all(point.time_limit_s == 1800 for point in points)
     asked = {of.rpartition(":")[0] for claim in load("capacity").claims for of in claim.of}
-    assert {point.id for point in points if point.fine} == asked
+    assert {point.id for point in points if point.fine} == {id for id in asked if id.startswith(("Mistral", "Yi"))}
     modern = expand(load("capacity"), "cuda_graphs", seeds=3)
     assert {point.id for point in modern} == asked and all(point.seeds == 3 and not point.fine for point in modern)
 
@@ -452,12 +452,13 @@ REDUCED = {"operation_split", "piggybacking", "capacity", "iso_qps", "chunk_size
 @pytest.mark.parametrize("name", studies.names())
 def test_each_study_runs_from_end_to_end(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = "Mistral" if name in REDUCED else "TP4-PP2" if name == "hybrid_parallelism" else "Yi"
-    flags = ["--model", model, "--num-prompts", "40", "--host-overhead", "cuda_graphs", "--seeds", "2"]
+    seeds = "2" if name == "scheduler_ablation" else "1"
+    flags = ["--model", model, "--num-prompts", "16", "--host-overhead", "cuda_graphs", "--seeds", seeds]
     out = tmp_path / "out"
     code, message = command(["study", "run", name, *flags, "--workers", "1", "--output-dir", str(out), "--json"])
     assert (code, message) == (0, "")
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert results["study"] == name and "40 requests" in results["reduced"]
+    assert results["study"] == name and "16 requests" in results["reduced"]
     verdicts = results["judgements"]["cuda_graphs"]
     assert any(each["verdict"] != "not run" for each in verdicts)
     assert {key: results[key] for key in results if key != "output_dir"} == json.loads(

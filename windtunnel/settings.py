@@ -233,8 +233,8 @@ class ReplicaConfig(ServingSettings):
     host_overhead: str = _field(
         _REPLICA["host_overhead"],
         "Deployment",
-        "Host overhead of an iteration: cuda_graphs, eager, eager_cpu, sarathi_osdi24, measured (by the calibration) "
-        "or auto (measured if available, else eager_cpu on a CPU, else cuda_graphs).",
+        "Host overhead of an iteration: cuda_graphs, eager, eager_cpu, sarathi_osdi24, sarathi_osdi24_fig2, "
+        "measured (by the calibration) or auto (measured if available, else eager_cpu on a CPU, else cuda_graphs).",
     )
     predictor: str = _field(
         "auto",
@@ -297,7 +297,8 @@ class RunConfig(ReplicaConfig):
     router: str = _field(
         "round_robin",
         "Deployment",
-        "Router: round_robin, random, least_outstanding_requests or least_outstanding_tokens.",
+        "Router: round_robin, random, least_outstanding_requests, least_outstanding_tokens, kv_aware (least KV cache "
+        "in use), prefix_aware (longest prefix sent before, with bounded load) or session_affinity.",
     )
     workload: str | None = _field(
         None,

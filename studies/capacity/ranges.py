@@ -13,6 +13,7 @@ from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial
 
 BELOW, BEYOND = 0.5, (1.1, 1.25)  # shares of the capacity at which runs to their end show latency against load
+COARSE = 0.05  # as precise as the ends of a range have to be
 STEPS = (1.05, 1.1, 1.25, 1.5, 2.0, inf)  # of the bracket, from a capacity that is known
 
 Range = tuple[float, float]
@@ -21,12 +22,16 @@ Range = tuple[float, float]
 def over_seeds(run: Callable[[int, float], Trial], capacity: float, seeds: int, tolerance: float) -> dict[str, float]:
     """Return low, mid and high of the capacity over `seeds` workloads.
 
-    `run` makes the trial at a rate of a workload whose seed is that much higher; `capacity` is the first one's.
+    `run` makes the trial at a rate of a workload whose seed is that much higher; `capacity` is the first one's. As a
+    capacity is known to the tolerance, the highest is that much above what was met.
     """
-    every = [capacity]
+    coarse = max(tolerance, COARSE)
+    low, high = [capacity], [capacity * (1 + tolerance)]
     for seed in range(1, seeds):
-        every.append(find_capacity(lambda rate, seed=seed: run(seed, rate), capacity, tolerance, STEPS).qps)  # type: ignore[misc]
-    return {"low": min(every), "mid": capacity, "high": max(every)}
+        found = find_capacity(lambda rate, seed=seed: run(seed, rate), capacity, coarse, STEPS).qps  # type: ignore[misc]
+        low.append(found)
+        high.append(found * (1 + coarse))
+    return {"low": min(low), "mid": capacity, "high": max(high)}
 
 
 def curve_shares(capacity: float, known: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ folders of our own runs and of validations against a server (`run`). A folder of
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from engine.engine_preset import names as engine_names
 from engine.errors import InputError
 from engine.results.tables import Array
 from engine.scheduling.content import Content, own
+from engine.specs import catalog
 from engine.workload.client import ClientSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from studies.measured.point import Measurements, Point
@@ -315,6 +317,10 @@ class _Reader:
         rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
         prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
         device = _device(str(row["hardware"]))
+        assumed = list(source.assumed)
+        if (card := source.cards.get(device)) is not None:
+            assumed.append(f"{row['hardware']} is {card}")
+            device = card
         settings = {**source.settings(device), "model": str(row["model"]), "device": device}
         for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
             if _given(row.get(key)):
@@ -335,7 +341,7 @@ class _Reader:
             warmup_requests=number if _given(later) and float(str(later)) > 0 else 0,
             load=f"{rate:g} requests/s",
             source=source_name,
-            assumed=tuple(source.assumed),
+            assumed=tuple(assumed),
         )
 
     def _vllm(self, path: Path) -> Measurements:
@@ -489,9 +495,12 @@ def _precision(row: Settings) -> dict[str, str]:
 
 
 def _device(hardware: str) -> str:
-    """The device's name in the catalogue, from how a table spells it."""
-    words = hardware.lower().replace("nvidia", "").replace("gpu", "").replace("-", "_").split()
-    return "_".join(words)
+    """The device's name in the catalogue, from how a table spells it: the card, and its form where that is said."""
+    words = [word for word in re.split(r"[^a-z0-9]+", hardware.lower()) if word and word not in ("nvidia", "gpu")]
+    forms = [form for form in ("pcie", "sxm") if any(word.startswith(form) for word in words)]
+    short = "_".join([*words[:1], *forms[:1]])
+    whole = "_".join(words)
+    return whole if catalog.is_name("device", whole) or not catalog.is_name("device", short) else short
 
 
 def _named(columns: str | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from studies.capacity.ranges import alike
-from studies.pages.capacity_figures import capacity_panels, in_brackets, names_of_points, trials
+from studies.pages.capacity_figures import capacity_panels, in_brackets, names_of_points, things_of, trials
 from studies.pages.capacity_record import Point, Search, Sweep
 from studies.pages.compare_record import num_gpus, read_side
 from studies.pages.figures import Panel
@@ -233,7 +233,7 @@ def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
 
 def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
     """Return which point is the best in what."""
-    things = " or ".join(dict.fromkeys(point.rate_of for point in points if point.qps is not None)) or "requests"
+    things = things_of(points)
     ranks: list[tuple[str, str, Callable[[Point], float | None]]] = [
         ("Highest capacity", f"{things}/s", lambda point: point.qps),
         ("Most per GPU", f"{things}/s", lambda point: point.per_gpu),
@@ -262,7 +262,7 @@ class _Column(NamedTuple):
 def _tables(points: Sequence[Point]) -> list[Panel]:
     ranked = sorted((point for point in points if point.qps is not None), key=lambda point: -(point.per_gpu or 0.0))
     alone = {point.gpus for point in ranked} == {1}  # then per GPU is the same again
-    things = " or ".join(dict.fromkeys(point.rate_of for point in ranked)) or "requests"
+    things = things_of(ranked)
     columns = [
         _Column(f"{things[0].upper()}{things[1:]}/s", lambda point: number(point.qps), lambda point: point.qps),
         _Column("Range", lambda point: in_brackets(point.range).strip(" ()") or "-"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -24,11 +24,18 @@ _LONGEST_NAME = 34  # where it can't
 def capacity_panels(points: Sequence[Point]) -> list[Panel]:
     """Return capacities as bars: in all, by GPU, and by dollar where a price is known."""
     panels = [capacity_bars(points)]
+    things = things_of(points)
+    things = f"{things[0].upper()}{things[1:]}"
     if any(point.gpus != points[0].gpus for point in points) or len({point.group for point in points}) > 1:
-        panels.append(_ranked(points, "Capacity per GPU", "Requests/s and GPU", lambda point: point.per_gpu))
+        panels.append(_ranked(points, "Capacity per GPU", f"{things}/s and GPU", lambda point: point.per_gpu))
     if any(point.per_dollar for point in points):
-        panels.append(_ranked(points, "Requests per dollar", "Requests per dollar", lambda point: point.per_dollar))
+        panels.append(_ranked(points, f"{things} per dollar", f"{things} per dollar", lambda point: point.per_dollar))
     return panels
+
+
+def things_of(points: Iterable[Point]) -> str:
+    """Return what the points' rates are of: requests, or conversations."""
+    return " or ".join(dict.fromkeys(point.rate_of for point in points if point.qps is not None)) or "requests"
 
 
 def series_of(points: Sequence[Point]) -> list[str]:
@@ -84,7 +91,7 @@ def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = N
         showlegend=False, hoverinfo="skip", cliponaxis=False,
     )  # fmt: skip
     highest = max([*ends, *(value for _, _, values in series for value in values if value is not None)], default=1.0)
-    things = " or ".join(dict.fromkeys(point.rate_of for point in shown))
+    things = things_of(shown)
     ranged = any(point.range for point in shown)
     figure.update_layout(barmode="group", bargap=0.3, hovermode="closest")
     figure.update_xaxes(title_text=f"Capacity ({things}/s)", range=[0, 1.2 * (highest or 1.0)], nticks=6)
@@ -152,7 +159,7 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
     """Draw value over threshold at each rate: of each SLO for one search, of the binding one for several."""
     figure = new_figure()
     own = colours or {search.name: series_style(i)[0] for i, search in enumerate(searches)}
-    several = len(searches) > 1
+    several, things = len(searches) > 1, things_of(search.point for search in searches)
     known = [_margins(trial, search.name if several else None) for search in searches for trial in search.trials]
     finite = [margin for margins in known for margin in margins.values() if margin]
     top = 1.5 * max([1.0, *finite])
@@ -164,7 +171,7 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
         for i, (slo, found) in enumerate(lines.items()):
             colour = own[search.name] if several else series_style(i)[0]
             rates, values = zip(*found, strict=True)
-            hover = "%{x:.4~r} requests/s: %{y:.3~r} times the threshold"
+            hover = f"%{{x:.4~r}} {things}/s: %{{y:.3~r}} times the threshold"
             marker = {"size": 7, "color": colour}
             add_line(figure, rates, values, slo, colour, hover, width=1.8, mode="lines+markers", marker=marker)
     given_up = [(search, trial) for search in searches for trial in search.trials if trial.stopped_early]
@@ -173,12 +180,12 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
             x=[trial.rate for _, trial in given_up], y=[top] * len(given_up), name="given up", mode="markers",
             ids=[f"{search.name}: {trial.stopped_early}" for search, trial in given_up],
             marker={"symbol": "x", "size": 8, "color": GREY},
-            hovertemplate="%{id} can't be met at %{x:.4~r} requests/s<extra></extra>",
+            hovertemplate=f"%{{id}} can't be met at %{{x:.4~r}} {things}/s<extra></extra>",
         )  # fmt: skip
     for search in searches:
         if search.point.outcome == "found" and search.point.qps:
             name, colour = (f"capacity of {search.name}", own[search.name]) if several else ("capacity", GREY)
-            hover = f"capacity: {search.point.qps:.4g} requests/s<extra></extra>"
+            hover = f"capacity: {search.point.qps:.4g} {things}/s<extra></extra>"
             ends = [search.point.qps] * 2, [top / _SPAN / 2, 2 * top]
             add_line(figure, *ends, name, colour, hover, width=1.5, dash="dash", showlegend=not several)
     shown = np.array([*(max(each, top / _SPAN) for each in finite), 1.0, top])
@@ -187,7 +194,7 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
     seen = (tried > min(near) / _NEAR) & (tried < max(near) * _NEAR) if near else tried > 0
     span = value_axis(tried[seen], logarithmic=True)
     figure.add_hline(y=1, line={"color": GREY, "width": 1.2, "dash": "dot"})
-    figure.update_xaxes(title_text="Request rate (requests/s)", **span)
+    figure.update_xaxes(title_text=f"Rate ({things}/s)", **span)
     figure.update_yaxes(title_text="Value / threshold", **value_axis(shown, logarithmic=True))
     figure.update_layout(hovermode="closest")
     caption = (

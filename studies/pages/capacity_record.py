@@ -187,7 +187,9 @@ def responses(side: Side, search: Search | None) -> list[Response]:
     return [
         own
         if trial.folder == search.best
-        else Response(f"{side.name} at {trial.rate:.3g} requests/s", trial.tbt_s, trial.ttft_s, is_run=False)
+        else Response(
+            f"{side.name} at {trial.rate:.3g} {search.point.rate_of}/s", trial.tbt_s, trial.ttft_s, is_run=False
+        )
         for trial in search.trials
         if trial.tbt_s is not None and trial.ttft_s is not None
     ]

@@ -23,11 +23,13 @@ from engine.results.tables import Array
 from studies.pages.run_record import NOT_SET, Record, flat, read_record
 from studies.words import statistic_name
 
-Kind = Literal["run", "search", "sweep", "study", "validation"]
+Kind = Literal["run", "search", "sweep", "study", "validation", "plan"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
+_NEAR = 0.01  # numbers nearer to each other than this share are as good as each other
 LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
 _MARKS: dict[str, Kind] = {
     "validation.json": "validation",
+    "plan.json": "plan",
     "sweep.json": "sweep",
     "search.json": "search",
     "study.json": "study",
@@ -81,12 +83,12 @@ class Headline:
 
     @property
     def best(self) -> int | None:
-        """The only run that is better than every other; None where there is none, or a run lacks the number."""
+        """The run that is better than every other by a hundredth or more; None where a run lacks the number, too."""
         if not self.better or None in self.values or len(self.values) < 2:
             return None
         known = [value for value in self.values if value is not None]
-        value = max(known) if self.better == "more" else min(known)
-        return known.index(value) if known.count(value) == 1 else None
+        best, second = sorted(known, reverse=self.better == "more")[:2]
+        return known.index(best) if abs(second - best) >= _NEAR * max(abs(best), abs(second), 1e-12) else None
 
 
 def _better(unit: str, key: str) -> Literal["", "more", "less"]:
@@ -115,7 +117,8 @@ def kind_of(folder: Path) -> Kind:
         raise InputError(f"{folder} is no finished run: it lacks {' and '.join(missing)}")
     if (folder / "settings.json").is_file():
         raise InputError(f"{folder} is an unfinished search: the same command again goes on with it")
-    raise InputError(f"{folder} is no folder of a run, search, sweep, study or validation: it has none of their files")
+    kinds = "a run, search, sweep, plan, study or validation"
+    raise InputError(f"{folder} is no folder of {kinds}: it has none of their files")
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -19,6 +19,7 @@ from studies.pages.capacity_record import read_search, read_sweep
 from studies.pages.compare import runs_page, validations_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
 from studies.pages.page import Page, library_beside, with_library
+from studies.pages.plan import write_plan
 from studies.pages.run import render
 from studies.pages.validation import validation_page
 
@@ -58,8 +59,8 @@ def write_page(folders: Sequence[Path], output: Path | None = None, standalone: 
 
 def _check_together(kinds: dict[Path, Kind]) -> None:
     for folder, kind in kinds.items():
-        if kind == "study":
-            raise InputError(f"{folder} is a study, whose page stands alone ({_own_page(folder, kind)}): leave it out")
+        if kind in ("study", "plan"):
+            raise InputError(f"{folder} is a {kind}, whose page stands alone ({_own_page(folder, kind)}): leave it out")
     if not any(set(kinds.values()) <= together for together in _TOGETHER):
         first: dict[Kind, Path] = {}
         for folder, kind in kinds.items():
@@ -101,6 +102,8 @@ def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
     if kind == "validation":
         with readable(folder, kind):
             return validation_page(read_json(folder / "validation.json")).write(path, standalone)
+    if kind == "plan":
+        return write_plan(folder, path, standalone)
     name = folder.resolve().name
     with readable(folder, kind):
         if kind == "search":

@@ -104,7 +104,7 @@ def ttft_by_prompt(record: Record) -> Panel:
         if len(values) > 1:
             hover = f"{name} %{{y:.3~r}} s at %{{x:,.0f}} tokens<extra></extra>"
             add_line(figure, found.band_tokens, values, name, ORANGE, hover, dash=dash)
-    figure.update_layout(hovermode="closest")
+    figure.update_layout(hovermode="closest", legend_itemsizing="constant")
     figure.update_xaxes(title_text="Prompt (tokens)", **value_axis(found.prompt_tokens[positive]))
     figure.update_yaxes(title_text="TTFT (s)", **value_axis(found.ttft_s[positive]))
     caption = "A dot is a request; the lines are of requests with prompts about as long."

@@ -11,7 +11,7 @@ import numpy as np
 from engine.results.metric_table import find_metric
 from engine.results.slo import SLO
 from studies.capacity.sweep import in_words, not_dominated
-from studies.pages.capacity_figures import colours_of, names_of_points, series_of
+from studies.pages.capacity_figures import colours_of, names_of_points, series_of, things_of
 from studies.pages.capacity_record import Load, Point, threshold
 from studies.pages.figures import DASHES, GOOD, GREY, SLO_LINE, Panel, add_line, faded, new_figure, value_axis
 from studies.words import number, seconds, statistic_name
@@ -32,10 +32,9 @@ class Sample:
     x: float
     y: float
 
-    @property
-    def words(self) -> str:
-        """What the load is."""
-        return f"{number(self.load.rate)} requests/s" + ("" if self.load.met else ", an SLO is missed")
+    def words(self, things: str) -> str:
+        """Return what the load is."""
+        return f"{number(self.load.rate)} {things}/s" + ("" if self.load.met else ", an SLO is missed")
 
 
 def speed_front(points: Sequence[Point]) -> Panel:
@@ -124,7 +123,7 @@ def _front(
         mine = [each for each in samples if series[each.point] == name]
         figure.add_scatter(
             x=[each.x for each in mine], y=[each.y for each in mine], name=name or "loads", mode="markers",
-            ids=[f"{names[each.point]}<br>{each.words}" for each in mine],
+            ids=[f"{names[each.point]}<br>{each.words(points[each.point].rate_of)}" for each in mine],
             marker={
                 "color": [colour if each.load.met else faded(colour, 0.0) for each in mine], "opacity": 1,
                 "size": [11 if each.load.rate == points[each.point].qps else 6 for each in mine],
@@ -169,7 +168,7 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
         return []
     many = len(shown) > 1
     names, series, colours = names_of_points(shown), series_of(shown), colours_of(points)
-    things = " or ".join(dict.fromkeys(point.rate_of for point in shown))
+    things = things_of(shown)
     panels = []
     for slo in _slos(shown)[:MOST_SLOS]:
         parsed = SLO.parse(slo)
@@ -233,6 +232,6 @@ def heat_map(points: Sequence[Point]) -> list[Panel]:
     figure.update_layout(hovermode="closest")
     figure.update_xaxes(ticks="", showline=False, type="category", side="top", tickangle=0)
     figure.update_yaxes(autorange="reversed", ticks="", showgrid=False, type="category")
-    things = " or ".join(dict.fromkeys(point.rate_of for point in points))
+    things = things_of(points)
     caption = f"Capacity ({things}/s and GPU) of each device and layout with each of the other settings."
     return [Panel("The sweep at a glance", caption, figure, "half", 80 + 54 * len(down))]
