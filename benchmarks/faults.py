@@ -98,7 +98,7 @@ CASES: dict[str, Case] = {
         ("simulate", *MODEL, "--num-prompts", "3000", "--request-rate", "4"),
         lambda folder: _json(folder / "summary.json", "completed", "output_throughput", "duration"),
     ),
-    "search": Case(("search", *MODEL, "--num-prompts", "200", "--slo", "p99_tbt<=0.1"), _searched),
+    "search": Case(("search", *MODEL, "--num-prompts", "100", "--seeds", "1", "--slo", "p99_tbt<=0.1"), _searched),
     "sweep": Case(
         ("search", *MODEL, "--num-prompts", "200", "--slo", "p99_tbt<=0.1", "--sweep", "sweep.yaml", "--workers", "2"),
         _swept,
