@@ -207,11 +207,13 @@ def _apart(points: Sequence[Point]) -> list[tuple[Tone, str]]:
     ranked, names = _ranked(points), _names(points)
     if len(ranked) < 2 or ranked[0].range is None:
         return []
+    drawn = "draws" in ranked[0].range_over
+    rest = "" if drawn else "; errors of the predicted times are not in it (--uncertainty 19)"
     others = [names[id(ranked[i])] for i in alike([point.range_per_gpu for point in ranked], 0)]
     if not others:
-        return [("good", f"Its range over {ranked[0].range_over} overlaps no other's")]
+        return [("good" if drawn else "unsure", f"Its range over {ranked[0].range_over} overlaps no other's{rest}")]
     few = "; ".join(others[:_MOST_ALIKE]) + f" and {len(others) - _MOST_ALIKE} more" * (len(others) > _MOST_ALIKE)
-    return [("unsure", f"Can't be told apart from it, for their ranges overlap: {few}")]
+    return [("unsure", f"Can't be told apart from it, for their ranges overlap: {few}{rest}")]
 
 
 def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
