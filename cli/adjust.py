@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cli.output import progress_bar
 from engine.errors import InputError
-from engine.results.files import write_whole
+from engine.results.files import check_output, write_whole
 from studies.measured.point import MEASURES
 from windtunnel.measured import adjust_preset
 
@@ -22,8 +22,7 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
         raise InputError(f"--output {output}: give a name that ends in .yaml")
     if output.exists():
         raise InputError(f"--output {output} exists: give another name, or remove it")
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}")
+    check_output(output)
     console = Console(highlight=False, soft_wrap=True)
     with progress_bar("simulations") as progress:
         task = progress.add_task("fitting", total=None)
@@ -49,6 +48,12 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
         those = " and ".join(names) + (" together" if len(names) > 1 else "")
         console.print(
             f"note: of {those} these points say less than was known before: what is printed is mostly that",
+            style="yellow",
+        )
+    if found["share"] < 1:
+        console.print(
+            f"note: {found['share']:.0%} of the change was taken: fitted to the other loads, more of it predicts the "
+            "highest one worse",
             style="yellow",
         )
     for name in MEASURES:

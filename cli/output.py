@@ -23,6 +23,7 @@ from rich.table import Table
 from engine.replica_spec import ReplicaSpec
 from engine.results.metric_table import METRICS
 from engine.results.metrics import describe, summary_key
+from engine.specs.checks import file_name
 
 LINE_S = 30.0
 
@@ -31,7 +32,13 @@ def default_folder(kind: ReplicaSpec, workload: str, prefix: str = "") -> Path:
     """Return the folder of a run that was given none: the time, model, device, policy and workload in its name."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     model = kind.model.name.split("/")[-1]
-    return Path("runs") / f"{stamp}-{prefix}{model}-{kind.device.name}-{kind.scheduler.policy}-{Path(workload).stem}"
+    parts = (model, kind.device.name, kind.scheduler.policy, Path(workload).stem)
+    return Path("runs") / f"{stamp}-{prefix}{'-'.join(map(_part, parts))}"
+
+
+def _part(name: str) -> str:
+    """Return what of a name stands in a folder's: a model's or a trace's may hold anything, and be long."""
+    return file_name("the name", "".join(c if c.isalnum() or c in "._-+@" else "_" for c in name)[:40].lstrip("."))
 
 
 class ProgressBar(Progress):

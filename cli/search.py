@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -26,14 +25,17 @@ from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from studies.capacity.ranges import alike, range_of, ranges_in_words
+from studies.capacity.search import check_tolerance
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
 from studies.words import times_kind, unlike_sources
-from windtunnel.capacity import check_tolerance, checked, deployed, open_search
+from windtunnel.capacity import checked, deployed, open_search, read_search_file
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
+from windtunnel.prices import price_of
+from windtunnel.prices import prices as parse_prices
 from windtunnel.results import SEARCH_FILE
-from windtunnel.settings import ENGINE_KEYS, BenchConfig, load, read_file
+from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, BenchConfig, load, read_file
 
 SWEEP = "sweep.json"
 
@@ -57,10 +59,12 @@ def run(
     """Search, write the results and print them. Returns the exit code: 1 if a point crashed."""
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 160
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
-    prices = None if gpu_price is None else _prices(gpu_price)
+    prices = None if gpu_price is None else parse_prices(gpu_price)
     check_tolerance(tolerance)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
+    if not 1 <= seeds <= MOST_DRAWS:
+        raise InputError(f"--seeds {seeds}: give 1 to {MOST_DRAWS:,}")
     shared: dict[str, Any] = {"tolerance": tolerance, "seeds": seeds, "curve": curve}
     if sweep is None:
         settings = load(config, flags, BenchConfig)
@@ -95,23 +99,23 @@ def run(
                       "folder": str(folder.absolute()), "tolerance": tolerance, "seeds": seeds, "curve": curve,
                       "keep_runs": keep_runs or sweep is None})  # fmt: skip
     identity = {**shared, "version": version("windtunnel"), "contents": _contents(every)}
-    open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
-    rows = _search_all(every, changes, workers, ray_address, console)
-    for row in rows:
-        row["requests_per_dollar"] = _per_dollar(row, prices)
-    mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
-    if sweep is not None:
-        whole = {"points": rows, "settings": {**values, **given}, "gpu_price": prices, **shared}
-        write_json(output_dir / SWEEP, whole)
-    _print_rows(rows, console, prices is not None)
-    if confirm_top:
-        chosen = sorted((row for row in rows if row["status"] == "done" and row["outcome"] == "found"),
-                        key=lambda row: -row["qps_per_gpu"])[:confirm_top]  # fmt: skip
-        _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
+    with open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity}):
+        rows = _search_all(every, changes, workers, ray_address, console)
+        for row in rows:
+            row["requests_per_dollar"] = _per_dollar(row, prices)
+        mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
         if sweep is not None:
+            whole = {"points": rows, "settings": {**values, **given}, "gpu_price": prices, **shared}
             write_json(output_dir / SWEEP, whole)
-    console.print(f"results: {output_dir / (SEARCH_FILE if sweep is None else SWEEP)}")
-    console.print(f"draw them: windtunnel report {output_dir}")
+        _print_rows(rows, console, prices is not None)
+        if confirm_top:
+            chosen = sorted((row for row in rows if row["status"] == "done" and row["outcome"] == "found"),
+                            key=lambda row: -row["qps_per_gpu"])[:confirm_top]  # fmt: skip
+            _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
+            if sweep is not None:
+                write_json(output_dir / SWEEP, whole)
+        console.print(f"results: {output_dir / (SEARCH_FILE if sweep is None else SWEEP)}")
+        console.print(f"draw them: windtunnel report {output_dir}")
     if as_json:
         print(json.dumps({**(rows[0] if sweep is None else {"points": rows}), "output_dir": str(output_dir)}))
     failed = any(row.get("confirmed", {}).get("status", "done") != "done" for row in rows)
@@ -161,7 +165,7 @@ def _search_all(
     for i, point in enumerate(every):
         path = Path(point["folder"]) / SEARCH_FILE
         if path.is_file():
-            rows[i] = json.loads(path.read_text("utf-8"))
+            rows[i] = read_search_file(path)
         else:
             left.append(i)
     todo = [every[i] for i in left]
@@ -183,20 +187,9 @@ def _search_all(
     return rows
 
 
-def _prices(text: str) -> dict[str, float]:
-    """Return dollars per GPU-hour by device, of "2.5" (any device: "") or "a100=2,h100=4"."""
-    found = {}
-    for part in text.split(","):
-        name, _, price = part.rpartition("=")
-        if re.fullmatch(r"\d*\.?\d+", price.strip()) is None or float(price) == 0:
-            raise InputError(f"--gpu-price {text!r}: give dollars per GPU-hour such as 2.5, or a100=2,h100=4")
-        found[catalog.device(name.strip()).name if name else ""] = float(price)
-    return found
-
-
 def _per_dollar(row: Mapping[str, Any], prices: Mapping[str, float] | None) -> float | None:
     """Return requests per dollar at the capacity; None without a price of its device."""
-    price = (prices or {}).get(row.get("device", ""), (prices or {}).get(""))
+    price = price_of(row.get("device", ""), prices or {})
     if price is None or row["status"] != "done":
         return None
     return float(row["max_qps_under_slo"] * 3600 / (row["num_gpus"] * price))

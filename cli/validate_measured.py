@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +14,8 @@ from cli.output import progress_bar
 from engine.results.run_folder import run_folder, write_summary
 from studies.measured.judge import OF_REQUESTS, groups_of
 from studies.measured.point import MEASURES
-from windtunnel.measured import validate_measured
+from studies.words import effect_words
+from windtunnel.measured import Reading, validate_measured
 
 _LINE = ("points", "predicted", *MEASURES, "groups", *OF_REQUESTS)  # of --json
 _SHOWN = 5  # rows that could not be run
@@ -25,13 +26,9 @@ def run(
     given: dict[str, Any],
     output_dir: Path | None,
     *,
-    only: str | None,
-    source: str | None,
-    client: str | None,
-    columns: str | None,
-    warmup_requests: int | None,
     uncertainty: int | None,
     as_json: bool,
+    **reading: Unpack[Reading],
 ) -> None:
     """Predict the points, print the errors by group, and write `validation.json` and a page if a folder is given."""
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 130
@@ -41,9 +38,8 @@ def run(
         with progress_bar("points") as progress:
             task = progress.add_task("predicting", total=None)
             return validate_measured(
-                path, given, only=only, source=source, client=client, columns=columns, warmup_requests=warmup_requests,
-                uncertainty=uncertainty, workers=None,
-                on_progress=lambda done, of: progress.update(task, completed=done, total=of),
+                path, given, uncertainty=uncertainty, effects=True, workers=None,
+                on_progress=lambda done, of: progress.update(task, completed=done, total=of), **reading,
             )  # fmt: skip
 
     if output_dir is None:
@@ -80,6 +76,8 @@ def _print(results: dict[str, Any], console: Console) -> None:
     shares = [f"{name.upper()} {error['covered']:.0%}" for name, error in known]
     if shares:
         console.print(f"measured within the ranges of reruns with drawn errors: {', '.join(shares)} of the points")
+    for effect in results["effects"]:
+        console.print(f"had it been {effect['instead']}: {effect_words(effect)}", style="dim")
     for name, words in OF_REQUESTS.items():
         if entry := results.get(name):
             sign = "" if name == "per_request" else "+"  # a mean of absolute errors has none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 _KINDS = {"calibrated": "calibrated", "roofline": "estimated (roofline)", "an": "estimated (carried over)"}
 
@@ -72,3 +73,13 @@ def size(num_bytes: float, binary: bool = False) -> str:
 def mean_error(error: Mapping[str, float] | None) -> str:
     """Return a mean absolute error and its bias, such as "4.2 % (-0.9 %)"; a dash for none."""
     return "-" if error is None else f"{percent(error['mape'])} ({percent(error['bias'], sign=True)})"
+
+
+def effect_words(effect: Mapping[str, Any]) -> str:
+    """Return what another assumption changes of predictions, in words (`studies.measured.effects`)."""
+    names = [name for name in ("tpot", "ttft", "e2e") if name in effect]
+    if effect["spread"]:
+        parts = [f"{name.upper()} spread over {percent(effect[name])}" for name in names]
+    else:
+        parts = [f"{name.upper()} {percent(effect[name], sign=True)}" for name in names]
+    return f"{', '.join(parts)} (mean of {effect['points']:,} points)"

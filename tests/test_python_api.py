@@ -145,7 +145,7 @@ def test_the_defaults_are_the_command_lines() -> None:
         (wt.simulate, {"replicas": [{"devise": "h100"}]}, "unknown key in replicas[0] 'devise'"),
         (wt.search, {"slo": []}, "no SLO to search by: add slo"),
         (wt.search, {"tolerance": 2.0}, "tolerance 2.0: give a share"),
-        (wt.simulate, {"config": "nowhere.yaml"}, "can't read the config file nowhere.yaml"),
+        (wt.simulate, {"config": "nowhere.yaml"}, "can't read nowhere.yaml"),
     ],
 )
 def test_errors_name_the_keyword(function: Callable[..., Any], settings: dict[str, Any], complaint: str) -> None:
@@ -162,7 +162,7 @@ def test_folders_without_a_finished_run_are_refused(tmp_path: Path) -> None:
         with pytest.raises(wt.InputError, match=complaint):
             wt.load(place)
     (tmp_path / "search.json").write_text("{")
-    with pytest.raises(wt.InputError, match=r"search\.json is damaged"):
+    with pytest.raises(wt.InputError, match=r"search\.json is not JSON .* it is damaged"):
         wt.load(tmp_path)
 
 

@@ -7,21 +7,28 @@ print(found["max_qps_under_slo"], found["binding_slo"])
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from engine.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.documents import read_json
+from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
 from engine.results.files import write_json
+from engine.results.folders import owned, remove_unfinished
 from engine.results.metrics import summary_key
 from engine.results.run_folder import run_folder, write_config, write_summary
 from engine.results.slo import SLO
+from engine.specs.checks import short
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment
 from simulator.cluster import simulate as simulate_run
+from simulator.router import ROUTERS
 from studies.capacity.confirm import gpu_hours
 from studies.capacity.ranges import curve_shares, over_seeds
 from studies.capacity.search import find_capacity
@@ -166,6 +173,8 @@ def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
         raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
     if settings.arrival in ("trace", "burst"):
         raise InputError(f"--arrival {settings.arrival} has no rate to search: leave it out")
+    if settings.router not in ROUTERS:
+        raise unknown("router", settings.router, ROUTERS)
     for flag, bound in (("max-concurrency", settings.max_concurrency), ("users", settings.users)):
         if bound is None:
             continue
@@ -179,12 +188,6 @@ def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
     return workload.workload_spec(longest), slos
 
 
-def check_tolerance(tolerance: float) -> None:
-    """Raise InputError unless it is a share."""
-    if not 0 < tolerance < 1:
-        raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
-
-
 def deployed(group: ReplicaGroup) -> Deployment:
     """Return the group's replica with its predictor."""
     return Deployment.of(group.replica_spec(), group.predictor)
@@ -193,23 +196,70 @@ def deployed(group: ReplicaGroup) -> Deployment:
 def kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any]]) -> Trial:
     """Return the trial of a rate: the one that is in `folder` already, or what `make` returns, written there."""
     place = folder / f"{rate:.6g}"
-    if not (place / "summary.json").is_file():
+    path = place / "summary.json"
+    if not path.is_file():
         with run_folder(place) as partial:
             write_summary(partial, make(rate, partial))
-    return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)
+    again = f"remove {place}, and the same command makes it again"
+    summary = read_json(path, again)
+    try:
+        return judged(summary, rate, place)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} holds no trial ({type(error).__name__}: {error}): {again}") from None
 
 
-def open_search(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or resume the same search in it. Raises InputError if it holds anything else."""
+@contextmanager
+def open_search(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Own a folder for a search: a new one, or one with the same search, which resumes.
+
+    Raises InputError if it holds anything else, or another process is at it.
+    """
     path = folder / SETTINGS
-    if path.is_file():
-        if json.loads(path.read_text("utf-8")) != json.loads(json.dumps(settings)):
-            raise InputError(f"{folder} holds a search with other settings: give another --output-dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"output folder {folder} is not empty: give another --output-dir")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+    with owned(folder, ours=(SETTINGS,)):
+        if path.is_file():
+            if read_json(path, "give another --output-dir") != json.loads(json.dumps(settings)):
+                raise InputError(f"{folder} holds a search with other settings: give another --output-dir")
+        elif any(folder.iterdir()):
+            raise InputError(f"output folder {folder} is not empty: give another --output-dir")
+        else:
+            write_json(path, settings)
+        remove_unfinished(folder)
+        yield
+
+
+def read_search_file(path: Path) -> dict[str, Any]:
+    """Read a finished search's results. Raises InputError for a damaged file."""
+    again = f"remove {path}, and the same command makes it again from the trials"
+    found: Any = read_json(path, again)
+    if not isinstance(found, dict) or found.get("status") != "done":
+        raise InputError(f"{path} holds no results of a search: {again}")
+    try:
+        Found.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {place} {short(first['input'])}: {first['msg']}: {again}") from None
+    return found
+
+
+class Found(BaseModel):
+    """What `search.json` holds that others calculate with; the rest is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    max_qps_under_slo: float = Field(ge=0)
+    outcome: Literal["found", "none", "all"]
+    binding_slo: str | None
+    words: str
+    device: str
+    num_gpus: int = Field(ge=1)
+    qps_per_gpu: float = Field(ge=0)
+    plain_search_gpu_hours: float = Field(ge=0)
+    predictor: str
+    p99_tbt_ms: float | None
+    p50_ttft_ms: float | None
+    output_throughput: float | None
+    unsteady: str | None
+    trials: list[dict[str, Any]]
 
 
 def _config(settings: FileConfig, kinds: list[ReplicaSpec], num_prompts: int, rate: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
@@ -21,6 +21,8 @@ from simulator.cluster import Deployment
 from simulator.predictor.uncertainty import deviations
 from studies.jobs.pool import Results, in_turn, work_off
 from studies.measured.adjust import UNITS, Adjusted, adjust, figures_of
+from studies.measured.effects import effects as effects_of
+from studies.measured.effects import variants
 from studies.measured.judge import point_record, summary
 from studies.measured.point import MEASURES, Measurements, Point
 from studies.measured.predict import Job, predict
@@ -32,33 +34,63 @@ MOST_POINTS = 20_000
 JOBS_A_PROCESS = 8  # at least: a process takes longer to start than most points
 
 
+class Reading(TypedDict, total=False):
+    """How to read measured results: `only` keeps points whose id or load matches it; else see `readers.read`."""
+
+    only: str | None
+    source: str | None
+    client: str | None
+    columns: str | None
+    warmup_requests: int | None
+
+
 def validate_measured(
     path: Path,
     given: Mapping[str, Any],
     *,
-    only: str | None = None,
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
     uncertainty: int | None = None,
+    effects: bool = False,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Predict every point of a file or folder of measured results and return what `validation.json` holds.
 
     Args:
         given: settings of the replica that win over what the file and its source say.
-        only: keeps the points whose id or load matches this regular expression.
-        source, client, columns, warmup_requests: see `studies.measured.readers.read`.
         uncertainty: reruns of each point with drawn errors, for ranges; 19 or more give 90 % ranges.
+        effects: whether to predict a few points again with other plausible values of what is assumed.
         workers: processes; None: one a processor. More than one needs the caller's script to guard `__main__`.
         on_progress: called with how many points are predicted, and of how many.
+        **reading: how to read the file.
 
     Raises InputError for a file that can't be read, and for a setting that has no meaning for measured results.
     """
-    files, ready, refused = read_points(path, given, source, client, columns, warmup_requests, only)
-    return _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
+    files, ready, refused = read_points(path, given, **reading)
+    found = _predicted(path, (files, with_draws(ready, uncertainty), refused), workers, on_progress)
+    return {**found, "effects": _effects(ready, given, found["records"], workers) if effects else []}
+
+
+def _effects(
+    ready: Sequence[_Ready], given: Mapping[str, Any], records: Sequence[Mapping[str, Any]], workers: int | None
+) -> list[dict[str, Any]]:
+    """Return what other values of the assumptions change, of a few points."""
+    tried = variants([each.point for each in ready], given)
+    places: list[int] = []
+    jobs = []
+    for place, variant in enumerate(tried):
+        try:
+            jobs.append(job_of(variant.point))
+        except InputError:  # a value that this replica can't have is no plausible one
+            continue
+        places.append(place)
+    failures: dict[int, str] = {}
+    after: list[Mapping[str, Any] | None] = [None] * len(tried)
+    for place, record in zip(places, predict_points(jobs, workers, failures=failures), strict=True):
+        after[place] = None if record is None else record["predicted"]
+    by_id = {record["id"]: record["predicted"] for record in records}
+    before = {i: by_id[each.point.id] for i, each in enumerate(ready) if each.point.id in by_id}
+    return effects_of(tried, before, after)
 
 
 def adjust_preset(
@@ -66,21 +98,17 @@ def adjust_preset(
     given: Mapping[str, Any],
     free: Sequence[str] = (),
     *,
-    only: str | None = None,
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] = lambda done, of: None,
+    **reading: Unpack[Reading],
 ) -> dict[str, Any]:
     """Fit the host constants of an engine preset to measured results; return a preset, and the errors before and after.
 
-    `free` names the constants (empty: those that the engine has); `only` keeps the points whose id or load it matches.
+    `free` names the constants and kinds of operators (empty: those that the engine has, and every kind).
     What comes back has the `preset` (keys of an engine's file), its `margins` (s, 90 %), the `alike` pairs of
     constants that the points can't tell apart, and the errors `before` and `after`, of the points fitted to.
     """
-    _, kept, refused = read_points(path, given, source, client, columns, warmup_requests, only)
+    _, kept, refused = read_points(path, given, **reading)
     names = sorted({each.replica.engine.name for each in kept})
     if len(names) > 1:
         raise InputError(f"{path} has points of {' and '.join(names)}: give --engine, or --only some of them")
@@ -112,6 +140,7 @@ def adjust_preset(
         summary([point_record(each.point, each.replica, result) for each, result in zip(kept, results, strict=True)], 0)
         for results in (found.before, found.after)
     ]
+    only = reading.get("only")
     rows = f"{len(kept)} points of {path.name}" + (f" (those with {only!r})" if only else "")
     fitted = asdict(_host_with(host, found.constants))
     fitted["source"] = f"fitted by 'windtunnel calibrate adjust' to {rows}: {', '.join(chosen)}; the rest as {names[0]}"
@@ -126,6 +155,7 @@ def adjust_preset(
         "factors": sorted(known),
         "alike": [list(pair) for pair in found.alike],
         "flat": found.flat,
+        "share": found.share,
         "points": len(kept),
         "before": {name: errors[0][name] for name in MEASURES},
         "after": {name: errors[1][name] for name in MEASURES},
@@ -171,22 +201,22 @@ class _Ready:
 _Found = tuple[list[Measurements], list[_Ready], list[tuple[str, str]]]
 
 
-def read_points(
-    path: Path,
-    given: Mapping[str, Any],
-    source: str | None = None,
-    client: str | None = None,
-    columns: str | None = None,
-    warmup_requests: int | None = None,
-    only: str | None = None,
-) -> _Found:
+def read_points(path: Path, given: Mapping[str, Any], **reading: Unpack[Reading]) -> _Found:
     """Return what the file or folder holds, the points that can be predicted, and rows that can't, with the reason."""
     for name in given:
         if name not in _OWN:
             raise InputError(
                 f"--{name.replace('_', '-')} {given[name]} has no meaning with --against: the load is the measured one"
             )
-    files = read(path, given, source, client, columns, warmup_requests)
+    only = reading.get("only")
+    files = read(
+        path,
+        given,
+        reading.get("source"),
+        reading.get("client"),
+        reading.get("columns"),
+        reading.get("warmup_requests"),
+    )
     if only is not None:
         every = sum(len(file.points) + len(file.refused) for file in files)
         files = [file.only(only) for file in files]

@@ -15,13 +15,18 @@ entry that is a mapping sets several keys at once:
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from engine.errors import InputError
 from engine.results.tables import Array
+from engine.specs.checks import file_name, short
+
+MOST_POINTS = 10_000
 
 
 def points(varied: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -33,9 +38,14 @@ def points(varied: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}: sweep: {key}: {values!r}: give a list of values")
         axes.append([value if isinstance(value, Mapping) else {key: value} for value in values])
+        for each in axes[-1]:
+            if any(not isinstance(name, str) for name in each):
+                raise InputError(f"{where}: sweep: {key}: {short(each)}: give settings by their names")
+    if (count := prod(map(len, axes))) > MOST_POINTS:
+        raise InputError(f"{where}: sweep: {count:,} points: give at most {MOST_POINTS:,}")
     found = [dict(itertools.chain.from_iterable(each.items() for each in point)) for point in itertools.product(*axes)]
-    names = [name_of(point) for point in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    names = Counter(file_name("the point", name_of(point)) for point in found)
+    if twice := next((name for name, count in names.items() if count > 1), None):
         raise InputError(f"{where}: sweep: the point {twice} is there twice: remove one")
     return found
 

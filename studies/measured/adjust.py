@@ -2,8 +2,11 @@
 
 A constant is a field of `engine.specs.HostOverhead`, or a kind of operator, whose factor it is. The fit is by least
 squares of log(predicted / measured), large errors counted less (Huber), by steps of Gauss and Newton over simulations;
-constants are never below zero. A factor is expected to be one, give or take what the kind's predicted times may be off
-(`simulator.predictor.uncertainty`), so that it moves only as far as the measured results speak of it.
+constants are never below zero.
+
+Each constant is expected to be what it was, a factor give or take what the kind's predicted times may be off
+(`simulator.predictor.uncertainty`), so that it moves only as far as the measured results speak of it. What is far from
+that counts linearly too, so that a server that is unlike is seen.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 
 from engine.errors import InputError, unknown
 from engine.results.tables import Array
+from simulator.predictor.uncertainty import HOST
 from studies.measured.point import Point
 
 UNITS = {  # seconds in which each constant is of the order of one
@@ -33,12 +37,15 @@ UNITS = {  # seconds in which each constant is of the order of one
     "sampler_logit_s": 1e-11,
 }
 _FACTOR = 0.1  # the unit of a factor of operators
-_WEIGHTS = {"tpot": 1.0, "ttft": 0.5, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too
+_LEAST = 1.0  # of a factor, in its unit
+_WEIGHTS = {"tpot": 1.0, "ttft": 0.25, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too: 5 to 16 %
 _NOISE = 0.02  # of a log error of weight one: repeats of a run on one server
 _HUBER = 0.1  # of a log error; larger ones count linearly
-_STEP = 0.2  # of a unit, for slopes
+_UNSURE = 1.0  # of a unit: standard deviation of a constant of the host that is small or not known
+_STEP = 0.5  # of a unit, for slopes: what a lock-in changes is small beside it
 _MOST_STEPS = 6
-_DAMPINGS = (0.01, 0.1, 1.0)  # of steps, which are tried beside each other
+_DAMPINGS = (0.01, 0.3, 3.0)  # of steps, which are tried beside each other
+_SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of a change
 _ENOUGH = 3e-3  # a step that lessens the loss by less, as a share, is the last
 ALIKE = 0.95  # correlation from which on two constants are said not to be told apart
 _FLAT = 0.3  # share of a direction from which on a constant is named as part of it
@@ -55,14 +62,15 @@ class Adjusted:
     """Fitted constants (s; factors of operators without a unit), and how far each may be off (90 %).
 
     `alike` are pairs that these points can't tell apart, `flat` the constants of directions in which they hardly say
-    more than was known before. `before` and `after` are the predictions with the first and the last constants.
+    more than was known before, `share` how much of the change was taken (`_trusted`). `before` and `after` are the
+    predictions with the first and the last constants.
     """
 
     constants: dict[str, float]
     margins: dict[str, float]
     alike: list[tuple[str, str]]
     flat: list[list[str]]
-    steps: int
+    share: float
     before: Predictions
     after: Predictions
 
@@ -93,17 +101,18 @@ def adjust(
             "or fewer constants by --fit"
         )
     x = first = np.array([start[name] / unit(name) for name in names])
-    # how sure each was before: of the host's constants, next to nothing
-    sure = np.array([_NOISE / (known[name] * first[i]) if name in known else 0.0 for i, name in enumerate(names)])
+    # how sure each was before, the noise over its standard deviation, in its unit
+    off = [known[name] * x[i] if name in known else max(HOST * x[i], _UNSURE) for i, name in enumerate(names)]
+    sure = _NOISE / np.array(off)
 
     def residuals_at(predictions: Predictions, place: Array) -> Array:
         return np.concatenate([_residuals(points, predictions), sure * (np.maximum(place, 0.0) - first)])
 
     (before,) = evaluate([_named(names, x)])
     after, residuals = before, residuals_at(before, x)
+    first_residuals = residuals
     slopes = np.zeros((len(residuals), len(names)))
-    steps = 0
-    for steps in range(1, _MOST_STEPS + 1):  # noqa: B007 - how many there were
+    for _ in range(_MOST_STEPS):
         trials = [x + _STEP * np.eye(len(names))[i] for i in range(len(names))]
         found = [residuals_at(each, trial) for each, trial in zip(_at(evaluate, names, trials), trials, strict=True)]
         slopes = (np.array(found) - residuals).T / _STEP
@@ -116,10 +125,15 @@ def adjust(
             x, residuals, after = trials[best], found[best], made[best]
         if gain < _ENOUGH:
             break
+    share = _trusted(points, first_residuals, residuals, slopes, x)
+    if share < 1:
+        x = first + share * (x - first)
+        (after,) = evaluate([_named(names, x)])
+        residuals = residuals_at(after, x)
     of_data = slice(0, figures)
     margins, alike = _confidence(names, slopes, residuals, figures, slopes[of_data])
-    flat = _flat(names, slopes[of_data], sure)
-    return Adjusted(dict(_named(names, x)), margins, alike, flat, steps, before, after)
+    flat = _flat(names, slopes[of_data], sure, [name in known for name in names])
+    return Adjusted(dict(_named(names, x)), margins, alike, flat, share, before, after)
 
 
 def _at(evaluate: Evaluate, names: Sequence[str], trials: Sequence[Array]) -> list[Predictions]:
@@ -127,7 +141,7 @@ def _at(evaluate: Evaluate, names: Sequence[str], trials: Sequence[Array]) -> li
 
 
 def _named(names: Sequence[str], x: Array) -> dict[str, float]:
-    low = [0.0 if name in UNITS else _STEP for name in names]
+    low = [0.0 if name in UNITS else _LEAST for name in names]
     return {name: float(f"{value * unit(name):.4g}") for name, value in zip(names, np.maximum(x, low), strict=True)}
 
 
@@ -161,6 +175,22 @@ def _step(slopes: Array, residuals: Array, x: Array, damping: float) -> Array:
     return found
 
 
+def _trusted(points: Sequence[Point], first: Array, residuals: Array, slopes: Array, x: Array) -> float:
+    """How much of the change to take: as much as predicts the highest load best when fitted to the others alone.
+
+    That fit and its predictions are by the slopes at the fit to all, without simulations. 1.0 where there is one load.
+    """
+    loads = np.array([point.load_number for point in points for _ in figures_of(point)])
+    if len(np.unique(loads)) < 2:
+        return 1.0
+    held = np.zeros(len(residuals), dtype=bool)
+    held[: len(loads)] = loads == loads.max()
+    kept = x + _step(slopes[~held], residuals[~held], x, _DAMPINGS[0])
+    fitted = residuals[held] + slopes[held] @ (kept - x)
+    losses = [_loss((1 - share) * first[held] + share * fitted) for share in _SHARES]
+    return _SHARES[int(np.argmin(losses))]
+
+
 def _confidence(
     names: Sequence[str], slopes: Array, residuals: Array, figures: int, of_data: Array
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
@@ -183,9 +213,9 @@ def _confidence(
     return {name: float(_Z90 * spread[i] * unit(name)) if felt[i] else inf for i, name in enumerate(names)}, alike
 
 
-def _flat(names: Sequence[str], of_data: Array, sure: Array) -> list[list[str]]:
+def _flat(names: Sequence[str], of_data: Array, sure: Array, is_factor: Sequence[bool]) -> list[list[str]]:
     """The constants of each direction among factors in which the points say less than was known before."""
-    factors = np.flatnonzero(sure > 0)
+    factors = np.flatnonzero(is_factor)
     if not len(factors):
         return []
     scaled = of_data[:, factors] / sure[factors]  # by how far each may be off, and by the noise

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from engine.errors import InputError
@@ -36,6 +37,16 @@ class Point:
     per_request: Mapping[str, Array] = field(default_factory=dict)
     source: str | None = None  # the bundle that filled in what its file leaves open
     assumed: tuple[str, ...] = ()
+
+    @property
+    def load_number(self) -> float:
+        """The load as a number, to compare it with others of a file: concurrency, rate, or requests given at once."""
+        spec = self.workload
+        if isinstance(spec, WorkloadSpec):
+            rate = spec.request_rate if spec.request_rate != inf else None
+            return float(spec.max_concurrency or rate or spec.num_prompts or 0)
+        last = float(spec.arrived_at[-1]) if len(spec) else 0.0
+        return float(spec.client.max_concurrency or (len(spec) / last if last else len(spec)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ folders of our own runs and of validations against a server (`run`). A folder of
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from engine.documents import check_table, read_json, read_yaml
 from engine.engine_preset import names as engine_names
 from engine.errors import InputError
 from engine.results.tables import Array
 from engine.scheduling.content import Content, own
+from engine.specs import catalog
 from engine.workload.client import ClientSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from studies.measured.point import Measurements, Point
@@ -110,7 +112,10 @@ class _Reader:
         if path.suffix == ".json":
             return self._vllm(path)
         try:
+            check_table(path, _MOST_BYTES)
             frame = pd.read_csv(path, skipinitialspace=True)
+        except InputError:
+            raise
         except (OSError, ValueError, pd.errors.ParserError) as error:
             raise InputError(f"{path} can't be read as CSV: {' '.join(str(error).split())[:200]}") from None
         if not len(frame):
@@ -130,14 +135,14 @@ class _Reader:
     def run_folder(self, path: Path) -> Measurements:
         """Read a folder of our own `bench`, or what `validate --against URL` measured of the server."""
         import pyarrow.parquet as pq
-        import yaml
 
+        hint = "give a folder that bench or simulate has written"
         results = path / SERVER if (path / SERVER).is_dir() else path
+        summary = read_json(results / "summary.json", hint)
+        config = read_yaml(path / "config.yaml", hint)
         try:
-            summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
             table = pq.read_table(results / "requests.parquet").to_pandas().sort_values("request_id")
-        except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path} is no run's folder: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(config, dict) or not isinstance(summary, dict):
             raise InputError(f"{path} is no run's folder: its config.yaml or summary.json holds no mapping")
@@ -312,6 +317,10 @@ class _Reader:
         rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
         prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
         device = _device(str(row["hardware"]))
+        assumed = list(source.assumed)
+        if (card := source.cards.get(device)) is not None:
+            assumed.append(f"{row['hardware']} is {card}")
+            device = card
         settings = {**source.settings(device), "model": str(row["model"]), "device": device}
         for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
             if _given(row.get(key)):
@@ -332,16 +341,11 @@ class _Reader:
             warmup_requests=number if _given(later) and float(str(later)) > 0 else 0,
             load=f"{rate:g} requests/s",
             source=source_name,
-            assumed=tuple(source.assumed),
+            assumed=tuple(assumed),
         )
 
     def _vllm(self, path: Path) -> Measurements:
-        try:
-            if path.stat().st_size > _MOST_BYTES:
-                raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: no benchmark's result is")
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} can't be read as JSON: {' '.join(str(error).split())[:200]}") from None
+        data = read_json(path, "give a result of vLLM's benchmark", _MOST_BYTES, constants=True)
         if not isinstance(data, dict) or not set(data) >= _VLLM_KEYS:
             raise InputError(f"{path} is no result of vLLM's benchmark: it lacks {', '.join(sorted(_VLLM_KEYS))}")
         settings = {**(self.chosen[1].settings("") if self.chosen else {}), "model": data.get("model_id")}
@@ -491,9 +495,12 @@ def _precision(row: Settings) -> dict[str, str]:
 
 
 def _device(hardware: str) -> str:
-    """The device's name in the catalogue, from how a table spells it."""
-    words = hardware.lower().replace("nvidia", "").replace("gpu", "").replace("-", "_").split()
-    return "_".join(words)
+    """The device's name in the catalogue, from how a table spells it: the card, and its form where that is said."""
+    words = [word for word in re.split(r"[^a-z0-9]+", hardware.lower()) if word and word not in ("nvidia", "gpu")]
+    forms = [form for form in ("pcie", "sxm") if any(word.startswith(form) for word in words)]
+    short = "_".join([*words[:1], *forms[:1]])
+    whole = "_".join(words)
+    return whole if catalog.is_name("device", whole) or not catalog.is_name("device", short) else short
 
 
 def _named(columns: str | None) -> dict[str, str]:

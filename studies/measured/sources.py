@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engine.documents import read_yaml
 from engine.errors import InputError, unknown
 
 _FOLDER = Path(__file__).parent
@@ -35,6 +35,16 @@ class Client(BaseModel):
     statistic: Literal["mean", "median"] = "mean"
 
 
+class Alternative(BaseModel):
+    """What rows of a source might have had instead of what is assumed."""
+
+    model_config = ConfigDict(extra="forbid")
+    instead: str
+    settings: dict[str, Any] = {}
+    requests_per_user: int | None = Field(None, ge=1, le=10_000)
+    first_wave_left_out: bool = False
+
+
 class Source(BaseModel):
     """What a kind of results file leaves open."""
 
@@ -45,6 +55,7 @@ class Source(BaseModel):
     engine: str | None = None
     usage: str | None = None
     device: str | None = None  # where the file's words leave it open
+    cards: dict[str, str] = {}  # devices by names that leave open which card it is
     client: str = "vllm-bench"
     max_num_batched_tokens: int | str | None = None  # or "isl + concurrency"
     max_num_seqs: int | str | None = None  # or "concurrency"
@@ -58,6 +69,7 @@ class Source(BaseModel):
     num_prompts_in_turn: int | None = Field(None, ge=1)
     warmup_requests: int | None = Field(None, ge=0)
     assumed: list[str] = []
+    alternatives: list[Alternative] = []
 
     def settings(self, device: str, isl: int = 0, concurrency: int = 0) -> dict[str, Any]:
         """Return the settings of a replica that it decides, for a row of a device, input length and concurrency."""
@@ -100,10 +112,8 @@ def source(name: str) -> Source:
             raise unknown("source", name, known)
         return known[name]
     try:
-        data = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        return Source(**(data or {}))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        raise InputError(f"source {name} can't be read: {' '.join(str(error).split())[:200]}") from None
+        data = read_yaml(Path(name), "give a YAML file of a source's keys")
+        return Source.model_validate({} if data is None else data)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"source {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

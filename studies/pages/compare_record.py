@@ -6,7 +6,6 @@ print(differing_settings(sides), headline(sides))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
+from engine import documents
 from engine.errors import InputError
 from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
@@ -24,12 +23,13 @@ from engine.results.tables import Array
 from studies.pages.run_record import NOT_SET, Record, flat, read_record
 from studies.words import statistic_name
 
-Kind = Literal["run", "search", "sweep", "study", "validation"]
+Kind = Literal["run", "search", "sweep", "study", "validation", "plan"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
 _NEAR = 0.01  # numbers nearer to each other than this share are as good as each other
 LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
 _MARKS: dict[str, Kind] = {
     "validation.json": "validation",
+    "plan.json": "plan",
     "sweep.json": "sweep",
     "search.json": "search",
     "study.json": "study",
@@ -117,7 +117,8 @@ def kind_of(folder: Path) -> Kind:
         raise InputError(f"{folder} is no finished run: it lacks {' and '.join(missing)}")
     if (folder / "settings.json").is_file():
         raise InputError(f"{folder} is an unfinished search: the same command again goes on with it")
-    raise InputError(f"{folder} is no folder of a run, search, sweep, study or validation: it has none of their files")
+    kinds = "a run, search, sweep, plan, study or validation"
+    raise InputError(f"{folder} is no folder of {kinds}: it has none of their files")
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -137,7 +138,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a file holds."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = documents.read_json(path, "is all of it there?")
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no object: is all of it there?")
     return values
 
 
@@ -148,7 +151,7 @@ def readable(folder: Path, kind: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder} can't be read as a {kind} ({why}): is all of it there?") from error
 

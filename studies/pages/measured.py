@@ -15,7 +15,7 @@ from studies.measured.judge import groups_of
 from studies.measured.point import MEASURES
 from studies.pages.figures import BAD, SERIES, Panel, Points, predicted_by_measured
 from studies.pages.page import Page, cards, details, facts_table, footer, header, numbers_table
-from studies.words import mean_error, percent
+from studies.words import effect_words, mean_error, percent
 
 _NAMES = {"tpot": "TPOT", "ttft": "TTFT", "e2e": "E2E", "throughput": "Throughput"}
 _MOST_GROUPS = len(SERIES)
@@ -45,6 +45,9 @@ def write_measured(results: Mapping[str, Any], path: Path) -> Path:
         "Predicted and measured", [_scatter(records, measure) for measure in MEASURES if _has(records, measure)]
     )
     page.add_panels("By group", [Panel("Errors by group", _GROUPS, table=_groups(results))])
+    if results["effects"]:
+        rows = ((f"had it been {each['instead']}", effect_words(each)) for each in results["effects"])
+        page.add(details("What other assumptions would change", facts_table(rows)))
     page.add(details(f"All {len(records):,} points", _points(records)))
     if results["refused"]:
         page.add(

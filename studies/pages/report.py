@@ -19,6 +19,7 @@ from studies.pages.capacity_record import read_search, read_sweep
 from studies.pages.compare import runs_page, validations_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
 from studies.pages.page import Page, library_beside, with_library
+from studies.pages.plan import write_plan
 from studies.pages.run import render
 from studies.pages.validation import validation_page
 
@@ -49,15 +50,17 @@ def write_page(folders: Sequence[Path], output: Path | None = None, standalone: 
     try:
         if len(folders) == 1:
             return _write_one(folders[0], kinds[folders[0]], path, standalone)
-        return _side_by_side(names, kinds).write(path, standalone)
+        with readable(Path(" and ".join(map(str, folders))), "comparison"):
+            page = _side_by_side(names, kinds)
+        return page.write(path, standalone)
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror or error}): give another --output") from error
 
 
 def _check_together(kinds: dict[Path, Kind]) -> None:
     for folder, kind in kinds.items():
-        if kind == "study":
-            raise InputError(f"{folder} is a study, whose page stands alone ({_own_page(folder, kind)}): leave it out")
+        if kind in ("study", "plan"):
+            raise InputError(f"{folder} is a {kind}, whose page stands alone ({_own_page(folder, kind)}): leave it out")
     if not any(set(kinds.values()) <= together for together in _TOGETHER):
         first: dict[Kind, Path] = {}
         for folder, kind in kinds.items():
@@ -99,12 +102,17 @@ def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
     if kind == "validation":
         with readable(folder, kind):
             return validation_page(read_json(folder / "validation.json")).write(path, standalone)
+    if kind == "plan":
+        return write_plan(folder, path, standalone)
     name = folder.resolve().name
-    if kind == "search":
-        return search_page(read_search(folder, name)).write(path, standalone)
-    if kind == "sweep":
-        return capacities_page([read_sweep(folder, name)], []).write(path, standalone)
-    return render(read_side(folder, name).record).write(path, standalone)
+    with readable(folder, kind):
+        if kind == "search":
+            page = search_page(read_search(folder, name))
+        elif kind == "sweep":
+            page = capacities_page([read_sweep(folder, name)], [])
+        else:
+            page = render(read_side(folder, name).record)
+    return page.write(path, standalone)
 
 
 def _copy(page: Path, path: Path, standalone: bool) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.results.metric_table import METRICS
 from engine.results.metrics import burst_finding, describe_slo, summary_key
+from studies.pages.batch_figures import batch_panels
 from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.ranges import ranges
 from studies.pages.run_figures import panels
@@ -52,6 +53,8 @@ def render(record: Record) -> Page:
         page.add_panels(heading, group)
         if heading == "Latency":
             page.add(_latency_table(record.summary))
+    if batches := batch_panels(record.summary):
+        page.add_panels("Batches", batches)
     page.add(_about(record))
     return page
 
@@ -213,6 +216,10 @@ def _latency_table(summary: Mapping[str, Any]) -> str:
         (metric.name, [_latency(summary, statistic, key) for statistic in _STATISTICS])
         for key, metric in METRICS.items()
     ]
+    for key, name in (("execution_time", "execution time"), ("preemption_time", "preemption time")):
+        if f"mean_{key}_ms" in summary:
+            values = [summary.get(f"{statistic}_{key}_ms") for statistic in _STATISTICS]
+            rows.append((name, ["-" if value is None else seconds(value / 1e3) for value in values]))
     how = summary.get("token_percentiles", "exact")
     note = "" if how == "exact" else f"<p>Percentiles of TBT: {escape(how)}.</p>"
     return details("Every latency in numbers", numbers_table(heads, rows) + note)
