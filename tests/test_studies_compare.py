@@ -408,7 +408,11 @@ def test_sweeps_alone_and_beside_a_search(place: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "sweep.json", values)
     unlike = read_page(tmp_path).text
     assert unlike.index("These rest on times of unlike kinds") < unlike.index("2 of 4 points have a capacity")
-    assert "Its range over 3 seeds overlaps no other's" in unlike and "estimated (roofline)" in unlike
+    assert "Most per GPU of those whose times are calibrated: h100: 2.5" in unlike
+    assert "estimated (roofline): a100: 2 requests/s" in unlike and "told apart" not in unlike
+    values["points"][0]["predictor"] = "calibrated"
+    write_json(tmp_path / "sweep.json", values)
+    assert "Its range over 3 seeds overlaps no other's; errors of the predicted times" in read_page(tmp_path).text
     both = read_page(place / "sweep", place / "s-vllm", output=tmp_path / "both.html")
     assert "sweep: h100" in both.text and len(both.figures) == 8
 
