@@ -479,9 +479,9 @@ def test_files_that_cannot_be_read(place: Path, tmp_path: Path) -> None:
         folder = tmp_path / name
         shutil.copytree(place / "sarathi", folder)
         (folder / name).write_bytes(spoiled)
-        with pytest.raises(InputError, match="can't be read as a run|is not JSON|is not YAML"):
+        with pytest.raises(InputError, match=r"can't be read as a run|is not JSON|is not YAML"):
             write_page([folder], tmp_path / "out.html")
-        with pytest.raises(InputError, match="can't be read as a run|is not JSON|is not YAML"):
+        with pytest.raises(InputError, match=r"can't be read as a run|is not JSON|is not YAML"):
             write_page([folder, place / "piped"], tmp_path / "out.html")
     for name in ("search", "sweep", "validation"):
         folder = tmp_path / name
