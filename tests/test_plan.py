@@ -148,9 +148,7 @@ def test_no_simulated_capacity_is_above_its_bound(budget: int, slos: list[str]) 
 
 
 @pytest.fixture(scope="module")
-def planned(
-    tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any], str]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("plan") / "small"
     with pytest.MonkeyPatch.context() as patched:
         for name in ("FLEET_S", "DRAW_S", "CURVE_S"):
