@@ -72,8 +72,9 @@ class Truth:
         needed = self.needed[i] if self.alone[i] else inf
         if job["what"] == "bound":
             carried = 100.0 / self.needed[i]
-            return {"status": "done", "most": carried * (1 + self.loose[i]), "likely": carried * (1 + self.loose[i] / 3),
-                    "replica": {"num_gpus": job["gpus"]}, "step": 1, "notes": [], "tokens": [1.0, 1.0]}  # fmt: skip
+            most, likely = (carried * (1 + self.loose[i] / part) for part in (1, 3))
+            return {"status": "done", "most": most, "likely": likely, "replica": {"num_gpus": job["gpus"]},
+                    "step": 1, "notes": [], "tokens": [1.0, 1.0]}  # fmt: skip
         if job["what"] == "size":
             self.sized += 1
             found = smallest_fleet(lambda n: n >= needed, job["likely"], least=job["least"], most=job["most"],
@@ -148,9 +149,7 @@ def test_no_simulated_capacity_is_above_its_bound(budget: int, slos: list[str]) 
 
 
 @pytest.fixture(scope="module")
-def planned(
-    tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any], str]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("plan") / "small"
     with pytest.MonkeyPatch.context() as patched:
         for name in ("FLEET_S", "DRAW_S", "CURVE_S"):
@@ -265,7 +264,8 @@ def test_bad_input_is_one_clear_line(changed: list[str], words: str, tmp_path: P
 def test_a_model_that_fits_nowhere_says_so(tmp_path: Path) -> None:
     code, message = cli.main.run(
         ["plan", "--model", "meta-llama/Meta-Llama-3-70B", "--devices", "l40s", "--gpu-price", "1",
-         "--request-rate", "1", "--tensor-parallel-size", "1", "--slo", "p99_ttft<=9", "--workers", "1", "--output-dir", str(tmp_path / "no")]
+         "--request-rate", "1", "--tensor-parallel-size", "1", "--slo", "p99_ttft<=9", "--workers", "1",
+         "--output-dir", str(tmp_path / "no")]
     )  # fmt: skip
     assert code == 2 and "no point of the plan can run" in message and "GiB" in message
 
