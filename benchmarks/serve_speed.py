@@ -62,8 +62,9 @@ def streams(count: int, folder: Path) -> bool:
         found = asked("bench", "--url", url, *lengths, "--max-concurrency", str(count), "--num-prompts", str(3 * count),
                       "--output-dir", str(folder / "outside"))  # fmt: skip
     whole = found["total_output_tokens"] == 3 * count * STREAMED_TOKENS
-    print(f"{count:,} streams at once, {3 * count:,} requests: {found['failed']} errors, "
-          f"{found['output_throughput']:,.0f} output tokens/s{'' if whole else ', answers cut short'}")  # fmt: skip
+    cut = "" if whole else ", answers cut short"
+    print(f"{count:,} streams at once, {3 * count:,} requests: {found['failed']} errors{cut}, "
+          f"{found['output_throughput']:,.0f} output tokens/s")  # fmt: skip
     return whole and found["failed"] == 0
 
 

@@ -368,11 +368,19 @@ def _short_names() -> dict[str, str]:
     return short
 
 
+_LATENT = re.compile(r"(?i)deepseek[-_.]?(v[23]|r1)(?!.*distill)|kimi[-_]k2")  # families whose attention is latent
+
+
 def model(name_or_path: str) -> ModelSpec:
     """The model of that Hugging Face name, or of a folder or config.json; InputError if there is neither."""
     found = _find(MODELS, _short_names(), name_or_path)
     if found is None and _is_file(name_or_path, (".json",)):
         return hf_config.read(name_or_path)
+    if found is None and _LATENT.search(name_or_path):
+        raise InputError(
+            f"{name_or_path} has multi-head latent attention (MLA), whose cache and kernels are not modelled: choose "
+            "another model"
+        )
     if found is None:
         short = (name.split("/")[1] for name in MODELS)
         error = unknown("model", name_or_path, MODELS if "/" in name_or_path else short)
