@@ -50,7 +50,7 @@ def kv_aware(rng: np.random.Generator) -> Router:
 
 
 class PrefixAware:
-    """The replica that was sent the longest part of the prompt, unless it has over MOST_LOAD times its share of requests.
+    """The replica that was sent the longest part of the prompt, unless that has MOST_LOAD times its share of requests.
 
     It remembers as many blocks of each replica as that has, the latest used (bounded loads: Mirrokni et al. 2018).
     Among equals the replica with the fewest outstanding requests.
