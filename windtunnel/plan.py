@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
 from math import inf, prod
 from pathlib import Path
@@ -110,21 +111,9 @@ def make_plan(
         "contents": {**known, **_files(shared)},
         "bounds": bounds,
     }
+    planner = Planner(candidates, rate, config.uncertainty or DRAWS, bounds)
     with open_search(folder, identity):
-        planner = Planner(candidates, rate, config.uncertainty or DRAWS, bounds)
-        several = workers or os.cpu_count() or 1
-        if ray_address is not None:
-            results = work_off_on_ray(work, planner.jobs(), ray_address)
-        elif several == 1:
-            results = in_turn(work, planner.jobs())
-        else:
-            results = work_off(work, planner.jobs(), several, reuse=True)
-        try:
-            for job, result in results:
-                planner.take(job, result)
-                on_progress(*_progress(planner))
-        finally:
-            results.close()  # type: ignore[attr-defined]
+        _work_off(planner, workers or os.cpu_count() or 1, ray_address, on_progress)
         _check_any(planner)
         best = planner.best
         assert best is not None
@@ -140,7 +129,21 @@ def make_plan(
         }
         write_json(folder / PLAN_FILE, found)
         _write_config(folder / "best.yaml", best, found["best"]["replicas"])
-        return found
+    return found
+
+
+def _work_off(planner: Planner, workers: int, ray_address: str | None, on_progress: Progress) -> None:
+    """Do a plan's jobs, in this process, in several, or on a Ray cluster."""
+    if ray_address is not None:
+        results = work_off_on_ray(work, planner.jobs(), ray_address)
+    elif workers == 1:
+        results = in_turn(work, planner.jobs())
+    else:
+        results = work_off(work, planner.jobs(), workers, reuse=True)
+    with closing(results):  # type: ignore[type-var]
+        for job, result in results:
+            planner.take(job, result)
+            on_progress(*_progress(planner))
 
 
 def _shared(settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import count, islice, takewhile
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
@@ -61,6 +61,8 @@ def work_off(
     has to wait for the next result.
     """
     workers = min(workers, MOST_WORKERS)
+    if isinstance(jobs, Sized):
+        workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     waiting, numbers, left = iter(jobs), count(), True
