@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-REPLICA = "--model mistralai/Mistral-7B-v0.1 --device a100 --engine vllm@0.15 --num-replicas 4".split()
+REPLICA = ["--model", "mistralai/Mistral-7B-v0.1", "--device", "a100", "--engine", "vllm@0.15", "--num-replicas", "4"]
 BOUNDS = {"p50": (0.002, 0.03), "p99": (0.020, 0.05)}  # seconds, or a share
 STREAMED_TOKENS = 64
 
@@ -62,14 +62,15 @@ def streams(count: int, folder: Path) -> bool:
         found = asked("bench", "--url", url, *lengths, "--max-concurrency", str(count), "--num-prompts", str(3 * count),
                       "--output-dir", str(folder / "outside"))  # fmt: skip
     whole = found["total_output_tokens"] == 3 * count * STREAMED_TOKENS
-    print(f"{count:,} streams at once, {3 * count:,} requests: {found['failed']} errors, {found['output_throughput']:,.0f} "
-          f"output tokens/s{'' if whole else ', answers cut short'}")  # fmt: skip
+    cut = "" if whole else ", answers cut short"
+    print(f"{count:,} streams at once, {3 * count:,} requests: {found['failed']} errors{cut}, "
+          f"{found['output_throughput']:,.0f} output tokens/s")  # fmt: skip
     return whole and found["failed"] == 0
 
 
 def times(requests: int, folder: Path) -> bool:
     """Return whether times from outside are within bounds of the simulation of the same arrivals."""
-    load = "--workload fixed --input-len 64 --output-len 16 --request-rate 200".split()
+    load = ["--workload", "fixed", "--input-len", "64", "--output-len", "16", "--request-rate", "200"]
     with serving(folder / "timed") as url:
         found = asked("validate", "--against", url, *REPLICA, *load, "--num-prompts", str(requests),
                       "--output-dir", str(folder / "check"))  # fmt: skip

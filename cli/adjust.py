@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cli.output import progress_bar
 from engine.errors import InputError
-from engine.results.files import write_whole
+from engine.results.files import check_output, write_whole
 from studies.measured.point import MEASURES
 from windtunnel.measured import adjust_preset
 
@@ -22,8 +22,7 @@ def run(results: Path, given: dict[str, Any], output: Path, **options: Any) -> N
         raise InputError(f"--output {output}: give a name that ends in .yaml")
     if output.exists():
         raise InputError(f"--output {output} exists: give another name, or remove it")
-    if not output.parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.parent}")
+    check_output(output)
     console = Console(highlight=False, soft_wrap=True)
     with progress_bar("simulations") as progress:
         task = progress.add_task("fitting", total=None)

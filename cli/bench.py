@@ -42,7 +42,7 @@ def run(config: BenchConfig, output_dir: Path | None, *, as_json: bool, chrome_t
     spec = engine_spec(replica, group.model, config, config.seed)
     workload = make_workload(config.workload_spec(spec.max_model_len))
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    _check_names(config, group)
+    check_names(config, group)
     target = output_dir or default_folder(replica, workload.name, "bench-")
     with run_folder(target) as folder, kept_if_interrupted(folder, target, "requests.parquet"):
         with progress_bar("requests") as progress:
@@ -92,7 +92,7 @@ def only_group(config: BenchConfig) -> ReplicaGroup:
     return groups[0]
 
 
-def _check_names(config: BenchConfig, group: ReplicaGroup) -> None:
+def check_names(config: BenchConfig, group: ReplicaGroup) -> None:
     """Check the names that only a simulation of the run's config looks up. Raises InputError for an unknown one."""
     for what, name, known in (("predictor", group.predictor, PREDICTORS), ("router", config.router, ROUTERS)):
         if name not in known:

@@ -19,7 +19,7 @@ from engine.errors import InputError, unknown
 from engine.executors.start import need
 from engine.loadgen.client import Endpoint, ServerFacts
 from engine.loadgen.generator import Generator, Measured
-from engine.loadgen.prompts import APPROXIMATE, Prompts
+from engine.loadgen.prompts import APPROXIMATE, NO_WORDS, Prompts
 from engine.results.files import write_json
 from engine.results.metrics import summarize, tbt_percentiles
 from engine.results.recorder import ITERATION_COLUMNS, Recorder
@@ -51,6 +51,7 @@ class Load:
     endpoint: Endpoint
     prompts: Prompts
     ignore_eos: bool
+    tokenizer: Path | None
 
     async def send(self, recorder: Recorder, on_progress: Callable[[int], None]) -> Measured:
         """Send it and measure."""
@@ -95,7 +96,7 @@ def prepare(
     spec = without.workload_spec(limit)
     workload = make_workload(spec)
     prompts = Prompts(workload, config.seed, codec, chat=chat)
-    return Load(facts, name, workload, spec, endpoint, prompts, server["ignore_eos"])
+    return Load(facts, name, workload, spec, endpoint, prompts, server["ignore_eos"], config.tokenizer)
 
 
 def run(
@@ -115,7 +116,7 @@ def run(
         with progress_bar("requests") as progress:
             task = progress.add_task("sending", total=len(load.workload))
             measured = measure(load, recorder, lambda ended: progress.update(task, completed=ended))
-        summary = summary_of(load, measured, recorder, slos, config.tokenizer is not None)
+        summary = summary_of(load, measured, recorder, slos)
         write_config(folder, full_paths({**config.workload_settings(len(load.workload)), "model": load.model}))
         write_tables(folder, measured)
         write_summary(folder, summary)
@@ -159,15 +160,13 @@ def measure(load: Load, recorder: Recorder, on_progress: Callable[[int], None]) 
     return measured
 
 
-def summary_of(
-    load: Load, measured: Measured, recorder: Recorder, slos: list[SLO], exact_prompts: bool
-) -> dict[str, Any]:
+def summary_of(load: Load, measured: Measured, recorder: Recorder, slos: list[SLO]) -> dict[str, Any]:
     """Return the summary of a measured load, as of any run."""
     workload = load.workload
     summary = summarize(recorder.requests(), recorder.gaps, slos, measured.sent, workload.num_dropped, workload.client)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
-    approximate = [] if exact_prompts else [APPROXIMATE]
+    approximate = [] if load.prompts.exact else [APPROXIMATE if load.tokenizer is None else NO_WORDS]
     summary["workload_notes"] = [*workload.notes, *approximate, *measured.notes()]
     summary["router"] = "none"
     summary["version"] = version("windtunnel")

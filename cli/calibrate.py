@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.errors import InputError
+from engine.results.folders import owned
 from engine.specs import DeviceSpec, catalog
 from engine.specs.device_folder import CALIBRATIONS, PROFILE_FILE
 from profiler.importers import SOURCES, Selection, read_source
 from profiler.importers.common import OtherDeviceError
 from simulator.predictor import calibration as store
 from simulator.predictor import calibration_errors, calibration_fit
-from simulator.predictor.check import check_iterations, profiled_device
+from simulator.predictor.check import check_iterations, profiled_device, profiled_models, read_iterations
 from simulator.predictor.kinds import KINDS
 from studies.calibration.kinds import page_of
 
@@ -89,34 +90,43 @@ def fit(
         )
         raise InputError(f"no device given: add --device NAME{hint}")
     device = profiled_device(profiles[0]) if device_name is None else catalog.device(device_name)
+    for place in profiles:  # what is damaged is said before anything is written
+        read_iterations(place)
+        profiled_models(place)
     shipped = CALIBRATIONS / device.name
     if versions := [text for text in select.software if not text.startswith("nccl@")]:
         engine, _, version = versions[0].partition("@")
         shipped /= f"{engine}@{'.'.join(version.split('.')[:2])}"
     folder = output_dir or (profiles[0] / "calibration" if profiles else shipped)
-    there = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
-    ours = {name for name in there if store.kind_name(name) in KINDS and name.endswith(".json")} | {*store.NOT_KINDS}
-    if foreign := sorted(there - ours):
-        raise InputError(
-            f"{folder} holds {foreign[0]}, which does not belong to a calibration: give another --output-dir"
-        )
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    frames = [read(source, device, select) for source in sources]
-    if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
-        lacking = [source for source, frame in zip(sources, frames, strict=True) if not _has_attention(frame)]
-        frames += [frame for source in lacking for frame in _attention_elsewhere(source, device, select)]
-    for frame in frames:
-        for note in frame.attrs.get("notes", []):
-            console.print(f"note: {note}", style="dim")
-    calibration = calibration_fit.fit(device, frames, on_progress=lambda line: console.print(f"fitting {line}"))
-    if there:
-        console.print(f"replacing the calibration in {folder}")
-    written = store.save(calibration, folder, None if folder == shipped else device)
-    if profiles:
-        shutil.copyfile(profiles[0] / PROFILE_FILE, folder / PROFILE_FILE)  # where and with what it was measured
-        written.add(PROFILE_FILE)
-    for name in there - written:  # of the fit before
-        (folder / name).unlink()
+    with owned(folder):
+        for name in (*KINDS, *store.NOT_KINDS):  # half-written by a fit that was killed
+            for path in folder.glob(f".{name.removesuffix('.json')}*.json.part"):
+                path.unlink()
+        there = {path.name for path in folder.iterdir() if path.is_file()}
+        ours = {name for name in there if store.kind_name(name) in KINDS and name.endswith(".json")} | {
+            *store.NOT_KINDS
+        }
+        if foreign := sorted(there - ours):
+            raise InputError(
+                f"{folder} holds {foreign[0]}, which does not belong to a calibration: give another --output-dir"
+            )
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        frames = [read(source, device, select) for source in sources]
+        if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
+            lacking = [source for source, frame in zip(sources, frames, strict=True) if not _has_attention(frame)]
+            frames += [frame for source in lacking for frame in _attention_elsewhere(source, device, select)]
+        for frame in frames:
+            for note in frame.attrs.get("notes", []):
+                console.print(f"note: {note}", style="dim")
+        calibration = calibration_fit.fit(device, frames, on_progress=lambda line: console.print(f"fitting {line}"))
+        if there:
+            console.print(f"replacing the calibration in {folder}")
+        written = store.save(calibration, folder, None if folder == shipped else device)
+        if profiles:
+            shutil.copyfile(profiles[0] / PROFILE_FILE, folder / PROFILE_FILE)  # where and with what it was measured
+            written.add(PROFILE_FILE)
+        for name in there - written:  # of the fit before
+            (folder / name).unlink()
     show_calibration(calibration)
     for place in profiles:
         for name, errors in check_iterations(replace(device, calibration=str(folder)), place).items():

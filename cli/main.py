@@ -23,6 +23,7 @@ from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
 from windtunnel.settings import (
+    SEEDS,
     TOLERANCE,
     BenchConfig,
     FileConfig,
@@ -121,12 +122,23 @@ def simulate(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
+    operator_times: Annotated[
+        bool,
+        typer.Option("--operator-times", help="Also work out the run's time by kind of operator (a second or two)."),
+    ] = False,
 ) -> None:
     """Simulate a deployment under a load and write a report."""
     from cli.clock import STARTED
     from cli.simulate import run
 
-    run(_load_config(config, flags, FileConfig), output_dir, as_json=json_, chrome_trace=chrome_trace, started=STARTED)
+    run(
+        _load_config(config, flags, FileConfig),
+        output_dir,
+        as_json=json_,
+        chrome_trace=chrome_trace,
+        operator_times=operator_times,
+        started=STARTED,
+    )
 
 
 def _simulated_alone(flags: dict[str, Any]) -> None:
@@ -174,6 +186,10 @@ def bench(
         from cli.bench_url import run as run_on_server
 
         LoadConfig.check(flags)
+        if save_result is not None:
+            from engine.results.files import check_output
+
+            check_output(save_result, "--save-result")
         load = _load_config(config, flags, LoadConfig)
         server = {"url": url, "flag": "--url", "endpoint": endpoint, "timeout": timeout, "api_key": api_key,
                   "ignore_eos": ignore_eos}  # fmt: skip
@@ -342,6 +358,15 @@ def search(
         str | None,
         typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Workloads of other seeds to find each capacity for, for its range; 1: none.")
+    ] = SEEDS,
+    curve: Annotated[
+        bool, typer.Option(help="Also simulate loads beyond each capacity, for the page's latency against load.")
+    ] = True,
+    keep_runs: Annotated[
+        bool, typer.Option("--keep-runs", help="Keep every trial's tables in a sweep, not only settings and summary.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Number of processes of a sweep. Default: one per core.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute a sweep over.")] = None,
     confirm: Annotated[
@@ -359,10 +384,58 @@ def search(
         output_dir,
         sweep=sweep,
         tolerance=tolerance,
+        seeds=seeds,
+        curve=curve,
+        keep_runs=keep_runs,
         gpu_price=gpu_price,
         workers=workers,
         ray_address=ray,
         confirm_top=top_k if confirm else 0,
+        as_json=json_,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+@partial(_with_settings, RunConfig)
+def plan(
+    *,
+    flags: dict[str, Any],
+    devices: Annotated[
+        str | None, typer.Option(help="Devices to choose from, separated by commas: h100_sxm,a100_sxm,l40s.")
+    ] = None,
+    gpu_price: Annotated[
+        str | None, typer.Option(help="Price in dollars per GPU-hour: 2.5, or h100_sxm=2.5,a100_sxm=1.5.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results. Default: in runs/, by the settings: the same command resumes."),
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Size every point, also those that bounds dismiss.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute the plan over.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON on the last line.")] = False,
+) -> None:
+    """Find the cheapest fleet that meets the SLOs at a request rate, and its price.
+
+    Layouts, engines, --quantization, --max-num-batched-tokens and --max-num-seqs may be lists, separated by commas.
+    """
+    from cli.plan import run
+
+    code = run(
+        config,
+        flags,
+        devices=devices,
+        gpu_price=gpu_price,
+        workers=workers,
+        ray_address=ray,
+        exhaustive=exhaustive,
+        output_dir=output_dir,
         as_json=json_,
     )
     raise typer.Exit(code)
@@ -395,11 +468,14 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="HTML file to write. Default: in the folder; comparison.html for several.")
     ] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="Put the plot library into the page, to send it as one file.")
+    ] = False,
 ) -> None:
     """Write one offline page about a run, search, sweep, study or validation, or about several side by side."""
     from cli.report import run
 
-    run(folders, output)
+    run(folders, output, standalone)
 
 
 @app.command()
@@ -573,8 +649,10 @@ def _truth(
     ] = None,
 ) -> None:
     """Write the page of predictions beside public measurements of servers."""
+    from engine.results.files import check_output
     from windtunnel.truth import write_truth
 
+    check_output(output)
     write_truth(output, public, lambda name: print(name, file=sys.stderr))
 
 
@@ -623,9 +701,11 @@ def _report(
 ) -> None:
     """Write a page about a device's calibration: held-out errors, measured and predicted."""
     from cli.calibrate import read
+    from engine.results.files import check_output
     from engine.specs import catalog
     from studies.pages.calibration import report
 
+    check_output(output)
     known = catalog.device(device)
     print(f"report: {report(device, [read(text, known) for text in source or []], output)}")
 
@@ -635,8 +715,11 @@ def _accuracy(
     output: Annotated[Path | None, typer.Option(help="Markdown file to write. Default: print.")] = None,
 ) -> None:
     """Print or write the held-out errors of the calibrations that ship."""
+    from engine.results.files import check_output
     from studies.calibration.accuracy import write_accuracy
 
+    if output is not None:
+        check_output(output)
     write_accuracy(output)
 
 
@@ -654,19 +737,29 @@ def _study_list() -> None:
 
 @study.command("run")
 def _study_run(
-    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`.")],
+    name: Annotated[str, typer.Argument(help="Name of a study, from `windtunnel study list`, or all.")],
     model: Annotated[
         str | None, typer.Option(help="Run only the models whose name contains this. Default: all.")
     ] = None,
     host_overhead: Annotated[
         str | None,
-        typer.Option(help="Host overhead. Default: both sarathi_osdi24 (as published) and cuda_graphs."),
+        typer.Option(
+            help="Host overhead. Default: sarathi_osdi24 (as published), cuda_graphs, and beside them "
+            "sarathi_osdi24_fig2 and two placebos."
+        ),
     ] = None,
     num_prompts: Annotated[int | None, typer.Option(help="Requests per run. Default: the study's.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Draws of the requests, seeds from 0; tables show medians. Default: 3.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Number of processes. Default: one per core.")] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for the results; an interrupted study in it resumes. Default: runs/studies/NAME."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to keep the results in; the page of all that it has is written beside it."),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the results as JSON on the last line.")] = False,
     markdown: Annotated[
@@ -684,8 +777,10 @@ def _study_run(
         model,
         host_overhead,
         num_prompts,
+        seeds,
         workers,
         output_dir,
+        record,
         as_json=json_,
         as_markdown=markdown,
         confirm=confirm,
@@ -730,6 +825,10 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
         code = app(_one_each(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
+    except SystemExit as error:  # of a plugin: our own commands raise typer.Exit
+        if blamed(error) is None:
+            raise
+        return _explained(error)
     except Exception as error:
         return _explained(error)
     if code == 130:
@@ -737,7 +836,7 @@ def run(arguments: list[str] | None = None) -> tuple[int, str]:
     return code, ""
 
 
-def _explained(error: Exception) -> tuple[int, str]:
+def _explained(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the message of an error; raise it again if it is a defect of Windtunnel."""
     plugin = error if isinstance(error, PluginError) else blamed(error)
     if plugin is not None:

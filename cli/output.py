@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from rich.table import Table
 from engine.replica_spec import ReplicaSpec
 from engine.results.metric_table import METRICS
 from engine.results.metrics import describe, summary_key
+from engine.specs.checks import file_name
 
 LINE_S = 30.0
 
@@ -30,7 +32,13 @@ def default_folder(kind: ReplicaSpec, workload: str, prefix: str = "") -> Path:
     """Return the folder of a run that was given none: the time, model, device, policy and workload in its name."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     model = kind.model.name.split("/")[-1]
-    return Path("runs") / f"{stamp}-{prefix}{model}-{kind.device.name}-{kind.scheduler.policy}-{Path(workload).stem}"
+    parts = (model, kind.device.name, kind.scheduler.policy, Path(workload).stem)
+    return Path("runs") / f"{stamp}-{prefix}{'-'.join(map(_part, parts))}"
+
+
+def _part(name: str) -> str:
+    """Return what of a name stands in a folder's: a model's or a trace's may hold anything, and be long."""
+    return file_name("the name", "".join(c if c.isalnum() or c in "._-+@" else "_" for c in name)[:40].lstrip("."))
 
 
 class ProgressBar(Progress):
@@ -148,13 +156,18 @@ def print_ranges(summary: dict[str, Any], console: Console) -> None:
             parts.append(f"{RANGES[name]} {unit * each['low']:.3g} to {unit * each['high']:.3g}")
     drawn = summary["uncertainty"]
     console.print(f"{drawn['covers']:.0%} range of {drawn['draws']:,} reruns with drawn errors: {', '.join(parts)}")
-    for errors in drawn["errors"]:
-        shown = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in errors.items())
-        console.print(f"errors drawn (90 % within): {shown}", style="dim")
+    print_errors([summary], console)
+
+
+def print_errors(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print which errors were drawn of the predicted times, once for each kind of replica."""
+    every = [errors for row in rows if row.get("uncertainty") for errors in row["uncertainty"]["errors"]]
+    lines = [", ".join(f"{name} {share:.0%}" for name, share in list(errors.items())[:5]) for errors in every]
+    for line in dict.fromkeys(lines):
+        console.print(f"errors drawn (90 % within): {line}", style="dim")
 
 
 RANGES = {  # results whose ranges are printed, in words, latencies in seconds
-    "max_qps_under_slo": "capacity (requests/s)",
     summary_key("mean", "ttft"): "mean TTFT (s)",
     summary_key("p99", "ttft"): "P99 TTFT (s)",
     summary_key("mean", "tpot"): "mean TPOT (s)",

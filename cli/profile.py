@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +12,15 @@ from cli.engine import engine_device
 from cli.output import ProgressBar
 from engine.errors import InputError
 from engine.replica_spec import dtype_on
+from engine.results.folders import owned
 from engine.specs import catalog
+from engine.specs.checks import short
+from engine.specs.device_folder import PROFILE_FILE
+from engine.specs.scheduler import MOST_BLOCK, MOST_SEQUENCES
 from profiler.points import Limits
-from profiler.session import duration
+from profiler.session import SAMPLES, duration
+
+MOST_TOKENS = 1 << 24  # of a batch, or a request
 
 DEFAULTS = {
     "cuda": Limits(max_tokens=8192, max_requests=256, max_length=32768, kv_tokens=1 << 20),
@@ -43,11 +50,15 @@ def run(
         raise InputError("no model given: add --models NAME,NAME")
     specs = tuple(catalog.model(name).in_dtype(dtype) for name in names)
     usual = DEFAULTS[known.runs_on]
+    for flag, value, most in (
+        ("max-num-batched-tokens", max_num_batched_tokens, MOST_TOKENS),
+        ("max-num-seqs", max_num_seqs, MOST_SEQUENCES),
+        ("max-model-len", max_model_len, MOST_TOKENS),
+        ("block-size", block_size, MOST_BLOCK),
+    ):
+        if value is not None and not 1 <= value <= most:
+            raise InputError(f"--{flag} {short(value)}: give a whole number from 1 to {most:,}")
     length = max_model_len or min(usual.max_length, *(spec.max_position_embeddings for spec in specs))
-    for flag, value in (("max-num-batched-tokens", max_num_batched_tokens), ("max-num-seqs", max_num_seqs),
-                        ("max-model-len", length), ("block-size", block_size)):  # fmt: skip
-        if value is not None and value < 1:
-            raise InputError(f"--{flag} {value}: give a whole number of at least 1")
     limits = Limits(
         max_tokens=max_num_batched_tokens or min(usual.max_tokens, length),
         max_requests=max_num_seqs or usual.max_requests,
@@ -56,28 +67,30 @@ def run(
     )
     sizes = tuple(_positive(text, "--tensor-parallel-sizes") for text in tensor_parallel_sizes.split(","))
     seconds = duration(budget)
-    from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
+    with owned(output_dir, ours=(PROFILE_FILE, SAMPLES)):
+        from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
 
-    spec = ProfileSpec(
-        device=device_here(known.runs_on) if device == "auto" else known,
-        models=specs,
-        tensor_parallel_sizes=sizes,
-        dtype=dtype,
-        limits=limits,
-        budget_s=seconds,
-        block_size=block_size,
-        attention_backend=attention_backend,
-    )
-    console = Console(highlight=False, soft_wrap=True)
-    shown = TextColumn("{task.fields[samples]} samples, {task.fields[left]} s left")
-    with ProgressBar(TextColumn("{task.description}"), BarColumn(), shown) as progress:
-        task = progress.add_task("starting", total=seconds, samples=0, left=f"{seconds:.0f}")
+        spec = ProfileSpec(
+            device=device_here(known.runs_on) if device == "auto" else known,
+            models=specs,
+            tensor_parallel_sizes=sizes,
+            dtype=dtype,
+            limits=limits,
+            budget_s=seconds,
+            block_size=block_size,
+            attention_backend=attention_backend,
+        )
+        console = Console(highlight=False, soft_wrap=True)
+        shown = TextColumn("{task.fields[samples]} samples, {task.fields[left]} s left")
+        bar = ProgressBar(TextColumn("{task.description}"), BarColumn(), shown)
+        with bar as progress:
+            task = progress.add_task("starting", total=seconds, samples=0, left=f"{seconds:.0f}")
 
-        def on_progress(part: str, samples: int, left: float) -> None:
-            text = f"{max(0.0, left):.0f}"
-            progress.update(task, description=part, completed=seconds - left, samples=samples, left=text)
+            def on_progress(part: str, samples: int, left: float) -> None:
+                text = f"{max(0.0, left):.0f}"
+                progress.update(task, description=part, completed=seconds - left, samples=samples, left=text)
 
-        session = run_profile(spec, output_dir, on_progress)
+            session = run_profile(spec, output_dir, on_progress)
     made = session.provenance
     console.print(
         f"{len(session.samples):,} measurements in {session.spent_s:,.0f} s on {made['hardware']} "
@@ -96,6 +109,6 @@ def run(
 
 
 def _positive(text: str, flag: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise InputError(f"{flag} {text!r}: give whole numbers such as 1,2,4")
+    if re.fullmatch(r"\s*[1-9][0-9]{0,4}\s*", text) is None:
+        raise InputError(f"{flag} {short(text)}: give whole numbers such as 1,2,4")
     return int(text)

@@ -9,11 +9,11 @@ from studies.pages.compare_record import kind_of
 from studies.pages.report import write_page
 
 
-def run(folders: list[Path], output: Path | None) -> Path:
+def run(folders: list[Path], output: Path | None, standalone: bool = False) -> Path:
     """Write the page, and print and return its path."""
     for folder in folders:
         _check_folder(folder)
-    path = write_page(folders, output)
+    path = write_page(folders, output, standalone)
     print(f"report: {path if len(folders) == 1 else path.absolute()}")  # several: beside none of the folders
     return path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -18,21 +17,25 @@ from rich.table import Table
 
 from cli.bench import only_group
 from cli.engine import engine_spec
-from cli.output import print_ranges, progress_bar
+from cli.output import print_errors, progress_bar
 from cli.search_point import confirm_point, search_point
 from engine.errors import InputError
 from engine.results.files import write_json
 from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
+from studies.capacity.ranges import alike, range_of, ranges_in_words
+from studies.capacity.search import check_tolerance
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
-from studies.words import unlike_sources
-from windtunnel.capacity import check_tolerance, checked, deployed, open_search
+from studies.words import times_kind, unlike_sources
+from windtunnel.capacity import checked, deployed, open_search, read_search_file
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
+from windtunnel.prices import price_of
+from windtunnel.prices import prices as parse_prices
 from windtunnel.results import SEARCH_FILE
-from windtunnel.settings import ENGINE_KEYS, BenchConfig, load, read_file
+from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, BenchConfig, load, read_file
 
 SWEEP = "sweep.json"
 
@@ -44,6 +47,9 @@ def run(
     *,
     sweep: Path | None,
     tolerance: float,
+    seeds: int,
+    curve: bool,
+    keep_runs: bool,
     gpu_price: str | None,
     workers: int | None,
     ray_address: str | None,
@@ -53,11 +59,13 @@ def run(
     """Search, write the results and print them. Returns the exit code: 1 if a point crashed."""
     width = None if (sys.stderr if as_json else sys.stdout).isatty() else 160
     console = Console(stderr=as_json, highlight=False, soft_wrap=True, width=width)
-    prices = None if gpu_price is None else _prices(gpu_price)
+    prices = None if gpu_price is None else parse_prices(gpu_price)
     check_tolerance(tolerance)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
-    shared: dict[str, Any] = {"tolerance": tolerance}
+    if not 1 <= seeds <= MOST_DRAWS:
+        raise InputError(f"--seeds {seeds}: give 1 to {MOST_DRAWS:,}")
+    shared: dict[str, Any] = {"tolerance": tolerance, "seeds": seeds, "curve": curve}
     if sweep is None:
         settings = load(config, flags, BenchConfig)
         for plugin in settings.plugin:
@@ -88,24 +96,26 @@ def run(
         folder = output_dir if sweep is None else output_dir / "points" / name_of(change)
         base = {} if sweep is None else values
         every.append({"config": str(config.resolve()) if config else None, "flags": {**base, **change, **given},
-                      "folder": str(folder.absolute()), "tolerance": tolerance})  # fmt: skip
+                      "folder": str(folder.absolute()), "tolerance": tolerance, "seeds": seeds, "curve": curve,
+                      "keep_runs": keep_runs or sweep is None})  # fmt: skip
     identity = {**shared, "version": version("windtunnel"), "contents": _contents(every)}
-    open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity})
-    rows = _search_all(every, changes, workers, ray_address, console)
-    for row in rows:
-        row["requests_per_dollar"] = _per_dollar(row, prices)
-    mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
-    if sweep is not None:
-        write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
-    _print_rows(rows, console, prices is not None)
-    if confirm_top:
-        chosen = sorted((row for row in rows if row["status"] == "done" and row["outcome"] == "found"),
-                        key=lambda row: -row["qps_per_gpu"])[:confirm_top]  # fmt: skip
-        _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
+    with open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity}):
+        rows = _search_all(every, changes, workers, ray_address, console)
+        for row in rows:
+            row["requests_per_dollar"] = _per_dollar(row, prices)
+        mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
         if sweep is not None:
-            write_json(output_dir / SWEEP, {"points": rows, "gpu_price": prices, **shared})
-    console.print(f"results: {output_dir / (SEARCH_FILE if sweep is None else SWEEP)}")
-    console.print(f"draw them: windtunnel report {output_dir}")
+            whole = {"points": rows, "settings": {**values, **given}, "gpu_price": prices, **shared}
+            write_json(output_dir / SWEEP, whole)
+        _print_rows(rows, console, prices is not None)
+        if confirm_top:
+            chosen = sorted((row for row in rows if row["status"] == "done" and row["outcome"] == "found"),
+                            key=lambda row: -row["qps_per_gpu"])[:confirm_top]  # fmt: skip
+            _confirm_all(chosen, [every[rows.index(row)] for row in chosen], console)
+            if sweep is not None:
+                write_json(output_dir / SWEEP, whole)
+        console.print(f"results: {output_dir / (SEARCH_FILE if sweep is None else SWEEP)}")
+        console.print(f"draw them: windtunnel report {output_dir}")
     if as_json:
         print(json.dumps({**(rows[0] if sweep is None else {"points": rows}), "output_dir": str(output_dir)}))
     failed = any(row.get("confirmed", {}).get("status", "done") != "done" for row in rows)
@@ -155,7 +165,7 @@ def _search_all(
     for i, point in enumerate(every):
         path = Path(point["folder"]) / SEARCH_FILE
         if path.is_file():
-            rows[i] = json.loads(path.read_text("utf-8"))
+            rows[i] = read_search_file(path)
         else:
             left.append(i)
     todo = [every[i] for i in left]
@@ -177,20 +187,9 @@ def _search_all(
     return rows
 
 
-def _prices(text: str) -> dict[str, float]:
-    """Return dollars per GPU-hour by device, of "2.5" (any device: "") or "a100=2,h100=4"."""
-    found = {}
-    for part in text.split(","):
-        name, _, price = part.rpartition("=")
-        if re.fullmatch(r"\d*\.?\d+", price.strip()) is None or float(price) == 0:
-            raise InputError(f"--gpu-price {text!r}: give dollars per GPU-hour such as 2.5, or a100=2,h100=4")
-        found[catalog.device(name.strip()).name if name else ""] = float(price)
-    return found
-
-
 def _per_dollar(row: Mapping[str, Any], prices: Mapping[str, float] | None) -> float | None:
     """Return requests per dollar at the capacity; None without a price of its device."""
-    price = (prices or {}).get(row.get("device", ""), (prices or {}).get(""))
+    price = price_of(row.get("device", ""), prices or {})
     if price is None or row["status"] != "done":
         return None
     return float(row["max_qps_under_slo"] * 3600 / (row["num_gpus"] * price))
@@ -200,35 +199,53 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
     """Print a single search as a sentence, several as a table."""
     if len(rows) == 1 and rows[0]["status"] == "done":
         console.print(f"capacity: {rows[0]['words']}", style="bold")
-        if rows[0].get("uncertainty"):
-            print_ranges(rows[0], console)
+        if found := range_of(rows[0]):
+            over = ranges_in_words(rows[0])
+            console.print(f"range: {found[0]:.3g} to {found[1]:.3g} {rows[0]['rate_of']}/s over {over}")
+        print_errors(rows, console)
         _print_unsteady(rows, console)
         console.print(f"{len(rows[0]['trials'])} trials; times: {rows[0]['predictor']}", style="dim")
         return
-    if warning := unlike_sources([row["predictor"] for row in rows if row["status"] == "done"]):
+    done = [row for row in rows if row["status"] == "done"]
+    if warning := unlike_sources([row["predictor"] for row in done]):
         console.print(f"WARNING: {warning}", style="bold red")
     table = Table(box=None, header_style="bold", pad_edge=False)
     things = " or ".join(sorted({row["rate_of"] for row in rows if row.get("rate_of")})) or "requests"
-    columns = ["point", f"capacity ({things}/s)", "per GPU", "P99 TBT (ms)", "P50 TTFT (ms)", "binding SLO", "Pareto"]
+    columns = ["point", f"capacity ({things}/s)", "range", "per GPU", "P99 TBT (ms)", "P50 TTFT (ms)", "binding SLO",
+               "Pareto", "times"]  # fmt: skip
     if priced:
-        columns.insert(3, "requests/$")
+        columns.insert(4, f"{things}/$")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("point", "binding SLO") else "right")
-    for row in sorted(rows, key=lambda row: -(row.get("qps_per_gpu") or -inf)):
+        table.add_column(column, justify="left" if column in ("point", "binding SLO", "times") else "right")
+    ranked = sorted(rows, key=lambda row: -(row.get("qps_per_gpu") or -inf))
+    for row in ranked:
         if row["status"] != "done":
             table.add_row(row["name"], row["status"], *[""] * (len(columns) - 4), row["error"].splitlines()[0])
             continue
-        cells = [f"{row['max_qps_under_slo']:.3g}", f"{row['qps_per_gpu']:.3g}"]
+        found = range_of(row)
+        cells = [f"{row['max_qps_under_slo']:.3g}", f"{found[0]:.3g}-{found[1]:.3g}" if found else "-"]
+        cells.append(f"{row['qps_per_gpu']:.3g}")
         if priced:
             cells.append("-" if row["requests_per_dollar"] is None else f"{row['requests_per_dollar']:.4g}")
         cells += ["-" if row[key] is None else f"{row[key]:.4g}" for key in ("p99_tbt_ms", "p50_ttft_ms")]
-        table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], "*" if row["pareto"] else "")
+        pareto = "*" if row["pareto"] else ""
+        table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], pareto, times_kind(row["predictor"]))
     console.print(table)
-    for row in rows:
-        if row.get("uncertainty"):
-            console.print(row["name"], style="bold") if len(rows) > 1 else None
-            print_ranges(row, console)
+    _print_alike([row for row in ranked if row["status"] == "done"], console)
+    print_errors(done, console)
     _print_unsteady(rows, console)
+
+
+def _print_alike(ranked: list[dict[str, Any]], console: Console) -> None:
+    """Print which points can't be told apart from the best per GPU."""
+    if not ranked or range_of(ranked[0]) is None:
+        return
+    ranges = [range_of(row, "qps_per_gpu") for row in ranked]
+    console.print(f"ranges: over {ranges_in_words(ranked[0])}", style="dim")
+    if others := [ranked[i]["name"] for i in alike(ranges, 0)]:
+        console.print(
+            f"can't be told apart from {ranked[0]['name']} per GPU (their ranges overlap): {'; '.join(others)}"
+        )
 
 
 def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:
@@ -270,22 +287,22 @@ def _confirm_all(rows: list[dict[str, Any]], every: list[dict[str, Any]], consol
         saved = row["plain_search_gpu_hours"] - result["gpu_hours"]
         row["confirmed"] = {**result, "gpu_hours_saved": saved}
         write_json(Path(every[number]["folder"]) / "confirmation.json", row["confirmed"])
-        console.print(f"{row['name']}: {_confirmed_words(row['confirmed'])}")
+        console.print(f"{row['name']}: {_confirmed_words(row['confirmed'], row['rate_of'])}")
 
 
-def _confirmed_words(result: Mapping[str, Any]) -> str:
+def _confirmed_words(result: Mapping[str, Any], things: str) -> str:
     """Return the result of a confirmation in a sentence."""
     low, high = result["confirmed_qps"], result["missed_at_qps"]
     if result["settled"]:
-        found = f"confirmed {low:.3g} requests/s on {result['hardware']} (predicted {result['error']:+.1%})"
+        found = f"confirmed {low:.3g} {things}/s on {result['hardware']} (predicted {result['error']:+.1%})"
     elif not low:
         found = (
-            f"below {high:.3g} requests/s on {result['hardware']}, far from the prediction ('windtunnel validate' "
+            f"below {high:.3g} {things}/s on {result['hardware']}, far from the prediction ('windtunnel validate' "
             "reports where it is wrong)"
         )
     else:
         above = "above it" if high is None else f"at most {high:.3g}"
-        found = f"at least {low:.3g} and {above} requests/s on {result['hardware']}: not settled within the runs"
+        found = f"at least {low:.3g} and {above} {things}/s on {result['hardware']}: not settled within the runs"
     saved = result["gpu_hours_saved"]
     than = f"{abs(saved):.3g} {'fewer' if saved >= 0 else 'more'} than a plain search"
     unit = "CPU-hours" if result["on"] == "cpu" else "GPU-hours"

@@ -24,7 +24,8 @@ from windtunnel.settings import BenchConfig, load
 def search_point(point: dict[str, Any]) -> dict[str, Any]:
     """Search one point's capacity, in its folder."""
     settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
-    return search_capacity(settings, point["tolerance"], Path(point["folder"]))
+    how = {name: point[name] for name in ("seeds", "curve", "keep_runs")}
+    return search_capacity(settings, point["tolerance"], Path(point["folder"]), **how)
 
 
 def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
         load_plugin(plugin)
     group = only_group(settings)
     workload, slos = checked(settings)
+    things = "conversations" if workload.has_conversations else "requests"
     replica = group.replica_spec()
     executor = start(engine_spec(replica, group.model, settings, settings.seed), settings.executor)
 
@@ -49,10 +51,11 @@ def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
         return made.summary
 
     def trial(rate: float) -> Trial:
-        requests = len(at_rate(workload, rate))
-        _say(f"{point['name']}: the engine at {rate:.3g} requests/s, {requests / rate:,.0f} s at least")
+        sent = at_rate(workload, rate)
+        first = len(sent) if sent.after is None else int((sent.after < 0).sum())  # that come at the rate
+        _say(f"{point['name']}: the engine at {rate:.3g} {things}/s, {first / rate:,.0f} s at least")
         made = kept(Path(point["folder"]) / "confirm", rate, served)
-        _say(f"{point['name']}: {rate:.3g} requests/s {'meets the SLOs' if made.met else f'misses {made.binding}'}")
+        _say(f"{point['name']}: {rate:.3g} {things}/s {'meets the SLOs' if made.met else f'misses {made.binding}'}")
         return made
 
     try:

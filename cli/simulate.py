@@ -14,7 +14,13 @@ from windtunnel.simulation import Simulation
 
 
 def run(
-    config: FileConfig, output_dir: Path | None, *, as_json: bool, chrome_trace: bool, started: float
+    config: FileConfig,
+    output_dir: Path | None,
+    *,
+    as_json: bool,
+    chrome_trace: bool,
+    operator_times: bool = False,
+    started: float,
 ) -> dict[str, Any]:
     """Simulate `config`, write its folder and print the results. `started`: perf_counter when the process began."""
     simulation = Simulation.of(config)
@@ -25,6 +31,7 @@ def run(
             target,
             started=started,
             chrome_trace=chrome_trace,
+            operator_times=operator_times,
             on_progress=lambda finished: progress.update(task, completed=finished),
         )
     print_summary(summary, simulation.copies, target, Console(stderr=as_json, highlight=False, soft_wrap=True))

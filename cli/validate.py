@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cli.bench import only_group
+from cli.bench import check_names, only_group
 from cli.engine import engine_spec
 from cli.output import progress_bar
 from engine.errors import InputError
@@ -36,6 +36,7 @@ def run(config: BenchConfig, loads: str | None, output_dir: Path, *, as_json: bo
     for plugin in config.plugin:
         load_plugin(plugin)
     group = only_group(config)
+    check_names(config, group)
     replica = group.replica_spec()
     spec = engine_spec(replica, group.model, config, config.seed)
     # a placeholder until the engine has measured its KV blocks

@@ -61,7 +61,7 @@ def run(
         with progress_bar("requests") as progress:
             task = progress.add_task("sending", total=len(load.workload))
             found = measure(load, recorder, lambda ended: progress.update(task, completed=ended))
-        summary = summary_of(load, found, recorder, slos, config.tokenizer is not None)
+        summary = summary_of(load, found, recorder, slos)
         write_tables(places[0], found)
         write_summary(places[0], summary)
         measured = Run(summary, recorder.requests(), None)

@@ -10,7 +10,6 @@ more. A file of one's own has the same keys, or those that differ and a `base`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,12 +17,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from engine.documents import read_json, read_yaml
 from engine.errors import InputError, unknown
 from engine.scheduling import policies
 from engine.specs import DeviceSpec, HostOverhead, SchedulerSpec, catalog
-from engine.specs.checks import field_types
+from engine.specs.checks import build, field_types, short, version_numbers
 from engine.specs.device_folder import ENGINES, measured_host
+from engine.specs.host import MOST_GRAPH
 from engine.specs.memory import ProfileRun
+from engine.specs.scheduler import MOST_SEQUENCES
 
 GIB = 1 << 30
 DEFAULT = "windtunnel"
@@ -180,7 +182,7 @@ def _graphs(data: Mapping[str, Any], device: DeviceSpec) -> dict[str, Any]:
 
 def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
     family, _, version = name.partition("@")
-    return family, tuple(int(part) for part in version.split(".") if part.isdigit())
+    return family, version_numbers(version)
 
 
 def _read(engine: str) -> tuple[str, dict[str, Any]]:
@@ -198,7 +200,7 @@ def _read(engine: str) -> tuple[str, dict[str, Any]]:
     if engine not in known and mine and re.fullmatch(r"[\d.]+", version):
         before = [name for name in mine if _by_version(name) < _by_version(engine)]
         nearest = f"the one before it is {before[-1]}" if before else f"the oldest is {mine[0]}"
-        raise InputError(f"no preset of {family} {version}: {nearest}, the newest {mine[-1]}")
+        raise InputError(f"no preset of {family} {version[:20]}: {nearest}, the newest {mine[-1]}")
     if engine not in known:
         raise unknown("engine", engine, [*known, *{f"{name.split('@')[0]}@{LATEST}" for name in known if "@" in name}])
     return engine, _parse(ENGINES / f"{engine}.json")
@@ -220,18 +222,8 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            data = json.loads(text)
-        else:
-            import yaml  # only here: a node that measures may lack it
-
-            data = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"can't read the engine file {path}: {error.strerror}") from None
-    except Exception as error:  # of the two parsers
-        raise InputError(f"{path} is no engine file: {' '.join(str(error).split())[:200]}") from None
+    hint = "give an engine file with keys such as base and host"
+    data = read_json(path, hint) if path.suffix == ".json" else read_yaml(path, hint)
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no mapping: give the keys {', '.join(sorted(_KEYS))}")
     for key in data:
@@ -239,7 +231,7 @@ def _parse(path: Path) -> dict[str, Any]:
             raise unknown(f"key in {path}", str(key), _KEYS)
         wanted, words = _KEYS[key]
         if not isinstance(data[key], wanted) or (isinstance(data[key], bool) and wanted is not bool):
-            raise InputError(f"{path}: {key} {data[key]!r}: give {words}")
+            raise InputError(f"{path}: {key} {short(data[key])}: give {words}")
     if data.get("graph_sizes", "none") not in GRAPH_SIZES:
         raise unknown(f"graph_sizes in {path}", data["graph_sizes"], GRAPH_SIZES)
     for key, kind in (("scheduler", SchedulerSpec), ("host", HostOverhead), ("profile_run", ProfileRun)):
@@ -248,23 +240,31 @@ def _parse(path: Path) -> dict[str, Any]:
                 raise unknown(f"key in {path}: {key}", str(name), field_types(kind))
         if isinstance(data.get(key), dict):
             left_open = _LEFT_OPEN.get(key, {}) | ({"name": path.stem} if key == "host" else {})
-            try:
-                kind(**{**left_open, **data[key]})
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
+            values = {**left_open, **data[key]}
+            if kind is HostOverhead:
+                values.setdefault("source", "")
+            build(kind, values, f"{path}: {key}")
     for tier in data.get("limits", ()):
         _check_tier(path, tier)
     for name, value in data.get("graphs", {}).items():
         if name not in _GRAPH_KEYS:
             raise unknown(f"key in {path}: graphs", str(name), _GRAPH_KEYS)
         kind_of, words = _GRAPH_KEYS[name]
-        if not isinstance(value, kind_of) or (isinstance(value, bool) and kind_of is not bool):
-            raise InputError(f"{path}: graphs {name} {value!r}: give {words}")
+        sizes = value.values() if isinstance(value, dict) else [value]
+        wrong = any(kind_of in (int, dict) and not _is_graph_size(size) for size in sizes)
+        if not isinstance(value, kind_of) or (isinstance(value, bool) and kind_of is not bool) or wrong:
+            raise InputError(f"{path}: graphs {name} {short(value)}: give {words}")
     if (mode := data.get("graphs", {}).get("mode", GRAPH_MODES[0])) not in GRAPH_MODES:
         raise unknown(f"graphs mode in {path}", mode, GRAPH_MODES)
+    if not 0 < data.get("gpu_memory_utilization", 0.9) <= 1:
+        raise InputError(f"{path}: gpu_memory_utilization {data['gpu_memory_utilization']}: give a share such as 0.9")
     if not 0 <= data.get("reserve_gib", 0) < 1 << 20:
         raise InputError(f"{path}: reserve_gib {data['reserve_gib']}: give a number of GiB, 0 or more")
     return data
+
+
+def _is_graph_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_GRAPH
 
 
 def _check_tier(path: Path, tier: Any) -> None:
@@ -272,7 +272,10 @@ def _check_tier(path: Path, tier: Any) -> None:
     if not isinstance(tier, dict) or any(
         not isinstance(tier.get(usage), list)
         or len(tier[usage]) != 2
-        or any(not isinstance(limit, int) or isinstance(limit, bool) or limit < 1 for limit in tier[usage])
+        or any(
+            not isinstance(limit, int) or isinstance(limit, bool) or not 0 < limit < MOST_SEQUENCES
+            for limit in tier[usage]
+        )
         for usage in USAGES
     ):
         raise InputError(
@@ -283,7 +286,7 @@ def _check_tier(path: Path, tier: Any) -> None:
             raise unknown(f"key in {path}: limits", str(name), ("least_memory_gib", "not_named", *USAGES))
         if name == "not_named" and not all(isinstance(part, str) for part in _listed(value)):
             raise InputError(f"{path}: limits not_named {value!r}: give a part of a device's name, or a list of them")
-        if name == "least_memory_gib" and not isinstance(value, int | float):
+        if name == "least_memory_gib" and (not isinstance(value, int | float) or not 0 <= value < 1 << 20):
             raise InputError(f"{path}: limits least_memory_gib {value!r}: give a number of GiB")
 
 
@@ -293,7 +296,7 @@ def _host(name: str, own: Any, setting: str, device: DeviceSpec) -> tuple[str, H
         for key in _HOST_SECONDS:
             if key not in own:
                 raise InputError(f"the host of the engine {name} lacks {key}: give seconds")
-        return setting, HostOverhead(**{"name": name, **own})
+        return setting, build(HostOverhead, {"name": name, **own}, f"host of the engine {name}")
     if setting == "auto" and isinstance(own, str):
         return setting, catalog.host_overhead(own)
     measured = measured_host(device) if setting in ("auto", MEASURED) else None

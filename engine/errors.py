@@ -20,6 +20,7 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> InputError:
     folded = {name.casefold(): name for name in names}
     many = len(names) > SHOWN  # then a guess that is far off is better than none
     near = get_close_matches(value.casefold(), folded, n=1, cutoff=0.4 if many else 0.6)
+    value = value if len(value) <= 60 else f"{value[:57]}..."
     hint = f"did you mean {folded[near[0]]!r}?" if near else ""
     if hint and many:
         return InputError(f"unknown {kind} {value!r}: {hint}")

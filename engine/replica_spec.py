@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 from engine.engine_preset import DEFAULT, EnginePreset, preset
 from engine.errors import InputError, unknown
 from engine.scheduling import policies
+from engine.scheduling.osdi24 import Osdi24Scheduler
 from engine.scheduling.scheduler import Scheduler
 from engine.specs import DTYPES, DeviceSpec, ModelSpec, NetworkSpec, ParallelSpec, SchedulerSpec, catalog, memory
 from engine.specs.device_folder import profiled_dtype
@@ -89,10 +90,14 @@ class ReplicaSpec:
         """Return the replica with so many KV blocks, such as an executor has measured."""
         return replace(self, num_gpu_blocks_override=num_blocks)
 
-    def new_scheduler(self, num_blocks: int | None = None) -> Scheduler:
-        """Make the scheduler of one such replica; `num_blocks` None takes `num_kv_blocks()`."""
+    def new_scheduler(self, num_blocks: int | None = None, simulated: bool = False) -> Scheduler:
+        """Make the scheduler of one such replica; `num_blocks` None takes `num_kv_blocks()`.
+
+        The options by which an engine counts (`engine.scheduling.osdi24`) have a meaning in `simulated` runs alone.
+        """
         blocks = self.num_kv_blocks() if num_blocks is None else num_blocks
-        return Scheduler(
+        counts = simulated and (self.scheduler.late_first_token or self.scheduler.preempt_for_every_decode)
+        return (Osdi24Scheduler if counts else Scheduler)(
             self.scheduler,
             max(1, blocks - self._null_blocks),
             max_in_flight=self.parallel.pipeline_parallel_size,

@@ -16,16 +16,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.documents import parse_json, read_text
 from engine.errors import InputError
+from engine.results.files import write_whole
+from engine.results.folders import unfinished
 from engine.runtime.executor import WorkerError
 from engine.specs import ModelSpec
+from engine.specs.checks import MOST_SECONDS, short
 from engine.specs.device_folder import PROFILE_FILE, profile_settings
 from profiler.grids import Point
 from profiler.iterations import COLUMNS as ITERATION_COLUMNS
-from profiler.iterations import host_points
+from profiler.iterations import STAGES, host_points
 from profiler.kinds import KINDS
 from profiler.timing import Timing
 
+MOST_BYTES = 1 << 30  # of a session's samples
+MOST_BUDGET_S = 30 * 86400.0
 SAMPLES, OPERATORS, ITERATIONS = "samples.jsonl", "operators.csv", "iterations.csv"
 Measure = Callable[[Point], Timing]
 
@@ -76,10 +82,10 @@ class Session:
                 )
             self._settings = known
         elif folder.exists() and any(folder.iterdir()):
-            raise InputError(f"{folder} is in use and holds no profile: give another --output-dir")
+            raise InputError(f"{folder} is not empty and holds no profile: give another --output-dir")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(settings, json.dumps(self._settings, indent=1) + "\n")
+            write_whole(settings, json.dumps(self._settings, indent=1) + "\n")
         self.samples = list(self._read_samples())
         self.failures: list[str] = []  # parts that could not be measured at all, and why
         self.spent_s = sum(sample["cost_s"] for sample in self.samples)
@@ -170,15 +176,15 @@ class Session:
         path = self.folder / SAMPLES
         if not path.is_file():
             return
-        lines = path.read_text("utf-8").splitlines(keepends=True)
+        lines = read_text(path, "profile into another folder", MOST_BYTES).splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         if len(whole) < len(lines):  # it was stopped in the middle of a line: that one is measured again
-            _write(path, "".join(whole))
+            write_whole(path, "".join(whole))
         for number, line in enumerate(whole, start=1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path} line {number} is damaged ({error}): delete that line") from None
+            sample = parse_json(line, f"{path} line {number}", "it is damaged: delete that line")
+            if (wrong := _damage(sample)) is not None:
+                raise InputError(f"{path} line {number} is damaged ({wrong}): delete that line")
+            yield sample
 
 
 def model_record(model: ModelSpec) -> dict[str, Any]:
@@ -192,12 +198,44 @@ def model_record(model: ModelSpec) -> dict[str, Any]:
     return {**record, "dtype_bytes": model.activation_itemsize}
 
 
+def _damage(sample: Any) -> str | None:
+    """Return what is wrong with a line of `samples.jsonl`; None for a point or a burst with what came of it."""
+    if not isinstance(sample, dict):
+        return "no object"
+    if not _is_time(sample.get("cost_s"), zero=True):
+        return f"cost_s {short(sample.get('cost_s'))}"
+    if "point" in sample:
+        whole = isinstance(sample["point"], dict) and (
+            isinstance(sample.get("failed"), str)
+            or (
+                _is_time(sample.get("seconds"))
+                and _is_time(sample.get("spread_s"), zero=True)
+                and type(sample.get("repeats")) is int
+            )
+        )
+        return None if whole else "a point without its time"
+    rows = sample.get("iterations")
+    named = isinstance(sample.get("part"), str) and isinstance(sample.get("burst"), list)
+    times = ("duration_ms", "compute_ms", *(f"{name}_ms" for name in STAGES))
+    whole = isinstance(rows, list) and all(
+        isinstance(row, dict) and set(row) == set(ITERATION_COLUMNS) and all(_is_time(row[key], True) for key in times)
+        for row in rows
+    )
+    return None if named and (whole or isinstance(sample.get("failed"), str)) else "a burst without its iterations"
+
+
+def _is_time(value: Any, zero: bool = False) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (value >= 0 if zero else value > 0) and value <= 1e3 * MOST_SECONDS
+
+
 def duration(text: str) -> float:
     """Seconds of 90, 90s, 8m or 1.5h."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", text.strip())
-    if found is None or float(found[1]) <= 0:
-        raise InputError(f"--budget {text!r}: give a time such as 90s, 8m or 1h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(s|m|h|)", text.strip())
+    seconds = 0.0 if found is None else float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    if not 0 < seconds <= MOST_BUDGET_S:
+        raise InputError(f"--budget {short(text)}: give a time such as 90s, 8m or 1h, at most 30 days")
+    return seconds
 
 
 def _measured(part: Part | Bursts, measure: Any, entry: dict[str, Any]) -> dict[str, Any]:
@@ -224,18 +262,12 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
+    part = unfinished(path)
+    with part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ITERATION_COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow(
                 {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             )
-    unfinished.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    part.replace(path)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.documents import check_table
 from engine.errors import InputError, unknown
 from profiler.kind import Form
 from profiler.kinds import KINDS
@@ -45,6 +46,7 @@ _HOW: dict[str, Form] = {
 }
 REQUIRED = ("operator", "kind", "time_ms", "device", "source")  # by every row
 MEASURED = ("time_ms", "spread_ms", "repeats", "date")
+MOST_BYTES = 1 << 30  # of a CSV table
 MAX_WHOLE = 2**53  # the whole numbers that a float holds exactly
 
 
@@ -115,6 +117,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     import pandas as pd  # slow to import, and a simulation reads no table
 
     try:
+        check_table(path, MOST_BYTES)
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # values beyond the header would be cut silently
             frame = pd.read_csv(

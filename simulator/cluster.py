@@ -24,6 +24,7 @@ from simpy.events import URGENT
 
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSettings, ReplicaSpec, resolve
+from engine.results.batch_metrics import batch_metrics
 from engine.results.metrics import memory_and_steady_use, prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
@@ -121,8 +122,8 @@ class Deployment:
         return self.replica.num_kv_blocks()
 
     def new_scheduler(self) -> Scheduler:
-        """Make the engine's scheduler for one replica of this kind."""
-        return self.replica.new_scheduler()
+        """Make the engine's scheduler for one replica of this kind in simulated time."""
+        return self.replica.new_scheduler(simulated=True)
 
     def describe(self) -> dict[str, Any]:
         """Return a summary's entry for it."""
@@ -153,6 +154,7 @@ def simulate(
     repeats: bool = True,
     on_progress: Callable[[int], None] | None = None,
     stop: Callable[[Request], str | None] | None = None,
+    with_batches: bool = False,
 ) -> Run:
     """Run `workload` through one replica of each of `deployments`.
 
@@ -162,6 +164,7 @@ def simulate(
         repeats: False single-steps every batch; the result is the same, later.
         on_progress: called now and then with the number of finished requests.
         stop: called with each finished request; what it gives ends the run, and is `stopped_early` in its summary.
+        with_batches: add what `engine.results.batch_metrics` derives to the summary.
 
     Raises InputError for a request that one of the replicas could never run.
     """
@@ -253,7 +256,9 @@ def simulate(
         if collected:
             gc.enable()
     requests = recorder.requests()
+    of_batches = batch_metrics(recorder, requests) if with_batches else {}
     summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
+    summary |= of_batches
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
     summary["workload_notes"] = workload.notes_on(deployment.scheduler for deployment in deployments)

@@ -26,10 +26,12 @@ from engine.results.recorder import Recorder
 from engine.runtime.driver import Driver, VirtualClock
 from engine.runtime.sequences import Sequence as TokenSequence
 from engine.scheduling.request import Request
+from engine.scheduling.scheduler import Scheduler
 from engine.server.live import Channel, Channels, Gauges
 from simulator.alarm import Alarm
 from simulator.cluster import Deployment, FrontEnd
 from simulator.predicted_executor import PredictedExecutor
+from simulator.replica import kv_share
 from simulator.router import ROUTERS
 
 _LATER = itemgetter(0)
@@ -96,6 +98,9 @@ class LiveCluster:
         request.arrived_at = max((arrived - self._origin) * self.time_scale, self._newest)
         self._channels.add(request.id, channel, place)
         self._advance(request.arrived_at)
+        if request.block_hashes is None and getattr(self._choose, "reads_prompts", False):
+            sequence.hash_blocks(self.replicas[0].scheduler.spec.block_size)
+            request.block_hashes = sequence.block_hashes
         replica = self._choose(request, self.replicas)
         self._at[request.id] = replica
         through = replica.front_end.through(request, request.arrived_at)
@@ -190,7 +195,7 @@ class LiveReplica:
             token,
         )
         self.driver = Driver(
-            deployment.new_scheduler(),
+            deployment.replica.new_scheduler(),
             self._executor,
             recorder,
             clock=clock,
@@ -213,6 +218,16 @@ class LiveReplica:
         """Tokens still to compute or to generate for the requests here."""
         requests = [sequence.request for sequence in self.driver.steps.sequences.values()]
         return sum(request.max_total_tokens - request.num_computed_tokens for request in requests)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.driver.scheduler
+
+    @property
+    def kv_load(self) -> float:
+        """Share of the KV cache that requests here hold, with the prompts that wait (`Replica.kv_load`)."""
+        requests = [sequence.request for sequence in self.driver.steps.sequences.values()]
+        return kv_share(self.scheduler, sum(request.num_computed_tokens for request in requests))
 
     def advance(self, now: float) -> None:
         """Let everything happen that happens until `now`."""

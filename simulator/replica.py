@@ -102,6 +102,7 @@ class Replica:
         self.occupied_s = 0.0  # time with at least one request here
         self._occupied_since = 0.0
         self._tokens_in = 0  # of every request that came
+        self._tokens_here = 0  # of those that are here, once they are finished
         self._tokens_done = 0
         self._stage_free = [0.0] * self.num_stages
         self._flights: list[_Flight] = []  # the next to complete first
@@ -120,6 +121,7 @@ class Replica:
             self._occupied_since = self.env.now
         self.outstanding_requests += 1
         self._tokens_in += request.max_total_tokens
+        self._tokens_here += request.max_total_tokens
         self._distrust_repeats()
         if self._launching:  # it will be taken up with the others
             return
@@ -142,6 +144,15 @@ class Replica:
         planned = sum(self._flights[j % len(self._flights)].batch.shape.num_tokens for j in range(done))
         scheduler = self.scheduler
         return self._tokens_in + scheduler.recomputed_tokens - scheduler.prefix_hit_tokens - self._tokens_done - planned
+
+    @property
+    def kv_load(self) -> float:
+        """Share of the KV cache that requests here hold, with the prompts that wait; a shared prefix counts for each.
+
+        Above 1 where more wait than there is room for.
+        """
+        held = self._tokens_here - self.outstanding_tokens
+        return kv_share(self.scheduler, held)
 
     # -- its life --------------------------------------------------------------------------------------------------
 
@@ -303,6 +314,7 @@ class Replica:
             if not self.outstanding_requests:
                 self.occupied_s += self.env.now - self._occupied_since
             for request in finished:
+                self._tokens_here -= request.max_total_tokens
                 self.recorder.finished(request, self.index)
             self.on_finished(finished)
         return batch
@@ -345,6 +357,13 @@ class Replica:
                 flight.max_tbt[first:last] if stage == self.num_stages - 1 else [nan] * (last - first),
                 flight.in_range,
             )
+
+
+def kv_share(scheduler: Scheduler, held_tokens: int) -> float:
+    """Return the share of a scheduler's KV blocks that so many tokens and the waiting prompts take."""
+    waiting = sum([request.num_tokens for request in scheduler.waiting])
+    cache = scheduler.kv_cache
+    return (held_tokens + waiting) / (cache.num_blocks * cache.block_size)
 
 
 def _same(batch: Batch | None, before: Batch | None) -> bool:

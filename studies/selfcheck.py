@@ -28,6 +28,7 @@ from typing import Any
 from engine.errors import InputError
 from engine.executors.start import start
 from engine.replica_spec import resolve
+from engine.results.folders import owned
 from engine.results.run_folder import write_summary
 from engine.runtime.engine_spec import EngineSpec
 from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec, catalog
@@ -94,9 +95,13 @@ def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, 
         raise InputError(f"device {device!r}: give cuda or cpu")
     if budget_s < (least := ceil(round(least_budget(device, steps), 3))):
         raise InputError(f"--budget {budget_s:g}s is too short on {device}: give at least {least}s")
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise InputError(f"{output_dir} is not empty: give another --output-dir")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    with owned(output_dir):
+        if any(output_dir.iterdir()):
+            raise InputError(f"{output_dir} is not empty: give another --output-dir")
+        return _run_steps(device, budget_s, output_dir, steps)
+
+
+def _run_steps(device: str, budget_s: float, output_dir: Path, steps: tuple[str, ...]) -> bool:
     began = time.perf_counter()
     lines: dict[str, dict[str, Any]] = {}
     for i, step in enumerate(steps):

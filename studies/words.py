@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+_KINDS = {"calibrated": "calibrated", "roofline": "estimated (roofline)", "an": "estimated (carried over)"}
+
+
+def times_kind(predictor: str) -> str:
+    """Return where times came from in a word or two, given a predictor's line: calibrated, estimated, or measured."""
+    return _KINDS.get(predictor.split()[0], "of another predictor") if predictor else "measured"
+
 
 def unlike_sources(predictors: Iterable[str]) -> str | None:
     """Return a warning where results rest on times of unlike kinds, given the predictors' lines; None where they don't.
 
     A calibration's times and an estimate's may be ten times apart: such results can't be ranked.
     """
-    kinds = {"calibrated": "a calibration", "roofline": "a roofline estimate", "an": "estimates carried over"}
-    found = sorted({kinds.get(line.split()[0], "another predictor") for line in predictors if line})
+    found = sorted({times_kind(line) for line in predictors if line})
     if len(found) < 2:
         return None
     of = ", ".join(found)
@@ -45,6 +51,14 @@ def percent(value: float | None, sign: bool = False) -> str:
     if value is None:
         return "-"
     return f"{100 * value:{'+' if sign else ''}.{1 if abs(value) < 0.9995 else 0}f} %"
+
+
+def against(value: float, base: float) -> str:
+    """Return how a positive number stands to another: a percentage, or a factor where they are far apart."""
+    ratio = value / base
+    if 0.5 <= ratio <= 2:
+        return percent(ratio - 1, sign=True)
+    return f"{number(ratio)}\N{MULTIPLICATION SIGN}" if ratio > 1 else f"1/{number(1 / ratio)}" if ratio > 0 else "none"
 
 
 def size(num_bytes: float, binary: bool = False) -> str:

@@ -148,4 +148,8 @@ def test_what_was_measured_is_predicted() -> None:
     frame = read(f"vidur:{DATA / 'vidur' / 'profiling' / 'compute'}", device)
     errors = calibration_errors.evaluate(store.load(CALIBRATIONS / "a40", device), [frame])
     assert errors["gemm"]["mape"] < 0.02  # of what it was fitted to
+    l40s = catalog.device("l40s")
+    experts = read(f"aiconfigurator:{DATA / 'aiconfigurator' / 'l40s' / 'moe'}", l40s)
+    found = calibration_errors.evaluate(store.load_of(l40s, "vllm@0.14"), [experts])["moe"]
+    assert found["mape"] < 0.03 and abs(found["bias"]) < 0.01  # a data sheet that has changed since would show
     assert np.isclose(errors["gemm"]["in_range"], 1.0)

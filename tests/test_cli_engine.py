@@ -32,6 +32,7 @@ from engine.runtime.sequences import Sequence
 from engine.scheduling.policies import POLICIES, largest_batch
 from engine.scheduling.request import Request
 from engine.server.text import load_tokenizer
+from studies.pages.page import LIBRARY
 from windtunnel.settings import EngineSettings
 
 PROMPTS = ([5, 17, 90, 3, 44], [8], list(range(3, 60)))
@@ -406,7 +407,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 def test_a_run_leaves_its_folder_and_says_what_was_measured(benched: Path) -> None:
     tables = {"requests.parquet", "iterations.parquet", "ranks.parquet"}
     names = {path.name for path in benched.iterdir()}
-    assert names == {"config.yaml", "summary.json", "report.html", "trace.json", *tables}
+    assert names == {"config.yaml", "summary.json", "report.html", LIBRARY, "trace.json", *tables}
     (line,) = (benched.parent / "stdout").read_text().splitlines()
     assert json.loads(line) == summary_of(benched) | {"output_dir": "benched"}
     told = (benched.parent / "stderr").read_text()

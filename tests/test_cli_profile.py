@@ -15,6 +15,7 @@ import yaml
 
 from profiler.in_situ import Reference
 from simulator.cluster import deploy
+from studies.pages.page import LIBRARY
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 4,
@@ -98,7 +99,7 @@ def test_validation_comes_within_loose_bounds_and_forms_the_same_batches(folder:
             break
     target = folder / f"validation-{attempt}"
     names = {path.name for path in target.iterdir()}
-    assert names == {"burst", "load-0.5", "validation.json", "validation.html", "config.yaml"}
+    assert names == {"burst", "load-0.5", "validation.json", "validation.html", "config.yaml", LIBRARY}
     assert {path.name for path in (target / "load-0.5").iterdir()} == {"engine", "simulated"}
     assert "largest" in load
     assert "</html>" in (target / "validation.html").read_text()

@@ -33,7 +33,7 @@ def test_one_run_and_two(runs: Path) -> None:
     done = windtunnel("report", "a", "b", "--output", "both.html", cwd=runs)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"report: {runs / 'both.html'}\n", "")
     html = (runs / "both.html").read_text("utf-8")
-    assert "default-src 'none'" in html and html.count("class='csv'") == html.count("class='figure'") == 6
+    assert "default-src 'none'" in html and html.count("class='csv'") == html.count("class='figure'") == 5
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import yaml
 
 from cli.main import run
 from cli.output import progress_bar
+from studies.pages.page import LIBRARY
 from windtunnel.settings import read_file
 
 BASE = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "8192"]
@@ -42,6 +43,7 @@ def test_a_run_leaves_its_folder_and_ends_with_the_report(tmp_path: Path) -> Non
         "requests.parquet",
         "iterations.parquet",
         "report.html",
+        LIBRARY,
         "trace.json",
     }
     assert "p50_ttft<=0.001s is missed" in done.stdout

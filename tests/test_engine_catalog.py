@@ -98,6 +98,14 @@ def test_a_near_miss_names_the_nearest_and_no_list() -> None:
         catalog.device("b201")
 
 
+def test_models_with_latent_attention_are_refused_by_name() -> None:
+    for name in ("deepseek-ai/DeepSeek-V3", "DeepSeek-R1-0528", "moonshotai/Kimi-K2-Instruct"):
+        with pytest.raises(InputError, match=f"{name} has multi-head latent attention"):
+            catalog.model(name)
+    with pytest.raises(InputError, match="unknown model"):  # a Llama
+        catalog.model("DeepSeek-R1-Distill-Llama-8B")
+
+
 def test_a_name_of_several_cards_says_which_is_meant() -> None:
     said = catalog.which_card("a100")
     assert "a100_pcie (NVIDIA A100 80GB PCIe, on pairwise_nvlink)" in said and "a100_sxm" in said

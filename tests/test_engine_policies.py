@@ -247,11 +247,12 @@ def test_chunked_only_takes_turns() -> None:
     )
     assert batches == [
         "A6",
-        "A2 B3",  # nothing can decode yet
+        "A2",  # nothing can decode yet; a batch that goes on with a prompt takes no new one
+        "A",
+        "B3 C3",  # a decode never shares its batch
         "A B",
-        "C6",  # a decode never shares its batch
-        "A B",
-        "C4",
+        "C6",
+        "B C",  # what is left of C is one token
         "C",
     ]
 

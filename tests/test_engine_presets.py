@@ -135,7 +135,7 @@ def test_a_file_of_ones_own_goes_on_from_a_base(tmp_path: Path) -> None:
         ("graphs: {largest: true}", "graphs largest True: give a number of tokens"),
         ("reserve_gib: -1", "reserve_gib -1: give a number of GiB"),
         ("- 5", "holds no mapping"),
-        ("a: [", "is no engine file"),
+        ("a: [", "is not YAML"),
         ("base: vllm@0.15\nlimits: 5", "limits 5: give a list of tiers"),
         ("base: vllm@0.15\nlimits: [{sever: [8192, 4]}]", r"give each tier server: \[TOKENS, SEQUENCES\]"),
         (

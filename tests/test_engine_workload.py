@@ -342,12 +342,18 @@ BAD_TRACES = [
     (BURSTGPT + "5,ChatGPT,472,0,472,x\n", "trace.csv holds no requests"),
     (BURSTGPT + "5,ChatGPT,4,0,4,x\n6,ChatGPT,0,7,7,x\n", "line 3, column 'Request tokens': 0 must be"),
     (BURSTGPT + "5,ChatGPT,4,-1,4,x\n", "line 2, column 'Response tokens': -1 must be"),
-    ('{"timestamp": 1, "input_length": 5, "output_length": 5}\n{"timestamp": 1,', 'line 2: no JSON .*{"timestamp": 1,'),
+    (
+        '{"timestamp": 1, "input_length": 5, "output_length": 5}\n{"timestamp": 1,',
+        'line 2 is not JSON .*{"timestamp": 1,',
+    ),
     ('{"input_length": 5, "output_length": 5}\n\n[1]\n', r"line 3: \[1\] is no object"),
     ('{"input_length": 5, "output_length": 5}\n{"input_length": 5}\n', "line 2, column 'output_length': .*missing"),
     ('{"input_length": 5, "output_length": null}\n', "line 1, column 'output_length': the value is missing"),
     ('{"input_length": 5, "output_length": "x"}\n', "line 1, column 'output_length': x is not a number"),
-    ('{"input_length": 5, "output_length": 1' + "0" * 400 + "}\n", "line 1, column 'output_length': 1000"),
+    (
+        '{"input_length": 5, "output_length": 1' + "0" * 400 + "}\n",
+        "line 1 is not JSON .a number of more than 40 digits",
+    ),
     ('{"prompt": 5}\n', "columns prompt: a trace needs"),
 ]
 

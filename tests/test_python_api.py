@@ -15,7 +15,7 @@ import pytest
 import windtunnel as wt
 from cli.main import run as command
 from studies.capacity import search as studies_search
-from windtunnel.settings import FileConfig
+from windtunnel.settings import SEEDS, FileConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"model": "Mistral-7B-v0.1", "device": "a100", "max_model_len": 4096, "num_prompts": 60}
@@ -119,12 +119,16 @@ def test_a_search_resumes_and_refuses_another_ones_folder(searched: wt.Search, m
 
 
 def test_the_defaults_are_the_command_lines() -> None:
-    for function, own in ((wt.simulate, {"config", "output_dir"}), (wt.search, {"config", "output_dir", "tolerance"})):
+    for function, own in (
+        (wt.simulate, {"config", "output_dir"}),
+        (wt.search, {"config", "output_dir", "tolerance", "seeds"}),
+    ):
         parameters = inspect.signature(function).parameters
         assert set(parameters) == {*FileConfig.model_fields, *own}
         for name, field in FileConfig.model_fields.items():
             assert parameters[name].default == field.get_default(call_default_factory=True)
     assert inspect.signature(wt.search).parameters["tolerance"].default == studies_search.TOLERANCE
+    assert inspect.signature(wt.search).parameters["seeds"].default == SEEDS
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_the_defaults_are_the_command_lines() -> None:
         (wt.simulate, {"replicas": [{"devise": "h100"}]}, "unknown key in replicas[0] 'devise'"),
         (wt.search, {"slo": []}, "no SLO to search by: add slo"),
         (wt.search, {"tolerance": 2.0}, "tolerance 2.0: give a share"),
-        (wt.simulate, {"config": "nowhere.yaml"}, "can't read the config file nowhere.yaml"),
+        (wt.simulate, {"config": "nowhere.yaml"}, "can't read nowhere.yaml"),
     ],
 )
 def test_errors_name_the_keyword(function: Callable[..., Any], settings: dict[str, Any], complaint: str) -> None:
@@ -158,7 +162,7 @@ def test_folders_without_a_finished_run_are_refused(tmp_path: Path) -> None:
         with pytest.raises(wt.InputError, match=complaint):
             wt.load(place)
     (tmp_path / "search.json").write_text("{")
-    with pytest.raises(wt.InputError, match=r"search\.json is damaged"):
+    with pytest.raises(wt.InputError, match=r"search\.json is not JSON .* it is damaged"):
         wt.load(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Our own engine behind the server, on a CPU: what it says is what transformers generates."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from http_serving import Running, Steady, deployment, running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from cli.main import run
 from engine.executors.start import start
 from engine.replica_spec import resolve
 from engine.results.recorder import Recorder
@@ -253,3 +255,22 @@ def test_a_stopped_sequence_counts_as_finished_and_an_aborted_one_does_not() -> 
     assert (found["request_id"].tolist(), found["output_tokens"].tolist()) == ([0, 2], [3, 1])
     assert found["last_token_s"][1] == found["first_token_s"][1] < found["last_token_s"][0]
     assert driver.unfinished == 0 and driver.scheduler.kv_cache.num_used == 0
+
+
+def test_a_validation_asks_it_what_it_is_and_counts_by_its_tokenizer(
+    served: Running, folder: Path, tmp_path: Path
+) -> None:
+    """From profile to validation by URL: here with a predictor that was not measured, so that errors are found."""
+    load = ["--workload", "fixed", "--input-len", "9", "--output-len", "6", "--request-rate", "40"]
+    load += ["--num-prompts", "8"]
+    asked = ["--model", str(folder), "--device", "cpu", "--tokenizer", str(folder), "--ignore-eos", *load]
+    assert run(["validate", "--against", served.url, *asked, "--output-dir", str(tmp_path / "check")]) == (0, "")
+    found = json.loads((tmp_path / "check" / "validation.json").read_text())
+    said = {name: found["said"][name] for name in ("model", "max_model_len", "block_size", "num_gpu_blocks")}
+    assert said == {"model": "llama", "max_model_len": 128, "block_size": 4, "num_gpu_blocks": 200}
+    assert found["num_gpu_blocks"] == 200 and found["failed"] == 0
+    (compared,) = found["loads"]
+    assert compared["requests"] == 8 and compared["latencies"]["tpot"]["p50"]["error"] < -0.5  # a roofline's, on a CPU
+    summary = json.loads((tmp_path / "check" / "server" / "summary.json").read_text())
+    assert (summary["total_input_tokens"], summary["total_output_tokens"]) == (72, 48)
+    assert not any("approximate" in note for note in summary["workload_notes"])

@@ -21,7 +21,7 @@ from simulator.cluster import simulate
     stages=st.sampled_from([1, 2, 3]),
     blocks=st.integers(21, 60),
     replicas=st.sampled_from([1, 1, 2]),
-    router=st.sampled_from(["round_robin", "least_outstanding_tokens"]),
+    router=st.sampled_from(["round_robin", "least_outstanding_tokens", "kv_aware"]),
     window=st.sampled_from([None, 16]),
     budget=st.sampled_from([6, 9, 24]),
     ahead=st.booleans(),

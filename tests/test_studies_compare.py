@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from math import inf
 from pathlib import Path
@@ -22,8 +23,8 @@ from simulator.cluster import Deployment, deploy, simulate
 from studies.capacity.search import find_capacity
 from studies.capacity.sweep import not_dominated
 from studies.capacity.trial import at_rate, simulated_trial
-from studies.pages.capacity_figures import MOST_BARS, capacity_bars, speed_front, trials
-from studies.pages.capacity_record import Point, Search, read_search, read_sweep, responses, threshold
+from studies.pages.capacity_figures import MOST_BARS, capacity_bars, trials
+from studies.pages.capacity_record import Point, Search, _point, read_search, read_sweep, responses, threshold
 from studies.pages.compare import run_panels
 from studies.pages.compare_record import (
     bubbles,
@@ -34,7 +35,9 @@ from studies.pages.compare_record import (
     read_side,
     same_requests,
 )
+from studies.pages.page import LIBRARY
 from studies.pages.report import write_page
+from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
 
 SLOS = ("p99_tbt<=0.03", "p50_ttft<=0.1")
 LOAD = WorkloadSpec(lengths="azure_conv", num_prompts=60, max_model_len=2048, request_rate=12.0)
@@ -93,8 +96,19 @@ def entry(name: str, qps: float | None, gpus: int = 1, tbt_ms: float = 50.0, **c
         "name": name, "status": "done", "settings": {"device": name}, "max_qps_under_slo": qps, "outcome": "found",
         "binding_slo": "p99_tbt<=0.1s", "slos": ["p99_tbt<=0.1s"], "num_gpus": gpus, "output_throughput": 200 * qps,
         "p99_tbt_ms": tbt_ms, "p50_ttft_ms": 300.0, "mean_tpot_ms": 25.0, "requests_per_dollar": 1000 * qps / gpus,
-        **changes,
+        "device": name, "predictor": "calibrated on measurements of it", **changes,
     }  # fmt: skip
+
+
+def load(rate: float, tbt_ms: float, tpot_ms: float = 25.0) -> dict[str, Any]:
+    """A load of a point."""
+    return {"rate": rate, "met": tbt_ms <= 100, "output_throughput": 200 * rate, "p50_ttft_ms": 300.0,
+            "p99_tbt_ms": tbt_ms, "mean_tpot_ms": tpot_ms, "slos": {"p99_tbt<=0.1s": tbt_ms / 1e3}}  # fmt: skip
+
+
+def spread(low: float, mid: float, high: float) -> dict[str, Any]:
+    """The range of a capacity."""
+    return {"seeds": 3, "intervals": {"max_qps_under_slo": {"low": low, "mid": mid, "high": high}}}
 
 
 def make_sweep(folder: Path, *points: dict[str, Any]) -> Path:
@@ -111,7 +125,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(place / "piped", policy="vllm", stages=2, replicas=2, request_rate=12.5)
     make_search(place / "s-sarathi", "sarathi")
     make_search(place / "s-vllm", "vllm_v0")
-    made = [entry("a100", 2.0), entry("h100", 5.0, 2, 20.0, published=4.5), entry("tpu", None)]
+    slow, fast = [load(1.0, 25, 20), load(2.0, 50, 40)], [load(2.5, 10, 20), load(5.0, 20, 40), load(6.25, 200, 50)]
+    made = [
+        entry("a100", 2.0, loads=slow, **spread(1.9, 2.0, 2.6)),
+        entry("h100", 5.0, 2, 20.0, published=4.5, loads=fast, **spread(4.0, 5.0, 5.5)),
+        entry("tpu", None),
+    ]
     made.append(entry("l4", 0.0, outcome="none", output_throughput=None, p99_tbt_ms=None))
     make_sweep(place / "sweep", *made)
     return place
@@ -122,6 +141,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self.path = path
         self.html = path.read_text(encoding="utf-8")
         self.words: list[str] = []
         self.references: list[str] = []
@@ -147,7 +167,7 @@ class Page(HTMLParser):
 
 def read_page(*folders: Path, output: Path | None = None) -> Page:
     page = Page(write_page(folders, output))
-    assert page.references == [] and page.html.count("plotly.js v") == 1
+    assert page.references == ["script"] and (page.path.parent / LIBRARY).is_file()
     assert page.figures == page.csv != set()
     assert " nan" not in page.text.lower() and "infinity" not in page.text.lower()
     return page
@@ -289,27 +309,64 @@ def test_trials_are_drawn_against_their_thresholds(place: Path) -> None:
     assert list(both["given up"].x) == [t.rate for search in (one, other) for t in search.trials if t.stopped_early]
 
 
-def test_capacities_as_bars_with_what_was_published(place: Path) -> None:
+def test_capacities_as_bars_with_what_was_published_and_their_ranges(place: Path) -> None:
     points = read_sweep(place / "sweep", "sw").points
     bars = named(capacity_bars(points).figure)
-    assert list(bars["simulated, sw"].x) == [2.0, 5.0, None, 0.0]
-    assert list(bars["published"].x) == [None, 4.5, None, None] and "confirmed on hardware" not in bars
-    assert capacity_bars(points).figure.layout.yaxis.ticktext[2] == "tpu (crashed)"
-    many = capacity_bars(points[:1] * MOST_BARS + points[1:2])
+    names = ["h100", "a100", "tpu (crashed)", "l4"]  # the highest first
+    assert list(bars["h100"].y) == list(bars["a100"].y) == names
+    assert list(bars["h100"].x) == [5.0, None, None, None] and list(bars["a100"].x) == [None, 2.0, None, None]
+    assert bars["h100"].marker.color != bars["a100"].marker.color
+    assert list(bars["published"].x) == [4.5, None, None, None] and "confirmed on hardware" not in bars
+    whiskers = bars["h100"].error_x
+    assert (whiskers.array[0], whiskers.arrayminus[0]) == pytest.approx((0.5, 1.0)) and not bars[
+        "published"
+    ].error_x.array
+    many = capacity_bars([points[0]] * MOST_BARS + [points[1]])
     own = capacity_bars(points, {"a100": "#111111", "h100": "#222222"}).figure.data[0]
-    assert list(own.marker.color)[:2] == ["#111111", "#222222"]
-    assert len(many.figure.data[0].x) == MOST_BARS and many.figure.data[0].x[0] == 5.0
+    assert list(own.marker.color)[:2] == ["#222222", "#111111"]
+    assert len(named(many.figure)["a100"].x) == MOST_BARS and named(many.figure)["h100"].x[0] == 5.0
     assert f"{MOST_BARS} highest of {MOST_BARS + 1}" in many.caption
 
 
-def test_the_front_of_speed_and_the_region_of_the_slo(place: Path) -> None:
+def test_trade_offs_are_of_every_load(place: Path) -> None:
     points = read_sweep(place / "sweep", "sw").points
-    drawn = named(speed_front(points, "Speed", "tokens/s", "tbt", "p99").figure)
-    assert list(drawn["sw"].ids) == ["a100", "h100"]
-    assert list(drawn["sw"].x) == pytest.approx([20.0, 50.0]) and list(drawn["sw"].y) == [400.0, 500.0]
-    assert min(drawn["within the SLO"].x) == pytest.approx(10.0)
-    assert "front" not in drawn  # the one point that beats the other has no front to draw
-    assert speed_front(points[2:], "Speed", "tokens/s", "tbt", "p99").figure is None
+    speed = named(speed_front(points).figure)
+    assert list(speed["a100"].x) == pytest.approx([50.0, 25.0]) and list(speed["a100"].y) == [200.0, 400.0]
+    assert [each.split("<br>")[0] for each in speed["h100"].ids] == ["h100"] * 3
+    assert list(speed["h100"].marker.size) == [6, 11, 6]  # the capacity is large
+    assert list(speed["front"].x) == pytest.approx([25.0, 50.0]) and list(speed["front"].y) == [500.0, 250.0]
+    slow = slow_front(points)
+    assert [line.x0 for line in slow.figure.layout.shapes] == [pytest.approx(10.0)] and "the SLO" in slow.caption
+    (price,) = price_front(points)
+    drawn = named(price.figure)
+    assert list(drawn["a100"].y) == pytest.approx([3.6e6 / 3600 / 200, 3.6e6 / 3600 / 400])
+    assert list(drawn["a100"].x) == pytest.approx([0.025, 0.05]) and price.title == "Price against P99 TBT"
+    assert speed_front(points[2:]).figure is None and price_front([replace(points[0], usd_per_hour=None)]) == []
+
+
+def test_latency_is_drawn_beyond_the_capacity(place: Path) -> None:
+    points = read_sweep(place / "sweep", "sw").points
+    (panel,) = load_curves(points)
+    lines = named(panel.figure)
+    assert list(lines["h100"].x) == pytest.approx([1.25, 2.5, 3.125])  # by GPU
+    assert list(lines["h100"].y) == pytest.approx([0.01, 0.02, 0.2])
+    assert lines["h100"].marker.color[2] != lines["h100"].marker.color[1]  # an SLO is missed
+    assert [line.y0 for line in panel.figure.layout.shapes] == [0.1]
+
+
+def test_a_sweep_of_two_kinds_of_settings_is_a_map() -> None:
+    keys = [(device, budget) for budget in (512, 2048) for device in ("a100", "h100", "l40s")]
+    points = [
+        _point(
+            entry(f"{device},{budget}", 1.0 + i, settings={"device": device, "max_num_batched_tokens": budget}), "", "s"
+        )
+        for i, (device, budget) in enumerate(keys)
+    ]
+    (panel,) = heat_map(points[:-1])
+    (cells,) = panel.figure.data
+    assert list(cells.x) == ["budget 512", "budget 2,048"] and list(cells.y) == ["a100", "h100", "l40s"]
+    assert [list(row) for row in cells.z] == [[1.0, 4.0], [2.0, 5.0], [3.0, None]]
+    assert heat_map(points[:3]) == []
 
 
 # -- pages ---------------------------------------------------------------------------------------------------------
@@ -333,7 +390,7 @@ def test_searches_alone_and_side_by_side(place: Path, tmp_path: Path) -> None:
     page = read_page(place / "s-vllm")
     words = json.loads((place / "s-vllm" / "search.json").read_text())["words"]
     assert words in page.text and "at which p99_tbt<=0.03 and p50_ttft<=0.1" in page.text
-    assert len(page.figures) == 1 + 8  # the trials, and the report of the run at the capacity
+    assert len(page.figures) == 1 + 11  # the trials, and the report of the run at the capacity
     assert (place / "s-vllm" / "report.html").is_file()
     assert len(read_page(place / "s-vllm", place / "s-sarathi", output=tmp_path / "both.html").figures) == 8
 
@@ -342,9 +399,18 @@ def test_sweeps_alone_and_beside_a_search(place: Path, tmp_path: Path) -> None:
     page = read_page(place / "sweep")
     assert "2 of 4 points have a capacity" in page.text and "1 crashed" in page.text
     assert "ValueError: <b>boom</b>" in page.text and "<b>boom" not in page.html  # it is escaped
-    assert "Most per GPU 2.5 requests/s h100" in page.text and len(page.figures) == 5
+    assert "Most per GPU: h100: 2.5 requests/s (2 to 2.75 over 3 seeds), $2 per million output tokens." in page.text
+    assert "Can't be told apart from it, for their ranges overlap: a100" in page.text
+    assert "do not rank" not in page.text and len(page.figures) == 7
+    values = json.loads((place / "sweep" / "sweep.json").read_text())
+    values["points"][0]["predictor"] = "roofline estimate"
+    values["points"][0]["intervals"]["max_qps_under_slo"]["high"] = 1.95
+    write_json(tmp_path / "sweep.json", values)
+    unlike = read_page(tmp_path).text
+    assert unlike.index("These rest on times of unlike kinds") < unlike.index("2 of 4 points have a capacity")
+    assert "Its range over 3 seeds overlaps no other's" in unlike and "estimated (roofline)" in unlike
     both = read_page(place / "sweep", place / "s-vllm", output=tmp_path / "both.html")
-    assert "sweep: h100" in both.text and len(both.figures) == 6
+    assert "sweep: h100" in both.text and len(both.figures) == 8
 
 
 def test_a_run_writes_its_own_report_again(place: Path, tmp_path: Path) -> None:
@@ -352,7 +418,7 @@ def test_a_run_writes_its_own_report_again(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "sarathi", folder)
     for _ in range(2):
         assert "phi-2 on 1" in read_page(folder).text
-    assert len(read_page(folder, output=tmp_path / "other.html").figures) == 8
+    assert len(read_page(folder, output=tmp_path / "other.html").figures) == 11
 
 
 def test_validations(tmp_path: Path) -> None:

@@ -18,9 +18,13 @@ from engine.results.slo import SLO
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
+from studies.pages.page import LIBRARY
+from studies.pages.report import write_page
 from studies.pages.run import times_source, verdict, write_report
+from studies.pages.run_batches import MOST_BATCHES
 from studies.pages.run_figures import panels, stage_shares
 from studies.pages.run_record import read_record
+from studies.pages.run_requests import _hits
 from studies.pages.run_timeline import STALL_FACTOR, read_timeline
 
 SLOS = ("p99_tbt<=0.02", "p99_ttft<=100", "mean_e2e<=0.001", "p50_scheduling_delay<=2")
@@ -103,7 +107,7 @@ class Page(HTMLParser):
 def read_page(folder: Path) -> Page:
     path = write_report(folder)
     assert path == folder / "report.html"
-    assert path.stat().st_size < 6e6
+    assert path.stat().st_size < 700e3
     return Page(path.read_text(encoding="utf-8"))
 
 
@@ -182,17 +186,78 @@ def test_distributions(pipelined: Path) -> None:
     assert record.arrival_rate == pytest.approx(79 / (requests.arrived_s.max() - requests.arrived_s.min()))
 
 
-def test_page_stands_alone(pipelined: Path) -> None:
+def test_page_needs_nothing_but_the_plot_library_beside_it(pipelined: Path) -> None:
     page = read_page(pipelined)
-    assert page.references == []
+    assert page.references == [LIBRARY]
     assert page.tags.count("script") == 3
     assert "link" not in page.tags and "img" not in page.tags
     html = (pipelined / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in html  # so a browser fetches nothing either
-    assert html.count("plotly.js v") == 1
+    assert "plotly.js v" in (pipelined / LIBRARY).read_text(encoding="utf-8") and "plotly.js v" not in html
     figures = json.loads(page.scripts["figures"])
-    assert len(figures) == 8
+    assert len(figures) == 11
     assert set(figures) <= page.ids
+
+
+def test_a_standalone_page_has_the_library_in_it(pipelined: Path, tmp_path: Path) -> None:
+    path = write_page([pipelined], tmp_path / "alone.html", standalone=True)
+    html = path.read_text(encoding="utf-8")
+    assert [each.name for each in tmp_path.iterdir()] == ["alone.html"]
+    assert Page(html).references == [] and html.count("plotly.js v") == 1
+
+
+def test_a_page_of_2000_requests_is_light(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, stages=2, **steady(num_prompts=2000, request_rate=60.0))
+    path = write_report(folder)
+    assert 100e3 < path.stat().st_size < 700e3
+
+
+def test_requests_are_drawn_from_the_table(pipelined: Path) -> None:
+    record = read_record(pipelined)
+    table = pq.read_table(pipelined / "requests.parquet").to_pandas()
+    origin = table.arrived_s.min()
+    took = table.last_token_s - table.arrived_s
+    slowest = table.loc[took.sort_values(ascending=False, kind="stable").index[:20]]
+    rows = record.requests.slowest
+    assert list(rows["id"]) == list(slowest.request_id)
+    np.testing.assert_allclose(rows["e2e_s"], took[slowest.index])
+    np.testing.assert_allclose(rows["waited_s"], slowest.scheduled_s - slowest.arrived_s)
+    np.testing.assert_allclose(rows["arrived_s"], slowest.arrived_s - origin)
+    np.testing.assert_allclose(record.requests.ttft_s, table.first_token_s - table.arrived_s, rtol=1e-6)
+    assert list(record.requests.prompt_tokens) == list(table.prompt_tokens)
+    figures = {panel.title: panel.figure for _, group in panels(record) for panel in group}
+    bars = figures["The slowest requests"].data
+    np.testing.assert_allclose(sum(np.array(trace.x) for trace in bars), rows["e2e_s"])
+    dots = figures["TTFT by prompt length"].data[0]
+    assert len(dots.x) == len(table)
+
+
+def test_the_excerpt_is_around_the_longest_gap(pipelined: Path) -> None:
+    excerpt = read_record(pipelined).excerpt
+    assert excerpt is not None and excerpt.stages == 3
+    table = pq.read_table(pipelined / "iterations.parquet").to_pandas()
+    longest = table.loc[table.max_tbt_s.idxmax()]
+    origin = pq.read_table(pipelined / "requests.parquet")["arrived_s"].to_numpy().min()
+    assert excerpt.gap_s == longest.max_tbt_s and excerpt.replica == longest.replica
+    assert excerpt.time_s == pytest.approx(longest.start_s + longest.duration_s - origin)
+    own = table[table.replica == excerpt.replica]
+    for stage in range(3):
+        starts = excerpt.rows["start_s"][excerpt.rows["stage"] == stage]
+        every = np.sort(own[own.stage == stage].start_s.to_numpy()) - origin
+        assert len(starts) == min(MOST_BATCHES, len(every))
+        first = np.flatnonzero(np.isclose(every, starts[0]))[0]
+        np.testing.assert_allclose(starts, every[first : first + len(starts)])  # no batch is left out between
+
+
+def test_prefix_hits_by_time(tmp_path: Path) -> None:
+    prompts, hits = np.array([100, 100, 300, 500]), np.array([0, 50, 300, 0])
+    scheduled = np.array([0.0, 1.0, 9.0, 10.0])
+    edges, percent = _hits(scheduled, prompts, hits)
+    assert (edges[0], edges[-1]) == (0.0, 10.0) and len(percent) == len(edges) - 1 == 4
+    assert percent[0] == pytest.approx(25.0) and percent[-1] == pytest.approx(37.5)
+    assert np.isnan(percent[1:3]).all()
+    record = read_record(make_run(tmp_path, **steady(num_prompts=5)))
+    assert "Prefix-cache hits over time" not in {panel.title for _, group in panels(record) for panel in group}
 
 
 def test_page_says_the_verdict_and_every_slo(pipelined: Path) -> None:

@@ -170,6 +170,15 @@ def test_a_trial_that_is_given_up_would_have_failed(slos: list[SLO], rows: list[
         assert early.margin == inf
 
 
+def test_a_trial_ends_at_its_time_limit_and_is_judged_by_what_finished() -> None:
+    spec = WorkloadSpec(lengths="fixed", input_len="1", output_len="1", request_rate=1.0, num_prompts=3000)
+    slos, server, rate = [SLO.parse("p50_scheduling_delay<=1")], [one_server()], 105.0
+    whole = simulated_trial(at_rate(spec, rate), server, slos, rate)  # the queue grows by 5 requests/s
+    cut = simulated_trial(at_rate(spec, rate), server, slos, rate, time_limit_s=2.0)
+    assert cut.summary["duration"] == pytest.approx(2.0, abs=0.05) and cut.met
+    assert cut.summary["completed"] < 0.1 * whole.summary["completed"]
+
+
 def test_hopeless_trials_are_cut_short() -> None:
     spec = WorkloadSpec(lengths="fixed", input_len="1", output_len="4", request_rate=1.0, num_prompts=4000)
     server, slos = one_server(), [SLO.parse("p50_scheduling_delay<=0.5")]

@@ -19,6 +19,8 @@ from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
 
 MODEL = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--num-prompts", "200"]
+QUICK = ["--seeds", "1", "--no-curve"]
+FEW = ["--seeds", "2", "--no-curve"]
 PRICES = ["--gpu-price", "a100=2,h100=4"]
 SLOS = ["--slo", "p99_tbt<=0.1", "--slo", "p50_scheduling_delay<=2"]
 SWEEP = {
@@ -121,7 +123,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder / "one.json").write_text(done.stdout.splitlines()[-1])
     (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    done = windtunnel("search", "--sweep", "sweep.yaml", *PRICES, "--output-dir", "many", cwd=folder)
+    done = windtunnel("search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--output-dir", "many", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "many.txt").write_text(done.stdout)
     return folder
@@ -130,6 +132,12 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search_leaves_its_trials_as_runs(searched: Path) -> None:
     result = json.loads((searched / "one.json").read_text())
     assert result["max_qps_under_slo"] > 0.5
+    spread = result["intervals"]["max_qps_under_slo"]
+    assert spread["low"] <= spread["mid"] == result["max_qps_under_slo"] <= spread["high"] and result["seeds"] == 3
+    assert spread["low"] < spread["high"] < 2 * spread["low"]
+    beyond = [load for load in result["loads"] if load["rate"] > 1.09 * result["max_qps_under_slo"]]
+    assert len(beyond) >= 2 and all(set(load["slos"]) == set(result["slos"]) for load in result["loads"])
+    assert not any(load["met"] for load in beyond if load["rate"] > 1.2 * result["max_qps_under_slo"])
     assert result["binding_slo"] in result["slos"]
     for trial in result["trials"]:
         folder = Path(trial["folder"])
@@ -158,6 +166,9 @@ def test_a_sweep_gives_a_table_with_per_gpu_and_per_dollar(searched: Path) -> No
     assert any(row["pareto"] for row in rows)
     table = (searched / "many.txt").read_text()
     assert "requests/$" in table and "h100,64,vllm" in table
+    assert "ranges: over 2 seeds" in table and "calibrated" in table
+    trials = [Path(trial["folder"]) for row in rows for trial in row["trials"]]
+    assert {path.name for trial in trials for path in trial.iterdir()} == {"config.yaml", "summary.json"}
 
 
 def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
@@ -167,6 +178,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
         "sweep.yaml",
         "--gpu-price",
         "a100=2,h100=4",
+        *FEW,
         "--workers",
         "1",
         "--output-dir",
@@ -193,13 +205,13 @@ def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
 
 
 def test_a_capacity_that_few_requests_alone_allow_is_told(searched: Path) -> None:
-    few = [*MODEL[:-1], "60", "--slo", "p99_ttft<=4", "--tolerance", "0.1"]
+    few = [*MODEL[:-1], "60", "--slo", "p99_ttft<=4", "--tolerance", "0.1", *QUICK]
     done = windtunnel("search", *few, "--output-dir", "few", cwd=searched)
     assert done.returncode == 0, done.stderr
     result = json.loads((searched / "few" / "search.json").read_text())
     assert result["outcome"] == "found" and result["unsteady"]
     assert "note: the run at the capacity" in done.stdout and "--num-prompts" in done.stdout
-    plenty = [*MODEL[:-1], "1500", *SLOS, "--tolerance", "0.1"]
+    plenty = [*MODEL[:-1], "1500", *SLOS, "--tolerance", "0.1", *QUICK]
     done = windtunnel("search", *plenty, "--output-dir", "plenty", cwd=searched)
     assert done.returncode == 0, done.stderr
     assert json.loads((searched / "plenty" / "search.json").read_text())["unsteady"] is None
@@ -217,7 +229,7 @@ def test_a_search_is_of_what_its_file_said(searched: Path) -> None:
     """A file that was edited meanwhile is another search, whatever its path."""
     file = searched / "run.yaml"
     settings = {key: value for key, value in SWEEP.items() if key != "sweep"} | {"device": "a100"}
-    command = ["search", "--config", "run.yaml", "--output-dir", "of-a-file"]
+    command = ["search", "--config", "run.yaml", *QUICK, "--output-dir", "of-a-file"]
     for slo, code in (("p99_tbt<=0.1", 0), ("p99_tbt<=0.1", 0), ("p99_tbt<=0.2", 2)):
         file.write_text(yaml.safe_dump({**settings, "slo": [slo]}))
         done = windtunnel(*command, cwd=searched)
@@ -238,7 +250,7 @@ def test_points_that_cannot_be_are_refused_and_crashes_are_crashes(searched: Pat
                   {"device": "a100"}],
     }}  # fmt: skip
     (searched / "mixed.yaml").write_text(yaml.safe_dump(sweep))
-    done = windtunnel("search", "--sweep", "mixed.yaml", "--output-dir", "mixed", cwd=searched)
+    done = windtunnel("search", "--sweep", "mixed.yaml", *QUICK, "--output-dir", "mixed", cwd=searched)
     assert done.returncode == 1
     rows = json.loads((searched / "mixed" / "sweep.json").read_text())["points"]
     assert [row["status"] for row in rows] == ["refused", "crashed", "done"]
@@ -264,8 +276,8 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
     done = windtunnel(
         "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu", "--max-model-len", "128",
         "--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--workload", "fixed", "--input-len", "20",
-        "--output-len", "10", "--num-prompts", "60", "--slo", "p50_scheduling_delay<=0.01", "--confirm", "--output-dir",
-        "confirmed", "--json", cwd=tiny,
+        "--output-len", "10", "--num-prompts", "60", "--slo", "p50_scheduling_delay<=0.01", "--confirm", *QUICK,
+        "--output-dir", "confirmed", "--json", cwd=tiny,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -322,7 +334,7 @@ def test_a_ray_cluster_of_two_nodes_gives_what_processes_give(searched: Path, mo
             each.pop("traceback", None)
         assert found == local
         done = windtunnel(
-            "search", "--sweep", "sweep.yaml", *PRICES, "--ray", cluster.address, "--output-dir", "on-ray",
+            "search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--ray", cluster.address, "--output-dir", "on-ray",
             cwd=searched,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

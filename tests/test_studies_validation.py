@@ -20,6 +20,7 @@ from engine.specs import HostOverhead, SchedulerSpec, catalog
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import RuntimePredictor
+from studies.pages.page import LIBRARY
 from studies.pages.validation import verdicts, write_validation
 from studies.validation.compare import Pair, compare, in_words, run_pair
 from studies.validation.record import MOST_POINTS, curves, judge
@@ -344,6 +345,7 @@ def test_verdicts_are_of_the_load_that_is_furthest_from_its_target() -> None:
     # 9 % are less of what is allowed at 95 % load than 6 % are at half of it
     lines = verdicts(made_up_results(made_up_load(0.5, -0.06), made_up_load(0.95, 0.09, throughput=-0.021)))
     assert lines == [
+        ("unsure", "12.5 % of the batches are outside the calibrated range: their times are extrapolated"),
         ("good", "Iterations: mean error 3.2 % at 50 % load (target 5 %)"),
         ("bad", "TTFT: P50 -6.0 % at 50 % load (target 5 %)"),
         ("unsure", "TBT: nothing to compare"),
@@ -353,16 +355,21 @@ def test_verdicts_are_of_the_load_that_is_furthest_from_its_target() -> None:
     ]
     other = made_up_load(None, 0.01)
     other["replay"] = {"same": False, "first_difference": None, "why": "it ended early"}
-    assert verdicts(made_up_results(other))[1] == ("good", "TTFT: P50 +1.0 % (target 5 %)")
+    assert verdicts(made_up_results(other))[2] == ("good", "TTFT: P50 +1.0 % (target 5 %)")
     assert verdicts(made_up_results(other))[-1] == ("bad", "Replay: other batches")
+    for inside, first in ((0.0, ("bad", "100 % of the batches are outside")), (0.95, ("good", "Iterations: mean"))):
+        load = made_up_load(0.5, 0.01)
+        load["iterations"] = {**load["iterations"], "in_range": inside}
+        tone, words = verdicts(made_up_results(load))[0]
+        assert (tone, words.startswith(first[1])) == (first[0], True)
 
 
-def test_page_says_the_numbers_and_stands_alone(tmp_path: Path) -> None:
+def test_page_says_the_numbers_and_needs_only_the_plot_library(tmp_path: Path) -> None:
     results = made_up_results(made_up_load(0.5, 0.0789), made_up_load(0.95, 0.0789), version="9.9.9")
     path = write_validation(results, tmp_path / "new" / "validation.html")
-    assert [each.name for each in path.parent.iterdir()] == ["validation.html"]
+    assert sorted(each.name for each in path.parent.iterdir()) == [LIBRARY, "validation.html"]
     page = Page(path)
-    assert page.references == [] and "default-src 'none'" in path.read_text(encoding="utf-8")
+    assert page.references == [LIBRARY] and "default-src 'none'" in path.read_text(encoding="utf-8")
     assert page.figures == 4  # one distribution and the batches' times of each load
     for verdict in verdicts(results):
         assert verdict in page.marked
@@ -378,15 +385,18 @@ def test_page_says_the_numbers_and_stands_alone(tmp_path: Path) -> None:
     assert "GPUs" not in page.text and " nan" not in page.text.lower()
 
 
-def test_page_of_a_shared_cpu_claims_no_targets(tmp_path: Path) -> None:
+def test_what_ran_on_a_cpu_is_held_to_no_target(tmp_path: Path) -> None:
     load = made_up_load(None, 0.2)
     load["batches"] = {**load["batches"], "first_difference": 0, "at_s": None}
     load["replay"] = {"engine": 9, "simulated": 8, "same": False, "first_difference": 3, "at_s": 0.1}
     changes: dict[str, Any] = {"device": "cpu", "capacity": None, "operators": {}, "host_overhead": None}
     page = Page(write_validation(made_up_results(load, **changes), tmp_path / "validation.html"))
-    assert ("bad", "TTFT: P50 +20.0 % (target for GPUs: 5 %)") in page.marked
+    assert ("plain", "TTFT: P50 +20.0 %") in page.marked and ("unsure", "On a CPU: held to no target") in page.marked
+    assert "(target" not in page.text and not any(
+        "%" in words for tone, words in page.marked if tone in ("good", "bad")
+    )
     assert ("bad", "Replay: other batches") in page.marked and ("bad", "others") in page.marked
-    assert "times are of a shared CPU" in page.text and "are no targets" in page.text
+    assert "the errors are held to no target" in page.text and "Errors, held to no target" in page.text
     assert "The very first differs; then they differ" in page.text
     assert "forms other batches. The first 3 are the same" in page.text
     assert "No calibration" in page.text and "Capacity" not in page.text and "host overhead" not in page.text

@@ -1,4 +1,4 @@
-"""Windtunnel from Python: simulate a deployment, search its capacity, load a run's folder; results as DataFrames.
+"""Windtunnel from Python: simulate a deployment, search its capacity, plan a fleet, load a run's folder; results as DataFrames.
 
     import windtunnel as wt
     run = wt.simulate(model="mistralai/Mistral-7B-v0.1", device="a100", max_model_len=8192, request_rate=2)
@@ -8,7 +8,7 @@ Keywords have the names and defaults of the command line's flags. docs/python-ap
 """
 
 from engine.errors import InputError
-from windtunnel.api import load, search, simulate
-from windtunnel.results import Run, Search
+from windtunnel.api import load, plan, search, simulate
+from windtunnel.results import Plan, Run, Search
 
-__all__ = ["InputError", "Run", "Search", "load", "search", "simulate"]
+__all__ = ["InputError", "Plan", "Run", "Search", "load", "plan", "search", "simulate"]

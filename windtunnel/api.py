@@ -9,18 +9,19 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_origin
 
 from engine.errors import InputError
 from windtunnel.messages import in_keywords
 from windtunnel.names import unknown_setting
-from windtunnel.settings import TOLERANCE, FileConfig, combined, load_file
+from windtunnel.settings import SEEDS, TOLERANCE, FileConfig, combined, load_file
 
 if TYPE_CHECKING:
-    from windtunnel.results import Run, Search
+    from windtunnel.results import Plan, Run, Search
 
 _FIELDS = FileConfig.model_fields
 _Path = str | Path
@@ -54,7 +55,12 @@ def simulate(*, config: _Path | None = None, output_dir: _Path | None = None, **
 
 
 def search(
-    *, config: _Path | None = None, output_dir: _Path | None = None, tolerance: float = TOLERANCE, **settings: Any
+    *,
+    config: _Path | None = None,
+    output_dir: _Path | None = None,
+    tolerance: float = TOLERANCE,
+    seeds: int = SEEDS,
+    **settings: Any,
 ) -> Search:
     """Find the highest request rate at which every SLO holds, as `windtunnel search` does in the simulator.
 
@@ -62,26 +68,79 @@ def search(
         config: YAML file with any of the settings; keywords win.
         output_dir: folder for the trials; the same search in the same folder resumes. None keeps it in memory.
         tolerance: the precision of the capacity, as a share of it.
+        seeds: workloads of other seeds to find the capacity for, for its range; 1: none.
         **settings: the command's flags, with underscores; `slo` is required, `request_rate` is the first guess.
 
     Raises InputError for an unknown keyword, an impossible setting, and settings that can't be searched with.
     """
     with _in_keywords():
-        from windtunnel.capacity import check_tolerance, open_search, search_capacity
-        from windtunnel.results import Search
+        from studies.capacity.search import check_tolerance
+        from windtunnel.capacity import open_search, read_search_file, search_capacity
+        from windtunnel.results import SEARCH_FILE, Search
 
         check_tolerance(tolerance)
-        read = _read(config, settings, ("config", "output_dir", "tolerance"))
+        if seeds < 1:
+            raise InputError(f"seeds {seeds}: give at least 1")
+        read = _read(config, settings, ("config", "output_dir", "tolerance", "seeds"))
         folder = None if output_dir is None else Path(output_dir)
-        if folder is not None:
-            open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance})
-        return Search(search_capacity(read, tolerance, folder), folder=folder)
+        if folder is None:
+            return Search(search_capacity(read, tolerance, None, seeds=seeds))
+        with open_search(folder, {"settings": read.model_dump(mode="json"), "tolerance": tolerance, "seeds": seeds}):
+            if (folder / SEARCH_FILE).is_file():  # finished
+                return Search(read_search_file(folder / SEARCH_FILE), folder=folder)
+            return Search(search_capacity(read, tolerance, folder, seeds=seeds), folder=folder)
 
 
-def load(folder: _Path) -> Run | Search:
-    """Load a finished run's folder (of `simulate` or `bench`) or a search's.
+def plan(
+    *,
+    devices: str | Sequence[str],
+    gpu_price: str | float | Mapping[str, float],
+    config: _Path | None = None,
+    output_dir: _Path | None = None,
+    exhaustive: bool = False,
+    workers: int | None = None,
+    **settings: Any,
+) -> Plan:
+    """Find the cheapest fleet that meets the SLOs at a request rate, as `windtunnel plan` does.
 
-    Raises InputError if the folder holds neither.
+    Args:
+        devices: names to choose from.
+        gpu_price: dollars per GPU-hour: of any device, or by device.
+        config: YAML file with any of the settings; keywords win.
+        output_dir: folder for the results; the same plan in the same folder resumes. None keeps it in memory.
+        exhaustive: size every point, also those that bounds dismiss.
+        workers: number of processes. Default: 1, this one.
+        **settings: the command's flags, with underscores; `model`, `request_rate` and `slo` are required. Parallel
+            sizes, `engine`, `quantization`, `max_num_batched_tokens` and `max_num_seqs` may be lists.
+
+    Raises InputError for an unknown keyword, an impossible setting, and settings that can't be planned with.
+    """
+    with _in_keywords():
+        from windtunnel.plan import given_axes, listed, make_plan
+        from windtunnel.prices import prices
+        from windtunnel.results import Plan
+        from windtunnel.settings import read_file
+
+        for name in settings:
+            if name not in _FIELDS:
+                raise unknown_setting("keyword", name, (*_FIELDS, "devices", "gpu_price", "output_dir", "exhaustive"))
+        values = {} if config is None else read_file(Path(config))
+        values |= {name: _plain(name, value) for name, value in settings.items() if value is not None}
+        axes, chosen, known = given_axes(values), listed("devices", devices), prices(gpu_price)
+
+        def make(folder: Path) -> dict[str, Any]:
+            return make_plan(values, chosen, known, axes, folder=folder, workers=workers or 1, bounds=not exhaustive)
+
+        if output_dir is not None:
+            return Plan(make(Path(output_dir)), folder=Path(output_dir))
+        with TemporaryDirectory(prefix="windtunnel-plan-") as folder:
+            return Plan(make(Path(folder)))
+
+
+def load(folder: _Path) -> Run | Search | Plan:
+    """Load a finished run's folder (of `simulate` or `bench`), a search's or a plan's.
+
+    Raises InputError if the folder holds none.
     """
     from windtunnel.results import read_folder
 

@@ -7,27 +7,37 @@ print(found["max_qps_under_slo"], found["binding_slo"])
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from engine.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from engine.documents import read_json
+from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
 from engine.results.files import write_json
+from engine.results.folders import owned, remove_unfinished
 from engine.results.metrics import summary_key
 from engine.results.run_folder import run_folder, write_config, write_summary
 from engine.results.slo import SLO
+from engine.specs.checks import short
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment
+from simulator.cluster import simulate as simulate_run
+from simulator.router import ROUTERS
 from studies.capacity.confirm import gpu_hours
+from studies.capacity.ranges import curve_shares, over_seeds
 from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
 from studies.capacity.uncertainty import capacity_range, described, errors_in_words
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
 from windtunnel.run_config import resolved
-from windtunnel.settings import ENGINE_KEYS, FileConfig, ReplicaGroup
+from windtunnel.settings import ENGINE_KEYS, SEEDS, FileConfig, ReplicaGroup
 
 NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
 SETTINGS = "settings.json"
@@ -35,11 +45,21 @@ _AT_CAPACITY = {"p99_tbt_ms": summary_key("p99", "tbt"), "p50_ttft_ms": summary_
                 "output_throughput": "output_throughput", "mean_tpot_ms": summary_key("mean", "tpot")}  # fmt: skip
 
 
-def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None) -> dict[str, Any]:
+def search_capacity(
+    settings: FileConfig,
+    tolerance: float,
+    folder: Path | None,
+    *,
+    seeds: int = SEEDS,
+    curve: bool = True,
+    keep_runs: bool = True,
+) -> dict[str, Any]:
     """Search the capacity of one deployment and return what `search.json` holds.
 
-    With a folder the trials are written to `folder/trials` and those already there are kept. Raises InputError for
-    settings that can't be searched with.
+    With a folder the trials are written to `folder/trials` and those already there are kept: as runs, or without
+    `keep_runs` their settings and summaries alone. The capacity is searched again, near the first, for each further one
+    of `seeds`; with `curve` loads beyond it are simulated to their end. Raises InputError for settings that can't be
+    searched with.
     """
     for plugin in settings.plugin:
         load_plugin(plugin)
@@ -49,7 +69,8 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
 
     def simulate(rate: float, partial: Path | None) -> Trial:
         requests = at_rate(workload, rate)
-        made = simulated_trial(requests, deployments, slos, rate, partial, settings.router, settings.seed)
+        run = partial if keep_runs else None
+        made = simulated_trial(requests, deployments, slos, rate, run, settings.router, settings.seed)
         if partial is not None:
             write_config(partial, _config(settings, [kind.replica for kind, _ in kinds], len(requests), rate))
         return made
@@ -59,10 +80,24 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
             return simulate(rate, None)
         return kept(folder / "trials", rate, lambda rate, partial: simulate(rate, partial).summary)
 
+    def seeded(seed: int, rate: float) -> Trial:
+        requests = at_rate(replace(workload, seed=workload.seed + seed), rate)
+        return simulated_trial(requests, deployments, slos, rate, None, settings.router, settings.seed + seed)
+
+    def to_its_end(rate: float) -> Trial:
+        run = simulate_run(at_rate(workload, rate), deployments, router=settings.router, seed=settings.seed, slos=slos)
+        return judged(run.summary, rate)
+
     begin = settings.request_rate or guess(workload, deployments, settings.router)
     capacity = find_capacity(trial, begin, tolerance)
+    things = "requests"
+    if workload.has_conversations:
+        things = "conversations"
+        if capacity.outcome == "all":  # whose rate was that of requests
+            after = at_rate(workload, 1.0).after
+            if after is not None:
+                capacity = replace(capacity, qps=capacity.qps * float((after < 0).mean()))
     gpus = sum(kind.parallel.world_size for kind in deployments)
-    things = "conversations" if workload.has_conversations and capacity.outcome != "all" else "requests"
     found: dict[str, Any] = {
         "status": "done",
         **capacity.to_json(),
@@ -77,11 +112,31 @@ def search_capacity(settings: FileConfig, tolerance: float, folder: Path | None)
         **_at_capacity(capacity.best),
         "unsteady": _unsteady(capacity.best) if capacity.outcome == "found" else None,
     }
+    ended = [each for each in capacity.trials if each.summary.get("stopped_early") is None]
     if settings.uncertainty is not None:
         found |= _ranges(settings, workload, kinds, slos, capacity.qps, tolerance, settings.uncertainty)
+    elif capacity.outcome == "found" and seeds > 1:
+        spread = over_seeds(seeded, capacity.qps, seeds, tolerance)
+        per_gpu = {name: value / gpus for name, value in spread.items()}
+        found |= {"seeds": seeds, "intervals": {"max_qps_under_slo": spread, "qps_per_gpu": per_gpu}}
+    if capacity.outcome == "found" and curve:
+        ended += [
+            to_its_end(share * capacity.qps) for share in curve_shares(capacity.qps, [each.rate for each in ended])
+        ]
+    found["loads"] = [_load(each) for each in sorted(ended, key=lambda each: each.rate)]
     if folder is not None:
         write_json(folder / SEARCH_FILE, found)
     return found
+
+
+def _load(trial: Trial) -> dict[str, Any]:
+    """Return what a run to its end says of a load: its rate, its results and the value of each SLO (s)."""
+    return {
+        "rate": trial.rate,
+        "met": trial.met,
+        **_at_capacity(trial),
+        "slos": {each["slo"]: each["value_s"] for each in trial.summary["slos"]},
+    }
 
 
 def _ranges(
@@ -93,7 +148,7 @@ def _ranges(
     tolerance: float,
     draws: int,
 ) -> dict[str, Any]:
-    """Return the range of the capacity under drawn errors; it is searched again for each draw, near `start`."""
+    """Return the range of the capacity under drawn errors and seeds; it is searched again for each, near `start`."""
 
     @cache
     def drawn(seed: int) -> list[Deployment]:
@@ -101,9 +156,8 @@ def _ranges(
         return [kind for kind, count in every for _ in range(count)]
 
     def trial(seed: int, rate: float) -> Trial:
-        return simulated_trial(
-            at_rate(workload, rate), drawn(seed), slos, rate, router=settings.router, seed=settings.seed
-        )
+        requests = at_rate(replace(workload, seed=workload.seed + seed), rate)
+        return simulated_trial(requests, drawn(seed), slos, rate, None, settings.router, settings.seed + seed)
 
     begin = start or guess(workload, drawn(1), settings.router)
     found = {"max_qps_under_slo": capacity_range(trial, begin, draws, tolerance)}
@@ -119,6 +173,8 @@ def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
         raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
     if settings.arrival in ("trace", "burst"):
         raise InputError(f"--arrival {settings.arrival} has no rate to search: leave it out")
+    if settings.router not in ROUTERS:
+        raise unknown("router", settings.router, ROUTERS)
     for flag, bound in (("max-concurrency", settings.max_concurrency), ("users", settings.users)):
         if bound is None:
             continue
@@ -132,12 +188,6 @@ def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:
     return workload.workload_spec(longest), slos
 
 
-def check_tolerance(tolerance: float) -> None:
-    """Raise InputError unless it is a share."""
-    if not 0 < tolerance < 1:
-        raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
-
-
 def deployed(group: ReplicaGroup) -> Deployment:
     """Return the group's replica with its predictor."""
     return Deployment.of(group.replica_spec(), group.predictor)
@@ -146,23 +196,70 @@ def deployed(group: ReplicaGroup) -> Deployment:
 def kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any]]) -> Trial:
     """Return the trial of a rate: the one that is in `folder` already, or what `make` returns, written there."""
     place = folder / f"{rate:.6g}"
-    if not (place / "summary.json").is_file():
+    path = place / "summary.json"
+    if not path.is_file():
         with run_folder(place) as partial:
             write_summary(partial, make(rate, partial))
-    return judged(json.loads((place / "summary.json").read_text("utf-8")), rate, place)
+    again = f"remove {place}, and the same command makes it again"
+    summary = read_json(path, again)
+    try:
+        return judged(summary, rate, place)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path} holds no trial ({type(error).__name__}: {error}): {again}") from None
 
 
-def open_search(folder: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or resume the same search in it. Raises InputError if it holds anything else."""
+@contextmanager
+def open_search(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Own a folder for a search: a new one, or one with the same search, which resumes.
+
+    Raises InputError if it holds anything else, or another process is at it.
+    """
     path = folder / SETTINGS
-    if path.is_file():
-        if json.loads(path.read_text("utf-8")) != json.loads(json.dumps(settings)):
-            raise InputError(f"{folder} holds a search with other settings: give another --output-dir")
-    elif folder.exists() and any(folder.iterdir()):
-        raise InputError(f"output folder {folder} is not empty: give another --output-dir")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+    with owned(folder, ours=(SETTINGS,)):
+        if path.is_file():
+            if read_json(path, "give another --output-dir") != json.loads(json.dumps(settings)):
+                raise InputError(f"{folder} holds a search with other settings: give another --output-dir")
+        elif any(folder.iterdir()):
+            raise InputError(f"output folder {folder} is not empty: give another --output-dir")
+        else:
+            write_json(path, settings)
+        remove_unfinished(folder)
+        yield
+
+
+def read_search_file(path: Path) -> dict[str, Any]:
+    """Read a finished search's results. Raises InputError for a damaged file."""
+    again = f"remove {path}, and the same command makes it again from the trials"
+    found: Any = read_json(path, again)
+    if not isinstance(found, dict) or found.get("status") != "done":
+        raise InputError(f"{path} holds no results of a search: {again}")
+    try:
+        Found.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {place} {short(first['input'])}: {first['msg']}: {again}") from None
+    return found
+
+
+class Found(BaseModel):
+    """What `search.json` holds that others calculate with; the rest is kept as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    max_qps_under_slo: float = Field(ge=0)
+    outcome: Literal["found", "none", "all"]
+    binding_slo: str | None
+    words: str
+    device: str
+    num_gpus: int = Field(ge=1)
+    qps_per_gpu: float = Field(ge=0)
+    plain_search_gpu_hours: float = Field(ge=0)
+    predictor: str
+    p99_tbt_ms: float | None
+    p50_ttft_ms: float | None
+    output_throughput: float | None
+    unsteady: str | None
+    trials: list[dict[str, Any]]
 
 
 def _config(settings: FileConfig, kinds: list[ReplicaSpec], num_prompts: int, rate: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _FLAG_OF_FIELD = {  # of fields inside that are called otherwise than their sett
     "seed": "seed",
 }
 _OTHER_FIELD = re.compile(
-    rf"(?<![\w.-])({'|'.join(_FLAG_OF_FIELD)})(?= \S+(?:: give| needs| has no meaning)| '| \S+ must| must)"
+    rf"(?<![\w.-])({'|'.join(_FLAG_OF_FIELD)})(?= \S+(?:: give| needs| has no meaning| must)| '| must)"
 )
 _OVERHEAD = re.compile(r"(?<![\w.-])(?:client_)?overhead_s ([-+.\w]+)")
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])(?![\w-])")

@@ -34,7 +34,9 @@ def load_plugin(path: Path) -> None:
     except SyntaxError as error:
         where = f"{error.filename} line {error.lineno}"
         raise PluginError(f"plugin {path}: SyntaxError: {error.msg} ({where})") from error
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a plugin does not end the command
         plugin = blamed(error)
         if plugin is None:
             raise

@@ -5,11 +5,11 @@ pandas is imported when the first DataFrame is asked for.
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.documents import read_json, read_yaml
 from engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.results.recorder import Run as EngineRun
 
 SEARCH_FILE = "search.json"
+PLAN_FILE = "plan.json"
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
 
 
@@ -111,25 +112,57 @@ class Search:
         return f"<Search: {self.summary['words']}>"
 
 
-def read_folder(folder: Path) -> Run | Search:
-    """Read a run's or a search's folder. Raises InputError if it holds neither, or is unfinished."""
-    import yaml
+class Plan:
+    """A finished plan.
 
+    Attributes:
+        summary: what `plan.json` holds.
+        folder: where the plan is on disk; None for a plan in memory.
+    """
+
+    def __init__(self, summary: dict[str, Any], *, folder: Path | None = None) -> None:
+        self.summary = summary
+        self.folder = folder
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The cheapest fleet that meets the SLOs: its replica's settings, replicas, prices, and the range of capacities.
+
+        Where none does, the closest, whose "met" is False.
+        """
+        return dict(self.summary["best"])
+
+    @cached_property
+    def candidates(self) -> pd.DataFrame:
+        """One row a candidate, the best first, with the keys of `best`; those without "met" cost at least as much."""
+        import pandas as pd
+
+        return pd.DataFrame(self.summary["candidates"])
+
+    def __repr__(self) -> str:
+        best = self.best
+        fleet = f"{best['replicas']} replicas of {best['device']}, {best['gpus']} GPUs at ${best['usd_per_hour']:.4g}/h"
+        return f"<Plan: {fleet if best['met'] else f'no fleet meets the SLOs; the closest is {fleet}'}>"
+
+
+def read_folder(folder: Path) -> Run | Search | Plan:
+    """Read a run's, a search's or a plan's folder. Raises InputError if it holds none, or is unfinished."""
     if not folder.is_dir():
         raise InputError(f"{folder} is {'a file' if folder.exists() else 'missing'}: give the folder of a run")
+    if (folder / PLAN_FILE).is_file():
+        return Plan(_json(folder / PLAN_FILE), folder=folder)
     if (folder / SEARCH_FILE).is_file():
         return Search(_json(folder / SEARCH_FILE), folder=folder)
     if missing := [name for name in RUN_FILES if not (folder / name).is_file()]:
         raise InputError(f"{folder} holds no finished run or search: it lacks {' and '.join(missing)}")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml(folder / "config.yaml", "run it again")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.yaml'} holds no settings: run it again")
     return Run(_json(folder / "summary.json"), config, folder=folder)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): run it again") from None
+    found: Any = read_json(path, "it is damaged: run it again")
     if not isinstance(found, dict):
         raise InputError(f"{path} holds no JSON object: run it again")
     return found

@@ -5,24 +5,27 @@ Names follow vLLM where vLLM has one. In a file the same names are keys, with un
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from engine.documents import read_yaml
 from engine.errors import InputError
 from engine.replica_spec import SETTINGS, ReplicaSettings, ReplicaSpec, resolve
 from engine.results.slo import SLO
 from engine.specs import DeviceSpec, ParallelSpec, SchedulerSpec
+from engine.specs.checks import short
 from engine.workload.workload import WorkloadSpec
 from windtunnel.names import unknown_setting
 from windtunnel.trace_check import check_no_result
 
+MOST_REPLICAS = 10_000  # of a cluster, which take some 30 KB each
 MOST_DRAWS = 1000
 TOLERANCE = 0.025  # of a capacity search, a share of the capacity
+SEEDS = 3  # workloads that a capacity is searched for, for its range
 
 # what is not given is what the specs say; here no default of a replica is decided
 _PARALLEL, _SCHEDULER, _WORKLOAD = ParallelSpec(), SchedulerSpec(), WorkloadSpec()
@@ -230,8 +233,8 @@ class ReplicaConfig(ServingSettings):
     host_overhead: str = _field(
         _REPLICA["host_overhead"],
         "Deployment",
-        "Host overhead of an iteration: cuda_graphs, eager, eager_cpu, sarathi_osdi24, measured (by the calibration) "
-        "or auto (measured if available, else eager_cpu on a CPU, else cuda_graphs).",
+        "Host overhead of an iteration: cuda_graphs, eager, eager_cpu, sarathi_osdi24, sarathi_osdi24_fig2, "
+        "measured (by the calibration) or auto (measured if available, else eager_cpu on a CPU, else cuda_graphs).",
     )
     predictor: str = _field(
         "auto",
@@ -294,7 +297,8 @@ class RunConfig(ReplicaConfig):
     router: str = _field(
         "round_robin",
         "Deployment",
-        "Router: round_robin, random, least_outstanding_requests or least_outstanding_tokens.",
+        "Router: round_robin, random, least_outstanding_requests, least_outstanding_tokens, kv_aware (least KV cache "
+        "in use), prefix_aware (longest prefix sent before, with bounded load) or session_affinity.",
     )
     workload: str | None = _field(
         None,
@@ -461,6 +465,7 @@ class FileConfig(RunConfig):
         """Return the kinds of replica and the count of each."""
         shared = {key: value for key, value in self.model_dump().items() if key in ReplicaConfig.model_fields}
         if not self.replicas:
+            self._check_count(self.num_replicas)
             return [ReplicaGroup(**shared, count=self.num_replicas)]
         if "num_replicas" in self.model_fields_set:
             raise InputError("num_replicas and replicas both set the number of replicas: remove one")
@@ -470,7 +475,12 @@ class FileConfig(RunConfig):
             if found.count < 1:
                 raise InputError(f"replicas[{i}] count {found.count}: give at least 1")
             groups.append(found)
+        self._check_count(sum(group.count for group in groups))
         return groups
+
+    def _check_count(self, count: int) -> None:
+        if count > MOST_REPLICAS:
+            raise InputError(f"num_replicas {short(count)}: give at most {MOST_REPLICAS:,}")
 
 
 class BenchConfig(FileConfig, EngineSettings):
@@ -566,32 +576,10 @@ def combined(values: dict[str, Any], given: dict[str, Any], where: str, kind: ty
 
 def read_file(path: Path) -> dict[str, Any]:
     """Read a YAML file of settings. Raises InputError if it can't be read or is no mapping."""
-    import yaml
-
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _no_base_60(yaml.SafeLoader))
-    except OSError as error:
-        raise InputError(f"can't read the config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+    values = read_yaml(path, "give a YAML file of settings", ranges=True)
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no settings: write one 'key: value' per line")
     return underscored(values)
-
-
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_NO_COLON = r"(?![^\s:]*:)"
-
-
-def _no_base_60(safe: Any) -> Any:
-    """Return YAML's safe loader without its numbers to the base 60: `1:5` is a range of ours, and not 65."""
-    resolvers = {
-        first: [
-            (tag, re.compile(_NO_COLON + text.pattern, text.flags) if tag in _NUMBERS else text) for tag, text in kinds
-        ]
-        for first, kinds in safe.yaml_implicit_resolvers.items()
-    }
-    return type("Loader", (safe,), {"yaml_implicit_resolvers": resolvers})
 
 
 def underscored(values: dict[str, Any]) -> dict[str, Any]:
@@ -615,11 +603,21 @@ def _validate(kind: type[Settings], values: dict[str, Any], where: str, flags: C
     for key in values:
         if key not in kind.model_fields:
             raise unknown_setting(f"key in {where}", str(key), kind.model_fields)
+
+    def place(key: str) -> str:
+        return f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
+
+    for key, value in values.items():  # which pydantic would read as 1 and 0
+        annotation = kind.model_fields[key].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise InputError(f"{place(key)} {value!r}: give {'a number' if _is_number(annotation) else 'text'}")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0])
-        place = f"--{key.replace('_', '-')}" if key in flags else f"{where}: {key}"
         wanted = _WANTED.get(first["type"], first["msg"].removeprefix("Value error, "))
-        raise InputError(f"{place} {first['input']!r}: {wanted}") from None
+        raise InputError(f"{place(str(first['loc'][0]))} {short(first['input'])}: {wanted}") from None
+
+
+def _is_number(annotation: Any) -> bool:
+    return bool({int, float} & {annotation, *get_args(annotation)})

@@ -17,6 +17,7 @@ from typing import Any
 
 from engine.results.recorder import Run
 from engine.results.run_folder import run_folder, write_chrome_trace, write_config, write_summary
+from engine.results.tables import to_numpy
 from engine.workload.workload import Workload, make_workload
 from simulator.cluster import Deployment, simulate
 from studies.capacity.uncertainty import described, errors_in_words, intervals
@@ -64,6 +65,7 @@ class Simulation:
             slos=self.config.slos(),
             folder=folder,
             on_progress=on_progress,
+            with_batches=True,
         )
         if self.config.uncertainty is not None:
             result.summary.update(self._intervals(self.config.uncertainty, on_progress))
@@ -89,11 +91,22 @@ class Simulation:
         return described(intervals(summaries), draws, [errors_in_words(kind) for kind in self.kinds])
 
     def write(
-        self, target: Path, *, started: float, chrome_trace: bool = False, on_progress: Progress | None = None
+        self,
+        target: Path,
+        *,
+        started: float,
+        chrome_trace: bool = False,
+        operator_times: bool = False,
+        on_progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """Simulate into the new folder `target`, with its report, and return the summary."""
+        """Simulate into the new folder `target`, with its report, and return the summary.
+
+        With `operator_times` the summary has the run's time by kind of operator, in `operator_times_s`.
+        """
         with run_folder(target) as folder:
             summary = self.run(folder, started=started, on_progress=on_progress).summary
+            if operator_times:
+                summary["operator_times_s"] = self._operator_times(folder)
             write_config(folder, self.resolved)
             write_summary(folder, summary)
             if chrome_trace:
@@ -102,3 +115,17 @@ class Simulation:
 
             write_report(folder)
         return summary
+
+    def _operator_times(self, folder: Path) -> list[dict[str, float] | None]:
+        """Return the seconds by family of each kind of replica; None for one without a calibration."""
+        import pyarrow.parquet as pq
+
+        from simulator.operator_times import COLUMNS, operator_times
+
+        rows = to_numpy(pq.ParquetFile(folder / "iterations.parquet").read(["replica", *COLUMNS]))
+        found, first = [], 0
+        for kind, count in zip(self.kinds, self.copies, strict=True):
+            mine = (rows["replica"] >= first) & (rows["replica"] < first + count)
+            found.append(operator_times(kind, {name: rows[name][mine] for name in COLUMNS}))
+            first += count
+        return found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from engine.documents import check_table, parse_json
 from engine.errors import InputError
 
 _RESULTS = frozenset({"request_throughput", "total_output_tokens", "mean_ttft_ms", "ttfts", "itls"})
@@ -14,6 +14,7 @@ _MOST_BYTES = 1 << 28  # of a file that is read whole
 def check_no_result(path: Path) -> None:
     """Raise InputError if the file of a trace holds a benchmark's results (vLLM's, or a run's summary.json)."""
     try:
+        check_table(path)
         with path.open(encoding="utf-8-sig") as file:
             first = file.readline()
             if not first.lstrip().startswith("{"):
@@ -31,7 +32,7 @@ def check_no_result(path: Path) -> None:
 
 def _object(text: str) -> dict[str, object] | None:
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = parse_json(text, "", "", constants=True)
+    except InputError:  # whoever reads the trace reports that
         return None
     return found if isinstance(found, dict) else None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.errors import InputError
+from engine.documents import read_json
 from engine.results.files import write_json, write_whole
 from studies.measured.judge import OF_REQUESTS, by_limit, errors_of, summary
 from studies.measured.truth import SETS, SHOWN, described, render
@@ -28,12 +27,9 @@ def write_truth(
     path = output.with_suffix(".json")
     record: dict[str, Any]
     if public is None:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} can't be read: give --public DIR to make it ({error})") from None
+        record = read_json(path, "give --public DIR to make it")
     else:
-        missed = json.loads(path.read_text(encoding="utf-8"))["missed"] if path.is_file() else "Nothing noted."
+        missed = read_json(path, "remove it")["missed"] if path.is_file() else "Nothing noted."
         record = {"sets": [_one(each, public, on_progress, workers) for each in SETS], "missed": missed}
         write_json(path, record)
     write_whole(output, render(record))

@@ -20,7 +20,8 @@ APPROXIMATE = (
     "prompts are of common English words, about a token each: their exact lengths need the model's tokenizer "
     "(--tokenizer DIR)"
 )
-_TRIED = 400  # of a tokenizer's words, at most
+NO_WORDS = "prompts are of common English words, of which the tokenizer has none: their lengths are not exact"
+_TRIED = 400  # of a tokenizer's own tokens, where common words are none
 
 
 class Prompts(Sender):
@@ -32,9 +33,11 @@ class Prompts(Sender):
     """
 
     def __init__(self, workload: Workload, seed: int, codec: TextCodec | None = None, *, chat: bool = False) -> None:
-        self.words = WORDS if codec is None else single_tokens(codec)
+        found = () if codec is None else single_tokens(codec)
+        self.exact = bool(found)  # whether lengths are
+        self.words = found or WORDS
         super().__init__(workload, len(self.words), seed)
-        self.frame_tokens = 0 if codec is None else _frame_tokens(codec, self.words[0], chat)
+        self.frame_tokens = _frame_tokens(codec, found[0], chat) if codec is not None and found else 0
         self._texts: dict[int, str] = {}  # of the turns that others follow: prompt and answer, by id
 
     def pop_text(self) -> tuple[Request, str]:
@@ -56,11 +59,15 @@ class Prompts(Sender):
 
 
 def single_tokens(codec: TextCodec) -> tuple[str, ...]:
-    """Return words that are a token each, side by side as alone; the common ones of a tokenizer that has none."""
+    """Return words that are a token each, side by side as alone: common ones, else tokens as text; none may do."""
     plain = len(codec.encode(""))
-    found = [word for word in WORDS[:_TRIED] if len(codec.encode(word * 3)) == plain + 3]
-    together = "".join(found)
-    return tuple(found) if found and len(codec.encode(together)) == plain + len(found) else WORDS
+    own = [codec.token_text(token).strip() for token in range(min(_TRIED, codec.vocab_size or _TRIED))]
+    own = [text for text in own if text.isalnum()]
+    for words in (WORDS, [f" {text}" for text in own], own):
+        found = [word for word in dict.fromkeys(words) if len(codec.encode(word * 3)) == plain + 3]
+        if found and len(codec.encode("".join(found))) == plain + len(found):
+            return tuple(found)
+    return ()
 
 
 def _frame_tokens(codec: TextCodec, word: str, chat: bool) -> int:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
+
+from engine.documents import shown
+from engine.errors import InputError
+from engine.results.folders import unfinished
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place, then move it there."""
-    unfinished = path.with_name(f".{path.name}.part")
+    part = unfinished(path)
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
+
+
+def check_output(path: Path, flag: str = "--output") -> None:
+    """Raise InputError unless a file can be written to a path, whose folder is there: before the work that fills it."""
+    part = unfinished(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        part.touch()
+        part.unlink()
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InputError(f"can't write {shown(path)}: {why}: give another {flag}") from None
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
@@ -48,8 +49,8 @@ def request_row(request: Request) -> dict[str, float]:
     assert request.scheduled_at is not None, f"{request} has finished and was never scheduled"
     times = request.token_times
     numbers = (
-        request.arrived_at, request.scheduled_at, times[0], times[-1], request.prompt_tokens, len(times),
-        request.preemptions,
+        request.arrived_at, request.scheduled_at, times[0], times[-1], request.prompt_tokens,
+        len(times) - request.late_first_token, request.preemptions,
     )  # fmt: skip
     return dict(zip(REQUEST_COLUMNS, numbers, strict=True))
 
@@ -60,8 +61,10 @@ _MOST_STAGES = 1 << 15
 class _Table:
     """Blocks of rows of the same columns: kept, or written to a Parquet file as they come."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, together: list[_Table]) -> None:
         self.path = path
+        self.together = together  # the tables of a run: when one can't be written, the disk is full for all of them
+        together.append(self)
         self.writer: pq.ParquetWriter | None = None
         self.blocks: list[Columns] = []
 
@@ -74,11 +77,24 @@ class _Table:
         table = to_arrow(block)
         if self.writer is None:
             self.writer = pq.ParquetWriter(self.path, table.schema, compression="zstd")
-        self.writer.write_table(table)
+        with self._given_up_together():
+            self.writer.write_table(table)
+
+    @contextmanager
+    def _given_up_together(self) -> Iterator[None]:
+        """Write no more after an error: a writer that is thrown away would try again, and print that it can't."""
+        try:
+            yield
+        except OSError:
+            for table in self.together:
+                if table.writer is not None:
+                    table.writer.is_open = False
+            raise
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with self._given_up_together():
+                self.writer.close()
 
     def read(self, names: list[str]) -> Iterator[Columns]:
         """Yield the columns of `names`, a block of rows at a time; call after `close`."""
@@ -127,8 +143,9 @@ class Recorder:
         self._requests: list[tuple[Request, int]] = []
         self._request_tokens = 0
         self._request_blocks: list[Columns] = []
-        self._request_table = _Table(folder and folder / "requests.parquet")
-        self._iteration_table = _Table(folder and folder / "iterations.parquet")
+        tables: list[_Table] = []
+        self._request_table = _Table(folder and folder / "requests.parquet", tables)
+        self._iteration_table = _Table(folder and folder / "iterations.parquet", tables)
         self._clear_iterations()
 
     # -- what a driver reports -------------------------------------------------------------------------------------
@@ -223,6 +240,10 @@ class Recorder:
             for name, kind in ITERATION_COLUMNS.items()
         }
 
+    def read_iterations(self, names: list[str]) -> Iterator[Columns]:
+        """Yield the columns of `names` of the iterations, a block of rows at a time; call after `close`."""
+        return self._iteration_table.read(names)
+
     def busy_share(self, window: tuple[float, float] | None) -> dict[tuple[int, int], float]:
         """Share of `window` (s) that each (replica, stage) worked; empty without a window. Call after `close`."""
         found: dict[tuple[int, int], float] = {}
@@ -286,6 +307,7 @@ class Recorder:
                     len(r.token_times),
                     r.prefix_hit_tokens,
                     r.priority,
+                    r.late_first_token,
                 )
                 for r, replica in self._requests
             ]
@@ -296,6 +318,8 @@ class Recorder:
         first = last - counts + 1
         ends_gap = np.ones(len(times), dtype=bool)
         ends_gap[first] = False  # the first token of a request ends no gap
+        late = rows[:, 9].astype(np.int64)
+        ends_gap[first[late > 0] + 1] = False  # nor does the one that comes an iteration after the prompt's end
         gaps = np.diff(times, prepend=0.0)[ends_gap]
         self.gaps.add(gaps)
         columns: Columns = {
@@ -306,12 +330,12 @@ class Recorder:
             "first_token_s": times[first],
             "last_token_s": times[last],
             "prompt_tokens": rows[:, 4].astype(np.int32),
-            "output_tokens": counts.astype(np.int32),
+            "output_tokens": (counts - late).astype(np.int32),
             "preemptions": rows[:, 5].astype(np.int32),
             "prefix_hit_tokens": rows[:, 7].astype(np.int32),  # of its prompt, when it was first admitted
             "priority": rows[:, 8].astype(np.int64),  # the lowest first
         }
-        groups = counts - 1  # gaps of each request
+        groups = counts - 1 - late  # gaps of each request
         columns["max_tbt_s"] = grouped_percentile(gaps, groups, [100.0])[0]
         if self.tbt_percentiles:
             tables = grouped_percentile(gaps, groups, self.tbt_percentiles)

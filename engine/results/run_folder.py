@@ -7,6 +7,7 @@ what a killed one leaves is removed by the next run into the same folder.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -20,6 +21,9 @@ from typing import Any
 
 from engine.errors import InputError
 from engine.results.files import write_json
+from engine.results.folders import ELSEWHERE, FULL, cant_write, made, remove_empty
+
+MOST_TARGET = 200  # bytes of the name of a run's folder: beside it are some with longer ones
 
 
 class _TakenError(InputError):
@@ -37,17 +41,22 @@ def run_folder(target: Path) -> Iterator[Path]:
     What a killed run into `target` left behind is removed first. Raises InputError if `target` is in use, at once; if
     another run took it meanwhile, this one's results are kept beside it and the error says where.
     """
-    target = target.absolute()
     try:
+        target = target.absolute()
         if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
             what = "is a link" if target.is_symlink() else "is not empty" if target.is_dir() else "is a file"
             raise InputError(f"output folder {target} {what}: give another --output-dir")
-        missing = [folder for folder in target.parents if not folder.exists()]
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if len(target.name.encode("utf-8", "replace")) > MOST_TARGET:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))  # before it has run
+    except (OSError, ValueError) as error:
+        raise cant_write(target, error) from None
+    missing = made(target.parent)
+    try:
         _remove_abandoned(target)
         partial, lock = _new_partial(target)
     except OSError as error:
-        raise InputError(f"can't write to {target}: {error.strerror}: give another --output-dir") from None
+        remove_empty(missing)
+        raise cant_write(target, error) from None
     try:
         yield partial
         partial.chmod(0o755)
@@ -60,11 +69,11 @@ def run_folder(target: Path) -> Iterator[Path]:
         raise
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in missing:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        remove_empty(missing)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise cant_write(target, error) from None
         if isinstance(error, OSError):
-            why = f"{error.strerror or error}: free some space, or give another --output-dir"
+            why = f"{error.strerror or error}: {ELSEWHERE}"
             raise OSError(error.errno, f"can't write the results: {why}", str(target)) from error
         raise
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.replica_spec import ReplicaSpec
+from engine.results.batch_metrics import batch_metrics
 from engine.results.metrics import memory_and_steady_use, prefix_use, replica_use, summarize, tbt_percentiles
 from engine.results.recorder import Recorder, Run
 from engine.results.slo import SLO
@@ -86,6 +87,7 @@ def serve(
 
             pq.write_table(to_arrow(ranks.columns()), folder / "ranks.parquet", compression="zstd")
     requests = recorder.requests()
+    of_batches = batch_metrics(recorder, requests)
     summary = summarize(requests, recorder.gaps, slos, len(workload), workload.num_dropped, workload.client)
     summary["workload"] = workload.name
     summary["trace_failures"] = workload.num_failed
@@ -95,6 +97,7 @@ def serve(
     stages = [busy.get((0, stage), 0.0) for stage in range(len(driver.busy_s))] if busy else ()
     peak = recorder.peak_kv_blocks.get(0, 0)
     summary["replicas"] = [replica_use(scheduler, driver.busy_s, driver.occupied_s, summary["duration"], peak, stages)]
+    summary |= of_batches
     summary |= prefix_use(summary["replicas"]) | memory_and_steady_use(summary["replicas"])
     summary["engine"] = {
         "batches": recorder.num_batches,

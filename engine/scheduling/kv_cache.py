@@ -43,9 +43,11 @@ class KVCache:
         self.reuse_unhashed_first = reuse_unhashed_first
         self.evictions = 0  # blocks that lost a content that could have been found again
         self.num_free = num_blocks
-        # without prefix caching a stack, the lowest ids first; with it a line, the next to be taken first
+        # without prefix caching a stack, the lowest ids first; with it a line, the next to be taken first, and before
+        # them the blocks that were never taken, from `_fresh` on, and before these what is to be reused first (a stack)
         self._stack = list(range(num_blocks - 1, -1, -1)) if not prefix_caching else []
-        self._line: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks) if prefix_caching else ())
+        self._line: OrderedDict[int, None] = OrderedDict()
+        self._fresh = 0
         self._holders = [0] * num_blocks if prefix_caching else []
         self._hash_of: list[object] = [None] * num_blocks if prefix_caching else []
         self._with_hash: dict[
@@ -134,19 +136,20 @@ class KVCache:
             self.num_free += len(request.blocks)
         else:
             holders, line, hash_of, unhashed_first = self._holders, self._line, self._hash_of, self.reuse_unhashed_first
-            before = len(line)
+            before, stack = len(line) + len(self._stack), self._stack
             hashed = request.num_cached_blocks if request.block_hashes is None else 0
             for block in reversed(request.blocks[hashed:]):
                 holders[block] = left = holders[block] - 1
                 if not left:
-                    line[block] = None
                     if unhashed_first and hash_of[block] is None:
-                        line.move_to_end(block, last=False)
+                        stack.append(block)
+                    else:
+                        line[block] = None
             for block in request.blocks[hashed - 1 :: -1] if hashed else ():  # nobody else has or will look for these
                 holders[block] = 0
                 hash_of[block] = _NOBODYS
                 line[block] = None
-            self.num_free += len(line) - before
+            self.num_free += len(line) + len(stack) - before
         request.blocks.clear()
         request.allocated_tokens = 0
         request.num_cached_blocks = 0
@@ -220,7 +223,13 @@ class KVCache:
 
     def _pop(self) -> int:
         """Take the block at the head of the line, without the content it had."""
-        block = self._line.popitem(False)[0]
+        if self._stack:
+            block = self._stack.pop()
+        elif self._fresh < self.num_blocks:
+            block = self._fresh
+            self._fresh += 1
+        else:
+            block = self._line.popitem(False)[0]
         self._holders[block] = 1
         block_hash = self._hash_of[block]
         if block_hash is not None:
@@ -239,7 +248,7 @@ class KVCache:
         """Assert that each block is either free or held, by as many of `requests` (all holders) as it is counted."""
         requests = list(requests)
         held = Counter(block for request in requests for block in request.blocks)
-        free = list(self._line) if self.prefix_caching else self._stack
+        free = [*self._stack, *self._line, *(range(self._fresh, self.num_blocks) if self.prefix_caching else ())]
         assert len(free) == self.num_free, "the count of free KV blocks is wrong"
         assert sorted([*held, *free]) == list(range(self.num_blocks)), "a KV block is lost, or both held and free"
         assert all(len(set(request.blocks)) == len(request.blocks) for request in requests), "a request holds one twice"

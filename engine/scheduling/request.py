@@ -34,6 +34,7 @@ class Request:
         "finished",
         "group",
         "id",
+        "late_first_token",
         "max_total_tokens",
         "num_cached_blocks",
         "num_computed_tokens",
@@ -65,6 +66,7 @@ class Request:
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.max_total_tokens = prompt_tokens + output_tokens  # `num_tokens` once the last one has been generated
+        self.late_first_token = False  # the first of `token_times` is the prompt's end (engine.scheduling.osdi24)
         self.num_tokens = prompt_tokens
         self.num_computed_tokens = 0
         # of batches that have not been committed, where several are in flight:

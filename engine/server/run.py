@@ -75,13 +75,15 @@ class HttpServer:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Listen at an address. Raises InputError where that can't be."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo takes what is left of it
+        raise InputError(f"--port {port}: give 0 to {(1 << 16) - 1}")
     try:
         (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         found = socket.socket(family)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"can't listen at {host}:{port} ({why}): give another --host or --port") from None
     return found

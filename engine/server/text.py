@@ -6,15 +6,16 @@ ids = tokens.encode("Hello"); decoder = tokens.decoder(ids)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from engine.documents import read_json
 from engine.errors import InputError
 from engine.executors.start import need
+from engine.specs.checks import short
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 BYTES_PER_TOKEN = 4
@@ -209,10 +210,11 @@ def end_tokens(folder: Path | None) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name if folder is not None else None
         if path is not None and path.is_file():
-            try:
-                found = json.loads(path.read_text("utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise InputError(f"{path} holds no JSON object ({error}): download it again") from None
+            values = read_json(path, "download it again")
+            found = values.get("eos_token_id") if isinstance(values, dict) else "no object"
             if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
+                tokens = found if isinstance(found, list) else [found]
+                if not all(type(token) is int for token in tokens):
+                    raise InputError(f"{path}: eos_token_id {short(found)}: give whole numbers")
+                return frozenset(tokens)
     return frozenset()

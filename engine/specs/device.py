@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.errors import InputError
-from engine.specs.checks import check_fields
+from engine.specs.checks import check_fields, file_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,10 @@ class DeviceSpec:
     calibration: str | None = None  # folder of its calibration; None: what ships under its name, if anything
 
     def __post_init__(self) -> None:
-        check_fields(self, "peak_flops memory_bandwidth memory_bytes num_sms clock_hz")
+        file_name("device", self.name)
+        check_fields(self, "peak_flops memory_bandwidth memory_bytes clock_hz")
         check_fields(self, "cache_bytes", zero=True)
+        check_fields(self, "num_sms", most=1 << 16)
         if self.peak_fp8_flops is not None:
             check_fields(self, "peak_fp8_flops")
         for name in ("matmul_efficiency", "attention_efficiency", "bandwidth_efficiency"):

@@ -10,17 +10,22 @@ engine holds a folder for each (`vllm@0.14`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.documents import read_json
 from engine.errors import InputError
 from engine.specs import DeviceSpec, HostOverhead
+from engine.specs.checks import build, short
 
 CALIBRATIONS = Path(__file__).parents[2] / "calibration_data"
 ENGINES = CALIBRATIONS / "engines"  # presets of engines, no device
 PROFILE_FILE, HOST_FILE = "profile.json", "host.json"
+_PROFILE_KEYS: dict[str, dict[str, tuple[type, type | None]]] = {  # that others read, and of what lists are
+    "identity": {"dtype": (str, None), "models": (list, str), "shapes": (list, dict)},
+    "provenance": {"device_spec": (dict, None)},
+}
 
 
 def known_devices() -> Mapping[str, Path]:
@@ -37,12 +42,22 @@ def folder_of(device: DeviceSpec) -> Path | None:
 def profile_settings(folder: Path) -> dict[str, Any]:
     """Read what a profile's session was told and where it ran: its `identity` and `provenance`.
 
-    Raises InputError for a folder without a profile.
+    Raises InputError for a folder without a profile, and one that is damaged.
     """
-    try:
-        found: dict[str, Any] = json.loads((folder / PROFILE_FILE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no profile ({error}): make one with 'windtunnel profile'") from None
+    hint = "make one with 'windtunnel profile'"
+    path = folder / PROFILE_FILE
+    if not path.is_file():
+        raise InputError(f"{folder} holds no profile (it has no {PROFILE_FILE}): {hint}")
+    found: dict[str, Any] = read_json(path, hint)
+    for part, keys in _PROFILE_KEYS.items():
+        inner = found.get(part) if isinstance(found, dict) else None
+        for key, (kind, of) in keys.items():
+            value = inner.get(key) if isinstance(inner, dict) else None
+            mixed = of is not None and isinstance(value, list) and not all(isinstance(each, of) for each in value)
+            if not isinstance(value, kind) or mixed:
+                raise InputError(f"{path} is no profile: its {part}.{key} is {short(value)}: {hint}")
+    if len(found["identity"]["models"]) != len(found["identity"]["shapes"]):
+        raise InputError(f"{path} is no profile: it has not one of the shapes for each of the models: {hint}")
     return found
 
 
@@ -63,17 +78,11 @@ def host_record(folder: Path) -> dict[str, Any] | None:
     path = folder / HOST_FILE
     if not path.exists():
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        del data["device"]
-        return {**data, "overhead": HostOverhead(**data["overhead"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise broken_host(folder, error) from None
-
-
-def broken_host(folder: Path, error: Exception) -> InputError:
-    """Return the error for a `host.json` that does not hold a host overhead."""
-    return InputError(f"{folder / HOST_FILE} is no host overhead ({type(error).__name__}: {error}): fit it again")
+    data = read_json(path, "fit it again")
+    if not isinstance(data, dict) or "device" not in data:
+        raise InputError(f"{path} is no host overhead: fit it again")
+    overhead = build(HostOverhead, data.get("overhead"), f"{path}: overhead")
+    return {name: value for name, value in data.items() if name != "device"} | {"overhead": overhead}
 
 
 def measured_host(device: DeviceSpec) -> HostOverhead | None:

@@ -9,7 +9,9 @@ from math import inf
 from typing import Any
 
 from engine.errors import InputError
-from engine.specs.checks import check_fields
+from engine.specs.checks import check_fields, short
+
+MOST_GRAPH = 1 << 20  # tokens
 
 Shares = tuple[tuple[str, float], ...]  # by name; from a file a mapping
 
@@ -28,6 +30,7 @@ class HostOverhead:
     sequence_s: float  # added for each sequence of the batch
     layer_s: float  # to launch one layer
     message_s: float = 0.0  # added where there are workers to wait for: a replica of two or more ranks, however many
+    lone_message: bool = False  # whether a replica of one rank pays message_s too: its worker is a process of its own
     graph_decodes: int = 0  # batches of decodes alone, up to this many, are launched as one CUDA graph: no layer_s
     attention_kernel: str | None = None  # that such an engine runs, by its name in a calibration; None: the usual one
     kernels: str | None = None  # the version whose operators such an engine runs (vllm@0.14); None: the latest measured
@@ -55,6 +58,9 @@ class HostOverhead:
             "sampler_s sampler_logit_s",
             zero=True,
         )
+        for size in self.graph_sizes:
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < MOST_GRAPH:
+                raise InputError(f"HostOverhead graph_sizes {short(size)}: give whole numbers of tokens")
 
     def factor(self, name: str) -> float:
         """Return the factor of a kind of operator, or of a population of it, whose own comes first."""
@@ -72,7 +78,9 @@ class HostOverhead:
         launch = 0.0 if in_graph else layers * self.layer_s
         if stage:
             return launch, 0.0
-        serial = self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 else 0.0)
+        serial = (
+            self.iteration_s + self.sequence_s * sequences + (self.message_s if ranks > 1 or self.lone_message else 0.0)
+        )
         return (max(launch, serial), self.exposed_s) if self.hidden else (launch, serial)
 
     def sampling(self, vocab_size: int, rows: Any) -> Any:

@@ -21,6 +21,9 @@ QUANTIZED_BYTES = {  # of a weight of a linear layer or an expert, its share of 
 DTYPES = ("bfloat16", "float16", "float32")  # that a whole model is served in; the others are of some tensors
 EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")  # see profiler/expert_load.py
 QUANTIZATIONS = ("none", *QUANTIZED_BYTES)
+MOST_LAYERS = 10_000  # they are counted one by one
+MOST_HEADS = MOST_EXPERTS = 1 << 16
+MOST_WIDTH = 1 << 28  # of a layer, or of a vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+
+    def __post_init__(self) -> None:
+        check_fields(self, "factor low_freq_factor high_freq_factor original_max_position")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +65,9 @@ class ExpertsSpec:
     load: str = "power_law_1.01"  # how a batch's tokens are taken to spread over the experts
 
     def __post_init__(self) -> None:
-        check_fields(self, "num_experts top_k intermediate_size")
-        check_fields(self, "shared_intermediate_size", zero=True)
+        check_fields(self, "num_experts top_k", most=MOST_EXPERTS)
+        check_fields(self, "intermediate_size", most=MOST_WIDTH)
+        check_fields(self, "shared_intermediate_size", zero=True, most=MOST_WIDTH)
         if self.load not in EXPERT_LOADS:
             raise unknown("expert load", self.load, EXPERT_LOADS)
         if self.shared_gate and not self.shared_intermediate_size:
@@ -118,8 +125,10 @@ class ModelSpec:
     expert_dtype: str | None = None  # the same of the experts; None: as the projections
 
     def __post_init__(self) -> None:
-        check_fields(self, "num_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim")
-        check_fields(self, "vocab_size max_position_embeddings rope_theta norm_eps")
+        check_fields(self, "num_layers", most=MOST_LAYERS)
+        check_fields(self, "num_attention_heads num_key_value_heads", most=MOST_HEADS)
+        check_fields(self, "hidden_size intermediate_size head_dim vocab_size", most=MOST_WIDTH)
+        check_fields(self, "max_position_embeddings rope_theta norm_eps")
         check_fields(self, "rotary_fraction", zero=True)
         if self.sliding_window is not None:
             check_fields(self, "sliding_window")

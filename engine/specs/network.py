@@ -38,7 +38,7 @@ class NetworkSpec:
     source: str
 
     def __post_init__(self) -> None:
-        check_fields(self, "gpus_per_node")
+        check_fields(self, "gpus_per_node", most=1 << 16)
         if self.pair is not None and self.gpus_per_node % 2:
             raise InputError(
                 f"network {self.name}: gpus_per_node={self.gpus_per_node} is odd but `pair` bridges GPUs two by two: "

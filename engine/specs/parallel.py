@@ -9,6 +9,8 @@ from engine.errors import InputError, unknown
 from engine.specs.checks import check_fields
 from engine.specs.model import ModelSpec
 
+MOST_RANKS = 1 << 16  # of each way to cut a replica
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
@@ -26,7 +28,9 @@ class ParallelSpec:
     expert_exchange: Literal["all_gather", "all_to_all"] = "all_gather"
 
     def __post_init__(self) -> None:
-        check_fields(self, "tensor_parallel_size pipeline_parallel_size data_parallel_size expert_parallel_size")
+        check_fields(
+            self, "tensor_parallel_size pipeline_parallel_size data_parallel_size expert_parallel_size", most=MOST_RANKS
+        )
         if self.expert_exchange not in ("all_gather", "all_to_all"):
             raise unknown("expert_exchange", str(self.expert_exchange), ("all_gather", "all_to_all"))
         if self.expert_ranks % self.expert_parallel_size:

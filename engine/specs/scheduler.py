@@ -8,6 +8,11 @@ from typing import Literal
 from engine.errors import InputError, unknown
 from engine.specs.checks import check_fields
 
+MOST_SEQUENCES = 1 << 24  # running at once
+MOST_BLOCK = 1 << 24  # tokens
+MOST_TOKENS = 1 << 40  # of a batch, or a request
+MOST_STAGES = 4096  # of a chunk schedule, whose sizes are made into a list
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerSpec:
@@ -37,9 +42,13 @@ class SchedulerSpec:
     long_prefill_token_threshold_adaptive: bool = False
     scheduler_reserve_full_isl: bool | None = None  # of vllm: admit only where the whole prompt's blocks are free
     vllm_version: str | None = None  # whose rules vllm follows
+    # how the engine of Sarathi-Serve's paper counted, in simulated runs (engine/scheduling/osdi24.py):
+    late_first_token: bool = False
+    preempt_for_every_decode: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "max_num_seqs block_size")
+        check_fields(self, "max_num_seqs", most=MOST_SEQUENCES)
+        check_fields(self, "block_size", most=MOST_BLOCK)
         if self.watermark is not None:
             check_fields(self, "watermark", zero=True)
             if self.watermark >= 1:
@@ -47,13 +56,18 @@ class SchedulerSpec:
         optional = ["chunk_schedule_low", "chunk_schedule_high", "chunk_schedule_stages", "chunk_schedule_max_tokens"]
         for name in ("max_num_batched_tokens", "max_model_len", *optional):
             if getattr(self, name) is not None:
-                check_fields(self, name)
+                check_fields(self, name, most=MOST_STAGES if name == "chunk_schedule_stages" else MOST_TOKENS)
         if self.chunk_schedule not in ("fixed", "dynamic"):
             raise unknown("chunk_schedule", str(self.chunk_schedule), ("fixed", "dynamic"))
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise unknown("scheduling_policy", str(self.scheduling_policy), ("fcfs", "priority"))
-        check_fields(self, "long_prefill_token_threshold", zero=True)
-        for name in ("enable_prefix_caching", "long_prefill_token_threshold_adaptive"):
+        check_fields(self, "long_prefill_token_threshold", zero=True, most=MOST_TOKENS)
+        for name in (
+            "enable_prefix_caching",
+            "long_prefill_token_threshold_adaptive",
+            "late_first_token",
+            "preempt_for_every_decode",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"SchedulerSpec {name}={getattr(self, name)!r}: give true or false")
         if self.vllm_version is not None and not isinstance(self.vllm_version, str):  # YAML reads 0.15 as a number

@@ -6,7 +6,6 @@ one slice. Before the first is read, the files' tensors are checked against what
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.documents import read_json
 from engine.errors import InputError
+from engine.specs.checks import file_name
 from engine.worker.model import Decoder
 from engine.worker.names import Piece, are_fused, first_layer, pieces, tensor_names
 
@@ -167,9 +168,9 @@ def _shards(folder: Path) -> list[Path]:
             )
         return paths
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [folder / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(read_json(index, "get it again")["weight_map"].values()))
+        paths = [folder / file_name("the shard", name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"can't read {index} ({type(error).__name__}: {error}): it is damaged, or lists no shards: get it again"
         ) from None

@@ -14,6 +14,7 @@ from math import inf
 
 from engine.errors import InputError
 from engine.scheduling.request import Request
+from engine.specs.checks import MOST_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class ClientSpec:
             raise InputError(f"max_concurrency {self.max_concurrency} and users {self.users} both bound the load: "
                              "leave one out")  # fmt: skip
         for name in ("ramp_up_s", "overhead_s"):
-            if not 0 <= getattr(self, name) < inf:
+            if not 0 <= getattr(self, name) <= MOST_SECONDS:
                 raise InputError(f"{name} {getattr(self, name)}: give 0 or more")
             if getattr(self, name) and self.seats is None:
                 raise InputError(f"{name} {getattr(self, name)} needs max_concurrency or users")

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.documents import read_json
 from engine.errors import InputError, unknown
 from engine.workload.traces import MAX_TOKENS, read_trace
 
@@ -50,7 +51,8 @@ class LengthDistribution:
 
     def __post_init__(self) -> None:
         levels, where = self.levels, f"length distribution {self.name!r}"
-        if levels.ndim != 1 or len(levels) < 2 or levels[0] != 0 or levels[-1] != 1 or not (np.diff(levels) > 0).all():
+        ends = levels.ndim == 1 and len(levels) > 1 and (levels[0], levels[-1]) == (0, 1)
+        if not ends or not (np.diff(levels) > 0).all():
             raise InputError(f"{where}: levels must rise from 0 to 1")
         if self.prompt.shape != levels.shape or not len(self.output) or self.output.shape[1:] != levels.shape:
             raise InputError(f"{where}: prompt and each row of output need one quantile for each of the levels")
@@ -124,16 +126,14 @@ def load(name: str) -> LengthDistribution:
         path = _BUILTIN / f"{name}.json"
     else:
         raise unknown("length distribution", name, builtin_names())
+    data = read_json(path, "make one with `python -m engine.workload.lengths fit`")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
         levels, prompt, output = (np.array(data[key], np.float64) for key in ("levels", "prompt", "output"))
         max_total = None if data["max_total"] is None else int(data["max_total"])
         return LengthDistribution(str(data["name"]), str(data["source"]), max_total, levels, prompt, output)
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{path} is no length distribution ({error!r}): make one with `python -m engine.workload.lengths fit`"
         ) from error

@@ -7,7 +7,6 @@ other is read with its columns named: `prompt=tokens_in,output=tokens_out,time=a
 `priority=class` may be named for any. A ShareGPT JSON has text, whose tokens a tokenizer counts.
 """
 
-import json
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.documents import MOST_COLUMNS, check_table, parse_json, read_json
 from engine.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -73,13 +73,14 @@ _LIKELY = {  # words in the names of columns that may be meant for these
     "hash_ids": {"hash", "hashes"},
     "prompt_id": {"id", "ids"},
 }
-_HIGHEST_PRIORITY = 1 << 31
+HIGHEST_PRIORITY = 1 << 31
 _FORMATS = (
     _Format("num_prefill_tokens", "num_decode_tokens", "arrived_at", 1.0),
     _Format("ContextTokens", "GeneratedTokens", "TIMESTAMP", None),
     _Format("Request tokens", "Response tokens", "Timestamp", 1.0, zero_output_is_failure=True),
     _Format("input_length", "output_length", "timestamp", 1e-3, hash_ids="hash_ids"),
 )
+MOST_TEXT_BYTES = 1 << 32  # of a ShareGPT file, which has some hundred megabytes
 LEAST_TOKENS = 4  # of a prompt and of an answer in a ShareGPT file: vLLM's benchmark drops shorter ones too
 
 
@@ -171,7 +172,7 @@ def _sessions(path: Path, frame: "pd.DataFrame", column: str) -> NDArray[np.int6
 
 def _priorities(path: Path, frame: "pd.DataFrame", column: str) -> NDArray[np.int64]:
     numbers = _numbers(path, frame, column)
-    valid = (abs(numbers) < _HIGHEST_PRIORITY) & (numbers == np.floor(numbers))
+    valid = (abs(numbers) < HIGHEST_PRIORITY) & (numbers == np.floor(numbers))
     _check(path, frame, column, valid, "must be a whole number (the lowest goes first)")
     return numbers.astype(np.int64)
 
@@ -258,12 +259,7 @@ def _read_conversations(path: Path, tokenizer: Path | None) -> Trace:
 
 def _conversations(path: Path) -> list[tuple[str, str]]:
     """The first two texts of each conversation of a ShareGPT file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"cannot read trace {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): give a CSV or JSON lines trace, or ShareGPT's JSON") from None
+    data = read_json(path, "give a CSV or JSON lines trace, or ShareGPT's JSON", MOST_TEXT_BYTES)
     texts = []
     for entry in data if isinstance(data, list) else []:
         turns = entry.get("conversations") if isinstance(entry, dict) else None
@@ -279,9 +275,8 @@ def _conversations(path: Path) -> list[tuple[str, str]]:
 def _read_frame(path: Path, named: dict[str, str]) -> "pd.DataFrame":
     """The file as a table whose index is the line number that an editor shows."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
-        if not first:
+        first = check_table(path)
+        if not first.strip():
             raise InputError(f"{path} is empty: give a CSV or JSON lines trace")
         return _read_json_lines(path, named) if first.lstrip().startswith("{") else _read_csv(path)
     except OSError as error:
@@ -328,15 +323,14 @@ def _read_json_lines(path: Path, named: dict[str, str]) -> "pd.DataFrame":
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path} line {number}: no JSON ({error}): {line.strip()[:60]}") from error
+            row = parse_json(line, f"{path} line {number}", f"mend it: {line.strip()[:60]}")
             if not isinstance(row, dict):
                 raise InputError(f"{path} line {number}: {line.strip()[:60]} is no object of columns")
             found = {column: row[column] for column in row if column in wanted}
             if len(found) < len(row):
                 others |= dict.fromkeys(column for column in row if column not in wanted)
+                if len(others) > MOST_COLUMNS:
+                    raise InputError(f"{path} line {number}: more than {MOST_COLUMNS:,} columns: give a trace of fewer")
             rows.append(found or dict.fromkeys(row))
             lines.append(number)
     frame = pd.DataFrame(rows, index=lines)

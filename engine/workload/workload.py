@@ -24,9 +24,10 @@ from engine.scheduling.content import Content, own
 from engine.scheduling.request import Request
 from engine.scheduling.scheduler import Scheduler
 from engine.specs import SchedulerSpec
+from engine.specs.checks import MOST_WHOLE, short
 from engine.workload.client import Client, ClientSpec, Turn
 from engine.workload.lengths import builtin_names, draw_lengths, load
-from engine.workload.traces import MAX_TOKENS, Trace, read_trace
+from engine.workload.traces import HIGHEST_PRIORITY, MAX_TOKENS, Trace, read_trace
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -490,12 +491,14 @@ def _shares(text: str) -> tuple[list[int], list[float]]:
     """The priorities that `0=0.2,1=0.8` names, and their shares."""
     try:
         pairs = [(int(key), float(share)) for key, _, share in (part.partition("=") for part in text.split(","))]
+        if any(abs(level) >= HIGHEST_PRIORITY for level, _ in pairs):
+            raise ValueError
     except ValueError:
         pairs = []
     levels, shares = [level for level, _ in pairs], [share for _, share in pairs]
     if not pairs or len(set(levels)) < len(levels) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise InputError(
-            f"priorities {text!r}: give PRIORITY=SHARE,... with shares that add up to 1, such as 0=0.2,1=0.8"
+            f"priorities {short(text)}: give PRIORITY=SHARE,... with shares that add up to 1, such as 0=0.2,1=0.8"
         )
     return levels, shares
 
@@ -573,9 +576,11 @@ def _range(name: str, value: str | int | None, *, fixed: bool, what: str = "toke
 
 def _check_whole(name: str, value: int | None, low: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-        raise InputError(f"{name} {value!r} must be a whole number, {low} or more")
+        raise InputError(f"{name} {short(value)} must be a whole number, {low} or more")
+    if value is not None and value > MOST_WHOLE:
+        raise InputError(f"{name} {short(value)}: give at most {MOST_WHOLE:,}")
 
 
 def _check_number(name: str, value: float, low: float, high: float, hint: str) -> None:
     if isinstance(value, bool) or not math.isfinite(value) or not low <= value <= high:
-        raise InputError(f"{name} {value!r} must be a number from {low:g} to {high:g}{hint}")
+        raise InputError(f"{name} {short(value)} must be a number from {low:g} to {high:g}{hint}")

@@ -18,9 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.documents import read_json
 from engine.errors import InputError
+from engine.results.files import write_whole
 from engine.specs import DeviceSpec, catalog
-from engine.specs.device_folder import HOST_FILE, PROFILE_FILE, broken_host, folder_of, host_record, known_devices
+from engine.specs.checks import version_numbers
+from engine.specs.device_folder import HOST_FILE, PROFILE_FILE, folder_of, host_record, known_devices
+from simulator.predictor.calibration_file import check_file, check_host
 from simulator.predictor.host import HostFit
 from simulator.predictor.kind import KindModel
 from simulator.predictor.kinds import KINDS, check_kinds
@@ -95,7 +99,7 @@ def save(calibration: Calibration, folder: Path, device: DeviceSpec | None = Non
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def named(kind: str, variant: str) -> str:
@@ -145,15 +149,17 @@ def load(folder: Path, device: DeviceSpec, software: str | None = None) -> Calib
 
 
 def _load_kind(path: Path, device: DeviceSpec) -> tuple[KindModel[Any], dict[str, Any]]:
+    hint = "fit it again"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        # what was learned on another device predicts by this one's data sheet
+        data = read_json(path, hint)
+    except InputError as error:
+        raise InputError(f"{path} is no calibration ({str(error).removesuffix(f': {hint}')}): {hint}") from None
+    check_file(kind_name(path.stem), data, str(path))
+    try:  # what was learned on another device predicts by this one's data sheet
         model = KINDS[kind_name(path.stem)].from_json(data.pop("model"), device)
-        model.learned_on = data["learned_on"]
-        for name in ("provenance", "held_out", "interval"):
-            data[name]  # a KeyError is told below
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{path} is no calibration ({type(error).__name__}: {error}): fit it again") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:  # of a kind that a plugin brings
+        raise InputError(f"{path} is no calibration ({type(error).__name__}: {error}): {hint}") from None
+    model.learned_on = data["learned_on"]
     if data["device"] != device.name:
         raise InputError(f"{path} is of {data['device']}, not of {device.name}: fit it for this device")
     return model, {name: value for name, value in data.items() if name not in ("device", "kind")}
@@ -167,11 +173,11 @@ def by_nearness(folder: Path, software: str | None) -> list[Path]:
     """
     found = [path for path in folder.iterdir() if path.is_dir() and "@" in path.name] if folder.is_dir() else []
     engine, _, version = (software or "").partition("@")
-    wanted = _numbers(version)
+    wanted = version_numbers(version)
 
     def rank(path: Path) -> tuple[Any, ...]:
         own, _, number = path.name.partition("@")
-        mine = _numbers(number)
+        mine = version_numbers(number)
         newest = tuple(-part for part in mine)
         if own != engine or not wanted:
             return (1, False, 0, newest, own)
@@ -179,10 +185,6 @@ def by_nearness(folder: Path, software: str | None) -> list[Path]:
         return (0, mine > wanted and distance > 0, distance, newest, own)
 
     return sorted(found, key=rank)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def load_of(device: DeviceSpec, software: str | None = None) -> Calibration:
@@ -199,10 +201,10 @@ def load_of(device: DeviceSpec, software: str | None = None) -> Calibration:
 
 def _load_host(folder: Path) -> HostFit | None:
     record = host_record(folder)
-    try:
-        return None if record is None else HostFit(**record)
-    except TypeError as error:
-        raise broken_host(folder, error) from None
+    if record is None:
+        return None
+    check_host({name: value for name, value in record.items() if name != "overhead"}, str(folder / HOST_FILE))
+    return HostFit(**record)
 
 
 def fingerprint(folder: Path) -> str:

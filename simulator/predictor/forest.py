@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from engine.errors import InputError
 from engine.results.tables import Array
+
+MOST_FEATURES = 1000
+MOST_LEAF = 100.0  # leaves are logarithms
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,10 @@ class Forest:
                 after_leaf = not colon
             if open_nodes:
                 raise ValueError(f"a tree of {len(line.split())} nodes is cut off")
+        if not roots or min(feature) < -1 or max(feature) >= MOST_FEATURES:
+            raise ValueError("no tree" if not roots else f"a tree of feature {max(feature)}")
+        if not all(abs(number) <= (MOST_LEAF if at < 0 else inf) for number, at in zip(value, feature, strict=True)):
+            raise ValueError("a tree with a leaf that is no logarithm of a time")
         return cls(np.array(feature), np.array(value), np.array(right), np.array(roots))
 
 
@@ -115,6 +123,8 @@ class WrittenForest:
 
     def predict(self, x: Array) -> Array:
         """The mean of the trees, (rows,). Raises InputError for a text that is no forest."""
+        if self.forest.feature.max() >= x.shape[1]:
+            raise InputError(f"the calibration's forest has more than {x.shape[1]} features: fit it again")
         return self.forest.predict(x)
 
     def to_lines(self) -> list[str]:

@@ -18,9 +18,11 @@ from engine.errors import InputError
 from studies.capacity.trial import Trial
 
 TOLERANCE = 0.025
+LEAST_TOLERANCE = 1e-4
+FROM_A_GUESS = (2.0, 2.0, inf)  # steps of the bracket
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
-FINE = 0.005  # tolerance of the exhaustive search that a choice is held against
-_FINE_STEP = 1.08  # of its bracket
+FINE = 0.005  # tolerance of the fine search that a choice is held against
+_FINE_STEP = 1.03  # of its bracket
 
 
 class Bracket(NamedTuple):
@@ -86,7 +88,7 @@ class Capacity:
         if self.outcome == "none":
             return f"no rate meets {self.binding}, not even one request at a time"
         if self.outcome == "all":
-            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} requests/s)"
+            return f"every rate meets the SLOs, even all requests at once ({self.qps:.3g} {things}/s)"
         return f"{self.qps:.3g} {things}/s within the SLOs; beyond it {self.binding} is missed"
 
     def to_json(self) -> dict[str, Any]:
@@ -101,18 +103,23 @@ class Capacity:
         }
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise InputError unless it is a share that a search can reach, and that the names of its trials tell apart."""
+    if not LEAST_TOLERANCE <= tolerance < 1:
+        raise InputError(f"tolerance {tolerance}: give a share from {LEAST_TOLERANCE} to 1, such as {TOLERANCE}")
+
+
 def find_capacity(
     run: Callable[[float], Trial],
     start: float,
     tolerance: float = TOLERANCE,
-    steps: Iterable[float] = (2.0, 2.0, inf),
+    steps: Iterable[float] = FROM_A_GUESS,
 ) -> Capacity:
     """Search from the guess `start` (requests/s): `run` makes the trial at a rate; `steps` are those of the bracket.
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """
-    if not 0 < tolerance < 1:
-        raise InputError(f"tolerance {tolerance}: give a share such as 0.025")
+    check_tolerance(tolerance)
     trials: list[Trial] = []
 
     def met(rate: float) -> bool:
@@ -128,9 +135,9 @@ def find_capacity(
     return Capacity("found", low, over.binding, tolerance, tuple(trials))
 
 
-def exhaustive(met: Callable[[float], bool], start: float) -> float:
+def fine_capacity(met: Callable[[float], bool], start: float) -> float:
     """Return the capacity at a fine tolerance near `start`, a rate above 0; 0 if a thousandth of it is too much.
 
-    Meant for trials that run to their end. The bracket is found in steps of 8 %.
+    Meant for trials that run to their end. The bracket is found in steps of 3 %.
     """
     return bracket(met, start, steps=repeat(_FINE_STEP), far=FAR, tolerance=FINE).low or 0.0

@@ -9,7 +9,7 @@ up as soon as so many requests have missed an SLO that it can't be met any more,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf, isfinite
 from pathlib import Path
@@ -57,11 +57,30 @@ def simulated_trial(
     folder: Path | None = None,
     router: str = "round_robin",
     seed: int = 0,
+    time_limit_s: float | None = None,
 ) -> Trial:
-    """Simulate a workload that comes at `rate`; the trial is given up when an SLO can't be met any more."""
+    """Simulate a workload that comes at `rate`; the trial is given up when an SLO can't be met any more.
+
+    With a time limit it ends there, and is judged by the requests that have finished.
+    """
     watch = Hopeless(slos, workload)
-    run = simulate(workload, deployments, router=router, seed=seed, slos=slos, folder=folder, stop=watch)
+    stop = watch if time_limit_s is None else TimeLimit(time_limit_s, watch)
+    run = simulate(workload, deployments, router=router, seed=seed, slos=slos, folder=folder, stop=stop)
     return judged(run.summary, rate, folder)
+
+
+TIME_LIMIT = "time limit"
+
+
+class TimeLimit:
+    """Ends a run with the first request that finishes after `seconds` of its own time, or when `watch` does."""
+
+    def __init__(self, seconds: float, watch: Callable[[Request], str | None] = lambda request: None) -> None:
+        self.seconds, self.watch = seconds, watch
+
+    def __call__(self, request: Request) -> str | None:
+        """Take a finished request into account and return why the run ends, if it does."""
+        return self.watch(request) or (TIME_LIMIT if request.token_times[-1] > self.seconds else None)
 
 
 def judged(summary: dict[str, Any], rate: float, folder: Path | None = None) -> Trial:
@@ -69,6 +88,7 @@ def judged(summary: dict[str, Any], rate: float, folder: Path | None = None) -> 
     if not summary["slos"]:
         raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
     hopeless = summary.get("stopped_early")
+    hopeless = None if hopeless == TIME_LIMIT else hopeless
     margins = {
         each["slo"]: inf if each["slo"] == hopeless else (each["value_s"] or 0.0) / SLO.parse(each["slo"]).threshold_s
         for each in summary["slos"]
@@ -135,6 +155,6 @@ class _Watched:
         """Return the values (s) that a finished request has of the metric: none, one, or one for each gap."""
         times = request.token_times
         if self._metric.value is None:
-            return np.diff(np.frombuffer(times))
-        has_one = len(times) >= self._metric.least_tokens
+            return np.diff(np.frombuffer(times)[request.late_first_token :])
+        has_one = len(times) - request.late_first_token >= self._metric.least_tokens
         return np.array([self._metric.value(request_row(request))] if has_one else [], dtype=float)

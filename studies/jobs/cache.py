@@ -1,18 +1,21 @@
 """What finished jobs leave in a folder, so that the same command resumes where it was stopped.
 
-claim_folder(Path("runs/capacity"), "capacity")
-cache = Cache(Path("runs/capacity/points"))
-record = cache.read(name) or compute()
+with claimed(Path("runs/capacity"), "capacity"):
+    cache = Cache(Path("runs/capacity/points"))
+    record = cache.read(name) or compute()
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.documents import read_json
 from engine.errors import InputError
 from engine.results.files import write_json
+from engine.results.folders import owned, remove_unfinished
 
 MARKER = "study.json"  # says which study a folder is of
 
@@ -27,8 +30,8 @@ class Cache:
     def read(self, name: str) -> dict[str, Any] | None:
         """Return the record of that name; None where there is none, or a damaged one."""
         try:
-            record = json.loads(self._file(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = read_json(self._file(name), "")
+        except InputError:
             return None
         return record if isinstance(record, dict) else None
 
@@ -40,19 +43,19 @@ class Cache:
         return self._folder / f"{name}.json"
 
 
-def claim_folder(folder: Path, name: str) -> None:
-    """Make `folder` this study's. Raises InputError if it holds something else."""
+@contextmanager
+def claimed(folder: Path, name: str) -> Iterator[None]:
+    """Own a folder for a study. Raises InputError if it holds something else, or another process is at it."""
     marker = folder / MARKER
-    if folder.is_dir() and any(folder.iterdir()):
-        try:
-            held = json.loads(marker.read_text(encoding="utf-8"))["study"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"output folder {folder} holds no study: give another --output-dir") from None
-        if held != name:
-            raise InputError(f"output folder {folder} holds the study {held}: give another --output-dir")
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(marker, {"study": name})
-    except OSError as error:
-        raise InputError(f"can't write to {folder}: {error.strerror}: give another --output-dir") from None
+    with owned(folder, ours=(MARKER,)):
+        if any(folder.iterdir()):
+            try:
+                held = read_json(marker, "")["study"]
+            except (InputError, KeyError, TypeError):
+                raise InputError(f"output folder {folder} holds no study: give another --output-dir") from None
+            if held != name:
+                raise InputError(f"output folder {folder} holds the study {held}: give another --output-dir")
+        else:
+            write_json(marker, {"study": name})
+        remove_unfinished(folder)
+        yield

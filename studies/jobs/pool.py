@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, islice, takewhile
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +30,7 @@ ENDING_S = 10.0  # for processes to end by themselves
 Job = TypeVar("Job")
 Result = dict[str, Any]
 Work = Callable[[Job], Result]  # importable by name
+Jobs = Iterable[Job | None]  # None: there is none as yet, ask again after the next result
 Results = Iterator[tuple[int, Result]]  # numbers of jobs and their results, as they come
 
 
@@ -37,15 +39,15 @@ class _Worker(NamedTuple):
     pipe: Connection
 
 
-def in_turn(work: Work[Job], jobs: Sequence[Job]) -> Results:
+def in_turn(work: Work[Job], jobs: Jobs[Job]) -> Results:
     """Yield each job's number and result, computed in this process."""
-    for number, job in enumerate(jobs):
+    for number, job in enumerate(job for job in jobs if job is not None):
         yield number, answered(work, job)
 
 
 def work_off(
     work: Work[Job],
-    jobs: Sequence[Job],
+    jobs: Jobs[Job],
     workers: int,
     environment: Callable[[int], dict[str, str]] | None = None,
     reuse: bool = False,
@@ -53,11 +55,14 @@ def work_off(
     """Yield each job's number and result as they come, from `workers` processes at a time.
 
     `environment` gives the variables of the process in slot 0 .. workers - 1. Each job has a process of its own unless
-    they are reused, for jobs that gain from what earlier ones have loaded.
+    they are reused, for jobs that gain from what earlier ones have loaded. A job is taken from `jobs` when a process is
+    free for it, after the results before have been given, so a generator may make it of these; it yields None while it
+    has to wait for the next result.
     """
+    workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
-    waiting = list(enumerate(jobs))[::-1]
+    waiting, numbers, left = iter(jobs), count(), True
     busy: dict[int, tuple[int, _Worker]] = {}  # by slot: the number of its job
     idle: dict[int, _Worker] = {}
 
@@ -70,13 +75,21 @@ def work_off(
         return _Worker(process, ours)
 
     try:
-        while waiting or busy:
+        while left or busy:
             for slot in range(workers):
-                if slot not in busy and waiting:
-                    number, job = waiting.pop()
-                    busy[slot] = number, idle.pop(slot) if slot in idle else start(slot)
+                if slot not in busy and left:
+                    try:
+                        job = next(waiting)
+                    except StopIteration:
+                        left = False
+                        break
+                    if job is None:
+                        break
+                    busy[slot] = next(numbers), idle.pop(slot) if slot in idle else start(slot)
                     with contextlib.suppress(OSError):  # it has died: its pipe ends, which is read below
                         busy[slot][1].pipe.send(job)
+            if not busy:
+                continue
             ready = wait([worker.pipe for _, worker in busy.values()])
             for slot, (number, worker) in list(busy.items()):
                 if worker.pipe not in ready:
@@ -93,8 +106,11 @@ def work_off(
         _end([*idle.values(), *(worker for _, worker in busy.values())])
 
 
-def work_off_on_ray(work: Work[Job], jobs: Sequence[Job], address: str) -> Results:
-    """Yield as `work_off` does, from a Ray cluster: `address` is the cluster's, or "auto". One CPU a job."""
+def work_off_on_ray(work: Work[Job], jobs: Jobs[Job], address: str) -> Results:
+    """Yield as `work_off` does, from a Ray cluster: `address` is the cluster's, or "auto". One CPU a job.
+
+    Jobs are taken as the cluster has CPUs for them.
+    """
     import logging
 
     import ray
@@ -107,15 +123,20 @@ def work_off_on_ray(work: Work[Job], jobs: Sequence[Job], address: str) -> Resul
             raise InputError(f"no Ray cluster at {address!r} ({error}): start one with 'ray start --head'") from None
     try:
         remote: Any = ray.remote(max_retries=0)(answered)
-        numbers = {remote.remote(work, job): number for number, job in enumerate(jobs)}
-        left = list(numbers)
-        while left:
-            done, left = ray.wait(left, num_returns=1)
+        waiting, given = iter(jobs), count()
+        numbers: dict[Any, int] = {}
+        while True:
+            room = max(1, int(ray.cluster_resources().get("CPU", 1))) - len(numbers)
+            for job in takewhile(lambda job: job is not None, islice(waiting, room)):
+                numbers[remote.remote(work, job)] = next(given)
+            if not numbers:
+                break
+            done, _ = ray.wait(list(numbers), num_returns=1)
             try:
                 result = ray.get(done[0])
             except ray.exceptions.RayError as error:
                 result = {"status": "crashed", "error": str(error)}
-            yield numbers[done[0]], result
+            yield numbers.pop(done[0]), result
     finally:
         if started:
             ray.shutdown()

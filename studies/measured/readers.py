@@ -9,7 +9,6 @@ folders of our own runs and of validations against a server (`run`). A folder of
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from engine.documents import check_table, read_json, read_yaml
 from engine.engine_preset import names as engine_names
 from engine.errors import InputError
 from engine.results.tables import Array
@@ -112,7 +112,10 @@ class _Reader:
         if path.suffix == ".json":
             return self._vllm(path)
         try:
+            check_table(path, _MOST_BYTES)
             frame = pd.read_csv(path, skipinitialspace=True)
+        except InputError:
+            raise
         except (OSError, ValueError, pd.errors.ParserError) as error:
             raise InputError(f"{path} can't be read as CSV: {' '.join(str(error).split())[:200]}") from None
         if not len(frame):
@@ -132,14 +135,14 @@ class _Reader:
     def run_folder(self, path: Path) -> Measurements:
         """Read a folder of our own `bench`, or what `validate --against URL` measured of the server."""
         import pyarrow.parquet as pq
-        import yaml
 
+        hint = "give a folder that bench or simulate has written"
         results = path / SERVER if (path / SERVER).is_dir() else path
+        summary = read_json(results / "summary.json", hint)
+        config = read_yaml(path / "config.yaml", hint)
         try:
-            summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
-            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
             table = pq.read_table(results / "requests.parquet").to_pandas().sort_values("request_id")
-        except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path} is no run's folder: {' '.join(str(error).split())[:200]}") from None
         if not isinstance(config, dict) or not isinstance(summary, dict):
             raise InputError(f"{path} is no run's folder: its config.yaml or summary.json holds no mapping")
@@ -342,12 +345,7 @@ class _Reader:
         )
 
     def _vllm(self, path: Path) -> Measurements:
-        try:
-            if path.stat().st_size > _MOST_BYTES:
-                raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB: no benchmark's result is")
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} can't be read as JSON: {' '.join(str(error).split())[:200]}") from None
+        data = read_json(path, "give a result of vLLM's benchmark", _MOST_BYTES, constants=True)
         if not isinstance(data, dict) or not set(data) >= _VLLM_KEYS:
             raise InputError(f"{path} is no result of vLLM's benchmark: it lacks {', '.join(sorted(_VLLM_KEYS))}")
         settings = {**(self.chosen[1].settings("") if self.chosen else {}), "model": data.get("model_id")}

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from engine.documents import read_yaml
 from engine.errors import InputError, unknown
 
 _FOLDER = Path(__file__).parent
@@ -112,10 +112,8 @@ def source(name: str) -> Source:
             raise unknown("source", name, known)
         return known[name]
     try:
-        data = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        return Source(**(data or {}))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        raise InputError(f"source {name} can't be read: {' '.join(str(error).split())[:200]}") from None
+        data = read_yaml(Path(name), "give a YAML file of a source's keys")
+        return Source.model_validate({} if data is None else data)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"source {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

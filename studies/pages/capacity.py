@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from studies.pages.capacity_figures import capacity_panels, names_of_points, speed_front, trials
+from studies.capacity.ranges import alike
+from studies.pages.capacity_figures import capacity_panels, in_brackets, names_of_points, things_of, trials
 from studies.pages.capacity_record import Point, Search, Sweep
 from studies.pages.compare_record import num_gpus, read_side
 from studies.pages.figures import Panel
@@ -23,8 +25,11 @@ from studies.pages.page import (
 )
 from studies.pages.ranges import ranges
 from studies.pages.run_figures import panels
-from studies.pages.run_record import Record
-from studies.words import number, percent, seconds
+from studies.pages.run_record import Record, flat
+from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
+from studies.words import number, percent, seconds, times_kind, unlike_sources
+
+_MOST_ALIKE = 4  # points that can't be told apart from the best, which are named
 
 
 def search_page(search: Search) -> Page:
@@ -33,12 +38,16 @@ def search_page(search: Search) -> Page:
     record = None if search.best is None else read_side(search.best, search.name).record
     page.add(_search_header(search, record), cards(_search_cards(search)))
     page.add(ranges(search.ranges))
+    curves = load_curves([search.point])
+    if curves:
+        page.add_panels("Latency against load", curves)
     page.add_panels("The search", [trials([search]), _trials_table(search)])
     if record is not None:
         words = about("From here on: the run at the capacity.")
         for heading, group in panels(record):
             page.add_panels(heading, group, words)
             words = ""
+        page.add(details("Configuration of the run at the capacity", facts_table(flat(record.config), code=True)))
     page.add(footer())
     return page
 
@@ -54,10 +63,33 @@ def _search_header(search: Search, record: Record | None) -> str:
             f"under the {first['scheduler']} scheduler, serving {record.summary.get('workload', 'its workload')}: "
             f"the highest request rate at which {_conditions([point])}."
         )
-    chips: list[tuple[Tone, str]] = [(tone, search.words or _outcome(point))]
+    answer = search.words or _outcome(point)
+    chips: list[tuple[Tone, str]] = [] if point.outcome == "found" else [(tone, answer)]
+    if point.range is not None:
+        low, high = map(number, point.range)
+        answer += f". Range: {low} to {high} {point.rate_of}/s over {point.range_over}"
+    answer = f"{answer[0].upper()}{answer[1:]}."
+    if point.unsteady:
+        chips.append(("unsure", f"The run at the capacity: {point.unsteady}"))
     if record is None:
         chips.append(("unsure", "The run at the capacity is not there"))
-    return header("Windtunnel · capacity search", search.name, setting, chips, [])
+    return header("Windtunnel · capacity search", search.name, setting, chips, _sources([point]), answer)
+
+
+def _sources(points: Sequence[Point]) -> list[tuple[Tone, str, str]]:
+    """Return where the points' times came from, a line for each predictor with the devices that it is of."""
+    devices: dict[str, list[str]] = {}
+    for point in points:
+        if point.predictor:
+            devices.setdefault(point.predictor, []).append(point.device)
+    return [
+        (
+            "good" if (kind := times_kind(line)) == "calibrated" else "unsure",
+            kind[0].upper() + kind[1:],
+            f"Times of {' and '.join(dict.fromkeys(of)) or 'these'}: {line}.",
+        )
+        for line, of in devices.items()
+    ]
 
 
 def _conditions(points: Sequence[Point]) -> str:
@@ -83,10 +115,13 @@ def _search_cards(search: Search) -> list[tuple[str, str, str]]:
         ("TBT, P99", seconds(point.tbt_s), "at the capacity"),
         ("Trials", f"{len(search.trials)}", f"{given_up} given up early"),
     ]
+    if point.range is not None:
+        low, high = map(number, point.range)
+        entries.insert(1, ("Range", f"{low}\N{EN DASH}{high} /s", f"over {point.range_over}"))
     if point.confirmed is not None:
-        entries.insert(1, ("Confirmed", f"{number(point.confirmed)} requests/s", "on hardware"))
+        entries.insert(1, ("Confirmed", f"{number(point.confirmed)} {point.rate_of}/s", "on hardware"))
     if point.published is not None:
-        entries.insert(1, ("Published", f"{number(point.published)} requests/s", ""))
+        entries.insert(1, ("Published", f"{number(point.published)} {point.rate_of}/s", ""))
     return entries
 
 
@@ -102,25 +137,38 @@ def _trials_table(search: Search) -> Panel:
         verdict = coloured("met" if trial.met else "missed", trial.met)
         cells = [verdict, trial.binding, how, seconds(trial.ttft_s), seconds(trial.tbt_s)]
         rows.append((f"{trial.rate:.4g}", cells))
-    heads = ("Requests/s", "SLOs", "Binding SLO", "Value / threshold", "TTFT, median", "TBT, P99")
+    things = search.point.rate_of
+    heads = (
+        f"{things[0].upper()}{things[1:]}/s",
+        "SLOs",
+        "Binding SLO",
+        "Value / threshold",
+        "TTFT, median",
+        "TBT, P99",
+    )
     return Panel("Each trial", "", table=numbers_table(heads, rows))
 
 
 def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page:
-    """Make the page of the points of sweeps and searches side by side."""
+    """Make the page of the points of sweeps and searches side by side: the answer, where it comes from, the figures."""
     points = [point for sweep in sweeps for point in sweep.points] + [search.point for search in searches]
     every: list[Sweep | Search] = [*sweeps, *searches]
     names = [each.name for each in every]
     page = Page(" and ".join(names) if len(names) < 5 else f"{len(names)} searches and sweeps")
     kicker = "Windtunnel · sweep" if len(names) == 1 else "Windtunnel · capacities side by side"
     setting = f"For each point the highest request rate at which {_conditions(points)}."
-    page.add(header(kicker, page.title, setting, _chips(points), []), cards(_best_cards(points)))
+    page.add(header(kicker, page.title, setting, _chips(points), _sources(points), _answer(points)))
+    page.add(cards(_best_cards(points)))
+    for sweep in sweeps:
+        if sweep.settings:
+            title = "What all points have in common" + f" in {sweep.name}" * (len(every) > 1)
+            page.add(details(title, facts_table(flat(sweep.settings), code=True)))
     if any(point.qps is not None for point in points):
-        page.add_panels("Capacity", capacity_panels(points))
-        mean, slowest = "Throughput against a user's speed", "Throughput against a user's slowest speed"
-        at_p99 = "Tokens/s of a user in the slowest gaps, 1 / P99 TBT"
-        at_mean = speed_front(points, mean, "Tokens/s of a user, 1 / mean TPOT", "tpot", "mean")
-        page.add_panels("Speed", [at_mean, speed_front(points, slowest, at_p99, "tbt", "p99")])
+        page.add_panels("Capacity", [*capacity_panels(points), *heat_map(points)])
+        if any(point.loads for point in points):
+            page.add_panels("Trade-offs", [*price_front(points), speed_front(points), slow_front(points)])
+    if curves := load_curves(points):
+        page.add_panels("Latency against load", curves)
     if searches:
         page.add_panels("Searches", [trials(searches)])
     page.add_panels("Every point", _tables(points))
@@ -130,55 +178,129 @@ def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page
     return page
 
 
+def _answer(points: Sequence[Point]) -> str:
+    """Return which point is the best per GPU, and at what price; "" where there is none or only one."""
+    ranked = _ranked(points)
+    if len(ranked) < 2:
+        return ""
+    best, names = ranked[0], _names(points)
+    words = f"Most per GPU: {names[id(best)]}: {number(best.per_gpu)} {best.rate_of}/s"
+    if best.range_per_gpu is not None:
+        low, high = map(number, best.range_per_gpu)
+        words += f" ({low} to {high} over {best.range_over})"
+    if (price := best.usd_per_million(best.tokens)) is not None:
+        words += f", ${number(price)} per million output tokens"
+    return f"{words}."
+
+
+def _ranked(points: Sequence[Point]) -> list[Point]:
+    """Return the points with a capacity, the most per GPU first."""
+    return sorted((point for point in points if point.per_gpu), key=lambda point: -(point.per_gpu or 0.0))
+
+
+def _names(points: Sequence[Point]) -> dict[int, str]:
+    return dict(zip(map(id, points), names_of_points(points), strict=True))
+
+
+def _apart(points: Sequence[Point]) -> list[tuple[Tone, str]]:
+    """Say which points can't be told apart from the best per GPU, or that it is ahead of all."""
+    ranked, names = _ranked(points), _names(points)
+    if len(ranked) < 2 or ranked[0].range is None:
+        return []
+    others = [names[id(ranked[i])] for i in alike([point.range_per_gpu for point in ranked], 0)]
+    if not others:
+        return [("good", f"Its range over {ranked[0].range_over} overlaps no other's")]
+    few = "; ".join(others[:_MOST_ALIKE]) + f" and {len(others) - _MOST_ALIKE} more" * (len(others) > _MOST_ALIKE)
+    return [("unsure", f"Can't be told apart from it, for their ranges overlap: {few}")]
+
+
 def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
+    chips: list[tuple[Tone, str]] = []
+    if warning := unlike_sources([point.predictor for point in points if point.qps is not None]):
+        chips.append(("bad", warning[0].upper() + warning[1:]))
+    chips += _apart(points)
     found = sum(bool(point.qps) for point in points)
-    chips: list[tuple[Tone, str]] = [("good" if found else "bad", f"{found} of {len(points)} points have a capacity")]
+    chips.append(("good" if found else "bad", f"{found} of {len(points)} points have a capacity"))
     for status, tone, what in (("refused", "unsure", "refused: they can't be"), ("crashed", "bad", "crashed")):
         count = sum(point.status == status for point in points)
         if count:
             chips.append((tone, f"{count} {what}"))  # type: ignore[arg-type]
+    if unsteady := sum(bool(point.unsteady) for point in points):
+        more = "with more requests (--num-prompts) they may be lower"
+        chips.append(("unsure", f"{unsteady} capacities are of runs not seen to be sustained: {more}"))
     return chips
 
 
 def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
     """Return which point is the best in what."""
+    things = things_of(points)
     ranks: list[tuple[str, str, Callable[[Point], float | None]]] = [
-        ("Highest capacity", "requests/s", lambda point: point.qps),
-        ("Most per GPU", "requests/s", lambda point: point.per_gpu),
-        ("Most per dollar", "requests", lambda point: point.per_dollar),
+        ("Highest capacity", f"{things}/s", lambda point: point.qps),
+        ("Most per GPU", f"{things}/s", lambda point: point.per_gpu),
+        ("Most per dollar", things, lambda point: point.per_dollar),
         ("Most output per GPU", "tokens/s", lambda point: point.tokens_per_gpu),
     ]
-    names = dict(zip(map(id, points), names_of_points(points), strict=True))
+    names = _names(points)
     entries = []
     for title, unit, value in ranks:
         best = max(points, key=lambda point: value(point) or 0.0)
         if value(best):
             entries.append((title, _with(value(best), unit), names[id(best)]))
+    priced = [(price, point) for point in points if (price := point.usd_per_million(point.tokens)) is not None]
+    if priced:
+        price, point = min(priced, key=lambda each: each[0])
+        entries.append(("Cheapest", f"${number(price)} /M tokens", f"output; {names[id(point)]}"))
     return entries
 
 
+class _Column(NamedTuple):
+    head: str
+    words: Callable[[Point], str]
+    rank: Callable[[Point], float | None] | None = None  # the highest is the best
+
+
 def _tables(points: Sequence[Point]) -> list[Panel]:
-    done = [point for point in points if point.qps is not None]
-    columns: list[tuple[str, Callable[[Point], str]]] = [
-        ("Requests/s", lambda point: number(point.qps)),
-        ("Binding SLO", lambda point: point.binding or "none"),
-        ("GPUs", lambda point: number(point.gpus)),
-        ("Per GPU", lambda point: number(point.per_gpu)),
-        ("Per dollar", lambda point: number(point.per_dollar)),
-        ("Tokens/s/GPU", lambda point: number(point.tokens_per_gpu)),
-        ("TTFT, median", lambda point: seconds(point.ttft_s)),
-        ("TBT, P99", lambda point: seconds(point.tbt_s)),
-        ("TPOT, mean", lambda point: seconds(point.tpot_s)),
-        ("Published", lambda point: number(point.published)),
-        ("Confirmed", lambda point: number(point.confirmed)),
+    ranked = sorted((point for point in points if point.qps is not None), key=lambda point: -(point.per_gpu or 0.0))
+    alone = {point.gpus for point in ranked} == {1}  # then per GPU is the same again
+    things = things_of(ranked)
+    columns = [
+        _Column(f"{things[0].upper()}{things[1:]}/s", lambda point: number(point.qps), lambda point: point.qps),
+        _Column("Range", lambda point: in_brackets(point.range).strip(" ()") or "-"),
+        _Column("Binding SLO", lambda point: point.binding or "none"),
+        _Column("GPUs", lambda point: number(point.gpus)),
+        _Column("Per GPU", lambda point: number(point.per_gpu), lambda point: point.per_gpu),
+        _Column("Per dollar", lambda point: number(point.per_dollar), lambda point: point.per_dollar),
+        _Column("$/M output", lambda point: number(_price(point)), lambda point: _negative(_price(point))),
+        _Column("Tokens/s/GPU", lambda point: number(point.tokens_per_gpu), lambda point: point.tokens_per_gpu),
+        _Column("TTFT, median", lambda point: seconds(point.ttft_s), lambda point: _negative(point.ttft_s)),
+        _Column("TBT, P99", lambda point: seconds(point.tbt_s), lambda point: _negative(point.tbt_s)),
+        _Column("TPOT, mean", lambda point: seconds(point.tpot_s), lambda point: _negative(point.tpot_s)),
+        _Column("Published", lambda point: number(point.published)),
+        _Column("Confirmed", lambda point: number(point.confirmed)),
+        _Column("Times", lambda point: times_kind(point.predictor) if point.predictor else "-"),
     ]
-    columns = [(head, value) for head, value in columns if any(value(point) != "-" for point in done)]
-    named = list(zip(names_of_points(points), points, strict=True))
-    rows = [(name, [value(point) for _, value in columns]) for name, point in named if point.qps is not None]
-    keys = list(dict.fromkeys(key for point in points for key in point.settings))
-    caption = f"A point's name has its values of {', '.join(keys)}." if keys else ""
-    found = [Panel("At the capacity", caption, table=numbers_table(("Point", *(head for head, _ in columns)), rows))]
-    failed = [(name, f"{point.status}: {point.error}") for name, point in named if point.qps is None]
+    columns = [column for column in columns if any(column.words(point) != "-" for point in ranked)]
+    columns = [column for column in columns if not alone or column.head not in ("GPUs", "Per GPU")]
+    names = _names(points)
+    rows: list[tuple[str, list[Cell]]] = [(names[id(point)], []) for point in ranked]
+    for column in columns:
+        best = max(filter(None, map(column.rank, ranked)), default=None) if column.rank else None
+        for point, (_, cells) in zip(ranked, rows, strict=True):
+            words = column.words(point)
+            marked = best is not None and column.rank is not None and column.rank(point) == best and len(ranked) > 1
+            cells.append(("best", words) if marked else words)
+    caption = "The most per GPU first; a star marks the best of a column, a click on a head sorts."
+    heads = ("Point", *(column.head for column in columns))
+    found = [Panel("At the capacity", caption, table=numbers_table(heads, rows))]
+    failed = [(names[id(point)], f"{point.status}: {point.error}") for point in points if point.qps is None]
     if failed:
         found.append(Panel("Points without a result", "", table=facts_table(failed)))
-    return found if done else found[1:]
+    return found if ranked else found[1:]
+
+
+def _price(point: Point) -> float | None:
+    return point.usd_per_million(point.tokens)
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value

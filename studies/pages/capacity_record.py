@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.errors import InputError
 from engine.results.metrics import summary_key
 from engine.results.slo import SLO
+from studies.capacity.ranges import Range, range_of, ranges_in_words
+from studies.capacity.sweep import in_words
 from studies.pages.compare_record import Side, read_json, readable
 
 _TTFT, _TBT = summary_key("p50", "ttft"), summary_key("p99", "tbt")
@@ -32,6 +35,19 @@ class Tried:
     ttft_s: float | None  # median; None for a trial that was given up, whose values are not the whole run's
     tbt_s: float | None  # P99
     folder: Path | None
+
+
+@dataclass(frozen=True)
+class Load:
+    """A run to its end at a rate, beside a capacity: what it gave, and each SLO's value (s)."""
+
+    rate: float
+    met: bool
+    tokens: float  # output tokens/s
+    ttft_s: float | None  # median
+    tbt_s: float | None  # P99
+    tpot_s: float | None  # mean
+    slos: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,27 @@ class Point:
     published: float | None  # requests/s, by somebody else's measurement
     confirmed: float | None  # requests/s, on hardware
     rate_of: str = "requests"  # or conversations
+    device: str = ""
+    predictor: str = ""  # where its times came from
+    range: Range | None = None  # lowest and highest capacity
+    range_over: str = ""  # what that is over
+    usd_per_hour: float | None = None  # of all its GPUs
+    loads: tuple[Load, ...] = ()  # by their rate
+    unsteady: str = ""  # why the capacity may not hold for more requests
+
+    @property
+    def words(self) -> str:
+        """The point's name for a reader."""
+        return in_words(self.settings) if self.settings else self.name
+
+    @property
+    def range_per_gpu(self) -> Range | None:
+        """Lowest and highest capacity by GPU."""
+        return None if self.range is None or not self.gpus else (self.range[0] / self.gpus, self.range[1] / self.gpus)
+
+    def usd_per_million(self, tokens: float | None) -> float | None:
+        """Return dollars per million output tokens where so many come a second; None without a price."""
+        return None if self.usd_per_hour is None or not tokens else self.usd_per_hour / 3600 / tokens * 1e6
 
     @property
     def per_gpu(self) -> float | None:
@@ -82,18 +119,20 @@ class Search:
 
     @property
     def best(self) -> Path | None:
-        """The folder of the run at the capacity, if it is still there."""
+        """The folder of the run at the capacity, if all of it is still there."""
         met = [trial for trial in self.trials if trial.met]
-        return max(met, key=lambda trial: trial.rate).folder if met else None
+        folder = max(met, key=lambda trial: trial.rate).folder if met else None
+        return folder if folder is not None and (folder / "iterations.parquet").is_file() else None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep and its points, in the order of its file."""
+    """A sweep and its points, in the order of its file. `settings` are what all of them have in common."""
 
     name: str
     folder: Path
     points: list[Point]
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -124,10 +163,13 @@ def read_sweep(folder: Path, name: str) -> Sweep:
     """Read a sweep's folder. Raises InputError where it can't be read."""
     with readable(folder, "sweep"):
         values = read_json(folder / "sweep.json")
-        points = [_point(entry, str(entry["name"]), name) for entry in values["points"]]
+        entries = values["points"]
+        prices = values.get("gpu_price")
+        prices = prices if isinstance(prices, Mapping) else {"": prices} if prices else {}
+        points = [_point(entry, str(entry["name"]), name, prices) for entry in entries]
         if not points:
             raise InputError(f"{folder / 'sweep.json'} has no point: sweep again into another folder")
-        return Sweep(name, folder, points)
+        return Sweep(name, folder, points, values.get("settings") or {})
 
 
 def responses(side: Side, search: Search | None) -> list[Response]:
@@ -145,7 +187,9 @@ def responses(side: Side, search: Search | None) -> list[Response]:
     return [
         own
         if trial.folder == search.best
-        else Response(f"{side.name} at {trial.rate:.3g} requests/s", trial.tbt_s, trial.ttft_s, is_run=False)
+        else Response(
+            f"{side.name} at {trial.rate:.3g} {search.point.rate_of}/s", trial.tbt_s, trial.ttft_s, is_run=False
+        )
         for trial in search.trials
         if trial.tbt_s is not None and trial.ttft_s is not None
     ]
@@ -179,8 +223,13 @@ def _trial_folder(written: str | None, search: Path) -> Path | None:
     return next((place for place in places if (place / "summary.json").is_file()), None)
 
 
-def _point(entry: Mapping[str, Any], name: str, group: str) -> Point:
+_FREE: Mapping[str, float] = MappingProxyType({})  # no prices
+
+
+def _point(entry: Mapping[str, Any], name: str, group: str, prices: Mapping[str, float] = _FREE) -> Point:
     done = entry["status"] == "done"
+    device, gpus = str(entry.get("device") or ""), entry.get("num_gpus")
+    price = prices.get(device, prices.get(""))
     confirmed = entry.get("confirmed") or {}
     published = entry.get("published")
     return Point(
@@ -193,7 +242,7 @@ def _point(entry: Mapping[str, Any], name: str, group: str) -> Point:
         outcome=entry.get("outcome") or "",
         binding=entry.get("binding_slo") or "",
         slos=tuple(entry.get("slos") or ()),
-        gpus=entry.get("num_gpus"),
+        gpus=gpus,
         tokens=entry.get("output_throughput"),
         ttft_s=_seconds(entry, "p50_ttft_ms"),
         tbt_s=_seconds(entry, "p99_tbt_ms"),
@@ -202,6 +251,25 @@ def _point(entry: Mapping[str, Any], name: str, group: str) -> Point:
         published=float(published) if isinstance(published, int | float) else None,
         confirmed=confirmed.get("confirmed_qps"),
         rate_of=entry.get("rate_of", "requests"),
+        device=device,
+        predictor=entry.get("predictor") or "",
+        range=range_of(entry),
+        range_over=ranges_in_words(entry),
+        usd_per_hour=price * gpus if price and gpus else None,
+        loads=tuple(map(_load, entry.get("loads") or ())),
+        unsteady=entry.get("unsteady") or "",
+    )
+
+
+def _load(entry: Mapping[str, Any]) -> Load:
+    return Load(
+        rate=float(entry["rate"]),
+        met=entry["met"],
+        tokens=float(entry["output_throughput"]),
+        ttft_s=_seconds(entry, "p50_ttft_ms"),
+        tbt_s=_seconds(entry, "p99_tbt_ms"),
+        tpot_s=_seconds(entry, "mean_tpot_ms"),
+        slos=entry["slos"],
     )
 
 

@@ -22,12 +22,24 @@ from studies.pages.compare_record import (
     readable,
     same_requests,
 )
-from studies.pages.figures import GREY, Panel, add_line, faded, new_figure, series_style, time_unit, value_axis
+from studies.pages.figures import (
+    GREY,
+    SLO_LINE,
+    Panel,
+    add_line,
+    faded,
+    new_figure,
+    series_style,
+    time_unit,
+    value_axis,
+)
 from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
-from studies.pages.page import Cell, Page, Tone, coloured, facts_table, footer, header, key, numbers_table
+from studies.pages.page import Cell, Page, Tone, cards, coloured, facts_table, footer, header, key, numbers_table
 from studies.pages.run_record import Record
-from studies.validation.record import judge
-from studies.words import number, percent, seconds, unlike_sources
+from studies.validation.record import held, judge
+from studies.words import against, number, percent, seconds, times_kind, unlike_sources
+
+_ANSWERS = ("Throughput", "Goodput", "Output per device", "TTFT, median", "TTFT, P99", "TBT, P99", "E2E, P99")
 
 
 def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
@@ -41,7 +53,8 @@ def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
     what = "Runs" if not searches else "Runs at the capacity" if len(searches) == len(sides) else "Runs and searches"
     page.add(header("Windtunnel · side by side", page.title, f"{what}, laid side by side.", verdicts, []))
     folders = {side.name: side.folder for side in sides} | {name: search.folder for name, search in searches.items()}
-    page.add(key((side.name, f"{_describe(side.record)} · {folders[side.name]}") for side in sides))
+    page.add(cards(_best_cards(sides)) if len(sides) > 1 else "")
+    page.add(key((side.name, f"{_describe(side.record)} · {_times(side)} · {folders[side.name]}") for side in sides))
     if searches:
         colours = {name: series_style(order.index(name))[0] for name in searches}
         points = [search.point for search in searches.values()]
@@ -51,6 +64,21 @@ def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
         page.add_panels(heading, panels)
     page.add(footer())
     return page
+
+
+def _best_cards(sides: Sequence[Side]) -> list[tuple[str, str, str]]:
+    """Return which run is the best in what, where one is, and how the next one stands to it."""
+    found = []
+    for line in headline(sides):
+        if line.name not in _ANSWERS or line.best is None:
+            continue
+        value = line.values[line.best] or 0.0
+        others = [each for i, each in enumerate(line.values) if i != line.best and each is not None]
+        next_best = max(others) if line.better == "more" else min(others)
+        words = seconds(value) if line.unit == "s" else f"{number(value)} {line.unit}"
+        note = f"{sides[line.best].name}; the next {seconds(next_best) if line.unit == 's' else number(next_best)}"
+        found.append((line.name, words, note))
+    return found
 
 
 def _title(names: Sequence[str]) -> str:
@@ -75,6 +103,12 @@ def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
     if warning := unlike_sources([line for line in every if line]):
         found.append(("bad", warning[0].upper() + warning[1:]))
     return found
+
+
+def _times(side: Side) -> str:
+    """Return where a run's times came from, in a word or two."""
+    lines = dict.fromkeys(replica.get("predictor") or "" for replica in side.record.summary["replicas"])
+    return "times " + " and ".join(dict.fromkeys(map(times_kind, lines)))
 
 
 def _describe(record: Record) -> str:
@@ -104,8 +138,10 @@ def _headline_table(sides: Sequence[Side]) -> Panel:
             cells = every.setdefault(str(slo), ["-"] * len(sides))
             cells[i] = coloured("no value" if value is None else seconds(value), met)
     rows += every.items()
-    caption = "In brackets: the difference to the first."
-    return Panel("What came out", caption, table=numbers_table(("", *(side.name for side in sides)), rows))
+    caption = "In brackets: against the first. A star: the best of its row."
+    return Panel(
+        "What came out", caption, table=numbers_table(("", *(side.name for side in sides)), rows, sortable=False)
+    )
 
 
 def _cells(line: Headline) -> list[Cell]:
@@ -114,8 +150,8 @@ def _cells(line: Headline) -> list[Cell]:
     cells: list[Cell] = []
     for i, value in enumerate(line.values):
         words = seconds(value) if line.unit == "s" else number(value)
-        far = f" ({percent(value / base - 1, sign=True)})" if i and base and value not in (None, base) else ""
-        cells.append(words + far)
+        far = f" ({against(value, base)})" if i and base and value is not None and value != base else ""
+        cells.append(("best", words + far) if i == line.best else words + far)
     return cells
 
 
@@ -123,7 +159,7 @@ def _settings_table(sides: Sequence[Side]) -> Panel:
     rows = differing_settings(sides)
     if not rows:
         return Panel("Settings that differ", "None: the runs have the same settings.")
-    table = numbers_table(("Setting", *(side.name for side in sides)), rows)
+    table = numbers_table(("Setting", *(side.name for side in sides)), rows, words=True, sortable=False)
     return Panel("Settings that differ", "All others are the same.", table=table)
 
 
@@ -139,14 +175,14 @@ def validations_page(names: dict[Path, str]) -> Page:
             results = read_json(folder / "validation.json")
             facts.append((name, f"{results['model']} on {results['device']} ({results['hardware']}) · {folder}"))
             for load in results["loads"]:
-                for each in judge(load):
+                for each in judge(load, held(results)):
                     cells = rows.setdefault(f"{each.what} {each.statistic}".strip(), [])
                     cells += ["-"] * (len(columns) - len(cells))
                     cells.append(coloured(percent(each.error, sign=each.statistic != "mean error"), each.met))
                 columns.append(name if load["load"] is None else f"{name}, {100 * load['load']:g} % load")
     for cells in rows.values():
         cells += ["-"] * (len(columns) - len(cells))
-    caption = "Simulated over measured, less 1; green within the target of GPUs, red beyond."
+    caption = "Simulated over measured, less 1; green within the target, red beyond. What ran on a CPU is held to none."
     table = numbers_table(("Error", *columns), rows.items())
     page.add_panels("What was validated", [Panel("Runs", "", table=facts_table(facts))])
     page.add_panels("Errors", [Panel("Held against the targets", caption, table=table)])
@@ -156,11 +192,12 @@ def validations_page(names: dict[Path, str]) -> Page:
 
 def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tuple[str, list[Panel]]]:
     """Return the sections about runs, a heading and its panels. Each of `searches` is of the side of its name."""
-    return [
+    sections = [
         ("Latency", [_latency(sides, metric) for metric in drawn_metrics()]),
         ("First token against the next", [frontier(sides, searches)]),
-        ("Over time, and by stage", [output_over_time(sides), stage_bubbles(sides)]),
+        ("Over time, and by stage", [*output_over_time(sides), *stage_bubbles(sides)]),
     ]
+    return [section for section in sections if section[1]]
 
 
 def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
@@ -186,7 +223,8 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
         sizes = [11 if point.is_run else 6 for point in points]
         figure.add_scatter(
             x=[point.tbt_s for point in points], y=[point.ttft_s for point in points], name=side.name,
-            ids=[point.words for point in points], mode="lines+markers" if len(points) > 1 else "markers",
+            ids=[point.words for point in points], mode="lines+markers+text" if len(points) > 1 else "markers+text",
+            text=[side.name if point.is_run else "" for point in points], textposition="top center", cliponaxis=False,
             line={"color": faded(colour, 0.6), "width": 1.5, "dash": dash},
             marker={"color": colour, "opacity": 1, "size": sizes, "line": {"color": "white", "width": 1}},
             hovertemplate="%{id}<br>median TTFT %{y:.3~r} s<br>P99 TBT %{x:.3~r} s<extra></extra>",
@@ -201,22 +239,35 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     if searches:
         caption += " Large: the run at the capacity; small: the other trials that ran to their end."
     values = np.array([(point.tbt_s, point.ttft_s) for _, _, points in every for point in points])
-    figure.update_xaxes(title_text="P99 TBT (s)", **value_axis(values[:, 0]))
-    figure.update_yaxes(title_text="Median TTFT (s)", **value_axis(values[:, 1]))
-    figure.update_layout(hovermode="closest")
+    bounds = [_bounds(sides, "tbt", "p99"), _bounds(sides, "ttft", "p50")]
+    figure.update_xaxes(title_text="P99 TBT (s)", **value_axis(np.array([*values[:, 0], *bounds[0]])))
+    figure.update_yaxes(title_text="Median TTFT (s)", **value_axis(np.array([*values[:, 1], *bounds[1]])))
+    for slo_s in bounds[0]:
+        figure.add_vline(x=slo_s, line=SLO_LINE)
+    for slo_s in bounds[1]:
+        figure.add_hline(y=slo_s, line=SLO_LINE)
+    caption += " Dashed: SLOs." * any(bounds)
+    figure.update_layout(hovermode="closest", showlegend=len(front) > 1 or bool(searches))
     return Panel(title, caption, figure, height_px=_height(380, sides))
 
 
-def output_over_time(sides: Sequence[Side]) -> Panel:
-    """Draw output tokens that were there by each time, of each run."""
+def _bounds(sides: Sequence[Side], metric: str, statistic: str) -> list[float]:
+    """Return the thresholds (s) that any of the runs has on a statistic of a metric."""
+    slos = {slo for side in sides for slo, _, _ in side.record.slos}
+    return sorted({slo.threshold_s for slo in slos if (slo.metric, slo.statistic) == (metric, statistic)})
+
+
+def output_over_time(sides: Sequence[Side]) -> list[Panel]:
+    """Draw output tokens that were there by each time, of each run whose batches are known; nothing without one."""
+    sides = [side for side in sides if side.record.timeline.batches]
+    if not sides:
+        return []
     timelines = [side.record.timeline for side in sides]
     longest = max(float(timeline.output_s[-1]) for timeline in timelines)
     unit_s, unit = time_unit(longest)
     figure = new_figure()
     for i, (side, timeline) in enumerate(zip(sides, timelines, strict=True)):
         colour, dash = series_style(i)
-        if not timeline.batches:  # measured from outside
-            continue
         add_line(
             figure,
             timeline.output_s / unit_s,
@@ -229,11 +280,11 @@ def output_over_time(sides: Sequence[Side]) -> Panel:
     figure.update_yaxes(title_text="Output tokens", rangemode="tozero")
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", rangemode="tozero")
     caption = "First tokens and decoded ones, added up. A flat piece is a time in which no request went on."
-    return Panel("Output tokens over time", caption, figure, "half", _height(330, sides))
+    return [Panel("Output tokens over time", caption, figure, "half", _height(330, sides))]
 
 
-def stage_bubbles(sides: Sequence[Side]) -> Panel:
-    """Draw the share of the time with requests that each pipeline stage idled, of each run."""
+def stage_bubbles(sides: Sequence[Side]) -> list[Panel]:
+    """Draw the share of the time with requests that each pipeline stage idled, of each run; nothing without one."""
     figure = new_figure()
     highest = 0.0
     for i, side in enumerate(sides):
@@ -245,13 +296,15 @@ def stage_bubbles(sides: Sequence[Side]) -> Panel:
             marker={"color": colour, "line": {"width": 0}},
             hovertemplate=f"{side.name}: %{{y:.3~r}} %<extra></extra>",
         )  # fmt: skip
+    if not highest:
+        return []
     figure.update_layout(barmode="group", bargap=0.3, hovermode="closest")
     figure.update_yaxes(title_text="Bubbles (%)", range=[0, max(1.0, 1.08 * highest)])
     caption = (
         "A bubble is time that a stage idles while requests are at its replica: a share of the time that there are "
         "any, mean over the replicas."
     )
-    return Panel("Pipeline bubbles", caption, figure, "half", _height(330, sides))
+    return [Panel("Pipeline bubbles", caption, figure, "half", _height(330, sides))]
 
 
 def _height(height_px: int, sides: Sequence[Side]) -> int:

@@ -6,7 +6,6 @@ print(differing_settings(sides), headline(sides))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
+from engine import documents
 from engine.errors import InputError
 from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
@@ -24,11 +23,13 @@ from engine.results.tables import Array
 from studies.pages.run_record import NOT_SET, Record, flat, read_record
 from studies.words import statistic_name
 
-Kind = Literal["run", "search", "sweep", "study", "validation"]
+Kind = Literal["run", "search", "sweep", "study", "validation", "plan"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
+_NEAR = 0.01  # numbers nearer to each other than this share are as good as each other
 LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
 _MARKS: dict[str, Kind] = {
     "validation.json": "validation",
+    "plan.json": "plan",
     "sweep.json": "sweep",
     "search.json": "search",
     "study.json": "study",
@@ -78,6 +79,23 @@ class Headline:
     name: str
     unit: str  # s, %, or a word
     values: list[float | None]
+    better: Literal["", "more", "less"] = ""  # which is better; "": neither
+
+    @property
+    def best(self) -> int | None:
+        """The run that is better than every other by a hundredth or more; None where a run lacks the number, too."""
+        if not self.better or None in self.values or len(self.values) < 2:
+            return None
+        known = [value for value in self.values if value is not None]
+        best, second = sorted(known, reverse=self.better == "more")[:2]
+        return known.index(best) if abs(second - best) >= _NEAR * max(abs(best), abs(second), 1e-12) else None
+
+
+def _better(unit: str, key: str) -> Literal["", "more", "less"]:
+    """Whether more or less of a headline's number is better, or neither."""
+    if key == "completed":
+        return ""
+    return "more" if unit.endswith("/s") or key == "prefix_hit_rate" else "less"
 
 
 def kind_of(folder: Path) -> Kind:
@@ -99,7 +117,8 @@ def kind_of(folder: Path) -> Kind:
         raise InputError(f"{folder} is no finished run: it lacks {' and '.join(missing)}")
     if (folder / "settings.json").is_file():
         raise InputError(f"{folder} is an unfinished search: the same command again goes on with it")
-    raise InputError(f"{folder} is no folder of a run, search, sweep, study or validation: it has none of their files")
+    kinds = "a run, search, sweep, plan, study or validation"
+    raise InputError(f"{folder} is no folder of {kinds}: it has none of their files")
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
@@ -119,7 +138,9 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a file holds."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = documents.read_json(path, "is all of it there?")
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no object: is all of it there?")
     return values
 
 
@@ -130,7 +151,7 @@ def readable(folder: Path, kind: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder} can't be read as a {kind} ({why}): is all of it there?") from error
 
@@ -165,17 +186,17 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
     for name, unit, key in (*_HEADLINES, *_IF_ANY):
         found = [summary.get(key) for summary in summaries]
         if any(each is not None for each in found) or (name, unit, key) in _HEADLINES:
-            scale = _SCALE.get(unit, 1)
-            rows.append(Headline(name, unit, [None if each is None else scale * each for each in found]))
+            values = [None if each is None else _SCALE.get(unit, 1) * each for each in found]
+            rows.append(Headline(name, unit, values, _better(unit, key)))
     devices = [num_gpus(side.record) for side in sides]
     per_device = [
         summary["output_throughput"] / count if count else None
         for summary, count in zip(summaries, devices, strict=True)
     ]
-    rows.insert(4, Headline("Output per device", "tokens/s", per_device))
+    rows.insert(4, Headline("Output per device", "tokens/s", per_device, "more"))
     seen = [timeline if timeline.batches else None for timeline in timelines]
     stalls = [None if each is None else 100 * each.stalled_batches / each.batches for each in seen]
-    rows.append(Headline("Batches that ended a stall", "%", stalls))
+    rows.append(Headline("Batches that ended a stall", "%", stalls, "less"))
     peaks = [None if each is None else each.peak_kv_percent for each in seen]
     rows.append(Headline("KV cache, peak use", "%", peaks))
     return rows

@@ -19,6 +19,7 @@ BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"
 GOOD, BAD = "#1f9e77", "#d6453d"
 # of several runs, one after the other; when they are used up, the next dash
 SERIES = (BLUE, ORANGE, GOOD, "#b0559b", "#b8960c", "#7a6ad8")
+SLO_LINE = {"color": GREY, "width": 1.3, "dash": "dash"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 

@@ -1,6 +1,7 @@
-"""What the HTML pages share: they open offline, on a phone as on a desktop, and fetch nothing.
+"""What the HTML pages share: they open offline, on a phone as on a desktop, and fetch nothing from a network.
 
-`template.html` has the style, plotly.js and the script that draws; a Page is filled from top to bottom.
+`template.html` has the style and the script that draws; a Page is filled from top to bottom. plotly.js lies beside the
+pages, once a folder, or in a page that is written standalone.
 
     page = Page("Title")
     page.add(header("Windtunnel", "Title", "On what", [("good", "It works")], []), cards([("Speed", "3 tokens/s", "")]))
@@ -19,7 +20,7 @@ from string import Template
 from typing import Any, Literal
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from engine.results.files import write_whole
 from studies.pages.figures import Panel, series_style
@@ -27,9 +28,11 @@ from studies.words import percent
 
 ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 TEMPLATE = Path(__file__).with_name("template.html")
+LIBRARY = f"plotly-{get_plotlyjs_version()}.min.js"  # beside the pages that use it
+_BESIDE = '<script src="{}"></script>'
 
-Tone = Literal["good", "bad", "unsure"]
-Cell = str | tuple[Tone, str]  # of a table; with a tone it is coloured
+Tone = Literal["good", "bad", "unsure", "plain"]
+Cell = str | tuple[Tone | Literal["best"], str]  # of a table; with a tone it is coloured, the best of its row marked
 
 
 class Page:
@@ -51,21 +54,23 @@ class Page:
         if panels:
             self.add("<div class='panels'>", *map(self._panel, panels), "</div>")
 
-    def html(self) -> str:
-        """Return the whole page."""
+    def html(self, standalone: bool = True) -> str:
+        """Return the whole page; unless it is standalone, it has to lie beside LIBRARY."""
         # "<" could end the script element early, and in JSON may be written otherwise
         data = ",".join(f"{json.dumps(name)}:{figure.to_json()}" for name, figure in self._figures.items())
         return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
             title=escape(f"{self.title} · Windtunnel"),
             body="\n".join(self._body),
             figures="{" + data.replace("<", "\\u003c") + "}",
-            plotly=get_plotlyjs(),
+            plotly=f"<script>{get_plotlyjs()}</script>" if standalone else _BESIDE.format(LIBRARY),
         )
 
-    def write(self, path: Path) -> Path:
-        """Write the page to `path`, whole or not at all, and return it."""
+    def write(self, path: Path, standalone: bool = False) -> Path:
+        """Write the page to `path`, whole or not at all, and return it; the plot library goes beside it or into it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.html())
+        if not standalone:
+            write_library(path.parent)
+        write_whole(path, self.html(standalone))
         return path
 
     def _panel(self, panel: Panel) -> str:
@@ -83,14 +88,35 @@ class Page:
         return f"<section class='panel {panel.width}'>{words}{figure}{panel.table}</section>"
 
 
+def write_library(folder: Path) -> None:
+    """Write the plot library into a folder of pages, unless it is there."""
+    if not (folder / LIBRARY).is_file():
+        write_whole(folder / LIBRARY, get_plotlyjs())
+
+
+def library_beside(html: str) -> str | None:
+    """Return the name of the plot library that a page needs beside it; None for a standalone page."""
+    found = re.search(_BESIDE.format(r"(plotly-[\d.]+\.min\.js)"), html)
+    return found[1] if found else None
+
+
+def with_library(html: str, library: Path) -> str:
+    """Return a page made standalone."""
+    return html.replace(_BESIDE.format(library.name), f"<script>{library.read_text(encoding='utf-8')}</script>")
+
+
 def header(
     kicker: str,
     title: str,
     setting: str,
     verdicts: Iterable[tuple[Tone, str]],
     sources: Iterable[tuple[Tone, str, str]],
+    answer: str = "",
 ) -> str:
-    """Return the top of a page; a source is a tone, a word and a sentence about where the numbers come from."""
+    """Return the top of a page; a source is a tone, a word and a sentence about where the numbers come from.
+
+    The answer, where a page has one, comes before everything else.
+    """
     chips = "".join(f"<li class='{tone}'>{text(words)}</li>" for tone, words in verdicts)
     lines = "\n".join(
         f"<p class='source'><b class='{tone}'>{escape(word)}</b> {text(words)}</p>" for tone, word, words in sources
@@ -98,6 +124,7 @@ def header(
     return f"""<header>
 <p class='kicker'>{escape(kicker)}</p>
 <h1>{escape(title)}</h1>
+{f"<p class='answer'>{text(answer)}</p>" if answer else ""}
 <p class='setting'>{escape(setting)}</p>
 <ul class='verdicts'>{chips}</ul>
 {lines}
@@ -127,13 +154,24 @@ def key(entries: Iterable[tuple[str, str]]) -> str:
     return f"<ul class='key'>{''.join(lines)}</ul>"
 
 
-def numbers_table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]]) -> str:
-    """Return a table of numbers: the first of `heads` is above the rows' names, the others above their cells."""
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in heads)
+def numbers_table(
+    heads: Sequence[str], rows: Iterable[tuple[str, Sequence[Cell]]], words: bool = False, sortable: bool = True
+) -> str:
+    """Return a table of numbers: the first of `heads` is above the rows' names, the others above their cells.
+
+    A click on a head sorts the rows by its column, where these are `sortable`. With `words` the cells may be long, and
+    wrap.
+    """
+    head = "".join(f"<th scope='col'>{_sort_button(name) if sortable else escape(name)}</th>" for name in heads)
     body = "".join(f"<tr><th scope='row'>{escape(name)}</th>{''.join(map(_cell, cells))}</tr>" for name, cells in rows)
+    kind = "numbers words" if words else "numbers"
     return (
-        f"<div class='scroll'><table class='numbers'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<div class='scroll'><table class='{kind}'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _sort_button(name: str) -> str:
+    return f"<button type='button' class='sort'>{escape(name)}</button>" if name else ""
 
 
 def _cell(cell: Cell) -> str:

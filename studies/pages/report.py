@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import InputError
+from engine.results.files import write_whole
 from studies.pages.capacity import capacities_page, search_page
 from studies.pages.capacity_record import read_search, read_sweep
 from studies.pages.compare import runs_page, validations_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
-from studies.pages.page import Page
+from studies.pages.page import Page, library_beside, with_library
+from studies.pages.plan import write_plan
 from studies.pages.run import render
-from studies.pages.validation import write_validation
+from studies.pages.validation import validation_page
 
 COMPARISON = Path("comparison.html")  # of several folders
 _TOGETHER: tuple[frozenset[Kind], ...] = (
@@ -29,8 +31,10 @@ _TOGETHER: tuple[frozenset[Kind], ...] = (
 )
 
 
-def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
+def write_page(folders: Sequence[Path], output: Path | None = None, standalone: bool = False) -> Path:
     """Write the page of the folders to `output`, by default into the only folder, and return its path.
+
+    The plot library goes beside it, or with `standalone` into it.
 
     Raises InputError for a folder that can't be read, folders that don't go together, and an output that is there
     already, unless it is the folder's own page.
@@ -45,16 +49,18 @@ def write_page(folders: Sequence[Path], output: Path | None = None) -> Path:
     path = _checked(output or own or COMPARISON, own)
     try:
         if len(folders) == 1:
-            return _write_one(folders[0], kinds[folders[0]], path)
-        return _side_by_side(names, kinds).write(path)
+            return _write_one(folders[0], kinds[folders[0]], path, standalone)
+        with readable(Path(" and ".join(map(str, folders))), "comparison"):
+            page = _side_by_side(names, kinds)
+        return page.write(path, standalone)
     except OSError as error:
         raise InputError(f"can't write {path} ({error.strerror or error}): give another --output") from error
 
 
 def _check_together(kinds: dict[Path, Kind]) -> None:
     for folder, kind in kinds.items():
-        if kind == "study":
-            raise InputError(f"{folder} is a study, whose page stands alone ({_own_page(folder, kind)}): leave it out")
+        if kind in ("study", "plan"):
+            raise InputError(f"{folder} is a {kind}, whose page stands alone ({_own_page(folder, kind)}): leave it out")
     if not any(set(kinds.values()) <= together for together in _TOGETHER):
         first: dict[Kind, Path] = {}
         for folder, kind in kinds.items():
@@ -90,19 +96,36 @@ def _checked(path: Path, own: Path | None) -> Path:
     return path
 
 
-def _write_one(folder: Path, kind: Kind, path: Path) -> Path:
+def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
     if kind == "study":
-        own = _own_page(folder, kind)
-        return path if path.resolve() == own.resolve() else Path(shutil.copyfile(own, path))
+        return _copy(_own_page(folder, kind), path, standalone)
     if kind == "validation":
         with readable(folder, kind):
-            return write_validation(read_json(folder / "validation.json"), path)
+            return validation_page(read_json(folder / "validation.json")).write(path, standalone)
+    if kind == "plan":
+        return write_plan(folder, path, standalone)
     name = folder.resolve().name
-    if kind == "search":
-        return search_page(read_search(folder, name)).write(path)
-    if kind == "sweep":
-        return capacities_page([read_sweep(folder, name)], []).write(path)
-    return render(read_side(folder, name).record).write(path)
+    with readable(folder, kind):
+        if kind == "search":
+            page = search_page(read_search(folder, name))
+        elif kind == "sweep":
+            page = capacities_page([read_sweep(folder, name)], [])
+        else:
+            page = render(read_side(folder, name).record)
+    return page.write(path, standalone)
+
+
+def _copy(page: Path, path: Path, standalone: bool) -> Path:
+    """Copy a page, which is as it was written, with the plot library beside it or in it."""
+    html = page.read_text(encoding="utf-8")
+    beside = library_beside(html)
+    if beside is not None and standalone:
+        write_whole(path, with_library(html, page.with_name(beside)))
+    elif path.resolve() != page.resolve():
+        shutil.copyfile(page, path)
+        if beside is not None and path.parent.resolve() != page.parent.resolve():
+            shutil.copyfile(page.with_name(beside), path.with_name(beside))
+    return path
 
 
 def _side_by_side(names: dict[Path, str], kinds: dict[Path, Kind]) -> Page:

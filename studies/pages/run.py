@@ -15,13 +15,15 @@ from typing import Any
 
 from engine.results.metric_table import METRICS
 from engine.results.metrics import burst_finding, describe_slo, summary_key
+from studies.pages.batch_figures import batch_panels
 from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.ranges import ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
-from studies.words import number, seconds, size
+from studies.words import number, percent, seconds, size
 
 _STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
+OUTSIDE = 0.1  # of the batches, from which being outside the calibrated range is a warning beside the verdict
 _FILES = {
     "config.yaml": "the configuration, complete",
     "summary.json": "every number of this report",
@@ -51,13 +53,22 @@ def render(record: Record) -> Page:
         page.add_panels(heading, group)
         if heading == "Latency":
             page.add(_latency_table(record.summary))
+    if batches := batch_panels(record.summary):
+        page.add_panels("Batches", batches)
     page.add(_about(record))
     return page
 
 
 def _header(record: Record) -> str:
     kicker = "Windtunnel · report of a run"
-    return header(kicker, _served(record), _setting(record), verdict(record.summary), [times_source(record)])
+    chips = [*verdict(record.summary), *_outside(record)]
+    return header(kicker, _served(record), _setting(record), chips, [times_source(record)])
+
+
+def _outside(record: Record) -> list[tuple[Tone, str]]:
+    """Return a warning where much of the run is outside what its predictor was calibrated on."""
+    share = record.timeline.outside_range / max(record.timeline.batches, 1)
+    return [("unsure", f"{percent(share)} of the batches are outside the calibrated range")] if share >= OUTSIDE else []
 
 
 def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
@@ -205,6 +216,10 @@ def _latency_table(summary: Mapping[str, Any]) -> str:
         (metric.name, [_latency(summary, statistic, key) for statistic in _STATISTICS])
         for key, metric in METRICS.items()
     ]
+    for key, name in (("execution_time", "execution time"), ("preemption_time", "preemption time")):
+        if f"mean_{key}_ms" in summary:
+            values = [summary.get(f"{statistic}_{key}_ms") for statistic in _STATISTICS]
+            rows.append((name, ["-" if value is None else seconds(value / 1e3) for value in values]))
     how = summary.get("token_percentiles", "exact")
     note = "" if how == "exact" else f"<p>Percentiles of TBT: {escape(how)}.</p>"
     return details("Every latency in numbers", numbers_table(heads, rows) + note)

@@ -23,6 +23,7 @@ from studies.pages.figures import (
     value_axis,
 )
 from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
+from studies.pages.request_figures import batch_gantt, prefix_hits, slowest_requests, ttft_by_prompt
 from studies.pages.run_record import Record
 from studies.pages.run_timeline import STALL_FACTOR, Timeline
 from studies.words import number, seconds
@@ -31,12 +32,14 @@ from studies.words import number, seconds
 def panels(record: Record) -> list[tuple[str, list[Panel]]]:
     """Return the sections of a report: a heading and its panels."""
     latency = ("Latency", [_latency(record, metric) for metric in drawn_metrics()])
+    requests = ("Requests", [ttft_by_prompt(record), slowest_requests(record), *prefix_hits(record)])
     if "server" in record.summary:  # measured from outside, where no batch is seen
-        return [latency]
+        return [latency, requests]
     return [
         latency,
         ("Over time", [tbt_over_time(record), batch_composition(record), kv_use(record), queue(record)]),
-        ("Stages", [stage_use(record)]),
+        requests,
+        ("Stages", [stage_use(record), *batch_gantt(record)]),
     ]
 
 

@@ -6,22 +6,27 @@ print(record.timeline.kv_percent.max(axis=1))
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
-import yaml
 
+from engine.documents import read_json, read_yaml
+from engine.errors import InputError
 from engine.results.metric_table import REQUEST_COLUMNS
 from engine.results.metrics import distributions
 from engine.results.slo import SLO
-from engine.results.tables import Array, to_numpy
+from engine.results.tables import Array, Columns, to_numpy
+from engine.specs.checks import short
+from studies.pages.run_batches import Excerpt, read_excerpt
+from studies.pages.run_requests import Requests, read_requests
 from studies.pages.run_timeline import Timeline, read_timeline
 
 NOT_SET = "not set"
+_ROUNDING = 1e-6  # s
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,8 @@ class Record:
     latencies: dict[str, Distribution]  # of each drawn metric; tbt is absent where no request has two tokens
     arrival_rate: float | None  # requests/s as they came; None when all came at once
     timeline: Timeline
+    requests: Requests
+    excerpt: Excerpt | None  # of its batches; None where nobody saw one
 
     @property
     def slos(self) -> list[tuple[SLO, float | None, bool]]:
@@ -51,9 +58,13 @@ class Record:
 
 def read_record(folder: Path) -> Record:
     """Read a finished run's folder. Raises FileNotFoundError where one of its files is missing."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    requests = to_numpy(pq.ParquetFile(folder / "requests.parquet").read(list(REQUEST_COLUMNS)))
+    hint = "is all of it there?"
+    summary = read_json(folder / "summary.json", hint)
+    config = read_yaml(folder / "config.yaml", hint)
+    table = pq.ParquetFile(folder / "requests.parquet")
+    more = [name for name in ("request_id", "prefix_hit_tokens") if name in table.schema_arrow.names]
+    requests = to_numpy(table.read([*REQUEST_COLUMNS, *more]))
+    _check(folder, summary, config, requests)
     first, last = float(requests["arrived_s"].min()), float(requests["arrived_s"].max())
     end = float(requests["last_token_s"].max())
     return Record(
@@ -63,7 +74,36 @@ def read_record(folder: Path) -> Record:
         latencies={metric: Distribution(*curve) for metric, curve in distributions(requests, summary).items()},
         arrival_rate=(len(requests["arrived_s"]) - 1) / (last - first) if last > first else None,
         timeline=read_timeline(folder / "iterations.parquet", summary, first, end, requests["first_token_s"]),
+        requests=read_requests(requests),
+        excerpt=read_excerpt(folder / "iterations.parquet", first),
     )
+
+
+def _check(folder: Path, summary: Any, config: Any, requests: Columns) -> None:
+    """Raise InputError unless the files are of one finished run, with times that can be."""
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.yaml'} holds no settings: is it the run's own?")
+    if not isinstance(summary, dict) or not isinstance(summary.get("replicas"), list) or not summary["replicas"]:
+        raise InputError(f"{folder / 'summary.json'} holds no run's results: is it the run's own?")
+    path, count = folder / "requests.parquet", len(requests["arrived_s"])
+    if not count:
+        raise InputError(f"{path} holds no request: there is nothing to report")
+    if summary.get("completed") != count:
+        raise InputError(
+            f"{path} holds {count:,} requests, summary.json says {short(summary.get('completed'))}: they are not of "
+            "one run"
+        )
+    times = [requests[name] for name in ("arrived_s", "first_token_s", "last_token_s")]
+    wrong = ~np.isfinite(times).all(axis=0) | (times[0] < -_ROUNDING)
+    wrong |= (times[1] < times[0] - _ROUNDING) | (times[2] < times[1] - _ROUNDING)
+    wrong |= (requests["prompt_tokens"] < 1) | (requests["output_tokens"] < 1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        told = ", ".join(f"{each[row]:g}" for each in times)
+        raise InputError(
+            f"{path} row {row}: arrival, first and last token at {told} s, {requests['output_tokens'][row]} tokens: "
+            "no run has that"
+        )
 
 
 def flat(value: Any, name: str = "", number: Callable[[float], str] = str) -> Iterator[tuple[str, str]]:

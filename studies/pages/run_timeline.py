@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.errors import InputError
 from engine.results.metrics import summary_key
 from engine.results.tables import Array, Columns, to_numpy
 
@@ -77,6 +78,7 @@ def read_timeline(
         batches = predicted = outside = stalled = 0
         peak_kv = 0.0
         for rows in _chunks(file):
+            _check(path, rows, stages)
             begin = rows["start_s"] - start_s
             end = begin + rows["duration_s"]
             first_stage = rows["stage"] == 0
@@ -97,6 +99,9 @@ def read_timeline(
             done = np.searchsorted(output_s, (rows["start_s"] + rows["duration_s"])[last_stage] - start_s, side="left")
             decoded += np.bincount(np.minimum(done, OUTPUT_TIMES - 1), rows["num_decodes"][last_stage], OUTPUT_TIMES)
             stalled += 0 if threshold is None else int((rows["max_tbt_s"][ended] > threshold).sum())
+    told = (summary.get("simulator") or summary.get("engine") or {}).get("batches", batches)
+    if told != batches:
+        raise InputError(f"{path} holds {batches:,} batches, summary.json says {told:,}: they are not of one run")
     decode = states["num_decodes"].over(busy, all_replicas=True)
     first_tokens = np.searchsorted(np.sort(np.asarray(first_token_s) - start_s), output_s, side="right")
     return Timeline(
@@ -117,6 +122,21 @@ def read_timeline(
         predicted_batches=predicted,
         outside_range=outside,
     )
+
+
+def _check(path: Path, rows: Columns, stages: Array) -> None:
+    """Raise InputError for a batch on a stage that the run has not, or at a time that is none."""
+    replica, stage = rows["replica"], rows["stage"]
+    wrong = (replica < 0) | (replica >= len(stages)) | (stage < 0)
+    wrong |= stage >= stages[np.clip(replica, 0, len(stages) - 1)]
+    wrong |= ~np.isfinite(rows["start_s"]) | ~np.isfinite(rows["duration_s"])
+    wrong |= (rows["start_s"] < 0) | (rows["duration_s"] < 0)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise InputError(
+            f"{path}: a batch of {rows['duration_s'][row]:g} s at {rows['start_s'][row]:g} s on stage {stage[row]} of "
+            f"replica {replica[row]}: the run has no such batch"
+        )
 
 
 def _chunks(file: pq.ParquetFile) -> Iterator[Columns]:

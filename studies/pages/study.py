@@ -15,18 +15,37 @@ from typing import Any
 from studies.pages.figures import Panel
 from studies.pages.page import Cell, Page, Tone, details, facts_table, footer, header, numbers_table
 from studies.pages.study_figures import panels
-from studies.published.experiment import MODERN_HOST, PAPER_HOST, Experiment
-from studies.published.judge import KINDS, Choice, Judgement, Records, choices, judge, tally
+from studies.published.experiment import (
+    FITTED_HOST,
+    MODERN_HOST,
+    PAPER_HOST,
+    PLACEBOS,
+    ROOFLINE_PLACEBO,
+    SHUFFLED_PLACEBO,
+    Experiment,
+)
+from studies.published.judge import KINDS, Choice, Judgement, Records, choices, judge_all, tally
 from studies.words import percent
 
-HOSTS = {PAPER_HOST: "the paper's engine", MODERN_HOST: "a modern engine"}
+HOSTS = {
+    PAPER_HOST: "the paper's engine",
+    FITTED_HOST: "fitted to Figure 2",
+    MODERN_HOST: "a modern engine",
+    ROOFLINE_PLACEBO: "roofline of an H100",
+    SHUFFLED_PLACEBO: "shuffled predictor",
+}
+DRAWN = (PAPER_HOST, MODERN_HOST)  # whose figures the page of a whole study shows
+LITTLE = "†"
+MARKS = {"disagrees": " ✗", "depends on the draw": " ~"}
 NARROW = "<style>.claims th[scope=row] { min-width: 10rem; }</style>"  # on a phone the numbers scroll, not the words
 Judged = Mapping[str, Sequence[Judgement]]  # by host overhead
 
 
 def judged(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, list[Judgement]]:
-    """Return the verdicts on every claim under each host overhead."""
-    return {host: judge(experiment, found) for host, found in records.items()}
+    """Return the verdicts under each host overhead, placebos left out, on the claims whose points were run."""
+    every = judge_all(experiment, records)
+    run = [i for i in range(len(experiment.claims)) if any(each[i].verdict != "not run" for each in every.values())]
+    return {host: [each[i] for i in run] for host, each in every.items() if host not in PLACEBOS}
 
 
 def write_page(
@@ -46,13 +65,21 @@ def write_page(
     )
     if experiment.claims:
         page.add("<h2>Published, and ours</h2>", NARROW, "<div class='claims'>", claims_table(verdicts), "</div>")
+        page.add(f"<p>{escape(_how_judged(records))}</p>")
     for host, judgements in verdicts.items():
-        missed = [each for each in judgements if each.agrees is False]
-        if missed:
-            rows = [(each.claim, f"{each.ours} for {each.published}: {each.explanation}") for each in missed]
+        missed = [each for each in judgements if each.explanation]
+        if missed and host in DRAWN:
+            rows = [
+                (each.claim, f"{each.ours} for {each.published} ({each.verdict}): {each.explanation}")
+                for each in missed
+            ]
             count = f"{len(missed)} claim{'s' * (len(missed) > 1)}"
             page.add(details(f"Why ours differs as {host_name(host)}: {count}", facts_table(rows)))
-    beside = [_named(panels(experiment, found), host) for host, found in records.items() if found]
+    beside = [
+        _named(panels(experiment, found), host)
+        for host, found in records.items()
+        if found and host in (DRAWN if PAPER_HOST in records else list(records)[:1])
+    ]
     page.add_panels("Figures", [panel for row in zip_longest(*beside) for panel in row if panel is not None])
     for host, found in records.items():
         if table := choices(found):
@@ -62,6 +89,22 @@ def write_page(
         page.add(*(f"<li>{escape(line)}</li>" for line in experiment.choices), "</ul>")
     page.add(footer(f" · study {name}"))
     return page.write(path)
+
+
+def _how_judged(records: Mapping[str, Records]) -> str:
+    """Return how to read the verdicts."""
+    seeds = max(
+        (len(next(iter(record["draws"].values()))) for each in records.values() for record in each.values()
+         if record.get("draws")),
+        default=1,
+    )  # fmt: skip
+    drawn = f"Numbers are medians of {seeds} draws of the requests [lowest to highest]. " if seeds > 1 else ""
+    placebos = [HOSTS[host] for host in records if host in PLACEBOS]
+    little = f" {LITTLE}: holds with a placebo's times too ({', '.join(placebos)})." if placebos else ""
+    return (
+        f"{drawn}A number agrees within 20 % of the published one, its reading included; a claim depends on the draw "
+        f"where it agrees in some draws only.{little}"
+    )
 
 
 def host_name(host: str) -> str:
@@ -77,9 +120,9 @@ def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
     """Return how many claims of each kind agree, under each host overhead."""
     chips: list[tuple[Tone, str]] = []
     for host, judgements in verdicts.items():
-        for kind, agree, count in tally(judgements):
-            tone: Tone = "good" if agree == count else "bad" if not agree else "unsure"
-            chips.append((tone, f"{HOSTS.get(host, host)}: {agree} of {count} {kind}"))
+        for each in tally(judgements):
+            tone: Tone = "good" if each.agree == each.count else "unsure" if each.agree or each.depend else "bad"
+            chips.append((tone, f"{HOSTS.get(host, host)}: {each}"))
     return chips
 
 
@@ -87,7 +130,7 @@ def _sources(records: Mapping[str, Records], reduced: str) -> list[tuple[Tone, s
     lines: list[tuple[Tone, str, str]] = []
     if reduced:
         lines.append(("bad", "reduced", f"{reduced}: these figures are not the study's."))
-    both = " and ".join(host_name(host) for host in records)
+    both = " and ".join(host_name(host) for host in records if host not in PLACEBOS)
     lines.append(("unsure", "simulated", f"with the host overhead of {both}; nothing here was run on a GPU."))
     return lines
 
@@ -100,7 +143,8 @@ def claims_table(verdicts: Judged) -> str:
         rows: list[tuple[str, list[Cell]]] = []
         for judgements in zip(*verdicts.values(), strict=True):
             if judgements[0].kind == kind:
-                rows.append((judgements[0].claim, [judgements[0].published, *map(_cell, judgements)]))
+                little = f" {LITTLE}" * judgements[0].says_little
+                rows.append((judgements[0].claim + little, [judgements[0].published, *map(_cell, judgements)]))
         if rows:
             heads = (kind.capitalize(), "Published", *(HOSTS.get(host, host).capitalize() for host in hosts))
             parts.append(numbers_table(heads, rows))
@@ -108,10 +152,12 @@ def claims_table(verdicts: Judged) -> str:
 
 
 def _cell(judgement: Judgement) -> Cell:
-    if judgement.agrees is None:
-        return "not run"
+    if judgement.verdict == "not run":
+        return "-"
     off = "" if judgement.off is None else f" ({percent(judgement.off, sign=True)})"
-    return ("good" if judgement.agrees else "bad", f"{judgement.ours}{off}")
+    tones: dict[str, Tone] = {"agrees": "good", "disagrees": "bad"}
+    words = {"depends on the draw": ", depends on the draw", "fitted": ", fitted"}.get(judgement.verdict, "")
+    return (tones.get(judgement.verdict, "unsure"), f"{judgement.ours}{off}{words}")
 
 
 def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str | None]:
@@ -147,15 +193,15 @@ def choices_table(table: Sequence[Choice]) -> str:
 def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:
     """Return the study's section of a page in Markdown."""
     verdicts = judged(experiment, records)
-    hosts = list(verdicts)
+    hosts = [host for host in HOSTS if host in verdicts] + [host for host in verdicts if host not in HOSTS]
     lines = [f"## {experiment.title}", "", f"`windtunnel study run {name}` · {experiment.source}.", ""]
     lines += [experiment.shows.strip(), ""]
     lines += [f"- {host_name(host)}: {in_words(verdicts[host])}" for host in hosts]
     heads = ["claim", "published", *(HOSTS.get(host, host) for host in hosts)]
     lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in zip(*verdicts.values(), strict=True):
+    for row in zip(*(verdicts[host] for host in hosts), strict=True):
         cells = [_markdown_cell(judgement) for judgement in row]
-        lines.append(f"| {' | '.join([row[0].claim, row[0].published, *cells])} |")
+        lines.append(f"| {' | '.join([row[0].claim + f' {LITTLE}' * row[0].says_little, row[0].published, *cells])} |")
     for host in hosts:
         if table := choices(records[host]):
             lines += ["", _markdown_choices(table, host)]
@@ -166,20 +212,23 @@ def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) 
 
 def in_words(judgements: Sequence[Judgement]) -> str:
     """Return how many claims of each kind agree."""
-    parts = [f"{agree} of {count} {kind}" for kind, agree, count in tally(judgements)]
+    parts = [str(each) for each in tally(judgements)]
     return ", ".join(parts) + " agree" if parts else "nothing of what was published was run"
 
 
 def _markdown_cell(judgement: Judgement) -> str:
-    cell = _cell(judgement)
-    return cell if isinstance(cell, str) else f"{cell[1]}{'' if cell[0] == 'good' else ' ✗'}"
+    if judgement.verdict == "not run":
+        return "-"
+    off = "" if judgement.off is None else f" ({percent(judgement.off, sign=True)})"
+    fitted = " fitted" * (judgement.verdict == "fitted")
+    return f"{judgement.ours}{off}{fitted}{MARKS.get(judgement.verdict, '')}"
 
 
 def _markdown_choices(table: Sequence[Choice], host: str) -> str:
     right, regret, error, lowest = _choices_in_numbers(table)
     correlation = f"; rank correlation {lowest} or more" if lowest else ""
     return (
-        f"The search's choice of a scheduler against an exhaustive one at 0.5 % ({host_name(host)}): the best in "
+        f"The search's choice of a scheduler against a fine search to 0.5 % ({host_name(host)}): the best in "
         f"{right}, regret at most {percent(regret)}, capacities off by at most {percent(error)}{correlation}."
     )
 
@@ -190,7 +239,7 @@ def to_json(experiment: Experiment, records: Mapping[str, Records]) -> dict[str,
         "title": experiment.title,
         "source": experiment.source,
         "judgements": {
-            host: [vars(each) for each in judgements] for host, judgements in judged(experiment, records).items()
+            host: [vars(each) for each in judgements] for host, judgements in judge_all(experiment, records).items()
         },
         "choices": {host: [vars(each) for each in choices(found)] for host, found in records.items()},
         "records": {host: dict(found) for host, found in records.items()},
@@ -202,5 +251,9 @@ def summary_lines(experiment: Experiment, records: Mapping[str, Records]) -> lis
     lines = []
     for host, judgements in judged(experiment, records).items():
         lines.append(f"{host_name(host)}: {in_words(judgements)}")
-        lines += [f"  {each.sentence()}" for each in judgements if each.agrees is False]
+        lines += [
+            f"  {each.sentence()}"
+            for each in judgements
+            if each.explanation and host in (PAPER_HOST, *list(records)[:1])
+        ]
     return lines

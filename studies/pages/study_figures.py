@@ -35,16 +35,24 @@ def panels(experiment: Experiment, records: Records) -> list[Panel]:
     )
 
 
-def lines(series: Series, x_title: str, y_title: str, log: bool = False) -> go.Figure:
-    """Draw a line with markers for each name."""
+def lines(series: Series, x_title: str, y_title: str, log: bool = False, published: Series | None = None) -> go.Figure:
+    """Draw a line with markers for each name, with its published values as diamonds; every x is a tick if few."""
     figure = new_figure()
     for i, (name, (xs, ys)) in enumerate(series.items()):
         colour = _colour(name, i)
         add_line(figure, xs, ys, name, colour, "%{y:.3~r}", width=2.2, mode="lines+markers", marker={"size": 6})
     values = np.array([y for _, ys in series.values() for y in ys])
+    for i, (name, (xs, ys)) in enumerate((published or {}).items()):
+        figure.add_scatter(
+            x=list(xs), y=list(ys), mode="markers", name="published", legendgroup="published", showlegend=not i,
+            hovertemplate="%{y:.3~r} published", marker=_diamond(_colour(name, list(series).index(name))),
+        )  # fmt: skip
+        values = np.concatenate([values, ys])
     figure.update_yaxes(title_text=y_title, **value_axis(values[values > 0] if log else values, log))
     categories = any(isinstance(x, str) for xs, _ in series.values() for x in xs)
-    figure.update_xaxes(title_text=x_title, **({"type": "category"} if categories else {}))
+    ticks = sorted({x for xs, _ in series.values() for x in xs}) if not categories else []
+    every = {"tickvals": ticks} if 1 < len(ticks) <= 8 else {}
+    figure.update_xaxes(title_text=x_title, **({"type": "category"} if categories else every))
     return figure
 
 
@@ -122,8 +130,26 @@ def _completions(records: Records, published: Published) -> list[Panel]:
         gaps.append(f"{scheduler} {record['values']['max_tbt']:.3g} s")
     figure.update_xaxes(title_text="Time since the first arrival (s)")
     figure.update_yaxes(title_text="Decodes completed", rangemode="tozero")
+    ends = [f"{point.split('/')[-1]} {published[f'{point}:duration']:g} s" for point in records
+            if f"{point}:duration" in published]  # fmt: skip
     longest = f"The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
+    longest += f" Published, to the end: {'; '.join(ends)}." * bool(ends)
+    for i, point in enumerate(records):
+        if (end := published.get(f"{point}:duration")) is not None:
+            figure.add_vline(x=end, line={"color": _colour(point.split("/")[-1], i), "width": 1, "dash": "dash"})
     return [Panel("Decodes completed over time", f"A flat step is a stall. {longest}", figure, "half", 340)]
+
+
+def _of(metric: str, rows: Iterable[tuple[str, str, Any]], published: Published) -> Series | None:
+    """Return the published values of rows (point, name, x) as series."""
+    theirs = _series(
+        (name, x, published[f"{point}:{metric}"]) for point, name, x in rows if f"{point}:{metric}" in published
+    )
+    return theirs or None
+
+
+def _about(theirs: Series | None) -> str:
+    return "The median of the draws." + " Diamonds: published." * bool(theirs)
 
 
 def _over_rate(records: Records, published: Published) -> list[Panel]:
@@ -132,9 +158,11 @@ def _over_rate(records: Records, published: Published) -> list[Panel]:
     for place, rows in _places(records, 2):
         for metric, name in _TAILS:
             series = _series((scheduler, float(rate), values[metric]) for (rate, scheduler), values in rows)
-            figure = lines(series, "Request rate (requests/s)", f"{name} (s)", log=True)
+            points = [("/".join((*place, rate, scheduler)), scheduler, float(rate)) for (rate, scheduler), _ in rows]
+            theirs = _of(metric, points, published)
+            figure = lines(series, "Request rate (requests/s)", f"{name} (s)", log=True, published=theirs)
             title = f"{', '.join(place)}: {name} over the load"
-            result.append(Panel(title, "Each point is a run.", figure, "half", 300))
+            result.append(Panel(title, _about(theirs), figure, "half", 300))
     return result
 
 
@@ -148,54 +176,59 @@ def _over_chunk(records: Records, published: Published) -> list[Panel]:
             for (chunk,), values in rows
         )
         figure = lines(series, "Token budget (tokens)", f"{name} (s)", log=True)
-        result.append(Panel(f"{name} by token budget", "Each point is a run.", figure, "half", 300))
+        result.append(Panel(f"{name} by token budget", _about(None), figure, "half", 300))
     return result
 
 
-def _parallelism(records: Records, published: Published) -> list[Panel]:
-    """Draw the TBT of decodes alone over the batch, and the capacities."""
-    tbt = {point: record["values"]["tbt"] for point, record in records.items() if "tbt" in record["values"]}
-    series = _series((*point.split("/"), value) for point, value in tbt.items())
-    figure = lines(series, "Decodes in the batch", "TBT (s)")
-    theirs = _series(
-        (*name.removesuffix(":tbt").split("/"), value)  # type: ignore[misc]
-        for name, value in published.items()
-        if name.endswith(":tbt") and name.split("/")[0] in series
-    )
-    for i, setup in enumerate(series):
-        if setup in theirs:
-            xs, ys = theirs[setup]
-            figure.add_scatter(x=xs, y=ys, mode="markers", name=f"{setup}, published", marker=_diamond(PALETTE[i]))
-            figure.update_yaxes(range=None, rangemode="tozero")
-    about = "A batch of decodes alone, once through all stages. Diamonds: published, read off."
-    return [Panel("TBT of decodes alone", about, figure, "half", 300), *_capacity(records, published)]
+def _over_batch(records: Records, published: Published) -> list[Panel]:
+    """Draw the median TBT over the most requests in a batch, and the capacities."""
+    runs = {point: record for point, record in records.items() if "p50_tbt" in record["values"]}
+    rows = [(point, point.split("/")[0], int(point.split("/")[-1])) for point in runs]
+    if not rows:
+        return _capacity(records, published)
+    series = _series((setup, batch, runs[point]["values"]["p50_tbt"]) for point, setup, batch in rows)
+    theirs = _of("p50_tbt", rows, published)
+    figure = lines(series, "Largest batch (requests)", "Median TBT (s)", published=theirs)
+    figure.update_xaxes(type="log")
+    return [
+        Panel("Median TBT by the largest batch", _about(theirs), figure, "half", 300),
+        *_capacity(records, published),
+    ]
 
 
 def _chunking(records: Records, published: Published) -> list[Panel]:
-    """Draw the time of prompts in chunks over that of whole ones."""
+    """Draw the time of prompts in chunks and whole."""
     result = []
     for (setup,), rows in _places(records, 1):
-        series = _series(
-            (f"chunks of {chunk}", f"{int(prompt):,}", values["overhead"])
-            for (prompt, chunk), values in rows
-            if chunk != "whole"
-        )
-        figure = bars(series, "Time, relative to whole")
-        figure.add_hline(y=1, line={"color": GREY, "width": 1, "dash": "dash"})
+        names = {chunk: "whole" if chunk == "whole" else f"chunks of {chunk}" for (_, chunk), _ in rows}
+        series = _series((names[chunk], f"{int(prompt):,}", values["seconds"]) for (prompt, chunk), values in rows)
+        points = [(f"{setup}/{prompt}/{chunk}", names[chunk], f"{int(prompt):,}") for (prompt, chunk), _ in rows]
+        theirs = _of("seconds", points, published)
+        figure = bars(series, "Time (s)", theirs)
         figure.update_xaxes(title_text="Prompt (tokens)")
-        result.append(Panel(f"{setup}: chunks against a whole prompt", "1 is the whole prompt.", figure, "half", 300))
+        result.append(Panel(f"{setup}: a prompt in chunks, and whole", _about(theirs), figure, "half", 300))
     return result
+
+
+def _size(size: str) -> str:
+    return f"{int(size):,}" if size.isdigit() else size
 
 
 def _operators(records: Records, published: Published) -> list[Panel]:
     """Draw the time of prompts and of decode batches by kind of operator."""
     result = []
     for (setup, phase), rows in _places(records, 2):
-        series = _series((part, f"{int(size):,}", 1e3 * values[part]) for part in PARTS for (size,), values in rows)
+        series = _series((part, _size(size), 1e3 * values[part]) for part in PARTS for (size,), values in rows)
         figure = bars({name: points for name, points in series.items() if any(points[1])}, "Time (ms)", stacked=True)
-        figure.update_xaxes(title_text="Prompt (tokens)" if phase == "prefill" else "Decodes")
-        title = f"{setup}: {'a whole prompt' if phase == 'prefill' else 'a batch of decodes'}"
-        result.append(Panel(title, "By kind of operator; the host's share is what is not hidden.", figure, "half", 300))
+        theirs = _of("total", [(f"{setup}/{phase}/{size}", "host", _size(size)) for (size,), _ in rows], published)
+        for xs, ys in (theirs or {}).values():
+            figure.add_scatter(x=list(xs), y=[1e3 * y for y in ys], mode="markers", name="published",
+                               hovertemplate="%{y:.3~r} published", marker=_diamond(GREY))  # fmt: skip
+        names = {"prefill": ("Prompt (tokens)", "a whole prompt"), "decode": ("Decodes", "a batch of decodes")}
+        axis, what = names.get(phase, ("Prompt tokens + decodes", "decodes beside a chunk"))
+        figure.update_xaxes(title_text=axis)
+        about = "By kind of operator; the host's share is what is not hidden." + " Diamonds: published." * bool(theirs)
+        result.append(Panel(f"{setup}: {what}", about, figure, "half", 300))
     return result
 
 
@@ -235,7 +268,7 @@ _DRAWINGS: dict[str, Callable[[Records, Published], list[Panel]]] = {
     "completions": _completions,
     "over_rate": _over_rate,
     "over_chunk": _over_chunk,
-    "parallelism": _parallelism,
+    "over_batch": _over_batch,
     "chunking": _chunking,
     "operators": _operators,
     "piggyback": _piggyback,

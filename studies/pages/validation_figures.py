@@ -26,12 +26,12 @@ _GAUGE_NAMES = {
 _STATISTICS = {name: name if name == "mean" else name.upper() for name in STATISTICS}
 
 
-def panels(load: Mapping[str, Any]) -> list[Panel]:
-    """Return all panels of a load."""
+def panels(load: Mapping[str, Any], held: bool = True) -> list[Panel]:
+    """Return all panels of a load, which may be held to the targets."""
     distributions = [_latency(load, metric) for metric in drawn_metrics()]
     if load["iterations"] is None:  # measured from outside
-        return [*distributions, latency_table(load), *gauge_table(load)]
-    return [*distributions, iteration_times(load), latency_table(load), iteration_table(load), batch_order(load)]
+        return [*distributions, latency_table(load, held), *gauge_table(load)]
+    return [*distributions, iteration_times(load), latency_table(load, held), iteration_table(load), batch_order(load)]
 
 
 def _latency(load: Mapping[str, Any], metric: Metric) -> Panel:
@@ -64,9 +64,9 @@ def iteration_times(load: Mapping[str, Any]) -> Panel:
     return Panel("Times of the batches", caption, figure, "half", 430)
 
 
-def latency_table(load: Mapping[str, Any]) -> Panel:
+def latency_table(load: Mapping[str, Any], held: bool = True) -> Panel:
     """Draw each statistic of each latency on both sides; those that have a target are coloured."""
-    met = {(each.what, each.statistic): each.met for each in judge(load)}
+    met = {(each.what, each.statistic): each.met for each in judge(load, held)}
     rows: list[tuple[str, list[Cell]]] = []
     for metric in [METRICS[key] for key in load["latencies"]]:
         for statistic, words in _STATISTICS.items():

@@ -12,22 +12,30 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-PAPER_HOST = "sarathi_osdi24"  # the host overhead of the engine that the paper measured
-MODERN_HOST = "cuda_graphs"  # and of one of today
+PAPER_HOST = "sarathi_osdi24"  # the host overhead of the engine that the paper measured, on that engine
+FITTED_HOST = "sarathi_osdi24_fig2"  # the same with two constants fitted to Figure 2 and Table 2
+MODERN_HOST = "cuda_graphs"  # and of an engine of today
+ROOFLINE_PLACEBO = "placebo_roofline"  # the paper's engine with times from another GPU's data sheet
+SHUFFLED_PLACEBO = "placebo_shuffled"  # and with the calibration's times dealt out to the wrong batches
+PLACEBOS = (ROOFLINE_PLACEBO, SHUFFLED_PLACEBO)
+PAPER_ENGINE = "sarathi-osdi24"  # the preset that all of these but the modern one run
+CONTROLS = (FITTED_HOST, *PLACEBOS)  # run beside, at the first seed
+SEEDS = 3
 
-Task = Literal["search", "run", "prefill", "operators", "piggyback", "decode"]
-Comparison = Literal["value", "ratio", "up_to", "order", "at_least", "at_most"]
+Task = Literal["search", "run", "prefill", "operators", "piggyback"]
+Comparison = Literal["value", "ratio", "up_to", "order"]
 Drawing = Literal[
-    "capacity", "completions", "over_rate", "over_chunk", "parallelism", "chunking", "operators", "piggyback", "table"
+    "capacity", "completions", "over_rate", "over_chunk", "over_batch", "chunking", "operators", "piggyback", "table"
 ]
+
+TOLERANCE = 0.2  # share of a published number that ours may be off, the reading of a figure included
 
 METRICS: dict[str, tuple[str, ...]] = {  # what a point of each task gives, and claims may be about
     "search": ("qps",),
-    "run": ("p50_tbt", "p99_tbt", "p50_ttft", "p99_ttft", "throughput", "max_tbt"),
-    "prefill": ("seconds", "overhead"),
+    "run": ("p50_tbt", "p99_tbt", "p50_ttft", "p99_ttft", "throughput", "max_tbt", "duration"),
+    "prefill": ("seconds",),
     "operators": ("linear", "attention", "communication", "other", "host", "total", "linear_per_token"),
     "piggyback": ("alone", "with_chunk", "with_prompt"),
-    "decode": ("tbt",),
 }
 NEEDS: dict[str, tuple[str, ...]] = {  # the lists that a block of each task can't do without
     "search": ("workloads", "schedulers", "slos"),
@@ -35,7 +43,6 @@ NEEDS: dict[str, tuple[str, ...]] = {  # the lists that a block of each task can
     "prefill": ("prompts", "chunks"),
     "operators": (),
     "piggyback": ("batches", "chunks", "prompts"),
-    "decode": ("batches",),
 }
 
 
@@ -61,7 +68,6 @@ class Requests(Strict):
 
     lengths: str
     max_model_len: int
-    arrival: Literal["poisson", "static"] = "poisson"
 
 
 class Scheduling(Strict):
@@ -75,10 +81,11 @@ class Scheduling(Strict):
 class Block(Strict):
     """Points to compute: every combination of the lists that its task has a use for.
 
-    search: the capacity under each entry of `slos`; with `exact` also at a fine tolerance. run: a load at each of
-    `rates`, the median of `draws` draws of its requests. prefill: prompts whole and in chunks. operators: a prompt or a
-    decode batch by kind of operator. piggyback: decodes of `context` tokens alone, beside a chunk and beside a whole
-    prompt. decode: an iteration of decodes alone.
+    search: the capacity under each entry of `slos`; with `fine` also at a fine tolerance, for the first seed. run: a
+    load at each of `rates` (requests/s, Poisson; `.inf`: all at once). Both end after `time_limit_s` of their own time,
+    if that is given, with the requests that are finished by then. prefill: prompts whole and in chunks. operators: a
+    whole prompt, a decode batch or, of `beside`, a prompt with so many decodes, by kind of operator. piggyback: decodes
+    of `context` tokens alone, beside a chunk and beside a whole prompt.
     """
 
     task: Task
@@ -88,12 +95,13 @@ class Block(Strict):
     slos: dict[str, list[str]] = {}
     rates: list[float] = []
     num_prompts: int = 1000
-    draws: int = 1
-    exact: bool = False
+    time_limit_s: float | None = None
+    fine: bool = False
     timeline: bool = False
     prompts: list[int] = []
     chunks: list[int] = []
     batches: list[int] = []
+    beside: list[tuple[int, int]] = []
     context: int = 1024
 
 
@@ -101,7 +109,8 @@ class Claim(Strict):
     """Something published about values `POINT:METRIC`, to be looked for among ours.
 
     value: of[0] is `published`. ratio: of[0] / of[1] is. up_to: the largest of of[0] / of[1], of[2] / of[3], ... is.
-    order: `of` is from highest to lowest. at_least, at_most: of[0] / of[1] is no less, no more, than `published`.
+    order: `of` is from highest to lowest. `reading` is the share that a number read off a figure may be off; `fitted`
+    says that FITTED_HOST was fitted to it.
     """
 
     says: str
@@ -109,8 +118,8 @@ class Claim(Strict):
     compare: Comparison
     of: list[str]
     published: float | None = None
-    tolerance: float = 0.2  # share of the published number that ours may be off
-    if_missed: str = ""  # what is known of why ours could differ; shown with the facts of the runs if it does
+    reading: float = 0.0
+    fitted: bool = False
 
 
 class Experiment(Strict):
@@ -124,4 +133,4 @@ class Experiment(Strict):
     workloads: dict[str, Requests] = {}
     blocks: list[Block]
     claims: list[Claim] = []
-    choices: list[str] = []  # what the paper leaves open, and how it is settled here
+    choices: list[str] = []  # what the paper leaves open, and how it is settled here; no result of ours

@@ -1,130 +1,176 @@
 """Published claims held against our values, in words: what was said, what came out, whether it agrees, and if not, why.
 
-Nothing here knows an outcome. An explanation is made of what the runs themselves say (where an SLO binds, how long
-batches take, how full the KV cache is), of how far each side of a ratio is from its own published value, and of the
-note that a study's file has for the case.
+A claim is judged for each draw of the requests. It agrees when all draws do, disagrees when none does, and otherwise
+depends on the draw. One that holds under a placebo too says little of the predictor, and is marked. Nothing here knows
+an outcome: an explanation is made of what the runs themselves say (where an SLO binds, how long batches take, how full
+the KV cache is) and of how far each side of a ratio is from its own published value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from engine.results.tables import Array
-from studies.published.experiment import Claim, Experiment
+from studies.published.experiment import FITTED_HOST, PLACEBOS, TOLERANCE, Claim, Experiment
 from studies.words import number, percent
 
 Records = Mapping[str, Mapping[str, Any]]  # of a host overhead, by point
+Verdict = Literal["agrees", "disagrees", "depends on the draw", "fitted", "not run"]
 
 KINDS = {  # the sections of a verdict, and the comparisons in each
     "orders": ("order",),
     "ratios": ("ratio", "up_to"),
-    "bounds": ("at_least", "at_most"),
     "absolute values": ("value",),
 }
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A claim's verdict. `agrees` is None where the points were not run; `off` is the error of a number."""
+    """A claim's verdict. `off` is the error of a number's median; `placebos` are those that pass the claim too."""
 
     claim: str
     source: str
     kind: str
     published: str
     ours: str
-    agrees: bool | None
+    verdict: Verdict
     off: float | None = None
     explanation: str = ""
+    placebos: tuple[str, ...] = ()
+
+    @property
+    def says_little(self) -> bool:
+        """Whether a placebo passes it too."""
+        return bool(self.placebos)
 
     def sentence(self) -> str:
         """Return the verdict in words."""
-        if self.agrees is None:
+        if self.verdict == "not run":
             return f"{self.claim}: not run"
         off = "" if self.off is None else f" ({percent(self.off, sign=True)})"
-        verdict = "agrees" if self.agrees else "does not agree"
-        return f"{self.claim}: published {self.published}, ours {self.ours}{off}: {verdict}"
+        return f"{self.claim}: published {self.published}, ours {self.ours}{off}: {self.verdict}"
 
 
-def judge(experiment: Experiment, records: Records) -> list[Judgement]:
+def judge_all(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, list[Judgement]]:
+    """Return the verdicts under each host overhead and placebo, with the placebos that pass a claim marked on it."""
+    every = {host: judge(experiment, found, host) for host, found in records.items()}
+    passed = [
+        tuple(host for host in PLACEBOS if host in every and every[host][i].verdict == "agrees")
+        for i in range(len(experiment.claims))
+    ]
+    return {
+        host: [replace(each, placebos=names) for each, names in zip(judgements, passed, strict=True)]
+        for host, judgements in every.items()
+    }
+
+
+def judge(experiment: Experiment, records: Records, host: str = "") -> list[Judgement]:
     """Return every claim of a study against the records of one host overhead."""
     known = {claim.of[0]: claim.published for claim in experiment.claims if claim.compare == "value"}
-    return [_judge(claim, records, known) for claim in experiment.claims]
+    return [_judge(claim, records, known, host == FITTED_HOST) for claim in experiment.claims]
 
 
 def value_of(records: Records, name: str) -> float | None:
-    """Return the value `POINT:METRIC`, or None where the point was not run."""
+    """Return the value `POINT:METRIC`, the median of several draws; None where the point was not run."""
+    drawn = draws_of(records, name)
+    return None if drawn is None else float(np.median(drawn))
+
+
+def draws_of(records: Records, name: str) -> Array | None:
+    """Return the value `POINT:METRIC` of each draw (draws,); None where it was not run."""
     point, _, metric = name.rpartition(":")
     record = records.get(point)
-    return None if record is None else float(record["values"][metric])
+    if record is None or metric not in record["values"]:
+        return None
+    return np.array(record.get("draws", {}).get(metric, [record["values"][metric]]), dtype=float)
 
 
-def _judge(claim: Claim, records: Records, known: Mapping[str, float | None]) -> Judgement:
-    values = [value_of(records, name) for name in claim.of]
+def _judge(claim: Claim, records: Records, known: Mapping[str, float | None], on_fitted: bool) -> Judgement:
+    drawn = [draws_of(records, name) for name in claim.of]
     kind = next(kind for kind, comparisons in KINDS.items() if claim.compare in comparisons)
     published = _published(claim)
-    given = [value for value in values if value is not None]
-    if len(given) < len(values):
-        return Judgement(claim.says, claim.source, kind, published, "not run", None)
+    given = [draws for draws in drawn if draws is not None]
+    if len(given) < len(drawn):
+        return Judgement(claim.says, claim.source, kind, published, "not run", "not run")
+    values = np.array(np.broadcast_arrays(*given))  # (values of the claim, draws)
+    off = None
     if claim.compare == "order":
-        agrees = all(high > low for high, low in pairwise(given))
-        ours = " > ".join(map(number, given)) if agrees else ", ".join(map(number, given))
-        off = None
+        held = np.all(values[:-1] > values[1:], axis=0)
+        ours = _in_order(claim, np.median(values, axis=1))
     else:
-        ours_value = _number(claim, given)
+        numbers = np.array([_number(claim, draw) for draw in values.T])
         assert claim.published is not None
-        off = ours_value / claim.published - 1 if claim.compare in ("value", "ratio", "up_to") else None
-        agrees = {"at_least": ours_value >= claim.published, "at_most": ours_value <= claim.published}.get(
-            claim.compare, off is not None and abs(off) <= claim.tolerance
-        )
+        errors = numbers / claim.published - 1
+        held = np.abs(errors) <= TOLERANCE
         times = "" if claim.compare == "value" else " times"
-        ours = f"{number(ours_value)}{times}" if np.isfinite(ours_value) else "without a bound: the other is 0"
-        off = off if off is None or np.isfinite(off) else None
-    explanation = "" if agrees else _explain(claim, given, records, known)
-    return Judgement(claim.says, claim.source, kind, published, ours, bool(agrees), off, explanation)
+        middle = float(np.median(numbers))
+        ours = f"{number(middle)}{times}{_spread(numbers)}" if np.isfinite(middle) else "no bound: the other is 0"
+        off = float(np.median(errors)) if np.isfinite(middle) else None
+    verdict: Verdict = "agrees" if held.all() else "depends on the draw" if held.any() else "disagrees"
+    if claim.fitted and on_fitted:
+        verdict = "fitted"
+    explanation = "" if verdict in ("agrees", "fitted") else _explain(claim, values, records, known)
+    return Judgement(claim.says, claim.source, kind, published, ours, verdict, off, explanation)
 
 
-def _number(claim: Claim, values: Sequence[float]) -> float:
-    """Return what a claim's values come to."""
+def _spread(numbers: Array) -> str:
+    low, high = number(float(numbers.min())), number(float(numbers.max()))
+    return f" [{low} to {high}]" if low != high else ""
+
+
+def _in_order(claim: Claim, medians: Array) -> str:
+    """Return the values of an order with what they are of, from the highest to the lowest."""
+    parts = [name.rpartition(":")[0].split("/") for name in claim.of]
+    width = min(map(len, parts))
+    differ = [i for i in range(width) if len({part[i] for part in parts}) > 1]
+    metrics = [name.rpartition(":")[2] for name in claim.of]
+    names = [" ".join([*(part[i] for i in differ), *part[width:]]) or metric
+             for part, metric in zip(parts, metrics, strict=True)]  # fmt: skip
+    if len(set(names)) < len(names):
+        names = [f"{name} {metric}".strip() for name, metric in zip(names, metrics, strict=True)]
+    ranked = sorted(zip(medians, names, strict=True), key=lambda each: -each[0])
+    text = f"{ranked[0][1]} {number(float(ranked[0][0]))}"
+    for (above, _), (value, name) in pairwise(ranked):
+        text += f" {'>' if above > value else '='} {name} {number(float(value))}"
+    return text
+
+
+def _number(claim: Claim, values: Array) -> float:
+    """Return what a draw's values come to."""
     if claim.compare == "value":
-        return values[0]
+        return float(values[0])
     return max(_ratios(values if claim.compare == "up_to" else values[:2]))
 
 
 def _published(claim: Claim) -> str:
     if claim.published is None:
         return "in that order"
-    if claim.compare == "value":
-        return number(claim.published)
-    bound = {"at_least": "at least ", "at_most": "at most "}.get(claim.compare, "")
-    return f"{bound}{number(claim.published)} times"
+    read = f" ± {percent(claim.reading)}" if claim.reading else ""
+    return f"{number(claim.published)}{'' if claim.compare == 'value' else ' times'}{read}"
 
 
-def _explain(claim: Claim, values: Sequence[float], records: Records, known: Mapping[str, float | None]) -> str:
+def _explain(claim: Claim, values: Array, records: Records, known: Mapping[str, float | None]) -> str:
     """Say why ours differs, as far as the runs tell."""
-    parts = [claim.if_missed] if claim.if_missed else []
     shown: dict[str, None] = {}
-    for name in _extreme_pair(claim, values):
+    for name in _extreme_pair(claim, np.median(values, axis=1)):
         point, _, metric = name.rpartition(":")
-        ours, published = value_of(records, name), known.get(name)
-        words = f"{point} has {metric} {number(ours or 0.0)}"
-        if published is not None and ours is not None and claim.compare != "value":
+        drawn, published = draws_of(records, name), known.get(name)
+        assert drawn is not None
+        ours = float(np.median(drawn))
+        words = f"{point} has {metric} {number(ours)}{_spread(drawn)}"
+        if published is not None and claim.compare != "value":
             words += f" where {number(published)} was published ({percent(ours / published - 1, sign=True)})"
         facts = records[point].get("facts", "")
-        if metric in (draws := records[point].get("draws", {})):
-            spread = draws[metric]
-            facts = (
-                f"from {number(min(spread))} to {number(max(spread))} over {len(spread)} draws of the requests; {facts}"
-            )
         shown[words + (f": {facts}" if facts else "")] = None
-    return ". ".join([*parts, *shown])
+    return ". ".join(shown)
 
 
-def _extreme_pair(claim: Claim, values: Sequence[float]) -> Sequence[str]:
+def _extreme_pair(claim: Claim, values: Array) -> Sequence[str]:
     """Return the values that a verdict is about: of several pairs the one with the largest ratio."""
     if claim.compare != "up_to":
         return claim.of
@@ -132,16 +178,37 @@ def _extreme_pair(claim: Claim, values: Sequence[float]) -> Sequence[str]:
     return claim.of[2 * best : 2 * best + 2]
 
 
-def _ratios(values: Sequence[float]) -> list[float]:
+def _ratios(values: Array) -> list[float]:
     """Return the ratio of each pair: without a bound where the second is 0, and no number where both are."""
-    pairs = zip(values[::2], values[1::2], strict=True)
+    pairs = zip(values[::2].tolist(), values[1::2].tolist(), strict=True)
     return [above / below if below else float("inf") if above else float("nan") for above, below in pairs]
 
 
-def tally(judgements: Sequence[Judgement]) -> list[tuple[str, int, int]]:
-    """Return for each kind of claim that was judged: its name, how many agree, of how many."""
-    verdicts = {kind: [e.agrees for e in judgements if e.kind == kind and e.agrees is not None] for kind in KINDS}
-    return [(kind, sum(agrees), len(agrees)) for kind, agrees in verdicts.items() if agrees]
+@dataclass(frozen=True)
+class Tally:
+    """How many claims of a kind agree, depend on the draw, and were judged; `little` of those that agree say little."""
+
+    kind: str
+    agree: int
+    depend: int
+    count: int
+    little: int
+
+    def __str__(self) -> str:
+        more = [f"{self.depend} by the draw"] * bool(self.depend) + [f"{self.little} †"] * bool(self.little)
+        return f"{self.agree} of {self.count} {self.kind}" + (f" ({', '.join(more)})" if more else "")
+
+
+def tally(judgements: Sequence[Judgement]) -> list[Tally]:
+    """Return the counts of each kind of claim that was judged."""
+    found = []
+    for kind in KINDS:
+        mine = [each for each in judgements if each.kind == kind and each.verdict not in ("not run", "fitted")]
+        agree = [each for each in mine if each.verdict == "agrees"]
+        depend = sum(each.verdict == "depends on the draw" for each in mine)
+        if mine:
+            found.append(Tally(kind, len(agree), depend, len(mine), sum(each.says_little for each in agree)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -173,7 +240,7 @@ def choices(records: Records) -> list[Choice]:
 
 def _choice(place: str, found: Mapping[str, Mapping[str, Any]]) -> Choice:
     names = list(found)
-    coarse = np.array([found[name]["values"]["qps"] for name in names])
+    coarse = np.array([found[name].get("coarse_qps", found[name]["values"]["qps"]) for name in names])
     fine = np.array([found[name]["fine_qps"] for name in names])
     chosen, best = int(coarse.argmax()), int(fine.argmax())
     some = np.maximum(coarse, fine) > 0

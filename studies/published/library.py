@@ -10,11 +10,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from engine.documents import read_yaml
 from engine.errors import InputError, unknown
 from engine.results.slo import SLO
 from engine.scheduling.policies import POLICIES
 from engine.specs import catalog
+from engine.workload.workload import MOST_PROMPTS
 from studies.published.experiment import (
+    CONTROLS,
     METRICS,
     MODERN_HOST,
     NEEDS,
@@ -33,6 +36,7 @@ FOLDER = Path(__file__).with_name("experiments")
 _ORDER = (  # of the paper
     "generation_stalls",
     "tail_latency",
+    "batch_times",
     "operation_split",
     "piggybacking",
     "capacity",
@@ -59,17 +63,10 @@ def load(name: str) -> Experiment:
 
 def read(path: Path) -> Experiment:
     """Read the study in a YAML file; InputError says which key is wrong, and how."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"can't read the study {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}".replace("\n", " ")) from None
+    values = read_yaml(path, "give a study's file")
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no study: give the keys {', '.join(Experiment.model_fields)}")
-    values = {key: value for key, value in values.items() if not key.startswith("_")}  # anchors to share
+    values = {key: value for key, value in values.items() if not str(key).startswith("_")}  # anchors to share
     try:
         experiment = Experiment.model_validate(values)
     except ValidationError as error:
@@ -124,7 +121,7 @@ def _check(experiment: Experiment) -> None:
 def _check_claims(experiment: Experiment) -> None:
     known = {point.id: point.task for point in expand(experiment, PAPER_HOST)}
     for claim in experiment.claims:
-        least = {"value": 1, "order": 2}.get(claim.compare, 2)
+        least = 1 if claim.compare == "value" else 2
         pairs = claim.compare == "up_to" and len(claim.of) % 2 == 1
         if len(claim.of) < least or pairs or (claim.published is None) != (claim.compare == "order"):
             raise InputError(
@@ -141,14 +138,17 @@ def _check_claims(experiment: Experiment) -> None:
 
 
 def hosts(given: str | None) -> list[str]:
-    """Return the host overheads to run on: the one asked for, else the paper's engine's and a modern one's."""
-    return [PAPER_HOST, MODERN_HOST] if given is None else [catalog.host_overhead(given).name]
+    """Return what to run on: the host overhead asked for, else the paper's engine's, a modern one's and the controls.
+
+    The controls are the fitted host overhead and the placebos.
+    """
+    return [PAPER_HOST, MODERN_HOST, *CONTROLS] if given is None else [catalog.host_overhead(given).name]
 
 
 def reduced(experiment: Experiment, model: str | None, num_prompts: int | None) -> Experiment:
     """Return the study of only the models whose name has `model` in it, with that many requests a run."""
-    if num_prompts is not None and num_prompts < 2:
-        raise InputError(f"--num-prompts {num_prompts}: give 2 or more")
+    if num_prompts is not None and not 2 <= num_prompts <= MOST_PROMPTS:
+        raise InputError(f"--num-prompts {num_prompts}: give 2 to {MOST_PROMPTS:,}")
     kept = {
         name
         for name, setup in experiment.setups.items()

@@ -23,7 +23,7 @@ from simulator.predictor.tables import TableMaker
 
 
 def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict[str, float]:
-    """Return seconds by kind of operator of a whole prompt (tokens), or (0) of `batch` decodes of `context` tokens.
+    """Return seconds by kind of operator of a whole prompt (tokens; 0: none) and `batch` decodes of `context` tokens.
 
     `linear_per_token` is the linear layers' time over the batch's tokens; `host` is what the host adds. Raises
     InputError for a pipeline or a device without a calibration.
@@ -33,15 +33,8 @@ def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict
     if folder is None or overhead is None or parallel.pipeline_parallel_size > 1:
         raise InputError(f"operators of {model.name} on {device.name}: give a calibrated device and no pipeline stages")
     none = replace(overhead, iteration_s=0.0, sequence_s=0.0, layer_s=0.0, message_s=0.0)
-    tokens, sampled = prompt or batch, 1 if prompt else batch
-    shape = BatchShape(
-        num_tokens=tokens,
-        num_decodes=0 if prompt else batch,
-        decode_kv_tokens=0 if prompt else batch * context,
-        prefills=((prompt, 0),) if prompt else (),
-        num_sampled=sampled,
-        decode_kv_growth=0,
-    )
+    shape = batch_shape(prompt, batch, context)
+    tokens, sampled = shape.num_tokens, shape.num_sampled
     rows_alone = shape._replace(num_decodes=0, decode_kv_tokens=0, prefills=())
     gpu = learned(model, device, network, parallel, none)
     whole = deployment.predictor.stage_time(shape, 0)
@@ -65,6 +58,12 @@ def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict
         "total": whole,
         "linear_per_token": linear / tokens,
     }
+
+
+def batch_shape(prompt: int, batch: int, context: int) -> BatchShape:
+    """Return the batch of a whole prompt (tokens; 0: none) and `batch` decodes of `context` tokens each."""
+    prefills = ((prompt, 0),) if prompt else ()
+    return BatchShape(prompt + batch, batch, batch * context, prefills, batch + len(prefills), 0)
 
 
 @cache

@@ -17,20 +17,35 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from engine.specs import ParallelSpec, SchedulerSpec, catalog
+from engine.engine_preset import DEFAULT
+from engine.specs import ParallelSpec, catalog
 from engine.specs.device_folder import folder_of
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment, deploy
 from simulator.predictor.calibration import fingerprint
-from studies.published.experiment import PAPER_HOST, Block, Experiment, Requests, Scheduling, Setup, Task
+from studies.published.experiment import (
+    CONTROLS,
+    FITTED_HOST,
+    PAPER_ENGINE,
+    PAPER_HOST,
+    PLACEBOS,
+    Block,
+    Experiment,
+    Requests,
+    Scheduling,
+    Setup,
+    Task,
+)
+from studies.published.placebo import placebo
 
+MEMORY_UTILIZATION = 0.85  # of the paper's scripts
 ROOT = Path(__file__).parents[2]
 CODE = (  # that a record comes from
     "engine",
     "profiler/operators.py",
     "simulator",
     "studies/capacity",
-    *(f"studies/published/{name}.py" for name in ("points", "tasks", "operation_split")),
+    *(f"studies/published/{name}.py" for name in ("points", "tasks", "operation_split", "placebo")),
 )
 
 
@@ -47,8 +62,10 @@ class Point:
     slos: tuple[str, ...] = ()
     rate: float | None = None
     num_prompts: int = 0
-    draws: int = 1
-    exact: bool = False
+    seed: int = 0
+    seeds: int = 1  # that a search goes on to, from `seed`: each starts where the one before ended
+    time_limit_s: float | None = None
+    fine: bool = False
     timeline: bool = False
     prompt: int = 0
     chunk: int = 0  # 0: whole
@@ -65,10 +82,11 @@ class Point:
     def deployment(self) -> Deployment:
         """Return the deployment it is about."""
         setup, scheduling, requests = self.setup, self.scheduling, self.requests
-        scheduler = SchedulerSpec() if scheduling is None else SchedulerSpec(**scheduling.model_dump())
+        scheduler = {} if scheduling is None else scheduling.model_dump(exclude_none=True)
         if requests is not None:
-            scheduler = replace(scheduler, max_model_len=requests.max_model_len)
-        return deploy(
+            scheduler["max_model_len"] = requests.max_model_len
+        theirs = self.host in (PAPER_HOST, FITTED_HOST, *PLACEBOS)
+        deployment = deploy(
             setup.model,
             setup.device,
             network=setup.network,
@@ -76,11 +94,14 @@ class Point:
             parallel=ParallelSpec(
                 tensor_parallel_size=setup.tensor_parallel_size, pipeline_parallel_size=setup.pipeline_parallel_size
             ),
+            engine=PAPER_ENGINE if theirs else DEFAULT,
             scheduler=scheduler,
-            host_overhead=self.host,
+            host_overhead=PAPER_HOST if self.host in PLACEBOS else self.host,
+            gpu_memory_utilization=MEMORY_UTILIZATION,
             # no scheduler, no KV cache: an operator's time depends on neither
             num_gpu_blocks_override=None if scheduling is not None else 1,
         )
+        return placebo(deployment, self.host) if self.host in PLACEBOS else deployment
 
     def workload(self) -> WorkloadSpec:
         """Return the requests, at its rate or at one request/s."""
@@ -88,9 +109,9 @@ class Point:
         return WorkloadSpec(
             lengths=self.requests.lengths,
             max_model_len=self.requests.max_model_len,
-            arrival=self.requests.arrival,
             request_rate=self.rate or 1.0,
             num_prompts=self.num_prompts,
+            seed=self.seed,
         )
 
 
@@ -105,21 +126,33 @@ def _code() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def expand(experiment: Experiment, host: str) -> list[Point]:
-    """Return every point of a study on a host overhead, in order; only the paper's is searched at a fine tolerance."""
-    points = [
-        replace(point, exact=point.exact and host == PAPER_HOST)
-        for block in experiment.blocks
-        for name in block.setups
-        for point in _of_block(block, name, experiment, host)
-    ]
-    return list({point.id: point for point in points}.values())
+def expand(experiment: Experiment, host: str, seeds: int = 1) -> list[Point]:
+    """Return every point of a study on a host overhead or placebo.
+
+    A load is a point for each seed, all of one id; a search has all of its seeds. What takes long is done only where a
+    claim is about it: the points of controls, searches on other than the paper's engine, and on that fine ones.
+    """
+    asked = {name.rpartition(":")[0] for claim in experiment.claims for name in claim.of}
+    found: dict[tuple[str, int], Point] = {}
+    for block in experiment.blocks:
+        for name in block.setups:
+            for point in _of_block(block, name, experiment, host):
+                claimed = point.id in asked
+                if not claimed and (host in CONTROLS or (point.task == "search" and host != PAPER_HOST)):
+                    continue
+                point = replace(point, fine=point.fine and claimed and host == PAPER_HOST)
+                if point.task == "search":
+                    found[point.id, 0] = replace(point, seeds=seeds)
+                else:
+                    drawn = range(seeds if point.requests is not None else 1)
+                    found |= {(point.id, seed): replace(point, seed=seed) for seed in drawn}
+    return list(found.values())
 
 
 def _of_block(block: Block, name: str, experiment: Experiment, host: str) -> list[Point]:
     """Return the points of a block on one of its setups."""
-    common = Point(name, block.task, host, experiment.setups[name], exact=block.exact, timeline=block.timeline,
-                   context=block.context)  # fmt: skip
+    common = Point(name, block.task, host, experiment.setups[name], fine=block.fine, timeline=block.timeline,
+                   context=block.context, time_limit_s=block.time_limit_s)  # fmt: skip
     return [replace(common, id=f"{name}/{place}", **given) for place, given in _combinations(block, experiment)]
 
 
@@ -129,7 +162,7 @@ def _combinations(block: Block, experiment: Experiment) -> Iterator[tuple[str, d
         loads: list[tuple[str, dict[str, Any]]] = [(slo, {"slos": tuple(texts)}) for slo, texts in block.slos.items()]
         if block.task == "run":
             loads = [(f"{rate:g}", {"rate": rate}) for rate in block.rates]
-        shared = {"num_prompts": block.num_prompts, "draws": block.draws}
+        shared = {"num_prompts": block.num_prompts}
         for workload, (load, given), (scheduler, scheduling) in product(
             block.workloads, loads, block.schedulers.items()
         ):
@@ -142,6 +175,7 @@ def _combinations(block: Block, experiment: Experiment) -> Iterator[tuple[str, d
     elif block.task == "operators":
         yield from ((f"prefill/{prompt}", {"prompt": prompt}) for prompt in block.prompts)
         yield from ((f"decode/{batch}", {"batch": batch}) for batch in block.batches)
+        yield from ((f"hybrid/{prompt}+{batch}", {"prompt": prompt, "batch": batch}) for prompt, batch in block.beside)
     else:
-        beside = {"chunk": block.chunks[0], "prompt": block.prompts[0]} if block.task == "piggyback" else {}
+        beside = {"chunk": block.chunks[0], "prompt": block.prompts[0]}
         yield from ((f"{batch}", {"batch": batch, **beside}) for batch in block.batches)

@@ -7,7 +7,7 @@ A record is plain data: `values` by metric, `facts` in words that say why they a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +17,13 @@ from engine.results.metrics import summary_key
 from engine.results.slo import SLO
 from engine.results.tables import Columns
 from engine.scheduling.request import BatchShape
-from engine.workload.workload import make_workload
-from profiler.kinds import AllReduce
-from profiler.operators import inventory
+from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
-from studies.capacity.search import TOLERANCE, exhaustive, find_capacity
-from studies.capacity.trial import at_rate, guess, judged, simulated_trial
-from studies.published.experiment import METRICS, Task
-from studies.published.operation_split import split
+from studies.capacity.ranges import STEPS
+from studies.capacity.search import FROM_A_GUESS, TOLERANCE, Capacity, find_capacity, fine_capacity
+from studies.capacity.trial import TimeLimit, Trial, at_rate, guess, judged, simulated_trial
+from studies.published.experiment import METRICS, PLACEBOS, Task
+from studies.published.operation_split import batch_shape, split
 from studies.published.points import Point
 
 TIMELINE_POINTS = 400
@@ -36,56 +35,63 @@ def compute(point: Point) -> dict[str, Any]:
 
 
 def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Compute the capacity, and the batches of the run at it."""
+    """Compute the capacity for each seed, and for the first the batches of the run at it."""
     slos = [SLO.parse(text) for text in point.slos]
-    spec, kinds = point.workload(), [deployment]
+    spec, kinds, limit_s = point.workload(), [deployment], point.time_limit_s
+    stop = TimeLimit(limit_s) if limit_s is not None else None
+
+    def search(spec: WorkloadSpec, start: float, steps: Sequence[float] = FROM_A_GUESS) -> Capacity:
+        def trial(rate: float) -> Trial:
+            return simulated_trial(at_rate(spec, rate), kinds, slos, rate, time_limit_s=limit_s)
+
+        return find_capacity(trial, start, steps=steps)
+
     start = guess(spec, kinds)
-    found = find_capacity(lambda rate: simulated_trial(at_rate(spec, rate), kinds, slos, rate), start)
+    found = search(spec, start)
+    drawn = [found.qps]
+    for seed in range(point.seed + 1, point.seed + point.seeds):
+        near = drawn[0] or start
+        drawn.append(search(replace(spec, seed=seed), near, steps=STEPS).qps)
     record: dict[str, Any] = {
-        "values": {"qps": found.qps},
+        "values": {"qps": float(np.median(drawn))},
         "outcome": found.outcome,
         "binding": found.binding,
         "trials": len(found.trials),
         "tolerance": TOLERANCE,
     }
+    if point.seeds > 1:
+        record["draws"] = {"qps": drawn}
     if found.outcome == "found":
-        run = simulate(at_rate(spec, found.qps), kinds, slos=slos)
+        run = simulate(at_rate(spec, found.qps), kinds, slos=slos, stop=stop)
         record["batches"] = batches(run.iterations, deployment)
         record["facts"] = f"{found.describe()}; at it, {in_words(run.summary, record['batches'])}"
     else:
         record["facts"] = found.describe()
-    if point.exact:
-        record["fine_qps"] = exhaustive(
-            lambda rate: judged(simulate(at_rate(spec, rate), kinds, slos=slos).summary, rate).met, found.qps or start
+    if point.fine:
+        record["coarse_qps"] = found.qps
+        record["fine_qps"] = fine_capacity(
+            lambda rate: judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met,
+            found.qps or start,
         )
     return record
 
 
 def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Return a load at a rate: its latencies and batches, and if asked when its tokens came.
-
-    Of several draws of the requests (seeds from 0) the values are the medians, `draws` has each and the rest is of the
-    first.
-    """
-    runs = [simulate(make_workload(replace(point.workload(), seed=seed)), [deployment]) for seed in range(point.draws)]
-    draws = [_latencies(run.summary) for run in runs]
-    values = {name: float(np.median([draw[name] for draw in draws])) for name in draws[0]}
-    summary, iterations = runs[0].summary, runs[0].iterations
-    shown = batches(iterations, deployment)
-    record = {"values": values, "batches": shown, "facts": in_words(summary, shown)}
-    if point.draws > 1:
-        record["draws"] = {name: [draw[name] for draw in draws] for name in values}
+    """Return a load at a rate: its latencies and batches, and if asked when its tokens came."""
+    stop = TimeLimit(point.time_limit_s) if point.time_limit_s is not None else None
+    run = simulate(make_workload(point.workload()), [deployment], stop=stop)
+    shown = batches(run.iterations, deployment)
+    record = {"values": _latencies(run.summary), "batches": shown, "facts": in_words(run.summary, shown)}
     if point.timeline:
-        record["timeline"] = completions(iterations, deployment)
+        record["timeline"] = completions(run.iterations, deployment)
     return record
 
 
 def _latencies(summary: dict[str, Any]) -> dict[str, float]:
-    """Return the values of a run (s; throughput in requests/s)."""
+    """Return the values of a run (s; throughput in requests/s; duration is from first arrival to last token)."""
+    whole = {"throughput": summary["request_throughput"], "duration": summary["duration"]}
     return {
-        name: summary["request_throughput"]
-        if name == "throughput"
-        else summary[summary_key(*name.split("_", maxsplit=1))] / 1e3
+        name: whole[name] if name in whole else summary[summary_key(*name.split("_", maxsplit=1))] / 1e3
         for name in METRICS["run"]
     }
 
@@ -143,17 +149,12 @@ def completions(iterations: Columns | None, deployment: Deployment) -> dict[str,
 
 
 def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Compute a prompt alone, in chunks, against the same one whole."""
-    whole = _latency(deployment, _prompt(point.prompt, 0, ends=True))
-    if not point.chunk:
-        return {"values": {"seconds": whole, "overhead": 1.0}, "facts": ""}
-    seconds = 0.0
-    for prefix in range(0, point.prompt, point.chunk):
-        chunk = min(point.chunk, point.prompt - prefix)
+    """Compute a prompt alone, in chunks or whole."""
+    step, seconds = point.chunk or point.prompt, 0.0
+    for prefix in range(0, point.prompt, step):
+        chunk = min(step, point.prompt - prefix)
         seconds += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
-    count = -(-point.prompt // point.chunk)
-    facts = f"{1e3 * seconds:.0f} ms in {count} chunks, {1e3 * whole:.0f} ms whole"
-    return {"values": {"seconds": seconds, "overhead": seconds / whole}, "facts": facts}
+    return {"values": {"seconds": seconds}, "facts": f"{-(-point.prompt // step)} iterations"}
 
 
 def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
@@ -167,25 +168,6 @@ def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
         return _latency(deployment, both)
 
     return {"values": {"alone": alone, "with_chunk": beside(chunk), "with_prompt": beside(point.prompt)}, "facts": ""}
-
-
-def _decode(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Compute the time between tokens of decodes alone: one pass through all stages."""
-    shape = _decodes(point.batch, point.context)
-    stages = range(deployment.parallel.pipeline_parallel_size)
-    parts = [deployment.predictor.stage_time(shape, stage) for stage in stages]
-    reduces = [op for stage in stages for op in inventory(deployment.model, deployment.parallel, stage)]
-    tp = deployment.parallel.tensor_parallel_size
-    estimate = sum(
-        op.count * deployment.network.allreduce_time(point.batch * op.bytes_per_row, 0, tp)
-        for op in reduces
-        if isinstance(op, AllReduce)
-    )
-    facts = (
-        f"stages of {' and '.join(f'{1e3 * part:.3g}' for part in parts)} ms, with all-reduces of {1e3 * estimate:.3g} "
-        f"ms by the network's data sheet; {deployment.predictor.description}"
-    )
-    return {"values": {"tbt": _latency(deployment, shape)}, "facts": facts}
 
 
 def _prompt(chunk: int, prefix: int, ends: bool) -> BatchShape:
@@ -204,7 +186,10 @@ def _latency(deployment: Deployment, shape: BatchShape) -> float:
 
 
 def _operators(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Compute a prompt or a decode batch by kind of operator."""
+    """Compute a prompt, a decode batch or both by kind of operator; a placebo has no kinds, but a total."""
+    if point.host in PLACEBOS:
+        shape = batch_shape(point.prompt, point.batch, point.context)
+        return {"values": {"total": _latency(deployment, shape)}, "facts": ""}
     return {"values": split(deployment, point.prompt, point.batch, point.context), "facts": ""}
 
 
@@ -214,5 +199,4 @@ TASKS: dict[Task, Callable[[Point, Deployment], dict[str, Any]]] = {
     "prefill": _prefill,
     "operators": _operators,
     "piggyback": _piggyback,
-    "decode": _decode,
 }

@@ -7,7 +7,7 @@ judge(results["loads"][-1])
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,24 +29,34 @@ MOST_POINTS = 3000  # of the batches' times
 
 @dataclass(frozen=True)
 class Judgement:
-    """An error of one load, and what it may be; both as fractions."""
+    """An error of one load, and what it may be; both as fractions. Without a target it is held to none."""
 
     what: str
     statistic: str
     error: float | None  # None where there is nothing to compare
-    target: float
+    target: float | None
 
     @property
     def met(self) -> bool | None:
-        """Whether the error is within the target; None without an error."""
-        return None if self.error is None else abs(self.error) <= self.target
+        """Whether the error is within the target; None without an error or a target."""
+        return None if self.error is None or self.target is None else abs(self.error) <= self.target
 
 
-def judge(load: Mapping[str, Any]) -> list[Judgement]:
-    """Return the errors of one load that have a target: always the same ones, in the same order.
+def held(results: Mapping[str, Any]) -> bool:
+    """Return whether a validation is held to the targets, which are those for GPUs: a CPU's is not."""
+    return bool(results["device"] != "cpu" and results.get("runs_on") != "cpu")
 
-    A server that was measured from outside has none of iterations, whose batches nobody saw.
+
+def judge(load: Mapping[str, Any], held: bool = True) -> list[Judgement]:
+    """Return the errors of one load that GPUs have a target for: always the same ones, in the same order.
+
+    A server that was measured from outside has none of iterations, whose batches nobody saw. What is not `held` to
+    the targets has none.
     """
+    return [each if held else replace(each, target=None) for each in _judged(load)]
+
+
+def _judged(load: Mapping[str, Any]) -> list[Judgement]:
     near = load["load"] is not None and load["load"] >= NEAR_CAPACITY
     target = NEAR_CAPACITY_TARGET if near else LATENCY_TARGET
     found = []

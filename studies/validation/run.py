@@ -83,6 +83,7 @@ class Validation:
         return {
             "model": deployment.model.name,
             "device": deployment.device.name,
+            "runs_on": deployment.device.runs_on,
             "hardware": executor.hardware,
             "engine": f"{deployment.model.dtype}, {executor.attention_backend} attention, torch {torch}, "
             f"{deployment.parallel}",

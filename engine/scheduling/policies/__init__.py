@@ -7,7 +7,7 @@
 | vllm_v0 | vLLM 0.2, SOSP 2023 | whole prompts first, in batches of their own; decodes wait meanwhile |
 | orca | Orca, OSDI 2022 | whole prompts join the decodes at once; memory reserved for the longest request |
 | request_level | FasterTransformer | a batch of requests runs to its end before the next one starts |
-| chunked_only | Sarathi-Serve's ablation | chunks and decodes take turns, never in one batch |
+| chunked_only | Sarathi-Serve's ablation | chunks, of one prompt or of new ones, and decodes take turns |
 | hybrid_only | Sarathi-Serve's ablation | decodes first, then whole prompts |
 """
 

@@ -40,14 +40,16 @@ class Sarathi(Policy):
         remaining, limit = request.remaining, limit - used
         return remaining if remaining < limit else limit
 
-    def take_chunks(self, scheduler: Verbs, used: int) -> list[Entry]:
-        """Chunks of unfinished prompts, then of new ones, that fit beside `used` tokens."""
+    def take_chunks(self, scheduler: Verbs, used: int, apart: bool = False) -> list[Entry]:
+        """Chunks of unfinished prompts, then of new ones (`apart`: else), that fit beside `used` tokens."""
         chunks: list[Entry] = []
         for request in scheduler.unfinished_prefills():
             chunk = self.room(request, used)
             if chunk > 0:
                 chunks.append((request, chunk))
                 used += chunk
+        if apart and chunks:
+            return chunks
         while scheduler.waiting and self.room(scheduler.waiting[0], used) > 0:
             request = scheduler.waiting[0]
             if not scheduler.admit(request):
@@ -65,7 +67,10 @@ class Sarathi(Policy):
 
 
 class ChunkedOnly(Sarathi):
-    """Chunked prefills without hybrid batches: a batch of chunks and a batch of decodes take turns."""
+    """Chunked prefills without hybrid batches: a batch of chunks and a batch of decodes take turns.
+
+    As in Sarathi-Serve's own (SimpleChunkingScheduler), a batch that goes on with a prompt takes no new one.
+    """
 
     def __init__(self, spec: SchedulerSpec) -> None:
         super().__init__(spec)
@@ -74,7 +79,7 @@ class ChunkedOnly(Sarathi):
     def plan(self, scheduler: Verbs) -> BatchPlan:
         tried_prefills = self.prefill_turn
         if self.prefill_turn:
-            chunks = self.take_chunks(scheduler, 0)
+            chunks = self.take_chunks(scheduler, 0, apart=True)
             if chunks:
                 self.prefill_turn = False
                 return BatchPlan([], chunks)

@@ -1,0 +1,137 @@
+"""docs/studies.md, written from the record of the studies (`studies.published.record`) and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from studies.pages.study import HOSTS, LITTLE, judged, markdown
+from studies.published import library
+from studies.published.experiment import FITTED_HOST, MODERN_HOST, PAPER_HOST, PLACEBOS, Experiment
+from studies.published.judge import judge_all, tally
+from studies.words import percent
+
+JUDGES = (  # of the fitted host overhead: Figures 5 to 9 and Table 6
+    "capacity",
+    "iso_qps",
+    "hybrid_parallelism",
+    "chunking_overhead",
+    "chunk_size_tradeoff",
+    "scheduler_ablation",
+)
+_INTRO = f"""# Studies: published experiments, and ours beside them
+
+```bash
+windtunnel study list
+windtunnel study run capacity                      # a page in runs/studies/capacity
+windtunnel study run iso_qps --model Mistral       # some of it: --model, --num-prompts, --host-overhead, --seeds
+windtunnel study run all --record docs/studies.json    # every one, and this page
+```
+
+The experiments of the Sarathi-Serve paper (Agrawal et al., OSDI 2024) as its artifact's scripts ran them, each a YAML
+file in `studies/published/experiments` that says what is run and what was published; nothing in it is a result. A
+study runs on every core (`--workers`), keeps each finished point, resumes when it is rerun, and writes `report.html`
+(the figure again, with the published numbers where there are any) and `results.json`. A point that crashes is reported
+with its error and exit code 1; it is never taken for a missed SLO. **This page is written by the studies** from
+`docs/studies.json`; a test reruns two of them and compares.
+
+How to read it
+
+- A value or a ratio agrees when it is within 20 % of the published number, the reading of a figure (± beside it)
+  included. An order agrees when it holds.
+- Requests are drawn anew for each seed. Numbers are medians [lowest to highest]. A claim that agrees in some draws only
+  **depends on the draw** (~); ✗ agrees in none.
+- Every claim is also run with two **placebos** in place of the predictor: times from the data sheet of another GPU
+  (H100), and the calibration's times dealt out to batches of another size. A claim that a placebo passes too says
+  little of the predictor, and is marked {LITTLE}.
+- *The paper's engine* is the preset `sarathi-osdi24`: host times measured of that Python engine, Ray messages also at
+  TP1, its way to count (the first token an iteration late, in no metric) and to preempt. *Fitted to Figure 2* is the
+  same with two host constants fitted to Figure 2 and Table 2 (`studies/published/fitted_host.py`), which are no claims
+  of it; first seed only. *A modern engine* runs the same schedulers with `cuda_graphs`.
+- Trials end when the artifact's did: 30 simulated minutes (capacity, Figure 8, Table 6) or 3 hours (Figures 7, 9b).
+  Memory utilisation is 0.85 as there.
+"""
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """Return the page of a record: what agrees in all, and a section for each study."""
+    every = {name: library.load(name) for name in library.names() if name in record}
+    lines = [_INTRO]
+    missing = [name for name in library.names() if name not in record]
+    if missing:
+        lines.append(f"Not in the record yet: {', '.join(f'`{name}`' for name in missing)}.\n")
+    lines += ["## What agrees", ""]
+    hosts = [
+        host for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST) if any(host in record[n]["records"] for n in every)
+    ]
+    lines += [
+        f"| study | in the paper | {' | '.join(HOSTS[host] for host in hosts)} |",
+        "|---" * (2 + len(hosts)) + "|",
+    ]
+    for name, experiment in every.items():
+        verdicts = judged(experiment, record[name]["records"])
+        cells = [", ".join(map(str, tally(verdicts.get(host, [])))) or "-" for host in hosts]
+        lines.append(f"| `{name}` | {experiment.source} | {' | '.join(cells)} |")
+    lines += ["", *_summary(record, every), ""]
+    for name, experiment in every.items():
+        lines.append(markdown(name, experiment, record[name]["records"]))
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+@dataclass
+class _Score:
+    """How many claims agree, depend on the draw and were run; how far off numbers are that nothing was fitted to."""
+
+    agree: int = 0
+    depend: int = 0
+    count: int = 0
+    off: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        more = f", {self.depend} by the draw" if self.depend else ""
+        typical = f"; typical error {percent(median(self.off))}" if self.off else ""
+        return f"{self.agree} of {self.count} claims agree{more}{typical}"
+
+
+def _scores(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> dict[str, _Score]:
+    """Return the score of each host overhead and placebo over some studies."""
+    found: dict[str, _Score] = {}
+    for name, experiment in every.items():
+        for host, judgements in judge_all(experiment, record[name]["records"]).items():
+            score = found.setdefault(host, _Score())
+            for claim, each in zip(experiment.claims, judgements, strict=True):
+                if each.off is not None and not claim.fitted:
+                    score.off.append(abs(each.off))
+                if each.verdict not in ("not run", "fitted"):
+                    score.agree += each.verdict == "agrees"
+                    score.depend += each.verdict == "depends on the draw"
+                    score.count += 1
+    return found
+
+
+def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
+    """Return lines of how many claims hold in all, and what the figures say of the fitted host overhead."""
+    seeds = max((each["seeds"] for each in record.values()), default=1)
+    lines = [
+        f"{seeds} seeds for the engines, the first for the controls. The typical error is the median of "
+        "|ours / published - 1| over the numbers that nothing was fitted to. Of all claims that were run:",
+        "",
+    ]
+    scores = _scores(record, every)
+    for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST, *PLACEBOS):
+        if host in scores:
+            lines.append(f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {scores[host]}")
+    judges = {name: each for name, each in every.items()
+              if name in JUDGES and {PAPER_HOST, FITTED_HOST} <= set(record[name]["records"])}  # fmt: skip
+    if judges:
+        about = (
+            "What Figure 2 and Table 2 say of the host's time, held against the figures that it was not fitted to (the "
+            "preset `sarathi-osdi24` keeps the measured times):"
+        )
+        lines += ["", about, ""]
+        for name, experiment in judges.items():
+            mine = _scores(record, {name: experiment})
+            lines.append(f"- {experiment.source}: measured {mine[PAPER_HOST]}. Fitted {mine[FITTED_HOST]}")
+    return lines

@@ -1,0 +1,203 @@
+"""A plan's answer: its rows in the units of a bill, and in words what limits the best, what it beats, and by how much.
+
+row = row_of(candidate, rate=40.0)
+print(row["usd_per_hour"], limits(best), *against(best, second, 40.0))
+"""
+
+from __future__ import annotations
+
+from math import inf, isfinite
+from typing import Any
+
+from engine.results.metric_table import METRICS
+from engine.results.metrics import summary_key
+from engine.results.slo import SLO
+from studies.plan.planner import Candidate, Planner
+from studies.words import number, percent, seconds
+
+FULL = 0.95  # share of the KV cache from which it is taken to be full
+LATENCIES = ("p50_ttft", "p99_ttft", "p50_tbt", "p99_tbt", "p50_e2e", "p99_e2e")
+
+
+def row_of(candidate: Candidate, rate: float) -> dict[str, Any]:
+    """Return a candidate as `--json` prints it: settings, fleet, prices in dollars, capacity in requests/s."""
+    replica = candidate.replica
+    layout = dict(zip(("tp", "pp", "dp"), candidate.job["layout"], strict=True))
+    prompt, output = candidate.bound["tokens"]
+    usd = candidate.usd_per_hour
+    per_million = 1e6 * usd / (3600 * rate)
+    return {
+        "device": replica["device"],
+        "tensor_parallel_size": layout["tp"],
+        "pipeline_parallel_size": layout["pp"],
+        "data_parallel_size": layout["dp"],
+        "engine": replica["engine"],
+        "max_num_batched_tokens": replica["max_num_batched_tokens"],
+        "max_num_seqs": replica["max_num_seqs"],
+        "quantization": replica["quantization"],
+        "replicas": candidate.count,
+        "gpus": candidate.count * candidate.gpus,
+        "usd_per_hour": usd,
+        "usd_per_million_output_tokens": per_million / output,
+        "usd_per_million_total_tokens": per_million / (prompt + output),
+        "capacity_per_replica": candidate.capacity(rate),
+        "met": candidate.outcome == "holds",
+        "provenance": replica["predictor"],
+    }
+
+
+def layout_words(row: dict[str, Any]) -> str:
+    """Return a replica in words: "4 x h100_sxm (TP4), 512 tokens a batch"."""
+    tp, pp, dp = (row[f"{each}_parallel_size"] for each in ("tensor", "pipeline", "data"))
+    cut = f"TP{tp}" + f"-PP{pp}" * (pp > 1) + f"-DP{dp}" * (dp > 1)
+    gpus = f"{tp * pp} \N{MULTIPLICATION SIGN} " if tp * pp > 1 else ""
+    budget = row["max_num_batched_tokens"]
+    tokens = "" if budget is None else f", {budget:,} tokens a batch"
+    weights = "" if row["quantization"] == "none" else f", {row['quantization']}"
+    return f"{gpus}{row['device']} ({cut}{weights}{tokens})"
+
+
+def expected(candidate: Candidate) -> dict[str, float | None]:
+    """Return the latencies (s) of the whole fleet at the target rate, by the names of LATENCIES."""
+    summary = (candidate.whole or candidate.trial or {"summary": {}})["summary"]
+    found = {}
+    for name in LATENCIES:
+        statistic, key = name.split("_")
+        value = summary.get(summary_key(statistic, key))
+        found[name] = None if value is None else value / 1e3
+    return found
+
+
+def headroom(candidate: Candidate, rate: float) -> float | None:
+    """Return by what share the rate may rise until an SLO is missed, as expected; None if it is unknown."""
+    if not candidate.draws or not candidate.replicas:
+        return None
+    return candidate.replicas * candidate.capacity(rate)[1] / rate - 1
+
+
+def limits(candidate: Candidate) -> str:
+    """Return what keeps a candidate from more load, in a sentence, with what to change."""
+    trial = candidate.whole or candidate.trial or candidate.alone
+    draw = candidate.draws.get(0)
+    binding = (draw or {}).get("binding_slo") or (trial or {}).get("binding_slo")
+    if binding is None:
+        return "Nothing was seen to limit it."
+    slo = SLO.parse(binding)
+    name = METRICS[slo.metric].name
+    beyond = _beyond(draw)
+    summary = {**(trial or {}).get("summary", {}), **beyond}
+    seats, budget = candidate.replica["max_num_seqs"], candidate.replica["max_num_batched_tokens"]
+    full_s = candidate.batch.get("full_s", 0.0)
+    if candidate.outcome != "holds" and candidate.alone is not None:
+        alone = candidate.alone["margin"] or inf
+        return (
+            f"{binding} is missed even by requests that are alone, {number(alone)} times over: a faster GPU, more "
+            "tensor parallelism or a looser SLO is needed."
+        )
+    cache = summary.get("peak_kv_utilization") or 0.0
+    if slo.metric in ("tbt", "tpot"):
+        if budget and full_s > 0.5 * slo.threshold_s:
+            return (
+                f"{name} by the chunk ({binding}): one {budget:,}-token batch takes {seconds(full_s)}; lower the "
+                "budget (--max-num-batched-tokens) for shorter gaps."
+            )
+        return (
+            f"{name} by the decodes ({binding}): batches get longer with the requests that run together; lower "
+            "--max-num-seqs or raise --tensor-parallel-size."
+        )
+    if cache > FULL or summary.get("preemptions"):
+        lost = f", with {summary['preemptions']:,} preemptions" if summary.get("preemptions") else ""
+        return (
+            f"The KV cache ({binding}): at most {percent(cache)} of it is used{lost}, so requests wait for blocks; "
+            "--kv-cache-dtype fp8, quantised weights or more GPUs a replica make room."
+        )
+    busy = summary.get("steady_utilization")
+    where = f" with the GPUs {percent(busy)} busy" if busy else ""
+    return (
+        f"{name} by queueing ({binding}): beyond the capacity prompts wait for their turn{where}; a larger token "
+        f"budget or more replicas shorten the queue (at most {seats:,} requests run at once)."
+    )
+
+
+def _beyond(draw: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the summary of the lowest rate that was seen to miss an SLO."""
+    missed = [trial for trial in (draw or {}).get("trials", ()) if not trial["met"]]
+    return min(missed, key=lambda trial: trial["rate"])["summary"] if missed else {}
+
+
+def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
+    """Return how a runner-up compares: its price, whether they can be told apart, and what would change the choice."""
+    row = row_of(other, rate)
+    more = other.usd_per_hour / best.usd_per_hour - 1
+    fleet = f"{row['replicas']} replicas of {layout_words(row)}"
+    usd = f"${number(row['usd_per_hour'])}/h ({percent(more, sign=True)})"
+    words = [f"Runner-up: {fleet}, {row['gpus']} GPUs, {usd}."]
+    (low, high), (other_low, other_high) = best.usd_range(rate), other.usd_range(rate)
+    if 0 in other.draws and other_low <= high and low <= other_high:
+        words.append(
+            f"The two can't be told apart: their prices for this load overlap (${number(low)} to {_usd(high)}/h and "
+            f"${number(other_low)} to {_usd(other_high)}/h)."
+        )
+    if other.device != best.device:
+        even = best.usd_per_hour / row["gpus"]
+        words.append(
+            f"It would be the cheaper one below ${number(even)} per {other.device}-hour (now "
+            f"${number(other.usd_per_gpu_hour)})."
+        )
+    else:
+        fewer = int(best.usd_per_hour // other.usd_per_replica)
+        words.append(f"It would have to hold with {fewer} replicas, {number(rate / max(fewer, 1))} requests/s each.")
+    return words
+
+
+def _usd(value: float) -> str:
+    return f"${number(value)}" if isfinite(value) else "any price"
+
+
+def summary_of(planner: Planner) -> dict[str, Any]:
+    """Return a plan as `plan.json` holds it. Needs a candidate that is not refused."""
+    best, rate = planner.best, planner.rate
+    assert best is not None
+    known = [each for each in planner.candidates if each.bound]
+    others = [each for each in known if each is not best]
+    ranked = sorted(others, key=lambda each: (each.outcome != "holds", each.usd_per_hour))
+    second = next((each for each in ranked if each.outcome == "holds"), None)
+    prompt, _ = best.bound["tokens"]
+    words = [limits(best)]
+    if second is not None:
+        words += against(best, second, rate)
+    return {
+        "rate": rate,
+        "best": row_of(best, rate),
+        "candidates": [row_of(each, rate) for each in (best, *ranked)],
+        "facts": [_facts(each, rate) for each in (best, *ranked)],
+        "usd_per_million_input_tokens": 1e6 * best.usd_per_hour / (3600 * rate * prompt),
+        "expected": expected(best),
+        "headroom": headroom(best, rate),
+        "fleet": best.whole,
+        "batch": best.batch,
+        "curve": best.curve,
+        "words": words,
+        "refused": [
+            {"name": each.name, "why": each.why, "status": each.outcome}
+            for each in planner.candidates
+            if each.outcome in ("refused", "crashed")
+        ],
+        "notes": best.bound["notes"],
+    }
+
+
+def _facts(candidate: Candidate, rate: float) -> dict[str, Any]:
+    """Return what the page shows of a candidate beside its row."""
+    return {
+        "name": candidate.name,
+        "outcome": candidate.outcome,
+        "why": candidate.why,
+        "usd_per_gpu_hour": candidate.usd_per_gpu_hour,
+        "usd_range": [value if isfinite(value) else None for value in candidate.usd_range(rate)],
+        "finalist": bool(candidate.draws),
+        "expected": expected(candidate),
+        "replica": candidate.replica,
+        "trial": candidate.whole or candidate.trial or candidate.alone,
+        "draws": [candidate.draws[draw] for draw in sorted(candidate.draws)],
+    }

@@ -1,0 +1,311 @@
+"""The order of a plan's work: bounds for every point, the smallest fleets of those that may win, draws for finalists.
+
+A point is dismissed, never simulated or after one trial, when even the fewest replicas that its bound allows cost more
+than a fleet that is known to hold: the best of its own device, or FAR times the best of all. Every dismissal compares
+with a fleet that was simulated, so the cheapest fleet is found as if every point had been searched.
+
+    planner = Planner(points, rate=40.0)
+    for number, result in work_off(work, planner.jobs(), workers, reuse=True):
+        planner.take(number, result)
+    print(planner.best)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil, floor, inf
+from typing import Any, Literal
+
+from simulator.predictor.uncertainty import interval
+
+FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
+FAR_OFF = 3.0  # times the best price: no runner-up
+FINALISTS = 3
+REACH = 1.7  # times the likely replicas: as many are tried before others get their turn
+NEXT = 1.15  # times the fewest replicas that are left: what is likely after a miss
+MOST_TRIES = 3  # of what was dismissed, to find a runner-up
+DRAWS = 4  # of errors and workloads, by default: what they span is meant to cover 60 %
+
+Outcome = Literal["open", "refused", "crashed", "dismissed", "none", "holds"]
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A point and what is known of it.
+
+    `job` is what its work is given; `fewest` replicas are not ruled out. Prices are dollars per hour.
+    """
+
+    name: str
+    device: str
+    usd_per_gpu_hour: float
+    job: dict[str, Any]
+    outcome: Outcome = "open"
+    why: str = ""  # it was refused, has crashed, or was dismissed
+    bound: dict[str, Any] = field(default_factory=dict)
+    replica: dict[str, Any] = field(default_factory=dict)
+    step: int = 1
+    fewest: int = 1
+    ruled_out: str = "its bound"  # why no fewer
+    likely: float = 0.0  # requests/s of a replica, as far as was seen; 0: nothing is known
+    asked: bool = False  # a fleet of it is being searched
+    replicas: int | None = None  # of the smallest fleet that holds
+    too_few: int | None = None
+    trial: dict[str, Any] | None = None  # of that fleet
+    alone: dict[str, Any] | None = None  # of one request at a time, where no fleet holds
+    draws: dict[int, dict[str, Any]] = field(default_factory=dict)
+    whole: dict[str, Any] | None = None  # the trial of every replica, to its end
+    batch: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)  # latencies against the load
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a replica."""
+        return int(self.replica.get("num_gpus", 1))
+
+    @property
+    def usd_per_replica(self) -> float:
+        return self.gpus * self.usd_per_gpu_hour
+
+    @property
+    def count(self) -> int:
+        """Replicas: those that hold, else the fewest that are not ruled out."""
+        return self.replicas or self.fewest
+
+    @property
+    def usd_per_hour(self) -> float:
+        return self.count * self.usd_per_replica
+
+    @property
+    def fewest_usd(self) -> float:
+        """What the fewest replicas cost that are not ruled out."""
+        return self.fewest * self.usd_per_replica
+
+    @property
+    def likely_usd(self) -> float:
+        """What the fleet probably costs: the order of the search."""
+        rate = self.bound["rate"]
+        return self.usd_per_replica * max(self.fewest, rate / self.likely if self.likely else self.fewest)
+
+    def capacity(self, rate: float) -> list[float]:
+        """Return requests/s of a replica: low, expected and high.
+
+        Of a finalist the range that its draws span around what its fleet carries; of another that holds the rates at
+        which its fleets were seen to hold and to miss; of one that was dismissed what its bound or its trials leave
+        open.
+        """
+        if 0 in self.draws and self.replicas:
+            held, missed = rate / self.replicas, rate / self.too_few if self.too_few else inf
+            base = self.draws[0]["qps"] or held
+            mid = min(max(base, held), missed)  # the fleet itself was seen to hold, and one with fewer to miss
+            low, high = (mid * value / base for value in ends([draw["qps"] for draw in self.draws.values()]))
+            return [min(low, mid), mid, max(high, mid)]
+        most = min(self.bound.get("most") or inf, rate / self.too_few if self.too_few else inf)
+        if self.replicas:
+            held = rate / self.replicas
+            return [held, held, max(held, most) if most < inf else held]
+        if self.outcome == "none":
+            return [0.0, 0.0, 0.0]
+        high = min(most, rate / max(self.fewest - self.step, 1)) if self.fewest > self.step else most
+        high = high if high < inf else self.likely
+        return [0.0, min(self.likely, high), high]
+
+    def usd_range(self, rate: float) -> tuple[float, float]:
+        """Return what the load costs by this point's range of capacities (dollars per hour, not of whole replicas)."""
+        low, _, high = self.capacity(rate)
+        return (self.usd_per_replica * rate / high if high else inf, self.usd_per_replica * rate / low if low else inf)
+
+
+class Planner:
+    """Hands out the jobs of a plan and takes their results."""
+
+    def __init__(self, candidates: Sequence[Candidate], rate: float, draws: int = DRAWS, bounds: bool = True) -> None:
+        """Plan for `rate` requests/s, with so many `draws` of each finalist; without `bounds` nothing is dismissed."""
+        self.candidates = list(candidates)
+        self.rate = rate
+        self.num_draws = draws
+        self.bounds = bounds
+        self.finalists: list[Candidate] = []
+        self._given: list[tuple[Candidate, dict[str, Any]]] = []
+        self._pending = 0
+        self.cpu_s = 0.0  # of the jobs
+
+    @property
+    def holding(self) -> list[Candidate]:
+        """Candidates with a fleet that holds, the cheapest first, of equals the one farthest from its SLOs."""
+        found = [each for each in self.candidates if each.outcome == "holds"]
+        return sorted(found, key=lambda each: (each.usd_per_hour, _margin(each.trial)))
+
+    @property
+    def best(self) -> Candidate | None:
+        """The cheapest fleet that holds; else the candidate that is closest to its SLOs. None where all are refused."""
+        if self.holding:
+            return self.holding[0]
+        closest = [each for each in self.candidates if each.outcome in ("none", "dismissed", "open")]
+        return min(closest, key=lambda each: (_margin(each.alone), each.likely_usd), default=None)
+
+    @property
+    def settled(self) -> int:
+        """Candidates that are known to hold, not to, or not to matter."""
+        return sum(each.outcome != "open" for each in self.candidates)
+
+    def jobs(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the jobs, and None while a result has to come first."""
+        for each in self.candidates:
+            yield self._job(each, "bound")
+        yield from self._wait()
+        yield from self._sizes()
+        yield from self._wait()
+        yield from self._runners_up()
+        yield from self._ends()
+
+    def take(self, number: int, result: Mapping[str, Any]) -> None:
+        """Take the result of the job that was yielded as that number."""
+        self._pending -= 1
+        self.cpu_s += float(result.get("cpu_s", 0.0))
+        candidate, job = self._given[number]
+        if result["status"] != "done":
+            candidate.asked = False
+            candidate.outcome, candidate.why = result["status"], str(result.get("error", ""))
+            return
+        what = job["what"]
+        if what == "bound":
+            candidate.bound = {"most": result["most"], "likely": result["likely"], "rate": self.rate,
+                               "tokens": result["tokens"], "notes": result["notes"]}  # fmt: skip
+            candidate.replica, candidate.step = result["replica"], result["step"]
+            candidate.likely = result["likely"] if result["likely"] < inf else 0.0
+            most = inf if result["most"] is None else result["most"]
+            least = ceil(self.rate / most * (1 - 1e-9)) if most else 0
+            candidate.fewest = candidate.step * max(1, ceil(least / candidate.step))
+            if not most:
+                candidate.outcome, candidate.why = "none", "its shortest batches take longer than TBT may"
+        elif what == "size":
+            candidate.asked = False
+            candidate.outcome = result["outcome"]
+            candidate.replicas, candidate.too_few = result["replicas"], result["too_few"]
+            candidate.trial = result["trial"]
+            if result["outcome"] == "dismissed":
+                candidate.outcome = "open"  # unless these cost too much, it is tried again
+                candidate.fewest = max(candidate.fewest, (result["too_few"] or 0) + candidate.step)
+                candidate.ruled_out = "a simulated fleet that missed"
+                candidate.likely = min(candidate.likely, self.rate / (NEXT * candidate.fewest))
+            elif result["outcome"] == "none":
+                candidate.why = "not even one request at a time meets the SLOs"
+        elif what == "alone":
+            candidate.alone = result["trial"]
+        elif what == "curve":
+            candidate.curve = result["curve"]
+        elif what == "draw":
+            candidate.draws[job["draw"]] = dict(result)
+        else:
+            candidate.whole, candidate.batch = result["trial"], result["batch"]
+            if candidate.outcome == "holds" and not candidate.whole["holds"]:
+                candidate.too_few = candidate.replicas
+                candidate.replicas = (candidate.replicas or 0) + candidate.step
+
+    def _wait(self) -> Iterator[None]:
+        while self._pending:
+            yield None
+
+    def _job(self, candidate: Candidate, what: str, **more: Any) -> dict[str, Any]:
+        job = {**candidate.job, "what": what, **more}
+        self._given.append((candidate, job))
+        self._pending += 1
+        return job
+
+    def _sizes(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the searches of fleets, the likeliest first; what misses by far is tried again when others were."""
+        while True:
+            waiting = [each for each in self.candidates if each.outcome == "open" and not each.asked]
+            for each in waiting if self.bounds else ():
+                if each.fewest_usd > self._limit(each):
+                    each.outcome, each.why = "dismissed", f"{each.fewest} replicas or more, by {each.ruled_out}"
+            waiting = [each for each in waiting if each.outcome == "open"]
+            if not waiting:
+                if not any(each.asked for each in self.candidates):
+                    return
+                yield None
+                continue
+            held = {each.device for each in self.candidates if each.asked or each.outcome == "holds"}
+            chosen = min(waiting, key=lambda each: (each.device in held, each.likely_usd))
+            limit = self._limit(chosen) if self.bounds else inf
+            likely = max(chosen.fewest, ceil(self.rate / chosen.likely * (1 - 1e-9)) if chosen.likely else 1)
+            most = ceil(REACH * likely) if self.bounds else None
+            if most is not None and limit < inf:
+                most = min(most, floor(limit / chosen.usd_per_replica * (1 + 1e-9)))
+            chosen.asked = True
+            yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
+
+    def _runners_up(self) -> Iterator[dict[str, Any] | None]:
+        """Yield searches of what was dismissed, until there is something to compare the best with."""
+        for _ in range(MOST_TRIES):
+            held = self.holding
+            if not held or len(held) >= FINALISTS:
+                return
+            layouts = {(each.device, *each.job["layout"]) for each in held}
+            left = [
+                each for each in self.candidates
+                if each.outcome == "dismissed" and (each.device, *each.job["layout"]) not in layouts
+            ]  # fmt: skip
+            elsewhere = [each for each in left if each.device not in {each.device for each in held}]
+            chosen = min(elsewhere or left, key=lambda each: max(each.likely_usd, each.fewest_usd), default=None)
+            if chosen is None or chosen.fewest_usd > FAR_OFF * held[0].usd_per_hour:
+                return
+            chosen.outcome = "open"
+            likely = max(chosen.fewest, ceil(self.rate / chosen.likely)) if chosen.likely else chosen.fewest
+            yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=ceil(REACH**2 * likely))
+            yield from self._wait()
+            if chosen.outcome == "open":
+                chosen.outcome, chosen.why = "dismissed", f"{chosen.fewest} replicas or more, by {chosen.ruled_out}"
+
+    def _limit(self, candidate: Candidate) -> float:
+        """Return the price above which a candidate is of no interest."""
+        held = self.holding
+        own = min((each.usd_per_hour for each in held if each.device == candidate.device), default=inf)
+        return min(own, FAR * held[0].usd_per_hour) if held else inf
+
+    def _ends(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the whole fleet of the best, growing until it holds, and the draws of the finalists."""
+        if not self.holding:
+            for each in self.candidates:
+                if each.outcome == "none":
+                    yield self._job(each, "alone", likely=each.likely)
+            yield from self._wait()
+            if self.best is not None:
+                self.best.replicas = self.best.count
+                yield self._job(self.best, "finish", replicas=self.best.count)
+            return
+        while True:
+            best = self.holding[0]
+            if best.whole is not None and best.whole["replicas"] == best.replicas:
+                break
+            yield self._job(best, "finish", replicas=best.replicas)
+            yield from self._wait()
+        yield self._job(best, "curve", replicas=best.count, start=self.rate / best.count)
+        self.finalists = self._choose_finalists()
+        for draw in range(self.num_draws + 1):
+            for each in self.finalists:
+                start = self.rate / each.count
+                yield self._job(each, "draw", draw=draw, replicas=each.count, start=start)
+        yield from self._wait()
+
+    def _choose_finalists(self) -> list[Candidate]:
+        """Return the best and those nearest to it, another device's best among them if one holds."""
+        best, *others = self.holding
+        elsewhere = [each for each in others if each.device != best.device][:1]
+        nearest = [each for each in others if each not in elsewhere]
+        chosen = [*elsewhere, *nearest][: FINALISTS - 1]
+        return [best, *sorted(chosen, key=lambda each: each.usd_per_hour)]
+
+
+def ends(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the range that drawn values are meant to cover."""
+    found = interval(values)
+    return found["low"], found["high"]
+
+
+def _margin(trial: Mapping[str, Any] | None) -> float:
+    """Return the worst value over its threshold; infinite where a trial was given up or there is none."""
+    margin = None if trial is None else trial["margin"]
+    return inf if margin is None else float(margin)

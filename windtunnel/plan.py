@@ -1,0 +1,264 @@
+"""A plan of resolved settings: from a load and its SLOs to the cheapest fleet that holds them.
+
+made = make_plan(settings, devices=["h100_sxm", "l40s"], prices={"h100_sxm": 2.5, "l40s": 0.9}, varied={})
+print(made["best"]["replicas"], made["best"]["usd_per_hour"])
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from engine import engine_preset
+from engine.errors import InputError, unknown
+from engine.results.files import write_json
+from engine.specs import catalog
+from engine.specs.device_folder import folder_of
+from simulator.predictor import calibration as store
+from simulator.router import ROUTERS
+from studies.capacity.sweep import name_of
+from studies.jobs.pool import in_turn, work_off, work_off_on_ray
+from studies.plan.answer import summary_of
+from studies.plan.planner import DRAWS, Candidate, Planner
+from studies.words import unlike_sources
+from windtunnel.capacity import open_search
+from windtunnel.plan_point import work
+from windtunnel.plugins import load_plugin
+from windtunnel.prices import prices_of
+from windtunnel.results import PLAN_FILE
+from windtunnel.settings import FileConfig, combined
+
+ENGINE = "vllm@latest"
+NUM_PROMPTS = 1024  # of a search of capacity; a fleet has FLEET_S seconds of load
+MOST_GPUS = 8  # of a replica, where the layouts are left open
+AXES: dict[str, tuple[Any, ...]] = {  # what varies, and what it varies over where it is left open
+    "engine": (ENGINE,),
+    "quantization": ("auto",),
+    "tensor_parallel_size": (1, 2, 4, 8),
+    "pipeline_parallel_size": (1, 2),
+    "data_parallel_size": (1,),
+    "max_num_seqs": (None,),
+    "max_num_batched_tokens": (512, 2048, 8192),
+}
+_WHOLE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "max_num_seqs",
+          "max_num_batched_tokens")  # fmt: skip
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+def listed(name: str, value: Any) -> list[Any]:
+    """Return the values of an axis, of a list or of text such as "2,4,8". Raises InputError for an empty one."""
+    flag = f"--{name.replace('_', '-')}"
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    parts = list(parts) if isinstance(parts, list | tuple) else [parts]
+    if not parts or any(part in ("", None) for part in parts):
+        raise InputError(f"{flag} {value!r}: give one value or several, separated by commas")
+    found: list[Any] = []
+    for part in parts:
+        if name in _WHOLE:
+            if isinstance(part, bool) or not str(part).isdecimal() or int(part) < 1:
+                raise InputError(f"{flag} {value!r}: {part!r}: give whole numbers of at least 1")
+            part = int(part)
+        if part not in found:
+            found.append(part)
+    return found
+
+
+def make_plan(
+    settings: Mapping[str, Any],
+    devices: Sequence[str],
+    prices: Mapping[str, float],
+    varied: Mapping[str, Sequence[Any]],
+    *,
+    folder: Path,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    bounds: bool = True,
+    on_progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Plan and return what `plan.json` holds, which is written into the folder.
+
+    Args:
+        settings: those that all points share, by the flags' names; `request_rate`, `model` and `slo` among them.
+        prices: dollars per GPU-hour by device, "" for any other (`windtunnel.prices`).
+        varied: values by names of AXES, for those that are not left open.
+        folder: new, or of the same plan, which resumes.
+        bounds: False searches every point to its end.
+
+    Raises InputError for what can't be planned, before anything is written.
+    """
+    shared, rate = _shared(settings)
+    names = list(dict.fromkeys(catalog.device(device).name for device in devices))
+    if not names:
+        raise InputError("no devices given: add --devices h100_sxm,a100_sxm")
+    own = dict(zip(names, prices_of(names, prices), strict=True))
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: give at least 1")
+    candidates = _candidates(shared, own, varied, folder)
+    config = FileConfig(**candidates[0].job["settings"])
+    known = {device: store.fingerprint(where) for device in names if (where := folder_of(catalog.device(device)))}
+    identity = {
+        "plan": {"settings": {**shared}, "prices": own, "points": [each.job["settings"] for each in candidates]},
+        "version": version("windtunnel"),
+        "contents": {**known, **_files(shared)},
+        "bounds": bounds,
+    }
+    open_search(folder, identity)
+    planner = Planner(candidates, rate, config.uncertainty or DRAWS, bounds)
+    several = workers or os.cpu_count() or 1
+    if ray_address is not None:
+        results = work_off_on_ray(work, planner.jobs(), ray_address)
+    elif several == 1:
+        results = in_turn(work, planner.jobs())
+    else:
+        results = work_off(work, planner.jobs(), several, reuse=True)
+    try:
+        for job, result in results:
+            planner.take(job, result)
+            on_progress(*_progress(planner))
+    finally:
+        results.close()  # type: ignore[attr-defined]
+    _check_any(planner)
+    best = planner.best
+    assert best is not None
+    found = summary_of(planner)
+    found |= {
+        "settings": shared,
+        "gpu_price": own,
+        "slos": [str(slo) for slo in config.slos()],
+        "draws": planner.num_draws,
+        "cpu_s": planner.cpu_s,
+        "warning": unlike_sources([each["provenance"] for each in found["candidates"] if each["met"]]),
+        "version": version("windtunnel"),
+    }
+    write_json(folder / PLAN_FILE, found)
+    _write_config(folder / "best.yaml", best, found["best"]["replicas"])
+    return found
+
+
+def _shared(settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """Return the settings that all points share, and the rate. Raises InputError for what can't be planned."""
+    shared = {key: value for key, value in settings.items() if value not in (None, [], "")}
+    for key in ("device", "num_replicas", "replicas"):
+        if key in shared:
+            fix = "name the devices with --devices" if key == "device" else "a plan finds the number of replicas"
+            raise InputError(f"--{key.replace('_', '-')} {shared[key]} has no meaning in a plan: {fix}")
+    if "request_rate" not in shared:
+        raise InputError("no request rate to plan for: add --request-rate 40")
+    try:
+        rate = float(shared["request_rate"])
+    except ValueError:
+        raise InputError(f"--request-rate {shared['request_rate']}: give a number of requests/s") from None
+    if not 0 < rate < inf:
+        raise InputError(f"--request-rate {shared['request_rate']}: give requests/s above 0")
+    if "trace" not in shared:
+        shared.setdefault("num_prompts", NUM_PROMPTS)
+    return shared, rate
+
+
+def _candidates(
+    shared: Mapping[str, Any], own: Mapping[str, float], varied: Mapping[str, Sequence[Any]], folder: Path
+) -> list[Candidate]:
+    """Return the points of the space, without those that resolve to the same replica as another."""
+    axes = {name: varied.get(name, default) for name, default in AXES.items()}
+    for engine in axes["engine"]:
+        for device in own:
+            engine_preset.preset(engine, catalog.device(device))  # raises InputError for an unknown one
+    left_open = not {"tensor_parallel_size", "pipeline_parallel_size"} & set(varied)
+    found: list[Candidate] = []
+    seen: set[str] = set()
+    checked_once = False
+    for device, price in own.items():
+        for values in itertools.product(*axes.values()):
+            change = dict(zip(axes, values, strict=True))
+            layout = [change[f"{each}_parallel_size"] for each in ("tensor", "pipeline", "data")]
+            if left_open and layout[0] * layout[1] > MOST_GPUS:
+                continue
+            given = {**change, "device": device}
+            config = combined(dict(shared), {k: v for k, v in given.items() if v is not None}, "the plan", FileConfig)
+            if not checked_once:  # what is wrong for all points is told before any is tried
+                for plugin in config.plugin:
+                    load_plugin(plugin)
+                catalog.model(config.model).quantized(config.quantization) if config.quantization != "auto" else None
+                _check_load(config)
+                checked_once = True
+            shown = {"device": device, **{name: change[name] for name in axes if change[name] is not None}}
+            job = {"name": name_of(shown), "settings": config.model_dump(mode="json"), "folder": str(folder.absolute()),
+                   "layout": layout}  # fmt: skip
+            if (key := json.dumps(job["settings"], sort_keys=True)) not in seen:
+                seen.add(key)
+                found.append(Candidate(name_of(shown), device, price, job))
+    return found
+
+
+def _check_load(config: FileConfig) -> None:
+    """Raise InputError for a workload or SLOs that can't be planned for, whatever the replica."""
+    if not config.slo:
+        raise InputError("no SLO to plan for: add --slo 'p99_ttft<=2' --slo 'p99_tbt<=0.1'")
+    config.slos()
+    model = catalog.model(config.model)
+    if config.router not in ROUTERS:
+        raise unknown("router", config.router, ROUTERS)
+    longest = config.max_model_len or model.max_position_embeddings
+    config.workload_spec(longest)
+
+
+def _check_any(planner: Planner) -> None:
+    """Raise InputError if every point was refused, with the first one's reason."""
+    if planner.best is None:
+        first = planner.candidates[0]
+        of = f" (and {len(planner.candidates) - 1} more)" if len(planner.candidates) > 1 else ""
+        raise InputError(f"no point of the plan can run: {first.name}{of}: {first.why}")
+
+
+def _files(shared: Mapping[str, Any]) -> dict[str, str]:
+    """Return hashes of the files that a plan's settings name."""
+    found = {}
+    for value in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in shared.values()):
+        path = Path(str(value)).expanduser()
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []:
+            found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def _progress(planner: Planner) -> tuple[str, int, int]:
+    """Return what is done of a plan, in words and numbers."""
+    every = planner.candidates
+    bounded = sum(bool(each.bound) or each.outcome in ("refused", "crashed") for each in every)
+    if bounded < len(every):
+        return "bounding points", bounded, len(every)
+    draws = sum(len(each.draws) for each in planner.finalists)
+    wanted = (planner.num_draws + 1) * len(planner.finalists)
+    if planner.finalists:
+        return "drawing capacities of the finalists", draws, wanted
+    held = planner.holding
+    best = f"; so far {held[0].count} x {held[0].name} at ${held[0].usd_per_hour:,.0f}/h" if held else ""
+    return f"sizing fleets{best}", planner.settled, len(every)
+
+
+def _write_config(path: Path, best: Candidate, replicas: int) -> None:
+    """Write the best fleet as a config file that `windtunnel simulate --config` runs."""
+    import yaml
+
+    kept = {key: value for key, value in best.job["settings"].items() if value not in (None, "", [])}
+    path.write_text(yaml.safe_dump({**kept, "num_replicas": replicas}, sort_keys=False), encoding="utf-8")
+
+
+def default_folder(settings: Mapping[str, Any], *more: Any) -> Path:
+    """Return the folder of a plan that was given none: the same command again resumes in it."""
+    text = json.dumps([settings, version("windtunnel"), *more], sort_keys=True, default=str)
+    model = str(settings.get("model", "")).rstrip("/").split("/")[-1] or "model"
+    return Path("runs") / f"plan-{model}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def given_axes(settings: dict[str, Any]) -> dict[str, list[Any]]:
+    """Take the axes out of settings and return their values."""
+    names: Iterable[str] = [name for name in AXES if settings.get(name) not in (None, [])]
+    return {name: listed(name, settings.pop(name)) for name in names}

@@ -1,0 +1,55 @@
+"""Prices of GPUs: dollars per GPU-hour by device, as `--gpu-price` gives them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from math import isfinite
+
+from engine.errors import InputError
+from engine.specs import catalog
+
+EXAMPLE = "give dollars per GPU-hour such as 2.5, or a100=2,h100=4"
+
+
+def prices(given: str | float | Mapping[str, float]) -> dict[str, float]:
+    """Return dollars per GPU-hour by device, of "2.5" (any device: ""), of "a100=2,h100=4", or of a mapping.
+
+    Raises InputError for what is no price above 0, an unknown device, and a device that is named twice.
+    """
+    if isinstance(given, Mapping):
+        parts = [(str(name), str(price)) for name, price in given.items()]
+    else:
+        parts = [(name.strip(), price) for name, _, price in (part.rpartition("=") for part in str(given).split(","))]
+    found: dict[str, float] = {}
+    for name, price in parts:
+        number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", price.strip())
+        if number is None or float(number[0]) == 0 or not isfinite(float(number[0])):
+            raise InputError(f"--gpu-price {_shown(given)}: {f'{name}={price}' if name else price!r}: {EXAMPLE}")
+        device = catalog.device(name).name if name else ""
+        if device in found:
+            raise InputError(f"--gpu-price {_shown(given)}: {device or 'any device'} has two prices: remove one")
+        found[device] = float(number[0])
+    if not found:
+        raise InputError(f"--gpu-price {_shown(given)}: {EXAMPLE}")
+    return found
+
+
+def price_of(device: str, known: Mapping[str, float]) -> float | None:
+    """Return the dollars per GPU-hour of a device: its own, else that of any device."""
+    return known.get(device, known.get(""))
+
+
+def prices_of(devices: Sequence[str], known: Mapping[str, float]) -> list[float]:
+    """Return each device's price. Raises InputError for one without."""
+    found = []
+    for device in devices:
+        price = price_of(device, known)
+        if price is None:
+            raise InputError(f"--gpu-price has no price of {device}: add {device}=DOLLARS per GPU-hour")
+        found.append(price)
+    return found
+
+
+def _shown(given: object) -> str:
+    return repr(given)
