@@ -87,8 +87,7 @@ class Point:
 
     def fleet(self, replicas: int, draw: int = 0) -> Fleet:
         """Return a fleet of the point; of a draw past 0 with errors of the predicted times, where these are known."""
-        known = draw and self.deployment.made_by is not None
-        kind = self.deployment.drawn(draw) if known else self.deployment
+        kind = self.deployment.drawn(draw) if draw else self.deployment
         return Fleet((Pool(kind, replicas),), self.settings.router)
 
     def record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
