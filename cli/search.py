@@ -241,7 +241,10 @@ def _print_alike(ranked: list[dict[str, Any]], console: Console) -> None:
     if not ranked or range_of(ranked[0]) is None:
         return
     ranges = [range_of(row, "qps_per_gpu") for row in ranked]
-    console.print(f"ranges: over {ranges_in_words(ranked[0])}", style="dim")
+    without = (
+        "" if ranked[0].get("uncertainty") else "; errors of the predicted times are not in them (--uncertainty 19)"
+    )
+    console.print(f"ranges: over {ranges_in_words(ranked[0])}{without}", style="dim")
     if others := [ranked[i]["name"] for i in alike(ranges, 0)]:
         console.print(
             f"can't be told apart from {ranked[0]['name']} per GPU (their ranges overlap): {'; '.join(others)}"

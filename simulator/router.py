@@ -19,6 +19,7 @@ from simulator.replica import Replica
 Router = Callable[[Request, Sequence[Replica]], Replica]
 
 MOST_LOAD = 1.25  # times the mean of outstanding requests: a replica with more gets none for its cache's sake
+FEW = 4  # outstanding requests more than the least, which are never too many
 MOST_SESSIONS = 1 << 18  # that are remembered, the latest
 
 
@@ -49,7 +50,7 @@ def kv_aware(rng: np.random.Generator) -> Router:
 
 
 class PrefixAware:
-    """The replica that was sent the longest part of the prompt before, unless it has over MOST_LOAD times its share.
+    """The replica that was sent the longest part of the prompt, unless it has over MOST_LOAD times its share of requests.
 
     It remembers as many blocks of each replica as that has, the latest used (bounded loads: Mirrokni et al. 2018).
     Among equals the replica with the fewest outstanding requests.
@@ -72,7 +73,8 @@ class PrefixAware:
             known: Mapping[int, None] = self._known.get(place, {})
             return next((number for number, block in enumerate(askable) if block not in known), len(askable))
 
-        open_to_it = [place for place, load in enumerate(outstanding) if load + 1 <= max(most, min(outstanding) + 1)]
+        most = max(most, min(outstanding) + FEW)
+        open_to_it = [place for place, load in enumerate(outstanding) if load + 1 <= most]
         chosen = max(open_to_it, key=lambda place: (hit(place), -outstanding[place]))
         known = self._known.setdefault(chosen, OrderedDict())
         for block in reversed(blocks):  # the first block of a prompt is forgotten last

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 
-from engine.results.recorder import Run
+from engine.results.recorder import Recorder, Run
 from engine.results.tables import Array
+from engine.runtime.sequences import Sequence
+from engine.scheduling.request import Request
+from engine.server.live import Channel
 from engine.specs import SchedulerSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
+from simulator.live import LiveCluster
 from simulator.predictor.base import FixedTable
 
 CHAT = WorkloadSpec(
@@ -74,3 +78,20 @@ def test_kv_aware_routing_evens_out_the_use_of_the_cache() -> None:
 def test_a_router_gives_the_same_run_again(router: str) -> None:
     first, second = (simulate(make_workload(CHAT), [replica()] * 3, router=router) for _ in range(2))
     assert column(first, "last_token_s").tolist() == column(second, "last_token_s").tolist()
+
+
+@pytest.mark.parametrize(
+    ("router", "same"), [("session_affinity", True), ("prefix_aware", True), ("kv_aware", False)]
+)  # fmt: skip
+def test_a_served_cluster_routes_by_prompts_and_caches_too(router: str, same: bool) -> None:
+    """Two requests with the same prompt, the second while the first is there."""
+    kind = replica()
+    cluster = LiveCluster([kind] * 3, Recorder(), router=router)
+    cluster._origin = 0.0
+    places = []
+    for number in range(2):
+        request = Request(number, 0.0, 64, 20)
+        cluster.submit(Sequence(request, range(64)), Channel(), 0, 0.01 * number)
+        places.append(cluster._at[number])
+    assert (places[0] is places[1]) == same
+    assert places[0].kv_load > 0 and places[0].outstanding_requests == 1 + same

@@ -408,7 +408,11 @@ def test_sweeps_alone_and_beside_a_search(place: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "sweep.json", values)
     unlike = read_page(tmp_path).text
     assert unlike.index("These rest on times of unlike kinds") < unlike.index("2 of 4 points have a capacity")
-    assert "Its range over 3 seeds overlaps no other's" in unlike and "estimated (roofline)" in unlike
+    assert "Most per GPU of those whose times are calibrated: h100: 2.5" in unlike
+    assert "estimated (roofline): a100: 2 requests/s" in unlike and "told apart" not in unlike
+    values["points"][0]["predictor"] = "calibrated"
+    write_json(tmp_path / "sweep.json", values)
+    assert "Its range over 3 seeds overlaps no other's; errors of the predicted times" in read_page(tmp_path).text
     both = read_page(place / "sweep", place / "s-vllm", output=tmp_path / "both.html")
     assert "sweep: h100" in both.text and len(both.figures) == 8
 
@@ -475,16 +479,16 @@ def test_files_that_cannot_be_read(place: Path, tmp_path: Path) -> None:
         folder = tmp_path / name
         shutil.copytree(place / "sarathi", folder)
         (folder / name).write_bytes(spoiled)
-        with pytest.raises(InputError, match="can't be read as a run"):
+        with pytest.raises(InputError, match=r"can't be read as a run|is not JSON|is not YAML"):
             write_page([folder], tmp_path / "out.html")
-        with pytest.raises(InputError, match="can't be read as a run"):
+        with pytest.raises(InputError, match=r"can't be read as a run|is not JSON|is not YAML"):
             write_page([folder, place / "piped"], tmp_path / "out.html")
     for name in ("search", "sweep", "validation"):
         folder = tmp_path / name
         folder.mkdir()
         for text in ("[", "[]", "{}"):
             (folder / f"{name}.json").write_text(text)
-            with pytest.raises(InputError, match=f"can't be read as a {name}"):
+            with pytest.raises(InputError, match=f"can't be read as a {name}|is not JSON|holds no object"):
                 write_page([folder])
     (tmp_path / "sweep" / "sweep.json").write_text('{"points": []}')
     with pytest.raises(InputError, match="has no point"):

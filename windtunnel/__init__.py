@@ -1,4 +1,4 @@
-"""Windtunnel from Python: simulate a deployment, search its capacity, plan a fleet, load a run's folder; results as DataFrames.
+"""Windtunnel from Python: simulate a deployment, search its capacity, plan a fleet; results as DataFrames.
 
     import windtunnel as wt
     run = wt.simulate(model="mistralai/Mistral-7B-v0.1", device="a100", max_model_len=8192, request_rate=2)

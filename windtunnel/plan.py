@@ -11,8 +11,9 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from importlib.metadata import version
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from simulator.router import ROUTERS
-from studies.capacity.sweep import name_of
+from studies.capacity.sweep import MOST_POINTS, name_of
 from studies.jobs.pool import in_turn, work_off, work_off_on_ray
 from studies.plan.answer import summary_of
 from studies.plan.planner import DRAWS, Candidate, Planner
@@ -110,37 +111,39 @@ def make_plan(
         "contents": {**known, **_files(shared)},
         "bounds": bounds,
     }
-    open_search(folder, identity)
     planner = Planner(candidates, rate, config.uncertainty or DRAWS, bounds)
-    several = workers or os.cpu_count() or 1
+    with open_search(folder, identity):
+        _work_off(planner, workers or os.cpu_count() or 1, ray_address, on_progress)
+        _check_any(planner)
+        best = planner.best
+        assert best is not None
+        found = summary_of(planner)
+        found |= {
+            "settings": shared,
+            "gpu_price": own,
+            "slos": [str(slo) for slo in config.slos()],
+            "draws": planner.num_draws,
+            "cpu_s": planner.cpu_s,
+            "warning": unlike_sources([each["provenance"] for each in found["candidates"] if each["met"]]),
+            "version": version("windtunnel"),
+        }
+        write_json(folder / PLAN_FILE, found)
+        _write_config(folder / "best.yaml", best, found["best"]["replicas"])
+    return found
+
+
+def _work_off(planner: Planner, workers: int, ray_address: str | None, on_progress: Progress) -> None:
+    """Do a plan's jobs, in this process, in several, or on a Ray cluster."""
     if ray_address is not None:
         results = work_off_on_ray(work, planner.jobs(), ray_address)
-    elif several == 1:
+    elif workers == 1:
         results = in_turn(work, planner.jobs())
     else:
-        results = work_off(work, planner.jobs(), several, reuse=True)
-    try:
+        results = work_off(work, planner.jobs(), workers, reuse=True)
+    with closing(results):  # type: ignore[type-var]
         for job, result in results:
             planner.take(job, result)
             on_progress(*_progress(planner))
-    finally:
-        results.close()  # type: ignore[attr-defined]
-    _check_any(planner)
-    best = planner.best
-    assert best is not None
-    found = summary_of(planner)
-    found |= {
-        "settings": shared,
-        "gpu_price": own,
-        "slos": [str(slo) for slo in config.slos()],
-        "draws": planner.num_draws,
-        "cpu_s": planner.cpu_s,
-        "warning": unlike_sources([each["provenance"] for each in found["candidates"] if each["met"]]),
-        "version": version("windtunnel"),
-    }
-    write_json(folder / PLAN_FILE, found)
-    _write_config(folder / "best.yaml", best, found["best"]["replicas"])
-    return found
 
 
 def _shared(settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
@@ -171,6 +174,8 @@ def _candidates(
     for engine in axes["engine"]:
         for device in own:
             engine_preset.preset(engine, catalog.device(device))  # raises InputError for an unknown one
+    if (count := len(own) * prod(map(len, axes.values()))) > MOST_POINTS:
+        raise InputError(f"{count:,} points to plan with: give fewer values, at most {MOST_POINTS:,} in all")
     left_open = not {"tensor_parallel_size", "pipeline_parallel_size"} & set(varied)
     found: list[Candidate] = []
     seen: set[str] = set()

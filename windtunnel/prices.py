@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from math import isfinite
 
 from engine.errors import InputError
 from engine.specs import catalog
@@ -23,8 +22,8 @@ def prices(given: str | float | Mapping[str, float]) -> dict[str, float]:
         parts = [(name.strip(), price) for name, _, price in (part.rpartition("=") for part in str(given).split(","))]
     found: dict[str, float] = {}
     for name, price in parts:
-        number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", price.strip())
-        if number is None or float(number[0]) == 0 or not isfinite(float(number[0])):
+        number = re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", price.strip())
+        if number is None or float(number[0]) == 0:
             raise InputError(f"--gpu-price {_shown(given)}: {f'{name}={price}' if name else price!r}: {EXAMPLE}")
         device = catalog.device(name).name if name else ""
         if device in found:

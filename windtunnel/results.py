@@ -126,7 +126,7 @@ class Plan:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The cheapest fleet that meets the SLOs: its replica's settings, replicas, prices, and the range of capacities.
+        """The cheapest fleet that meets the SLOs: its replica's settings, replicas, prices and range of capacities.
 
         Where none does, the closest, whose "met" is False.
         """

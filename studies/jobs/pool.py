@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import count, islice, takewhile
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from engine.errors import InputError
 from engine.runtime.processes import end_with_parent
 
+MOST_WORKERS = 1024
 ENDING_S = 10.0  # for processes to end by themselves
 
 Job = TypeVar("Job")
@@ -59,7 +60,9 @@ def work_off(
     free for it, after the results before have been given, so a generator may make it of these; it yields None while it
     has to wait for the next result.
     """
-    workers = min(workers, len(jobs))
+    workers = min(workers, MOST_WORKERS)
+    if isinstance(jobs, Sized):
+        workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     waiting, numbers, left = iter(jobs), count(), True

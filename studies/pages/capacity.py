@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from studies.capacity.ranges import alike
@@ -179,18 +179,29 @@ def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page
 
 
 def _answer(points: Sequence[Point]) -> str:
-    """Return which point is the best per GPU, and at what price; "" where there is none or only one."""
-    ranked = _ranked(points)
+    """Return which point is the best per GPU, and at what price; "" where there is none or only one.
+
+    Points whose times are of unlike kinds are not ranked together: the best of each kind is named.
+    """
+    ranked, names = _ranked(points), _names(points)
     if len(ranked) < 2:
         return ""
-    best, names = ranked[0], _names(points)
-    words = f"Most per GPU: {names[id(best)]}: {number(best.per_gpu)} {best.rate_of}/s"
-    if best.range_per_gpu is not None:
-        low, high = map(number, best.range_per_gpu)
-        words += f" ({low} to {high} over {best.range_over})"
-    if (price := best.usd_per_million(best.tokens)) is not None:
-        words += f", ${number(price)} per million output tokens"
-    return f"{words}."
+    best: dict[str, Point] = {}
+    for point in ranked:
+        best.setdefault(times_kind(point.predictor), point)
+    if len(best) == 1:
+        return f"Most per GPU: {_in_words(ranked[0], names)}."
+    each = [f"{kind}: {_in_words(point, names)}" for kind, point in best.items()]
+    return f"Most per GPU of those whose times are {'; '.join(each)}."
+
+
+def _in_words(point: Point, names: Mapping[int, str]) -> str:
+    words = f"{names[id(point)]}: {number(point.per_gpu)} {point.rate_of}/s"
+    if point.range_per_gpu is not None:
+        low, high = map(number, point.range_per_gpu)
+        words += f" ({low} to {high} over {point.range_over})"
+    price = point.usd_per_million(point.tokens)
+    return words if price is None else f"{words}, ${number(price)} per million output tokens"
 
 
 def _ranked(points: Sequence[Point]) -> list[Point]:
@@ -205,13 +216,15 @@ def _names(points: Sequence[Point]) -> dict[int, str]:
 def _apart(points: Sequence[Point]) -> list[tuple[Tone, str]]:
     """Say which points can't be told apart from the best per GPU, or that it is ahead of all."""
     ranked, names = _ranked(points), _names(points)
-    if len(ranked) < 2 or ranked[0].range is None:
+    if len(ranked) < 2 or ranked[0].range is None or unlike_sources([point.predictor for point in ranked]):
         return []
+    drawn = "draws" in ranked[0].range_over
+    rest = "" if drawn else "; errors of the predicted times are not in it (--uncertainty 19)"
     others = [names[id(ranked[i])] for i in alike([point.range_per_gpu for point in ranked], 0)]
     if not others:
-        return [("good", f"Its range over {ranked[0].range_over} overlaps no other's")]
+        return [("good" if drawn else "unsure", f"Its range over {ranked[0].range_over} overlaps no other's{rest}")]
     few = "; ".join(others[:_MOST_ALIKE]) + f" and {len(others) - _MOST_ALIKE} more" * (len(others) > _MOST_ALIKE)
-    return [("unsure", f"Can't be told apart from it, for their ranges overlap: {few}")]
+    return [("unsure", f"Can't be told apart from it, for their ranges overlap: {few}{rest}")]
 
 
 def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:

@@ -110,7 +110,7 @@ def _whiskers(ranges: Sequence[tuple[float, float] | None], values: Sequence[flo
     """Return a bar chart's error bars from ranges."""
     pairs = [(value, each) if value is not None and each else None for value, each in zip(values, ranges, strict=True)]
     return {
-        "type": "data", "symmetric": False, "color": "#4a535e", "thickness": 1.4, "width": 4,
+        "type": "data", "symmetric": False, "color": "#737d89", "thickness": 1.4, "width": 4,
         "array": [pair[1][1] - pair[0] if pair else 0.0 for pair in pairs],
         "arrayminus": [pair[0] - pair[1][0] if pair else 0.0 for pair in pairs],
         "visible": any(pairs),

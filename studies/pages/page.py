@@ -141,7 +141,7 @@ def _card(entry: tuple[str, str, str]) -> str:
     number, _, unit = value.partition(" ")
     return (
         f"<div class='card'><dt>{escape(name)}</dt><dd>{escape(number)} <span>{escape(unit)}</span></dd>"
-        f"<p>{escape(note)}</p></div>"
+        f"<p>{text(note)}</p></div>"
     )
 
 

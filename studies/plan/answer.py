@@ -174,15 +174,11 @@ def summary_of(planner: Planner) -> dict[str, Any]:
         "usd_per_million_input_tokens": 1e6 * best.usd_per_hour / (3600 * rate * prompt),
         "expected": expected(best),
         "headroom": headroom(best, rate),
-        "fleet": best.whole,
+        "fleet": best.whole or best.trial or best.alone,
         "batch": best.batch,
         "curve": best.curve,
         "words": words,
-        "refused": [
-            {"name": each.name, "why": each.why, "status": each.outcome}
-            for each in planner.candidates
-            if each.outcome in ("refused", "crashed")
-        ],
+        "refused": planner.failed,
         "notes": best.bound["notes"],
     }
 

@@ -127,6 +127,7 @@ class Planner:
         self.num_draws = draws
         self.bounds = bounds
         self.finalists: list[Candidate] = []
+        self.failed: list[dict[str, str]] = []  # jobs that were refused or have crashed
         self._given: list[tuple[Candidate, dict[str, Any]]] = []
         self._pending = 0
         self.cpu_s = 0.0  # of the jobs
@@ -165,11 +166,13 @@ class Planner:
         self._pending -= 1
         self.cpu_s += float(result.get("cpu_s", 0.0))
         candidate, job = self._given[number]
+        what = job["what"]
         if result["status"] != "done":
             candidate.asked = False
-            candidate.outcome, candidate.why = result["status"], str(result.get("error", ""))
+            self.failed.append({"name": candidate.name, "why": str(result["error"]), "status": result["status"]})
+            if what not in ("draw", "curve"):  # without these its fleet is known
+                candidate.outcome, candidate.why = result["status"], str(result["error"])
             return
-        what = job["what"]
         if what == "bound":
             candidate.bound = {"most": result["most"], "likely": result["likely"], "rate": self.rate,
                                "tokens": result["tokens"], "notes": result["notes"]}  # fmt: skip
@@ -227,8 +230,7 @@ class Planner:
                     return
                 yield None
                 continue
-            held = {each.device for each in self.candidates if each.asked or each.outcome == "holds"}
-            chosen = min(waiting, key=lambda each: (each.device in held, each.likely_usd))
+            chosen = min(waiting, key=lambda each: each.likely_usd)
             limit = self._limit(chosen) if self.bounds else inf
             likely = max(chosen.fewest, ceil(self.rate / chosen.likely * (1 - 1e-9)) if chosen.likely else 1)
             most = ceil(REACH * likely) if self.bounds else None
