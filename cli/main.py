@@ -667,7 +667,9 @@ def calibrate_adjust(
     output: Annotated[Path, typer.Option(help="New YAML file for the preset, which --engine takes.")],
     fit: Annotated[
         str | None,
-        typer.Option(help="Constants to fit, such as iteration_s,sequence_s. Default: those that the engine has."),
+        typer.Option(
+            help="Constants and kinds of operators to fit, such as iteration_s,gemm. Default: the host's, every kind."
+        ),
     ] = None,
     only: Annotated[
         str | None, typer.Option(help="Fit to the points whose id or load matches this regular expression alone.")

@@ -21,6 +21,7 @@ import numpy as np
 
 from engine.errors import InputError, unknown
 from engine.results.tables import Array
+from engine.workload.workload import WorkloadSpec
 from simulator.predictor.uncertainty import HOST
 from studies.measured.point import Point
 
@@ -38,7 +39,9 @@ UNITS = {  # seconds in which each constant is of the order of one
 }
 _FACTOR = 0.1  # the unit of a factor of operators
 _LEAST = 1.0  # of a factor, in its unit
-_WEIGHTS = {"tpot": 1.0, "ttft": 0.25, "e2e": 1.0}  # a TTFT hangs on how a closed loop locks in, too: 5 to 16 %
+_WEIGHTS = {"tpot": 1.0, "ttft": 0.25, "e2e": 1.0}
+_LOCKED_IN = 0.1  # weight of a closed loop's TTFT, which hangs on how requests lock into step, too: 5 to 16 %
+_WAY = ("receive_s", "receive_token_s", "transit_s")  # of which alone such a TTFT is asked
 _NOISE = 0.02  # of a log error of weight one: repeats of a run on one server
 _HUBER = 0.1  # of a log error; larger ones count linearly
 _UNSURE = 1.0  # of a unit: standard deviation of a constant of the host that is small or not known
@@ -108,6 +111,7 @@ def adjust(
     def residuals_at(predictions: Predictions, place: Array) -> Array:
         return np.concatenate([_residuals(points, predictions), sure * (np.maximum(place, 0.0) - first)])
 
+    locked = [i for i, (point, name) in enumerate(_figures(points)) if name == "ttft" and is_closed(point)]
     (before,) = evaluate([_named(names, x)])
     after, residuals = before, residuals_at(before, x)
     first_residuals = residuals
@@ -116,6 +120,7 @@ def adjust(
         trials = [x + _STEP * np.eye(len(names))[i] for i in range(len(names))]
         found = [residuals_at(each, trial) for each, trial in zip(_at(evaluate, names, trials), trials, strict=True)]
         slopes = (np.array(found) - residuals).T / _STEP
+        slopes[np.ix_(locked, [name not in _WAY for name in names])] = 0.0
         trials = [x + _step(slopes, residuals, x, damping) for damping in _DAMPINGS]
         made = _at(evaluate, names, trials)
         found = [residuals_at(each, trial) for each, trial in zip(made, trials, strict=True)]
@@ -150,10 +155,24 @@ def figures_of(point: Point) -> list[str]:
     return [name for name in _WEIGHTS if name in point.measured and (name != "e2e" or "tpot" not in point.measured)]
 
 
+def is_closed(point: Point) -> bool:
+    """Whether the next request waits for an answer."""
+    spec = point.workload
+    return bool(spec.max_concurrency if isinstance(spec, WorkloadSpec) else spec.client.max_concurrency)
+
+
+def _figures(points: Sequence[Point]) -> list[tuple[Point, str]]:
+    return [(point, name) for point in points for name in figures_of(point)]
+
+
+def _weight(point: Point, name: str) -> float:
+    return _LOCKED_IN if name == "ttft" and is_closed(point) else _WEIGHTS[name]
+
+
 def _residuals(points: Sequence[Point], predictions: Sequence[Mapping[str, Any]]) -> Array:
     """Weighted log errors of every figure of every point."""
     return np.array([
-        _WEIGHTS[name] * np.log(predicted[name] / point.measured[name])
+        _weight(point, name) * np.log(predicted[name] / point.measured[name])
         for point, predicted in zip(points, predictions, strict=True)
         for name in figures_of(point)
     ])  # fmt: skip
