@@ -53,7 +53,8 @@ class PrefixAware:
     """The replica that was sent the longest part of the prompt before, unless that has too many requests already.
 
     Too many are over MOST_LOAD times its share (bounded loads: Mirrokni et al. 2018), and over FEW more than the least.
-    It remembers as many blocks of each replica as that has, the latest used. Among equals the replica with the fewest outstanding requests.
+    It remembers as many blocks of each replica as that has, the latest used. Among equals the replica with the
+    fewest outstanding requests.
     """
 
     reads_prompts = True
