@@ -98,11 +98,17 @@ CASES: dict[str, Case] = {
         ("simulate", *MODEL, "--num-prompts", "3000", "--request-rate", "4"),
         lambda folder: _json(folder / "summary.json", "completed", "output_throughput", "duration"),
     ),
-    "search": Case(("search", *MODEL, "--num-prompts", "200", "--slo", "p99_tbt<=0.1"), _searched),
+    "search": Case(("search", *MODEL, "--num-prompts", "100", "--seeds", "1", "--slo", "p99_tbt<=0.1"), _searched),
     "sweep": Case(
         ("search", *MODEL, "--num-prompts", "200", "--slo", "p99_tbt<=0.1", "--sweep", "sweep.yaml", "--workers", "2"),
         _swept,
         {"sweep.yaml": SWEEP},
+    ),
+    "plan": Case(
+        ("plan", *MODEL[:2], "--max-model-len", "4096", "--devices", "a100_sxm", "--gpu-price", "2", "--num-prompts",
+         "60", "--request-rate", "10", "--slo", "p99_tbt<=0.1", "--tensor-parallel-size", "1,2",
+         "--pipeline-parallel-size", "1", "--max-num-batched-tokens", "512", "--workers", "2"),
+        lambda folder: _json(folder / "plan.json", "best")[0]["replicas"],
     ),
     "study": Case(
         ("study", "run", "generation_stalls", "--num-prompts", "60", "--workers", "2"),

@@ -133,7 +133,7 @@ def test_flushing_often_gives_the_same_tables(block_rows: int) -> None:
     once, often = Recorder(tbt_percentiles=(90.0,)), Recorder(tbt_percentiles=(90.0,), block_rows=block_rows)
     drive(once)
     drive(often)
-    assert len(often._request_blocks) > len(once._request_blocks) == 1
+    assert len(often._iteration_table.blocks) > len(once._iteration_table.blocks) == 1
     assert kept(often).combine_chunks().equals(kept(once).combine_chunks())
     assert once.requests().keys() == often.requests().keys()
     for name, column in once.requests().items():

@@ -444,7 +444,7 @@ def test_a_doctored_run_is_refused(
     assert code == 2 and said in message and len(message.splitlines()) == 1
 
 
-@settings(few, max_examples=6)
+@settings(few, max_examples=4)
 @given(data=st.data(), value=values)
 def test_a_run_with_any_value_in_its_summary_is_drawn_or_refused(data: Any, value: Any, finished: Path) -> None:
     summary = json.loads((finished / "one" / "summary.json").read_text("utf-8"))

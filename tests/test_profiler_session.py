@@ -277,7 +277,7 @@ def test_another_session_or_folder_is_left_alone(whole: Path, tmp_path: Path) ->
         session(whole, hardware="other")
     assert (whole / "samples.jsonl").read_bytes() == before
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="in use"):
+    with pytest.raises(InputError, match="is not empty"):
         session(tmp_path)
     damaged = tmp_path / "damaged"
     session(damaged)

@@ -62,7 +62,9 @@ def test_the_pages_name_flags_that_there_are() -> None:
 
     def options(command: Any) -> set[str]:
         inner = [options(each) for each in getattr(command, "commands", {}).values()]
-        return {name for parameter in command.params for name in parameter.opts}.union(*inner)
+        return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}.union(
+            *inner
+        )
 
     known = options(typer.main.get_command(app))
     # of scripts, and of vLLM's benchmark

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from simulator.router import ROUTERS
-from studies.capacity.sweep import name_of
+from studies.capacity.sweep import MOST_POINTS, name_of
 from studies.jobs.pool import in_turn, work_off, work_off_on_ray
 from studies.plan.answer import summary_of
 from studies.plan.planner import DRAWS, Candidate, Planner
@@ -174,6 +174,8 @@ def _candidates(
     for engine in axes["engine"]:
         for device in own:
             engine_preset.preset(engine, catalog.device(device))  # raises InputError for an unknown one
+    if (count := len(own) * prod(map(len, axes.values()))) > MOST_POINTS:
+        raise InputError(f"{count:,} points to plan with: give fewer values, at most {MOST_POINTS:,} in all")
     left_open = not {"tensor_parallel_size", "pipeline_parallel_size"} & set(varied)
     found: list[Candidate] = []
     seen: set[str] = set()

@@ -56,6 +56,7 @@ def request_row(request: Request) -> dict[str, float]:
 
 
 _MOST_STAGES = 1 << 15
+REQUEST_ROWS = 1 << 14  # requests that are written at a time
 
 
 class _Table:
@@ -143,6 +144,7 @@ class Recorder:
         self._requests: list[tuple[Request, int]] = []
         self._request_tokens = 0
         self._request_blocks: list[Columns] = []
+        self._unwritten = 0  # of these, the last
         tables: list[_Table] = []
         self._request_table = _Table(folder and folder / "requests.parquet", tables)
         self._iteration_table = _Table(folder and folder / "iterations.parquet", tables)
@@ -221,6 +223,7 @@ class Recorder:
     def close(self) -> None:
         """Write what is left. The tables are complete after this."""
         self._flush_requests()
+        self._write_requests()
         self._flush_iterations()
         self._request_table.close()
         self._iteration_table.close()
@@ -292,6 +295,16 @@ class Recorder:
         self._iteration_table.add({name: columns[name] for name in ITERATION_COLUMNS})
         self._clear_iterations()
 
+    def _write_requests(self) -> None:
+        """Write the blocks that are not written yet as one: each takes some 10 KiB until the file is closed."""
+        if not self._unwritten:
+            return
+        blocks = self._request_blocks[-self._unwritten :]
+        whole = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        self._request_blocks[-self._unwritten :] = [whole]
+        self._request_table.add(whole)
+        self._unwritten = 0
+
     def _flush_requests(self) -> None:
         if not self._requests:
             return
@@ -342,6 +355,8 @@ class Recorder:
             for percentile, values in zip(self.tbt_percentiles, tables, strict=True):
                 columns[f"p{percentile:g}_tbt_s"] = values
         self._request_blocks.append(columns)
-        self._request_table.add(columns)
+        self._unwritten += 1
+        if sum(len(block["arrived_s"]) for block in self._request_blocks[-self._unwritten :]) >= REQUEST_ROWS:
+            self._write_requests()
         self._requests = []
         self._request_tokens = 0

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from engine.errors import InputError
 from engine.runtime.processes import end_with_parent
 
+MOST_WORKERS = 1024
 ENDING_S = 10.0  # for processes to end by themselves
 
 Job = TypeVar("Job")
@@ -59,6 +60,7 @@ def work_off(
     free for it, after the results before have been given, so a generator may make it of these; it yields None while it
     has to wait for the next result.
     """
+    workers = min(workers, MOST_WORKERS)
     if isinstance(jobs, Sized):
         workers = min(workers, len(jobs))
     context = multiprocessing.get_context("forkserver")

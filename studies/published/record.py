@@ -5,11 +5,11 @@ windtunnel study run all --record docs/studies.json
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.documents import read_json
 from engine.errors import InputError
 from studies.published.experiment import Experiment
 from studies.published.judge import Records
@@ -54,10 +54,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read a record; an empty one where there is no file. Raises InputError for a file that is none."""
     if not path.exists():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no record of studies ({error}): give another --record") from None
+    found = read_json(path, "give another --record")
     if not isinstance(found, dict) or not all(isinstance(each, dict) and "records" in each for each in found.values()):
         raise InputError(f"{path} is no record of studies: give another --record")
     return found
