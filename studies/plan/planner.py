@@ -20,7 +20,7 @@ from typing import Any, Literal
 from simulator.predictor.uncertainty import interval
 
 FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
-FAR_OFF = 1.6  # times the best price: no runner-up
+FAR_OFF = 2.0  # times the best price: no runner-up
 FINALISTS = 2
 REACH = 1.7  # times the likely replicas: as many are tried before others get their turn
 NEXT = 1.15  # times the fewest replicas that are left: what is likely after a miss
