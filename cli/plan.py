@@ -104,7 +104,9 @@ def answer_lines(made: dict[str, Any]) -> list[tuple[str, str | None]]:
     total, out = (number(best[f"usd_per_million_{name}_tokens"]) for name in ("total", "output"))
     prompts = number(made["usd_per_million_input_tokens"])
     fleet = f"{best['replicas']} replica{'s' * (best['replicas'] != 1)} of {layout_words(best)}"
-    head = f"{fleet}: {best['gpus']} GPUs, ${number(best['usd_per_hour'])}/h, {best['engine']}"
+    head = (
+        f"{fleet}: {best['gpus']} GPU{'s' * (best['gpus'] != 1)}, ${number(best['usd_per_hour'])}/h, {best['engine']}"
+    )
     lines: list[tuple[str, str | None]] = []
     if not best["met"]:
         lines.append(("No fleet meets the objectives; the closest is", "bold red"))

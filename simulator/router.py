@@ -50,10 +50,11 @@ def kv_aware(rng: np.random.Generator) -> Router:
 
 
 class PrefixAware:
-    """The replica that was sent the longest part of the prompt, unless that has MOST_LOAD times its share of requests.
+    """The replica that was sent the longest part of the prompt before, unless that has too many requests already.
 
-    It remembers as many blocks of each replica as that has, the latest used (bounded loads: Mirrokni et al. 2018).
-    Among equals the replica with the fewest outstanding requests.
+    Too many are over MOST_LOAD times its share (bounded loads: Mirrokni et al. 2018), and over FEW more than the least.
+    It remembers as many blocks of each replica as that has, the latest used. Among equals the replica with the
+    fewest outstanding requests.
     """
 
     reads_prompts = True

@@ -91,7 +91,7 @@ def test_a_served_cluster_routes_by_prompts_and_caches_too(router: str, same: bo
     places = []
     for number in range(2):
         request = Request(number, 0.0, 64, 20)
-        cluster.submit(Sequence(request, range(64)), Channel(), 0, 0.01 * number)
+        cluster.submit(Sequence(request, range(64)), Channel(), 0, 0.05 * number)
         places.append(cluster._at[number])
     assert (places[0] is places[1]) == same
     assert places[0].kv_load > 0 and places[0].outstanding_requests == 1 + same

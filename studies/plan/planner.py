@@ -20,11 +20,11 @@ from typing import Any, Literal
 from simulator.predictor.uncertainty import interval
 
 FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
-FAR_OFF = 3.0  # times the best price: no runner-up
-FINALISTS = 3
+FAR_OFF = 2.0  # times the best price: no runner-up
+FINALISTS = 2
 REACH = 1.7  # times the likely replicas: as many are tried before others get their turn
 NEXT = 1.15  # times the fewest replicas that are left: what is likely after a miss
-MOST_TRIES = 3  # of what was dismissed, to find a runner-up
+MOST_TRIES = 2  # of what was dismissed, to find a runner-up
 DRAWS = 4  # of errors and workloads, by default: what they span is meant to cover 60 %
 
 Outcome = Literal["open", "refused", "crashed", "dismissed", "none", "holds"]
@@ -252,11 +252,13 @@ class Planner:
             ]  # fmt: skip
             elsewhere = [each for each in left if each.device not in {each.device for each in held}]
             chosen = min(elsewhere or left, key=lambda each: max(each.likely_usd, each.fewest_usd), default=None)
-            if chosen is None or chosen.fewest_usd > FAR_OFF * held[0].usd_per_hour:
+            limit = FAR_OFF * held[0].usd_per_hour
+            if chosen is None or max(chosen.likely_usd, chosen.fewest_usd) > limit:
                 return
             chosen.outcome = "open"
             likely = max(chosen.fewest, ceil(self.rate / chosen.likely)) if chosen.likely else chosen.fewest
-            yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=ceil(REACH**2 * likely))
+            most = floor(limit / chosen.usd_per_replica * (1 + 1e-9))
+            yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
             yield from self._wait()
             if chosen.outcome == "open":
                 chosen.outcome, chosen.why = "dismissed", f"{chosen.fewest} replicas or more, by {chosen.ruled_out}"
