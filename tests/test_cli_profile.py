@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import windtunnel as in_this_process
 
 from profiler.in_situ import Reference
 from simulator.cluster import deploy
@@ -154,7 +155,7 @@ def test_an_interrupted_profile_goes_on(folder: Path) -> None:
 
 @pytest.mark.parametrize("command", [["show"], ["report", "--output", "page.html"], ["evaluate", "--test", "profile"]])
 def test_ones_own_calibration_is_shown_and_tried(folder: Path, command: list[str]) -> None:
-    done = windtunnel("calibrate", *command, "--device", "mine", cwd=folder)
+    done = in_this_process("calibrate", *command, "--device", "mine", cwd=folder)
     assert done.returncode == 0, done.stderr
     if command[0] == "report":
         assert "Calibration of cpu" in (folder / "page.html").read_text()
@@ -185,7 +186,7 @@ def test_ones_own_calibration_is_shown_and_tried(folder: Path, command: list[str
 def test_bad_settings_are_told_in_a_line(folder: Path, arguments: list[str], complaint: str) -> None:
     defaults = [] if "--output-dir" in arguments else ["--output-dir", "never"]
     device = [] if "--device" in arguments else ["--device", "cpu"]
-    done = windtunnel("profile", *device, *arguments, *defaults, cwd=folder)
+    done = in_this_process("profile", *device, *arguments, *defaults, cwd=folder)
     assert done.returncode == 2, done.stderr
     assert complaint in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -207,7 +208,7 @@ def test_bad_settings_are_told_in_a_line(folder: Path, arguments: list[str], com
 def test_bad_validations_are_told_in_a_line(folder: Path, arguments: list[str], complaint: str) -> None:
     device = [] if "--device" in arguments else ["--device", "mine"]
     base = ["--model", "tiny", "--load-format", "dummy", *SIZES, *LOAD, "--output-dir", "never"]
-    done = windtunnel("validate", *base, *device, *arguments, cwd=folder)
+    done = in_this_process("validate", *base, *device, *arguments, cwd=folder)
     assert done.returncode == 2, done.stderr
     assert complaint in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command_line import windtunnel
 
 from cli.main import run
 from cli.output import progress_bar
@@ -22,14 +23,14 @@ LONG = [*BASE, "--request-rate", "2", "--num-prompts", "300000"]
 SMALL = [*BASE, "--request-rate", "2", "--num-prompts", "40"]
 
 
-def windtunnel(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
     )
 
 
 def test_a_run_leaves_its_folder_and_ends_with_the_report(tmp_path: Path) -> None:
-    done = windtunnel(
+    done = process(
         "simulate", *SMALL, "--slo", "p99_tbt<=0.1", "--slo", "p50_ttft<=1ms", "--chrome-trace", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -110,7 +111,7 @@ def test_a_plugin_adds_a_policy(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from engine.scheduling.policies import POLICIES, VLLM\nclass Mine(VLLM):\n    pass\nPOLICIES['mine'] = Mine\n"
     )
-    done = windtunnel(
+    done = process(
         "simulate", *SMALL, "--plugin", "mine.py", "--scheduler", "mine", "--output-dir", "o", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
@@ -245,7 +246,7 @@ def test_bad_input_is_one_error_and_exit_code_2(
 
 
 def test_bad_input_is_one_line_of_the_process(tmp_path: Path) -> None:
-    done = windtunnel("simulate", *SMALL, "--device", "a1000", cwd=tmp_path)
+    done = process("simulate", *SMALL, "--device", "a1000", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: unknown device 'a1000': did you mean") and done.stderr.count("\n") == 1
 

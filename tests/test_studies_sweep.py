@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import sweep_work
 import yaml
+from command_line import windtunnel as in_this_process
 
 from engine.errors import InputError
 from studies.capacity.sweep import mark_pareto, name_of, points
@@ -24,7 +25,7 @@ FEW = ["--seeds", "2", "--no-curve"]
 PRICES = ["--gpu-price", "a100=2,h100=4"]
 SLOS = ["--slo", "p99_tbt<=0.1", "--slo", "p50_scheduling_delay<=2"]
 SWEEP = {
-    "model": "mistralai/Mistral-7B-v0.1", "max_model_len": 4096, "num_prompts": 150,
+    "model": "mistralai/Mistral-7B-v0.1", "max_model_len": 4096, "num_prompts": 60,
     "slo": ["p99_tbt<=0.1", "p50_scheduling_delay<=2"],
     "sweep": {
         "deployment": [{"device": "a100"}, {"device": "h100", "max_num_seqs": 64}],
@@ -206,13 +207,13 @@ def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
 
 def test_a_capacity_that_few_requests_alone_allow_is_told(searched: Path) -> None:
     few = [*MODEL[:-1], "60", "--slo", "p99_ttft<=4", "--tolerance", "0.1", *QUICK]
-    done = windtunnel("search", *few, "--output-dir", "few", cwd=searched)
+    done = in_this_process("search", *few, "--output-dir", "few", cwd=searched)
     assert done.returncode == 0, done.stderr
     result = json.loads((searched / "few" / "search.json").read_text())
     assert result["outcome"] == "found" and result["unsteady"]
     assert "note: the run at the capacity" in done.stdout and "--num-prompts" in done.stdout
     plenty = [*MODEL[:-1], "1500", *SLOS, "--tolerance", "0.1", *QUICK]
-    done = windtunnel("search", *plenty, "--output-dir", "plenty", cwd=searched)
+    done = in_this_process("search", *plenty, "--output-dir", "plenty", cwd=searched)
     assert done.returncode == 0, done.stderr
     assert json.loads((searched / "plenty" / "search.json").read_text())["unsteady"] is None
     assert "note:" not in done.stdout
@@ -220,7 +221,7 @@ def test_a_capacity_that_few_requests_alone_allow_is_told(searched: Path) -> Non
 
 def test_a_search_with_other_settings_leaves_the_folder_alone(searched: Path) -> None:
     before = sorted(path.name for path in (searched / "one" / "trials").iterdir())
-    done = windtunnel("search", *MODEL, "--slo", "p99_tbt<=0.2", "--output-dir", "one", cwd=searched)
+    done = in_this_process("search", *MODEL, "--slo", "p99_tbt<=0.2", "--output-dir", "one", cwd=searched)
     assert done.returncode == 2 and "other settings" in done.stderr
     assert sorted(path.name for path in (searched / "one" / "trials").iterdir()) == before
 
@@ -232,7 +233,7 @@ def test_a_search_is_of_what_its_file_said(searched: Path) -> None:
     command = ["search", "--config", "run.yaml", *QUICK, "--output-dir", "of-a-file"]
     for slo, code in (("p99_tbt<=0.1", 0), ("p99_tbt<=0.1", 0), ("p99_tbt<=0.2", 2)):
         file.write_text(yaml.safe_dump({**settings, "slo": [slo]}))
-        done = windtunnel(*command, cwd=searched)
+        done = in_this_process(*command, cwd=searched)
         assert done.returncode == code, done.stderr
     assert "other settings" in done.stderr
 
@@ -313,7 +314,7 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
 )
 def test_bad_searches_are_told_in_a_line(searched: Path, arguments: list[str], complaint: str) -> None:
     (searched / "misspelt.yaml").write_text("max_model_lenn: 8192\nsweep: {scheduler: [sarathi]}\n")
-    done = windtunnel("search", *arguments, "--output-dir", "never", cwd=searched)
+    done = in_this_process("search", *arguments, "--output-dir", "never", cwd=searched)
     assert done.returncode == 2, done.stderr
     assert complaint.replace("_", "-") in done.stderr.replace("_", "-")
     assert len(done.stderr.strip().splitlines()) == 1

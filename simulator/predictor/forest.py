@@ -136,17 +136,19 @@ def _preorder(tree: Any) -> tuple[Array, list[float], Array]:
     feature: list[int] = []
     value: list[float] = []
     right: list[int] = []
+    lefts, rights = tree.children_left.tolist(), tree.children_right.tolist()  # each look at the tree makes an array
+    features, thresholds, means = tree.feature.tolist(), tree.threshold.tolist(), tree.value.ravel().tolist()
 
     def visit(node: int) -> None:
         here = len(feature)
-        leaf = tree.children_left[node] < 0
-        feature.append(-1 if leaf else int(tree.feature[node]))
-        value.append(float(tree.value[node].item() if leaf else tree.threshold[node]))
+        leaf = lefts[node] < 0
+        feature.append(-1 if leaf else features[node])
+        value.append(means[node] if leaf else thresholds[node])
         right.append(0)
         if not leaf:
-            visit(tree.children_left[node])
+            visit(lefts[node])
             right[here] = len(feature)
-            visit(tree.children_right[node])
+            visit(rights[node])
 
     visit(0)
     return np.array(feature), value, np.array(right)
