@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 MEMORY = 1 << 30
 LOOKS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
@@ -33,12 +33,12 @@ class OnTheCpu(TorchFunctionMode):
             return args[0]
         if func is torch.device:
             return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_cpu, (args, kwargs or {}))
-        kwargs.pop("pin_memory", None)
-        return func(*args, **kwargs)
+        kwargs = {name: _cpu(value) for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        return func(*map(_cpu, args), **kwargs)
 
 
 def _cpu(value: Any) -> Any:
+    """Devices are given as arguments, never inside of lists."""
     is_cuda = isinstance(value, torch.device | str) and str(value).startswith("cuda")
     return torch.device("cpu") if is_cuda else value
 

@@ -347,10 +347,9 @@ def test_the_ranks_of_a_stage_share_a_machine_where_one_holds_them(oracle: GetOr
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
     try:
-        for num_cpus in (3, 2):
-            cluster.add_node(num_cpus=num_cpus)
+        cluster.add_node(num_cpus=2)
         ray.init(address=cluster.address, log_to_driver=False)
         mine: Any = start(oracle().engine_spec(tp=2, pp=2), "ray")
         try:

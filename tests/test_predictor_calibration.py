@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ def gemm_law(m, k, n):  # type: ignore[no-untyped-def]
     return 4e-6 + np.maximum(flops / 0.7, traffic / 0.8)
 
 
+@cache
 def tables() -> pd.DataFrame:
     """Measurements of every kind, without noise, around the shapes of the model."""
     rng = np.random.default_rng(0)
@@ -153,7 +156,10 @@ def test_held_out_errors_and_intervals_are_honest(calibration: store.Calibration
         assert 0.75 <= interval["covers"] <= 0.99, kind
         low, high = calibration.interval(kind, 1e-4)
         assert low < high
-    assert calibration.records["gemm"]["held_out"]["groups_over_20us"]["count"] == 3
+    gemm = calibration.records["gemm"]
+    assert gemm["held_out"]["groups_over_20us"]["count"] == 3
+    assert gemm["held_out_new_shapes"]["count"] == gemm["held_out"]["count"]  # of models, whose shapes others may have
+    assert 0 < gemm["held_out_new_shapes"]["mape"] < 0.12
 
 
 def test_what_is_saved_loads_the_same_and_again_gives_the_same_files(
@@ -162,12 +168,12 @@ def test_what_is_saved_loads_the_same_and_again_gives_the_same_files(
     store.save(calibration, tmp_path / "a")
     loaded = store.load(tmp_path / "a", DEVICE)
     store.save(loaded, tmp_path / "b")
-    again = calibration_fit.fit(DEVICE, [tables()], on_progress=lambda line: None)
-    store.save(again, tmp_path / "c")
     for path in sorted((tmp_path / "a").iterdir()):
-        assert (
-            path.read_bytes() == (tmp_path / "b" / path.name).read_bytes() == (tmp_path / "c" / path.name).read_bytes()
-        )
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    again = calibration_fit.learn(DEVICE, [tables()])  # its errors are of the same fits, with rows left out
+    assert {kind: model.to_json() for kind, model in again.items()} == {
+        kind: model.to_json() for kind, model in calibration.models.items()
+    }
 
 
 def test_a_batch_takes_the_sum_of_its_operators(shipped: Path) -> None:
@@ -277,6 +283,7 @@ def test_sources_of_another_device_are_refused() -> None:
 
 def test_attention_is_carried_over_and_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frame = tables()
+    frame = frame[(frame["kind"] != "gemm") | (np.arange(len(frame)) % 8 == 0)]  # of no interest here
     other = frame[~frame["kind"].isin(["attention_prefill", "attention_decode"])].assign(device="a40")
     attention = frame[frame["kind"].isin(["attention_prefill", "attention_decode"])]
     calibration = calibration_fit.fit(catalog.device("a40"), [other, attention], on_progress=lambda line: None)
@@ -352,9 +359,11 @@ def test_operators_run_as_one_are_their_parts_where_only_these_were_measured(
 ) -> None:
     """At a launch floor of 2 us each, two operators that became one take 2 us less in every layer."""
     frame = tables()
+    frame = frame[frame["kind"] == "elementwise"]  # the others stay as they are
     whole = frame[frame["operator"] == "input_norm"]
     fused = [whole.assign(operator=name) for name in ("mlp_residual_norm", "rotary_kv_write")]
-    of_one = calibration_fit.fit(DEVICE, [pd.concat([frame, *fused], ignore_index=True)], on_progress=lambda line: None)
+    learned_anew = calibration_fit.learn(DEVICE, [pd.concat([frame, *fused], ignore_index=True)])
+    of_one = replace(calibration, models={**calibration.models, **learned_anew})
     monkeypatch.setattr(device_folder, "CALIBRATIONS", tmp_path)
     monkeypatch.setenv("WINDTUNNEL_CACHE_DIR", str(tmp_path / "cache"))
     times = []
