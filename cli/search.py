@@ -32,7 +32,7 @@ from studies.words import times_kind, unlike_sources
 from windtunnel.capacity import checked, deployed, open_search, read_search_file
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
-from windtunnel.prices import price_of
+from studies.capacity.sweep import price_of
 from windtunnel.prices import prices as parse_prices
 from windtunnel.results import SEARCH_FILE
 from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, BenchConfig, load, read_file
