@@ -16,7 +16,7 @@ from cli.output import progress_bar
 from engine.errors import InputError
 from studies.plan.answer import HELD, layout_words
 from studies.words import number, percent, seconds
-from windtunnel.plan import default_folder, given_axes, listed, make_plan
+from windtunnel.planning import default_folder, given_axes, listed, make_plan
 from windtunnel.prices import prices
 from windtunnel.settings import read_file
 

@@ -116,7 +116,7 @@ def plan(
     Raises InputError for an unknown keyword, an impossible setting, and settings that can't be planned with.
     """
     with _in_keywords():
-        from windtunnel.plan import given_axes, listed, make_plan
+        from windtunnel.planning import given_axes, listed, make_plan
         from windtunnel.prices import prices
         from windtunnel.results import Plan
         from windtunnel.settings import read_file

@@ -35,6 +35,7 @@ from windtunnel.plan_point import forget_points, work
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices_of
 from windtunnel.results import PLAN_FILE
+from windtunnel.run_config import full_paths
 from windtunnel.settings import FileConfig, combined
 
 ENGINE = "vllm@latest"
@@ -214,7 +215,7 @@ def _candidates(
                 _check_load(config)
                 checked_once = True
             shown = {"device": device, **{name: change[name] for name in axes if change[name] is not None}}
-            name, of = name_of(shown), config.model_dump(mode="json")
+            name, of = name_of(shown), full_paths(config.model_dump(mode="json"))
             if (key := json.dumps(of, sort_keys=True)) not in seen:
                 seen.add(key)  # files of one name in two folders are two points: the hash tells their trials apart
                 place = file_name("the point", f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
