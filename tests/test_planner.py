@@ -1,5 +1,6 @@
 """`windtunnel plan` where fleets grow and jobs crash, what its answer says, and devices and engines of one's own."""
 
+import gc
 import json
 import shutil
 from collections.abc import Mapping
@@ -120,7 +121,8 @@ def test_the_cheapest_is_found_though_fleets_grow_and_jobs_crash(points: list[di
 
 
 def test_what_was_dismissed_against_a_fleet_that_grew_is_sized() -> None:
-    planner, _ = _planned([_point(10, more=3, loose=1.01), _point(11, loose=1.01)])
+    points = [_point(10, more=3, loose=1.01), _point(11, loose=1.01), _point(12, loose=1.01, device="b")]
+    planner, _ = _planned(points)
     assert planner.best is not None and (planner.best.name, planner.best.replicas) == ("1", 11)
 
 
@@ -169,15 +171,6 @@ def test_the_slo_that_lone_requests_miss_is_the_one_that_is_told() -> None:
 def test_a_runner_up_would_have_to_hold_with_fewer_that_there_can_be(step: int, usd: float, words: str) -> None:
     told = " ".join(against(_candidate(10), _candidate(24, usd, step=step), 40.0))
     assert words in told and ("It would have" in told) == bool(words)
-
-
-def test_draws_span_the_range_and_what_has_no_errors_does_not() -> None:
-    each = _candidate(10, draws={draw: {"qps": qps} for draw, qps in enumerate([10.0, 8.0, 9.0])})
-    low, mid, high = each.capacity(40.0)
-    assert (mid, high) == (10.0, 10.0) and low == pytest.approx(8.0)
-    each.draws[0] = {"qps": 4.0}
-    each.draws[2] = {"qps": 6.0}
-    assert each.capacity(40.0) == pytest.approx([4.0, 4.0, 8.0])
 
 
 def test_a_gpus_tokens_are_of_the_whole_conversation() -> None:
@@ -288,6 +281,7 @@ def test_crashes_are_told_apart_and_the_rest_is_planned(tmp_path: Path, monkeypa
 
     for name in ("FLEET_S", "DRAW_S", "CURVE_S"):
         monkeypatch.setattr(f"windtunnel.plan_point.{name}", 1.0)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes longer than such short trials
     monkeypatch.setattr(windtunnel.planning, "work", some)
     card, folder = tmp_path / "card.yaml", tmp_path / "plan"
     card.write_text(CARD)

@@ -91,9 +91,9 @@ class Candidate:
     def capacity(self, rate: float) -> list[float]:
         """Return requests/s of a replica: low, expected and high.
 
-        Of a finalist the range that its draws span around what its fleet carries; of another that holds the rates at
-        which its fleets were seen to hold and to miss; of one that was dismissed what its bound or its trials leave
-        open.
+        Of a finalist the range that its draws span around what its fleet carries, and that itself; of another that
+        holds the rates at which its fleets were seen to hold and to miss; of one that was dismissed what its bound or
+        its trials leave open.
         """
         holds, held = self.outcome == "holds", rate / self.count
         missed = rate / self.too_few if self.too_few else inf
