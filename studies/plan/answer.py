@@ -132,9 +132,9 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     """Return how a runner-up compares: its price, whether they can be told apart, and what would change the choice."""
     row = row_of(other, rate)
     more = other.usd_per_hour / best.usd_per_hour - 1
-    fleet = f"{row['replicas']} replicas of {layout_words(row)}"
+    fleet = f"{row['replicas']} replica{'s' * (row['replicas'] != 1)} of {layout_words(row)}"
     usd = f"${number(row['usd_per_hour'])}/h ({percent(more, sign=True)})"
-    words = [f"Runner-up: {fleet}, {row['gpus']} GPUs, {usd}."]
+    words = [f"Runner-up: {fleet}, {row['gpus']} GPU{'s' * (row['gpus'] != 1)}, {usd}."]
     (low, high), (other_low, other_high) = best.usd_range(rate), other.usd_range(rate)
     if 0 in other.draws and other_low <= high and low <= other_high:
         words.append(
