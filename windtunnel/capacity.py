@@ -204,8 +204,8 @@ def kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any]
 
 
 @contextmanager
-def open_search(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Own a folder for a search: a new one, or one with the same search, which resumes.
+def open_search(folder: Path, settings: dict[str, Any], what: str = "a search") -> Iterator[None]:
+    """Own a folder for a search, or for `what` it is: a new one, or one with the same, which resumes.
 
     Raises InputError if it holds anything else, or another process is at it.
     """
@@ -213,7 +213,7 @@ def open_search(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     with owned(folder, ours=(SETTINGS,)):
         if path.is_file():
             if read_json(path, "give another --output-dir") != json.loads(json.dumps(settings)):
-                raise InputError(f"{folder} holds a search with other settings: give another --output-dir")
+                raise InputError(f"{folder} holds {what} with other settings: give another --output-dir")
         elif any(folder.iterdir()):
             raise InputError(f"output folder {folder} is not empty: give another --output-dir")
         else:
