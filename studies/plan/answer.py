@@ -6,7 +6,7 @@ print(row["usd_per_hour"], limits(best), *against(best, second, 40.0))
 
 from __future__ import annotations
 
-from math import inf, isfinite
+from math import floor, inf, isfinite
 from typing import Any
 
 from engine.results.metric_table import METRICS
@@ -16,6 +16,7 @@ from studies.plan.planner import Candidate, Planner
 from studies.words import number, percent, seconds
 
 FULL = 0.95  # share of the KV cache from which it is taken to be full
+HELD = {"holds": "met", "none": "missed", "dismissed": "costs more"}  # an outcome in a table: other names stay
 LATENCIES = ("p50_ttft", "p99_ttft", "p50_tbt", "p99_tbt", "p50_e2e", "p99_e2e")
 
 
@@ -77,7 +78,15 @@ def headroom(candidate: Candidate, rate: float) -> float | None:
 
 def limits(candidate: Candidate) -> str:
     """Return what keeps a candidate from more load, in a sentence, with what to change."""
-    trial = candidate.whole or candidate.trial or candidate.alone
+    trial, alone = candidate.whole or candidate.trial or candidate.alone, candidate.alone
+    if candidate.outcome != "holds" and alone is not None:
+        margin = inf if alone["margin"] is None else alone["margin"]
+        if margin > 1:
+            times = f", {number(margin)} times over" if margin < inf else ""
+            return (
+                f"{alone['binding_slo']} is missed even by requests that are alone{times}: a faster GPU, more tensor "
+                "parallelism or a looser SLO is needed."
+            )
     draw = candidate.draws.get(0)
     binding = (draw or {}).get("binding_slo") or (trial or {}).get("binding_slo")
     if binding is None:
@@ -88,12 +97,6 @@ def limits(candidate: Candidate) -> str:
     summary = {**(trial or {}).get("summary", {}), **beyond}
     seats, budget = candidate.replica["max_num_seqs"], candidate.replica["max_num_batched_tokens"]
     full_s = candidate.batch.get("full_s", 0.0)
-    if candidate.outcome != "holds" and candidate.alone is not None:
-        alone = candidate.alone["margin"] or inf
-        return (
-            f"{binding} is missed even by requests that are alone, {number(alone)} times over: a faster GPU, more "
-            "tensor parallelism or a looser SLO is needed."
-        )
     cache = summary.get("peak_kv_utilization") or 0.0
     if slo.metric in ("tbt", "tpot"):
         if budget and full_s > 0.5 * slo.threshold_s:
@@ -129,9 +132,9 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     """Return how a runner-up compares: its price, whether they can be told apart, and what would change the choice."""
     row = row_of(other, rate)
     more = other.usd_per_hour / best.usd_per_hour - 1
-    fleet = f"{row['replicas']} replicas of {layout_words(row)}"
+    fleet = f"{row['replicas']} replica{'s' * (row['replicas'] != 1)} of {layout_words(row)}"
     usd = f"${number(row['usd_per_hour'])}/h ({percent(more, sign=True)})"
-    words = [f"Runner-up: {fleet}, {row['gpus']} GPUs, {usd}."]
+    words = [f"Runner-up: {fleet}, {row['gpus']} GPU{'s' * (row['gpus'] != 1)}, {usd}."]
     (low, high), (other_low, other_high) = best.usd_range(rate), other.usd_range(rate)
     if 0 in other.draws and other_low <= high and low <= other_high:
         words.append(
@@ -145,8 +148,10 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
             f"${number(other.usd_per_gpu_hour)})."
         )
     else:
-        fewer = int(best.usd_per_hour // other.usd_per_replica)
-        words.append(f"It would have to hold with {fewer} replicas, {number(rate / max(fewer, 1))} requests/s each.")
+        fewer = floor(best.usd_per_hour / other.usd_per_replica * (1 + 1e-9)) // other.step * other.step
+        if other.step <= fewer < other.count:
+            many = f"{fewer} replica{'s' * (fewer > 1)}"
+            words.append(f"It would have to hold with {many}, {number(rate / fewer)} requests/s each.")
     return words
 
 
@@ -190,6 +195,7 @@ def _facts(candidate: Candidate, rate: float) -> dict[str, Any]:
         "outcome": candidate.outcome,
         "why": candidate.why,
         "usd_per_gpu_hour": candidate.usd_per_gpu_hour,
+        "tokens_per_arrival": candidate.bound["tokens"],
         "usd_range": [value if isfinite(value) else None for value in candidate.usd_range(rate)],
         "finalist": bool(candidate.draws),
         "expected": expected(candidate),

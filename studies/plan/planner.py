@@ -91,19 +91,21 @@ class Candidate:
     def capacity(self, rate: float) -> list[float]:
         """Return requests/s of a replica: low, expected and high.
 
-        Of a finalist the range that its draws span around what its fleet carries; of another that holds the rates at
-        which its fleets were seen to hold and to miss; of one that was dismissed what its bound or its trials leave
-        open.
+        Of a finalist the range that its draws span around what its fleet carries, and that itself; of another that
+        holds the rates at which its fleets were seen to hold and to miss; of one that was dismissed what its bound or
+        its trials leave open.
         """
-        if 0 in self.draws and self.replicas:
-            held, missed = rate / self.replicas, rate / self.too_few if self.too_few else inf
+        holds, held = self.outcome == "holds", rate / self.count
+        missed = rate / self.too_few if self.too_few else inf
+        if 0 in self.draws and holds:
             base = self.draws[0]["qps"] or held
             mid = min(max(base, held), missed)  # the fleet itself was seen to hold, and one with fewer to miss
-            low, high = (mid * value / base for value in ends([draw["qps"] for draw in self.draws.values()]))
+            drawn = [result["qps"] for draw, result in self.draws.items() if draw] or [base]
+            low, high = (mid * value / base for value in ends(drawn))
             return [min(low, mid), mid, max(high, mid)]
-        most = min(self.bound.get("most") or inf, rate / self.too_few if self.too_few else inf)
-        if self.replicas:
-            held = rate / self.replicas
+        most = self.bound.get("most")
+        most = min(inf if most is None else most, missed)
+        if holds:
             return [held, held, max(held, most) if most < inf else held]
         if self.outcome == "none":
             return [0.0, 0.0, 0.0]
@@ -156,9 +158,7 @@ class Planner:
         for each in self.candidates:
             yield self._job(each, "bound")
         yield from self._wait()
-        yield from self._sizes()
-        yield from self._wait()
-        yield from self._runners_up()
+        yield from self._fleets()
         yield from self._ends()
 
     def take(self, number: int, result: Mapping[str, Any]) -> None:
@@ -169,7 +169,10 @@ class Planner:
         what = job["what"]
         if result["status"] != "done":
             candidate.asked = False
-            self.failed.append({"name": candidate.name, "why": str(result["error"]), "status": result["status"]})
+            self.failed.append(
+                {"name": candidate.name, "what": what, "why": str(result["error"]), "status": result["status"],
+                 "traceback": str(result.get("traceback") or "")}
+            )  # fmt: skip
             if what not in ("draw", "curve"):  # without these its fleet is known
                 candidate.outcome, candidate.why = result["status"], str(result["error"])
             return
@@ -206,6 +209,7 @@ class Planner:
             if candidate.outcome == "holds" and not candidate.whole["holds"]:
                 candidate.too_few = candidate.replicas
                 candidate.replicas = (candidate.replicas or 0) + candidate.step
+                candidate.trial = candidate.whole = None  # of a fleet that missed; the larger one is simulated in turn
 
     def _wait(self) -> Iterator[None]:
         while self._pending:
@@ -216,6 +220,12 @@ class Planner:
         self._given.append((candidate, job))
         self._pending += 1
         return job
+
+    def _fleets(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the searches of fleets: of every point that may win, then of something to compare the best with."""
+        yield from self._sizes()
+        yield from self._wait()
+        yield from self._runners_up()
 
     def _sizes(self) -> Iterator[dict[str, Any] | None]:
         """Yield the searches of fleets, the likeliest first; what misses by far is tried again when others were."""
@@ -271,21 +281,11 @@ class Planner:
 
     def _ends(self) -> Iterator[dict[str, Any] | None]:
         """Yield the whole fleet of the best, growing until it holds, and the draws of the finalists."""
+        yield from self._whole_fleets()
         if not self.holding:
-            for each in self.candidates:
-                if each.outcome == "none":
-                    yield self._job(each, "alone", likely=each.likely)
-            yield from self._wait()
-            if self.best is not None:
-                self.best.replicas = self.best.count
-                yield self._job(self.best, "finish", replicas=self.best.count)
+            yield from self._closest()
             return
-        while True:
-            best = self.holding[0]
-            if best.whole is not None and best.whole["replicas"] == best.replicas:
-                break
-            yield self._job(best, "finish", replicas=best.replicas)
-            yield from self._wait()
+        best = self.holding[0]
         yield self._job(best, "curve", replicas=best.count, start=self.rate / best.count)
         self.finalists = self._choose_finalists()
         for draw in range(self.num_draws + 1):
@@ -293,6 +293,36 @@ class Planner:
                 start = self.rate / each.count
                 yield self._job(each, "draw", draw=draw, replicas=each.count, start=start)
         yield from self._wait()
+
+    def _whole_fleets(self) -> Iterator[dict[str, Any] | None]:
+        """Yield whole fleets until that of the best holds, and those that have grown.
+
+        Where the best becomes dearer, or can't be simulated, what was dismissed against it is searched again.
+        """
+        while held := self.holding:
+            best = held[0]
+            unsure = [best] if best.whole is None else [each for each in held if each.whole is each.trial is None]
+            if not unsure:
+                return
+            price = best.usd_per_hour
+            yield self._job(unsure[0], "finish", replicas=unsure[0].count)
+            yield from self._wait()
+            now = self.holding[0].usd_per_hour if self.holding else inf
+            again = [each for each in self.candidates if each.outcome == "dismissed" and price < now > each.fewest_usd]
+            for each in again:
+                each.outcome, each.why = "open", ""
+            if again:
+                yield from self._fleets()
+
+    def _closest(self) -> Iterator[dict[str, Any] | None]:
+        """Yield one request at a time on every point, where no fleet holds, and the fleet of what comes closest."""
+        for each in self.candidates:
+            if each.outcome == "none":
+                yield self._job(each, "alone", likely=each.likely)
+        yield from self._wait()
+        while (best := self.best) is not None and best.whole is None:
+            yield self._job(best, "finish", replicas=best.count)
+            yield from self._wait()
 
     def _choose_finalists(self) -> list[Candidate]:
         """Return the best and those nearest to it, another device's best among them if one holds."""
