@@ -111,9 +111,7 @@ def test_a_plugin_adds_a_policy(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from engine.scheduling.policies import POLICIES, VLLM\nclass Mine(VLLM):\n    pass\nPOLICIES['mine'] = Mine\n"
     )
-    done = process(
-        "simulate", *SMALL, "--plugin", "mine.py", "--scheduler", "mine", "--output-dir", "o", cwd=tmp_path
-    )
+    done = process("simulate", *SMALL, "--plugin", "mine.py", "--scheduler", "mine", "--output-dir", "o", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
