@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from engine.results.slo import SLO
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy
 from studies.capacity.search import find_capacity
-from studies.capacity.trial import at_rate, simulated_trial
+from studies.capacity.trial import Trial, at_rate, simulated_trial
 from studies.jobs.pool import in_turn
 from studies.pages.plan import write_plan
 from studies.plan.bounds import replica_bound
@@ -140,7 +141,12 @@ def test_no_simulated_capacity_is_above_its_bound(budget: int, slos: list[str]) 
                         max_model_len=4096)  # fmt: skip
     goals = [SLO.parse(text) for text in slos]
     bound = replica_bound(kind, make_workload(spec), goals)
-    found = find_capacity(lambda rate: simulated_trial(at_rate(spec, rate), [kind], goals, rate), bound.likely, 0.1)
+
+    def run(rate: float) -> Trial:
+        trial = simulated_trial(at_rate(spec, rate), [kind], goals, rate)
+        return replace(trial, met=trial.holds)  # as a plan judges: a short run may end before a queue that grows is late
+
+    found = find_capacity(run, bound.likely, 0.1)
     assert 0 < found.qps <= bound.most
     assert found.qps > 0.3 * bound.most or len(slos) > 1  # and the bound says something
 

@@ -212,7 +212,8 @@ def draw_point(job: dict[str, Any]) -> dict[str, Any]:
     """Return the capacity of a replica in a group behind the router, for one draw of what is uncertain.
 
     Draw 0 has the plan's own seed and the predicted times as they are; each other one a workload of its own seed and
-    times with their errors drawn, which unlike candidates share as far as they have them in common.
+    times with their errors drawn, which unlike candidates share as far as they have them in common. As of a fleet, a
+    rate at which the queue grows is too high, even where the trial ends before an SLO is missed.
     """
     point = point_of(job)
     group = min(job["replicas"], max(GROUP, point.step))
@@ -227,7 +228,7 @@ def draw_point(job: dict[str, Any]) -> dict[str, Any]:
         def run(rate: float) -> Trial:
             trial = point.trial(at_rate(spec, rate * group), fleet, rate * group)
             trials.append({**_kept(trial), "rate": rate})
-            return replace(trial, rate=rate)
+            return replace(trial, rate=rate, met=trial.holds)
 
         capacity = find_capacity(run, job["start"], TOLERANCE, _STEPS)
         qps = capacity.qps / (group if capacity.outcome == "all" else 1)
@@ -292,10 +293,9 @@ def alone_point(job: dict[str, Any]) -> dict[str, Any]:
 
 def _kept(trial: Trial) -> dict[str, Any]:
     """Return what is kept of a trial; its rate is the fleet's."""
-    growing = trial.summary.get("saturation", {}).get("growing") is True
     return {
         **trial.to_json(),
-        "holds": trial.met and not growing,
+        "holds": trial.holds,
         "summary": {name: trial.summary[name] for name in _KEPT if name in trial.summary},
     }
 

@@ -120,8 +120,8 @@ def limits(candidate: Candidate) -> str:
 
 
 def _beyond(draw: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the summary of the lowest rate that was seen to miss an SLO."""
-    missed = [trial for trial in (draw or {}).get("trials", ()) if not trial["met"]]
+    """Return the summary of the lowest rate that was seen not to hold."""
+    missed = [trial for trial in (draw or {}).get("trials", ()) if not trial["holds"]]
     return min(missed, key=lambda trial: trial["rate"])["summary"] if missed else {}
 
 
