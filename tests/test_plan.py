@@ -144,7 +144,7 @@ def test_no_simulated_capacity_is_above_its_bound(budget: int, slos: list[str]) 
 
     def run(rate: float) -> Trial:
         trial = simulated_trial(at_rate(spec, rate), [kind], goals, rate)
-        return replace(trial, met=trial.holds)  # as a plan judges: a short run may end before a queue that grows is late
+        return replace(trial, met=trial.holds)  # as a plan judges: a short run ends before a queue that grows is late
 
     found = find_capacity(run, bound.likely, 0.1)
     assert 0 < found.qps <= bound.most

@@ -35,7 +35,7 @@ FLEET_S = 120.0  # seconds of load that a fleet is simulated under, at least
 SPANS = 6.0  # and times the median E2E: as many requests are under way then as ever will be, most of the time
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.6, 2.0)  # shares of the plan's load at which latencies are drawn
 CURVE_S = 60.0  # seconds of load of each
-DRAW_S = 60.0  # of a search of the capacity
+DRAW_S = 120.0  # of a search of the capacity: in less a queue that fills up looks like one that grows
 MOST_REQUESTS = 24_000  # of such a trial; of a fleet that takes more a slice is simulated, at its share of the rate
 GROUP = 4  # replicas, at most, whose capacity behind the router is searched
 TOLERANCE = 0.05  # of that search: what the draws differ by is more
@@ -118,8 +118,9 @@ class Point:
                 share = self.step * ceil(some / self.step) / replicas
             fleet = self.fleet(round(replicas * share))
             rate = self.rate * share
-            trial = self.trial(at_rate(self.fleet_spec(seconds * share), rate), fleet, rate, stop=not whole)
-            return {**_kept(trial), "replicas": replicas, "simulated_replicas": fleet.replicas}
+            load = at_rate(self.fleet_spec(seconds * share), rate)
+            trial = self.trial(load, fleet, rate, stop=not whole)
+            return {**_kept(trial), "replicas": replicas, "simulated_replicas": fleet.replicas, "requests": len(load)}
 
         if whole and (found := self.cache.read(f"fleet-{replicas}")) is not None:
             ended = found["summary"].get("stopped_early") is None

@@ -6,6 +6,7 @@ print(row["usd_per_hour"], limits(best), *against(best, second, 40.0))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, isfinite
 from typing import Any
 
@@ -150,6 +151,22 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     return words
 
 
+def elsewhere(best: Candidate, known: Sequence[Candidate]) -> list[str]:
+    """Return from what price on each device could not be chosen of which no fleet was found that holds."""
+    words = []
+    held = {each.device for each in known if each.outcome == "holds"}
+    for device in dict.fromkeys(each.device for each in known if each.device not in held):
+        mine = [each for each in known if each.device == device and each.outcome == "dismissed"]
+        if mine:
+            least = min(mine, key=lambda each: each.fewest_usd)
+            gpus = least.fewest * least.gpus
+            words.append(
+                f"At least {gpus:,} GPUs of {device} would be needed (now ${number(least.usd_per_gpu_hour)} per "
+                f"GPU-hour): above ${number(best.usd_per_hour / gpus)} they can't be the cheaper ones."
+            )
+    return words
+
+
 def _usd(value: float) -> str:
     return f"${number(value)}" if isfinite(value) else "any price"
 
@@ -166,6 +183,8 @@ def summary_of(planner: Planner) -> dict[str, Any]:
     words = [limits(best)]
     if second is not None:
         words += against(best, second, rate)
+    if best.outcome == "holds":
+        words += elsewhere(best, known)
     return {
         "rate": rate,
         "best": row_of(best, rate),
