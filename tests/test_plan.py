@@ -33,10 +33,11 @@ KEYS = {
     "max_num_batched_tokens", "max_num_seqs", "quantization", "replicas", "gpus", "usd_per_hour",
     "usd_per_million_output_tokens", "usd_per_million_total_tokens", "capacity_per_replica", "met", "provenance",
 }  # fmt: skip
+RATE = 150
 SMALL = [
     "plan", "--model", "microsoft/phi-2", "--workload", "fixed", "--input-len", "300", "--output-len", "30",
-    "--devices", "a100_sxm,l40s", "--gpu-price", "a100_sxm=1.5,l40s=0.9", "--request-rate", "5", "--num-prompts", "60",
-    "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1", "--max-num-batched-tokens", "512",
+    "--devices", "a100_sxm,l40s", "--gpu-price", "a100_sxm=1.5,l40s=0.9", "--request-rate", str(RATE),
+    "--num-prompts", "60", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1", "--max-num-batched-tokens", "128,512",
     "--uncertainty", "2", "--workers", "1", "--slo", "p99_ttft<=1", "--slo", "p99_tbt<=50ms",
 ]  # fmt: skip
 
@@ -154,21 +155,46 @@ def test_no_simulated_capacity_is_above_its_bound(budget: int, slos: list[str]) 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
-    folder = tmp_path_factory.mktemp("plan") / "small"
+Planned = tuple[Path, dict[str, Any], str]  # its folder, its last line, all that it printed
+
+
+def small_plan(folder: Path, *more: str) -> Planned:
+    """Plan the small space with short trials."""
+    short = {"FLEET_S": 6.0, "DRAW_S": 6.0, "CURVE_S": 3.0, "CURVE": (0.5, 1.0), "TOLERANCE": 0.5}
     with pytest.MonkeyPatch.context() as patched:
-        for name in ("FLEET_S", "DRAW_S", "CURVE_S"):
-            patched.setattr(f"windtunnel.plan_point.{name}", 10.0)
-        done = CliRunner().invoke(cli.main.app, [*SMALL, "--output-dir", str(folder), "--json"])
+        for name, value in short.items():
+            patched.setattr(f"windtunnel.plan_point.{name}", value)
+        done = CliRunner().invoke(cli.main.app, [*SMALL, *more, "--output-dir", str(folder), "--json"])
     assert done.exit_code == 0, done.output
     return folder, json.loads(done.stdout.splitlines()[-1]), done.output
 
 
-def test_the_json_line_is_a_bill_that_adds_up(planned: tuple[Path, dict[str, Any], str]) -> None:
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
+    return small_plan(tmp_path_factory.mktemp("plan") / "small")
+
+
+def test_the_best_is_that_of_an_exhaustive_search(planned: Planned, tmp_path: Path) -> None:
+    _, found, _ = planned
+    _, every, _ = small_plan(tmp_path / "every", "--exhaustive")
+    assert all(row["met"] for row in every["candidates"])  # each was sized to its end
+    assert not all(row["met"] for row in found["candidates"])  # and some were not worth it
+    assert found["best"] == every["best"]
+    needed = {name_of(row): row["replicas"] for row in every["candidates"]}
+    for row in found["candidates"]:
+        assert row["replicas"] <= needed[name_of(row)] and (
+            row["met"] or row["usd_per_hour"] > found["best"]["usd_per_hour"]
+        )
+
+
+def name_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["device"], row["max_num_batched_tokens"]
+
+
+def test_the_json_line_is_a_bill_that_adds_up(planned: Planned) -> None:
     _, found, _ = planned
     assert set(found) == {"best", "candidates"}
-    assert len(found["candidates"]) == 2
+    assert len(found["candidates"]) == 4
     for row in found["candidates"]:
         assert set(row) == KEYS
         low, mid, high = row["capacity_per_replica"]
@@ -176,20 +202,20 @@ def test_the_json_line_is_a_bill_that_adds_up(planned: tuple[Path, dict[str, Any
         price = {"a100_sxm": 1.5, "l40s": 0.9}[row["device"]]
         assert row["gpus"] == row["replicas"] * row["tensor_parallel_size"] * row["pipeline_parallel_size"]
         assert row["usd_per_hour"] == pytest.approx(row["gpus"] * price)
-        assert row["usd_per_million_output_tokens"] == pytest.approx(row["usd_per_hour"] / (5 * 30 * 3600) * 1e6)
-        assert row["usd_per_million_total_tokens"] == pytest.approx(row["usd_per_hour"] / (5 * 330 * 3600) * 1e6)
+        assert row["usd_per_million_output_tokens"] == pytest.approx(row["usd_per_hour"] / (RATE * 30 * 3600) * 1e6)
+        assert row["usd_per_million_total_tokens"] == pytest.approx(row["usd_per_hour"] / (RATE * 330 * 3600) * 1e6)
         assert row["engine"].startswith("vllm@") and "latest" not in row["engine"]
         assert row["provenance"].startswith("calibrated")
     best = found["best"]
     assert best == found["candidates"][0] and best["met"]
     assert best["usd_per_hour"] == min(row["usd_per_hour"] for row in found["candidates"] if row["met"])
-    assert best["replicas"] * best["capacity_per_replica"][2] >= 5
+    assert best["replicas"] * best["capacity_per_replica"][2] >= RATE
 
 
-def test_the_answer_comes_first_and_the_fleet_holds(planned: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_answer_comes_first_and_the_fleet_holds(planned: Planned) -> None:
     folder, found, output = planned
     best = found["best"]
-    printed = [line for line in output.splitlines() if " of 2)" not in line and "finalists (" not in line]
+    printed = [line for line in output.splitlines() if " of 4)" not in line and "finalists (" not in line]
     assert f"{best['replicas']} replica" in printed[0] and best["device"] in printed[0]
     for word in ("per million tokens", "headroom", "Runner-up", "TTFT", best["engine"]):
         assert word in output
@@ -198,9 +224,7 @@ def test_the_answer_comes_first_and_the_fleet_holds(planned: tuple[Path, dict[st
     assert all(each["met"] for each in run.summary["slos"])
 
 
-def test_the_same_command_resumes_without_simulating(
-    planned: tuple[Path, dict[str, Any], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_resumes_without_simulating(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*arguments: Any, **more: Any) -> None:
         raise AssertionError("simulated again")
 
@@ -213,7 +237,7 @@ def test_the_same_command_resumes_without_simulating(
     assert isinstance(other.exception, InputError) and "other settings" in str(other.exception)
 
 
-def test_the_page_starts_with_the_answer(planned: tuple[Path, dict[str, Any], str]) -> None:
+def test_the_page_starts_with_the_answer(planned: Planned) -> None:
     folder, found, _ = planned
     html = (folder / "report.html").read_text("utf-8")
     best = found["best"]
@@ -227,7 +251,7 @@ def test_the_page_starts_with_the_answer(planned: tuple[Path, dict[str, Any], st
 
 
 def test_nothing_meets_the_objectives_and_the_closest_is_told(tmp_path: Path) -> None:
-    arguments = [*SMALL[:-1], "p99_tbt<=1ms", "--tensor-parallel-size", "1", "--max-num-batched-tokens", "512"]
+    arguments = [*SMALL[:-1], "p99_tbt<=1ms", "--request-rate", "5", "--max-num-batched-tokens", "512"]
     done = CliRunner().invoke(cli.main.app, [*arguments, "--output-dir", str(tmp_path / "none"), "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.splitlines()[-1])

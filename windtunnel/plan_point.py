@@ -128,9 +128,19 @@ class Point:
                 return found
         return self.record(f"fleet-{replicas}{'-whole' if whole else ''}", make)
 
+    def group_size(self, replicas: int, rate: float) -> int:
+        """Return of how many replicas, of so many that carry `rate` each, the capacity is searched.
+
+        As few as take the plan's least number of requests in DRAW_S, at most GROUP.
+        """
+        few = min(GROUP, ceil((self.spec.num_prompts or 0) / (rate * DRAW_S))) if self.spec.trace is None else GROUP
+        group = min(replicas, max(few, 1))
+        return max(group - group % self.step, self.step)
+
     def trial(self, workload: Workload, fleet: Fleet, rate: float, stop: bool = True) -> Trial:
         """Simulate a fleet at a rate; `stop` gives the trial up as soon as an SLO can't be met any more."""
-        gc.collect()  # the fleet before: of many replicas, each with the blocks of its KV cache
+        if fleet.replicas > GROUP:
+            gc.collect()  # the fleet before: of many replicas, each with the blocks of its KV cache
         router, seed = fleet.router, self.settings.seed
         if stop:
             return simulated_trial(workload, fleet.deployments, self.slos, rate, None, router, seed)
@@ -217,8 +227,7 @@ def draw_point(job: dict[str, Any]) -> dict[str, Any]:
     rate at which the queue grows is too high, even where the trial ends before an SLO is missed.
     """
     point = point_of(job)
-    group = min(job["replicas"], max(GROUP, point.step))
-    group -= group % point.step
+    group = point.group_size(job["replicas"], job["start"])
 
     def make() -> dict[str, Any]:
         spec = point.fleet_spec(DRAW_S, job["start"] * group)
@@ -265,8 +274,7 @@ def full_batch(deployment: Deployment) -> dict[str, Any]:
 def curve_point(job: dict[str, Any]) -> dict[str, Any]:
     """Return what a group of a point's replicas does under shares of a load, each trial to its end."""
     point = point_of(job)
-    group = min(job["replicas"], max(GROUP, point.step))
-    group -= group % point.step
+    group = point.group_size(job["replicas"], job["start"])
 
     def make() -> dict[str, Any]:
         found = []

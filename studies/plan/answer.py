@@ -86,7 +86,7 @@ def limits(candidate: Candidate) -> str:
     slo = SLO.parse(binding)
     name = METRICS[slo.metric].name
     beyond = _beyond(draw)
-    summary = {**(trial or {}).get("summary", {}), **beyond}
+    summary = {**(trial or {}).get("summary", {}), **beyond.get("summary", {})}
     seats, budget = candidate.replica["max_num_seqs"], candidate.replica["max_num_batched_tokens"]
     full_s = candidate.batch.get("full_s", 0.0)
     if candidate.outcome != "holds" and candidate.alone is not None:
@@ -96,6 +96,12 @@ def limits(candidate: Candidate) -> str:
             "tensor parallelism or a looser SLO is needed."
         )
     cache = summary.get("peak_kv_utilization") or 0.0
+    if beyond.get("met"):
+        busy = percent(summary.get("steady_utilization") or 0.0)
+        return (
+            f"Throughput: with {number(beyond['rate'])} requests/s a replica the queue grows, with the GPUs {busy} "
+            "busy, though no SLO is missed at once; more replicas, a larger token budget or a faster GPU carry more."
+        )
     if slo.metric in ("tbt", "tpot"):
         if budget and full_s > 0.5 * slo.threshold_s:
             return (
@@ -121,18 +127,18 @@ def limits(candidate: Candidate) -> str:
 
 
 def _beyond(draw: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the summary of the lowest rate that was seen not to hold."""
+    """Return the trial of the lowest rate that was seen not to hold, if there is one."""
     missed = [trial for trial in (draw or {}).get("trials", ()) if not trial["holds"]]
-    return min(missed, key=lambda trial: trial["rate"])["summary"] if missed else {}
+    return min(missed, key=lambda trial: trial["rate"]) if missed else {}
 
 
 def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     """Return how a runner-up compares: its price, whether they can be told apart, and what would change the choice."""
     row = row_of(other, rate)
     more = other.usd_per_hour / best.usd_per_hour - 1
-    fleet = f"{row['replicas']} replicas of {layout_words(row)}"
+    fleet = f"{_count(row['replicas'], 'replica')} of {layout_words(row)}"
     usd = f"${number(row['usd_per_hour'])}/h ({percent(more, sign=True)})"
-    words = [f"Runner-up: {fleet}, {row['gpus']} GPUs, {usd}."]
+    words = [f"Runner-up: {fleet}, {_count(row['gpus'], 'GPU')}, {usd}."]
     (low, high), (other_low, other_high) = best.usd_range(rate), other.usd_range(rate)
     if 0 in other.draws and other_low <= high and low <= other_high:
         words.append(
@@ -145,14 +151,17 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
             f"It would be the cheaper one below ${number(even)} per {other.device}-hour (now "
             f"${number(other.usd_per_gpu_hour)})."
         )
+    elif more <= 0:
+        words.append("It costs the same, and comes nearer to its SLOs at this load.")
     else:
-        fewer = int(best.usd_per_hour // other.usd_per_replica)
-        words.append(f"It would have to hold with {fewer} replicas, {number(rate / max(fewer, 1))} requests/s each.")
+        fewer = int(best.usd_per_hour * (1 + 1e-9) // other.usd_per_replica)
+        with_ = f"with {_count(fewer, 'replica')}, {number(rate / fewer)} requests/s each" if fewer else "with none"
+        words.append(f"It would have to hold {with_}.")
     return words
 
 
 def elsewhere(best: Candidate, known: Sequence[Candidate]) -> list[str]:
-    """Return from what price on each device could not be chosen of which no fleet was found that holds."""
+    """Return the GPU prices above which devices without a fleet that was seen to hold can't win."""
     words = []
     held = {each.device for each in known if each.outcome == "holds"}
     for device in dict.fromkeys(each.device for each in known if each.device not in held):
@@ -161,10 +170,14 @@ def elsewhere(best: Candidate, known: Sequence[Candidate]) -> list[str]:
             least = min(mine, key=lambda each: each.fewest_usd)
             gpus = least.fewest * least.gpus
             words.append(
-                f"At least {gpus:,} GPUs of {device} would be needed (now ${number(least.usd_per_gpu_hour)} per "
-                f"GPU-hour): above ${number(best.usd_per_hour / gpus)} they can't be the cheaper ones."
+                f"{device}: {_count(gpus, 'GPU')} or more, so no cheaper above "
+                f"${number(best.usd_per_hour / gpus)} per GPU-hour (now ${number(least.usd_per_gpu_hour)})."
             )
     return words
+
+
+def _count(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def _usd(value: float) -> str:
