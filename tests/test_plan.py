@@ -37,8 +37,9 @@ RATE = 150
 SMALL = [
     "plan", "--model", "microsoft/phi-2", "--workload", "fixed", "--input-len", "300", "--output-len", "30",
     "--devices", "a100_sxm,l40s", "--gpu-price", "a100_sxm=1.5,l40s=0.9", "--request-rate", str(RATE),
-    "--num-prompts", "60", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1", "--max-num-batched-tokens", "128,512",
-    "--uncertainty", "2", "--workers", "1", "--slo", "p99_ttft<=1", "--slo", "p99_tbt<=50ms",
+    "--num-prompts", "60", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1",
+    "--max-num-batched-tokens", "128,512", "--uncertainty", "2", "--workers", "1",
+    "--slo", "p99_ttft<=1", "--slo", "p99_tbt<=50ms",
 ]  # fmt: skip
 
 
