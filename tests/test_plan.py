@@ -22,6 +22,7 @@ from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial, at_rate, simulated_trial
 from studies.jobs.pool import in_turn
 from studies.pages.plan import write_plan
+from studies.plan.answer import limits
 from studies.plan.bounds import replica_bound
 from studies.plan.planner import Candidate, Planner
 from studies.plan.smallest import smallest_fleet
@@ -61,6 +62,25 @@ def test_the_smallest_fleet_is_found_from_any_guess(needed: int, likely: int, st
     assert len(set(asked)) == len(asked)
     bounded = smallest_fleet(holds, likely, step=step, most=most)
     assert (bounded.replicas is None) == (most // step * step < fewest)
+
+
+def test_what_limits_a_fleet_is_told_by_the_load_beyond_its_capacity() -> None:
+    candidate = Candidate("a", "a100_sxm", 1.0, {"layout": [1, 1, 1]}, outcome="holds")
+    candidate.replica = {"max_num_seqs": 64, "max_num_batched_tokens": 512}
+    candidate.batch = {"full_s": 0.09}
+    held = {"binding_slo": "p99_tbt<=0.1s", "met": True, "holds": True, "rate": 2.0, "summary": {}}
+
+    def said(**beyond: Any) -> str:
+        over = {**held, "rate": 3.0, "holds": False, **beyond}
+        candidate.draws = {0: {"qps": 2.0, "binding_slo": over["binding_slo"], "trials": [held, over]}}
+        return limits(candidate)
+
+    assert said(met=False).startswith("TBT by the chunk") and "90 ms" in said(met=False)
+    assert said(summary={"steady_utilization": 1.0}).startswith(
+        "Throughput: with 3 requests/s a replica the queue grows"
+    )
+    assert said(summary={"peak_kv_utilization": 0.99}).startswith("The KV cache")
+    assert said(met=False, binding_slo="p99_ttft<=1s").startswith("TTFT by queueing")
 
 
 class Truth:

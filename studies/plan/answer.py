@@ -70,7 +70,7 @@ def expected(candidate: Candidate) -> dict[str, float | None]:
 
 
 def headroom(candidate: Candidate, rate: float) -> float | None:
-    """Return by what share the rate may rise until an SLO is missed, as expected; None if it is unknown."""
+    """Return by what share the rate may rise until the fleet no longer holds, as expected; None if it is unknown."""
     if not candidate.draws or not candidate.replicas:
         return None
     return candidate.replicas * candidate.capacity(rate)[1] / rate - 1
@@ -96,13 +96,8 @@ def limits(candidate: Candidate) -> str:
             "tensor parallelism or a looser SLO is needed."
         )
     cache = summary.get("peak_kv_utilization") or 0.0
-    if beyond.get("met"):
-        busy = percent(summary.get("steady_utilization") or 0.0)
-        return (
-            f"Throughput: with {number(beyond['rate'])} requests/s a replica the queue grows, with the GPUs {busy} "
-            "busy, though no SLO is missed at once; more replicas, a larger token budget or a faster GPU carry more."
-        )
-    if slo.metric in ("tbt", "tpot"):
+    outgrown = beyond.get("met")  # every SLO, but its queue grows
+    if slo.metric in ("tbt", "tpot") and not outgrown:
         if budget and full_s > 0.5 * slo.threshold_s:
             return (
                 f"{name} by the chunk ({binding}): one {budget:,}-token batch takes {seconds(full_s)}; lower the "
@@ -119,6 +114,11 @@ def limits(candidate: Candidate) -> str:
             "--kv-cache-dtype fp8, quantised weights or more GPUs a replica make room."
         )
     busy = summary.get("steady_utilization")
+    if outgrown:
+        return (
+            f"Throughput: with {number(beyond['rate'])} requests/s a replica the queue grows, though no SLO is missed at "
+            f"once (GPUs {percent(busy or 0.0)} busy); more replicas, a larger token budget or a faster GPU carry more."
+        )
     where = f" with the GPUs {percent(busy)} busy" if busy else ""
     return (
         f"{name} by queueing ({binding}): beyond the capacity prompts wait for their turn{where}; a larger token "
@@ -170,7 +170,7 @@ def elsewhere(best: Candidate, known: Sequence[Candidate]) -> list[str]:
             least = min(mine, key=lambda each: each.fewest_usd)
             gpus = least.fewest * least.gpus
             words.append(
-                f"{device}: {_count(gpus, 'GPU')} or more, so no cheaper above "
+                f"{device}: {_count(gpus, 'GPU')} or more, so it can only win below "
                 f"${number(best.usd_per_hour / gpus)} per GPU-hour (now ${number(least.usd_per_gpu_hour)})."
             )
     return words
