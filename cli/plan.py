@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -13,12 +14,13 @@ from rich.table import Table
 
 from cli.output import progress_bar
 from engine.errors import InputError
-from studies.plan.answer import layout_words
+from studies.plan.answer import HELD, layout_words
 from studies.words import number, percent, seconds
-from windtunnel.plan import default_folder, given_axes, listed, make_plan
+from windtunnel.planning import default_folder, given_axes, listed, make_plan
 from windtunnel.prices import prices
 from windtunnel.settings import read_file
 
+MOST_CRASHES = 3  # that are printed
 MOST_ROWS = 12  # of the printed table; plan.json and the page have all
 
 
@@ -48,7 +50,7 @@ def run(
     settings.pop("gpu_price", None)
     if price is None:
         raise InputError(f"no prices given: add --gpu-price {chosen[0]}=2.5")
-    known = prices(price)
+    known = prices(price, chosen)
     axes = given_axes(settings)
     target = output_dir or default_folder(settings, chosen, known, axes, exhaustive)
     started = time.monotonic()
@@ -64,11 +66,16 @@ def run(
 
     page = write_plan(target)
     _print(made, console, time.monotonic() - started)
+    crashed = [each for each in made["refused"] if each["status"] == "crashed"]
+    for each in crashed[:MOST_CRASHES]:
+        console.print(f"CRASHED: {each['name']} ({each['what']}): {each['why']}", style="bold red", markup=False)
+    if crashed:
+        console.print(f"{len(crashed)} crashed and were left out: tracebacks under refused in plan.json", style="red")
     console.print(f"results: {target / 'plan.json'}; the fleet as a config: {target / 'best.yaml'}")
     console.print(f"report: {page}")
     if as_json:
         print(json.dumps({"best": made["best"], "candidates": made["candidates"]}, allow_nan=False))
-    return int(any(each["status"] == "crashed" for each in made["refused"]))
+    return int(bool(crashed))
 
 
 def _print(made: dict[str, Any], console: Console, took_s: float) -> None:
@@ -86,7 +93,7 @@ def _print(made: dict[str, Any], console: Console, took_s: float) -> None:
     for row, facts in list(zip(made["candidates"], made["facts"], strict=True))[:MOST_ROWS]:
         low, mid, high = row["capacity_per_replica"]
         least = "" if row["met"] or facts["outcome"] == "none" else "\N{GREATER-THAN OR EQUAL TO} "
-        held = {"holds": "met", "none": "missed", "dismissed": "costs more"}.get(facts["outcome"], facts["outcome"])
+        held = HELD.get(facts["outcome"], facts["outcome"])
         usd = [f"{least}{number(row[key])}" for key in ("usd_per_hour", "usd_per_million_output_tokens")]
         range_of = f"{number(mid)} ({number(low)} to {number(high)})" if row["met"] else f"at most {number(high)}"
         counts = [f"{least}{row['replicas']:,}", f"{least}{row['gpus']:,}"]
@@ -94,7 +101,8 @@ def _print(made: dict[str, Any], console: Console, took_s: float) -> None:
     console.print(table)
     left = len(made["candidates"]) - MOST_ROWS
     more = f"{left} more in plan.json; " if left > 0 else ""
-    refused = f"{len(made['refused'])} can't be ({made['refused'][0]['why'][:100]} ...); " if made["refused"] else ""
+    cant = [each for each in made["refused"] if each["status"] != "crashed"]
+    refused = f"{len(cant)} can't be ({shorten(cant[0]['why'], 100, placeholder=' ...')}); " if cant else ""
     console.print(f"{more}{refused}engine {best['engine']}; {rate:g} requests/s; {took_s:.0f} s", style="dim")
 
 

@@ -18,7 +18,7 @@ from engine.specs.checks import short
 from engine.specs.device_folder import PROFILE_FILE
 from engine.specs.scheduler import MOST_BLOCK, MOST_SEQUENCES
 from profiler.points import Limits
-from profiler.session import SAMPLES, duration
+from profiler.session import duration
 
 MOST_TOKENS = 1 << 24  # of a batch, or a request
 
@@ -67,7 +67,7 @@ def run(
     )
     sizes = tuple(_positive(text, "--tensor-parallel-sizes") for text in tensor_parallel_sizes.split(","))
     seconds = duration(budget)
-    with owned(output_dir, ours=(PROFILE_FILE, SAMPLES)):
+    with owned(output_dir, ours=(PROFILE_FILE,)):
         from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
 
         spec = ProfileSpec(

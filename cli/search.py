@@ -26,13 +26,12 @@ from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from studies.capacity.ranges import alike, range_of, ranges_in_words
 from studies.capacity.search import check_tolerance
-from studies.capacity.sweep import mark_pareto, name_of, points
+from studies.capacity.sweep import mark_pareto, name_of, points, price_of
 from studies.jobs.pool import work_off, work_off_on_ray
 from studies.words import times_kind, unlike_sources
 from windtunnel.capacity import checked, deployed, open_search, read_search_file
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
-from windtunnel.prices import price_of
 from windtunnel.prices import prices as parse_prices
 from windtunnel.results import SEARCH_FILE
 from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, BenchConfig, load, read_file

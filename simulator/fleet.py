@@ -20,10 +20,6 @@ class Pool:
     deployment: Deployment
     count: int
 
-    @property
-    def gpus(self) -> int:
-        return self.count * self.deployment.parallel.world_size
-
 
 @dataclass(frozen=True, eq=False)
 class Fleet:
@@ -40,7 +36,3 @@ class Fleet:
     @property
     def replicas(self) -> int:
         return sum(pool.count for pool in self.pools)
-
-    @property
-    def gpus(self) -> int:
-        return sum(pool.gpus for pool in self.pools)

@@ -46,7 +46,7 @@ def operator_times(deployment: Deployment, iterations: Mapping[str, Array]) -> d
         spent = dict.fromkeys(FAMILIES, 0.0)
         for op, kind in maker.sorted[stage].rows:
             sizes, counts = np.unique(rows[op.rows], return_counts=True)
-            times = np.interp(sizes, ROWS, maker.by_rows(op, stage, ROWS))
+            times = host.factor(maker.name(op, stage)) * np.interp(sizes, ROWS, maker.by_rows(op, stage, ROWS))
             times[sizes == 0] = 0.0
             family = kind.family if kind.family in FAMILIES else "other"
             spent[family] += float(times @ counts)

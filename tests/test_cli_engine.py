@@ -489,8 +489,8 @@ def test_bench_has_the_flags_of_simulate_and_the_engines() -> None:
     }
     engine = {f"--{name.replace('_', '-')}" for name in EngineSettings.model_fields}
     assert engine and not engine & options["simulate"]
-    of_a_server = {"--url", "--endpoint", "--timeout", "--save-result", "--api-key"}
-    assert options["bench"] == options["simulate"] | engine | of_a_server
+    of_a_server = {"--url", "--endpoint", "--timeout", "--save-result", "--api-key", "--ignore-eos"}
+    assert options["bench"] == options["simulate"] - {"--operator-times"} | engine | of_a_server
 
 
 # -- when it breaks ----------------------------------------------------------------------------------------------------

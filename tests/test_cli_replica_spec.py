@@ -55,7 +55,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(CONFIG))
     device = {key: value for key, value in asdict(catalog.device("h100")).items() if key != "calibration"}
     (tmp_path / "measured" / "device.json").write_text(json.dumps(device))
-    (tmp_path / "measured" / "profile.json").write_text(json.dumps({"identity": {"dtype": "float16"}}))
+    profile = {"identity": {"dtype": "float16", "models": [], "shapes": []}, "provenance": {"device_spec": {}}}
+    (tmp_path / "measured" / "profile.json").write_text(json.dumps(profile))
     record = {"held_out": "batch size", "held_out_error": 0.1, "launch": "not measured", "iterations": 9}
     (tmp_path / "measured" / "host.json").write_text(json.dumps({"device": "h100", "overhead": asdict(HOST), **record}))
     return tmp_path

@@ -26,7 +26,8 @@ def measured(tmp_path: Path) -> Path:
     """The folder of a device that was profiled in float16, with its host's overhead."""
     device = {key: value for key, value in asdict(catalog.device("h100")).items() if key != "calibration"}
     (tmp_path / "device.json").write_text(json.dumps(device))
-    (tmp_path / "profile.json").write_text(json.dumps({"identity": {"dtype": "float16"}, "provenance": {}}))
+    profile = {"identity": {"dtype": "float16", "models": [], "shapes": []}, "provenance": {"device_spec": {}}}
+    (tmp_path / "profile.json").write_text(json.dumps(profile))
     record = {"held_out": "batch size", "held_out_error": 0.1, "launch": "not measured", "iterations": 9}
     (tmp_path / "host.json").write_text(json.dumps({"device": "h100", "overhead": asdict(HOST), **record}))
     return tmp_path

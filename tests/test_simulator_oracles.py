@@ -21,7 +21,7 @@ from simulator.predictor.roofline import Roofline
 NO_HOST = HostOverhead(name="none", iteration_s=0.0, sequence_s=0.0, layer_s=0.0, source="for tests")
 
 
-def network(latency_s: float = 0.0, bandwidth: float = 1e30) -> NetworkSpec:
+def network(latency_s: float = 0.0, bandwidth: float = 1e18) -> NetworkSpec:
     link = Link(latency_s, bandwidth)
     return NetworkSpec(name="test", description="", gpus_per_node=64, node=link, internode=link, source="for tests")
 

@@ -104,7 +104,7 @@ def plan(
     """Find the cheapest fleet that meets the SLOs at a request rate, as `windtunnel plan` does.
 
     Args:
-        devices: names to choose from.
+        devices: names to choose from, or paths as `device` takes them.
         gpu_price: dollars per GPU-hour: of any device, or by device.
         config: YAML file with any of the settings; keywords win.
         output_dir: folder for the results; the same plan in the same folder resumes. None keeps it in memory.
@@ -116,7 +116,7 @@ def plan(
     Raises InputError for an unknown keyword, an impossible setting, and settings that can't be planned with.
     """
     with _in_keywords():
-        from windtunnel.plan import given_axes, listed, make_plan
+        from windtunnel.planning import given_axes, listed, make_plan
         from windtunnel.prices import prices
         from windtunnel.results import Plan
         from windtunnel.settings import read_file
@@ -126,7 +126,8 @@ def plan(
                 raise unknown_setting("keyword", name, (*_FIELDS, "devices", "gpu_price", "output_dir", "exhaustive"))
         values = {} if config is None else read_file(Path(config))
         values |= {name: _plain(name, value) for name, value in settings.items() if value is not None}
-        axes, chosen, known = given_axes(values), listed("devices", devices), prices(gpu_price)
+        axes, chosen = given_axes(values), listed("devices", devices)
+        known = prices(gpu_price, chosen)
 
         def make(folder: Path) -> dict[str, Any]:
             return make_plan(values, chosen, known, axes, folder=folder, workers=workers or 1, bounds=not exhaustive)

@@ -32,7 +32,7 @@ from simulator.router import ROUTERS
 from studies.capacity.confirm import gpu_hours
 from studies.capacity.ranges import curve_shares, over_seeds
 from studies.capacity.search import find_capacity
-from studies.capacity.trial import Trial, at_rate, guess, judged, simulated_trial
+from studies.capacity.trial import Trial, arrivals_per_request, at_rate, guess, judged, simulated_trial
 from studies.capacity.uncertainty import capacity_range, described, errors_in_words
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
@@ -89,14 +89,9 @@ def search_capacity(
         return judged(run.summary, rate)
 
     begin = settings.request_rate or guess(workload, deployments, settings.router)
-    capacity = find_capacity(trial, begin, tolerance)
-    things = "requests"
-    if workload.has_conversations:
-        things = "conversations"
-        if capacity.outcome == "all":  # whose rate was that of requests
-            after = at_rate(workload, 1.0).after
-            if after is not None:
-                capacity = replace(capacity, qps=capacity.qps * float((after < 0).mean()))
+    per_request = arrivals_per_request(workload)
+    capacity = find_capacity(trial, begin, tolerance, arrivals_per_request=per_request)
+    things = "conversations" if workload.has_conversations else "requests"
     gpus = sum(kind.parallel.world_size for kind in deployments)
     found: dict[str, Any] = {
         "status": "done",
@@ -116,7 +111,7 @@ def search_capacity(
     if settings.uncertainty is not None:
         found |= _ranges(settings, workload, kinds, slos, capacity.qps, tolerance, settings.uncertainty)
     elif capacity.outcome == "found" and seeds > 1:
-        spread = over_seeds(seeded, capacity.qps, seeds, tolerance)
+        spread = over_seeds(seeded, capacity.qps, seeds, tolerance, per_request)
         per_gpu = {name: value / gpus for name, value in spread.items()}
         found |= {"seeds": seeds, "intervals": {"max_qps_under_slo": spread, "qps_per_gpu": per_gpu}}
     if capacity.outcome == "found" and curve:
@@ -160,7 +155,7 @@ def _ranges(
         return simulated_trial(requests, drawn(seed), slos, rate, None, settings.router, settings.seed + seed)
 
     begin = start or guess(workload, drawn(1), settings.router)
-    found = {"max_qps_under_slo": capacity_range(trial, begin, draws, tolerance)}
+    found = {"max_qps_under_slo": capacity_range(trial, begin, draws, tolerance, arrivals_per_request(workload))}
     gpus = sum(kind.parallel.world_size * count for kind, count in kinds)
     found["qps_per_gpu"] = {name: value / gpus for name, value in found["max_qps_under_slo"].items()}
     return described(found, draws, [errors_in_words(kind) for kind, _ in kinds])
@@ -209,8 +204,8 @@ def kept(folder: Path, rate: float, make: Callable[[float, Path], dict[str, Any]
 
 
 @contextmanager
-def open_search(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Own a folder for a search: a new one, or one with the same search, which resumes.
+def open_search(folder: Path, settings: dict[str, Any], what: str = "a search") -> Iterator[None]:
+    """Own a folder for a search, or for `what` it is: a new one, or one with the same, which resumes.
 
     Raises InputError if it holds anything else, or another process is at it.
     """
@@ -218,7 +213,7 @@ def open_search(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     with owned(folder, ours=(SETTINGS,)):
         if path.is_file():
             if read_json(path, "give another --output-dir") != json.loads(json.dumps(settings)):
-                raise InputError(f"{folder} holds a search with other settings: give another --output-dir")
+                raise InputError(f"{folder} holds {what} with other settings: give another --output-dir")
         elif any(folder.iterdir()):
             raise InputError(f"output folder {folder} is not empty: give another --output-dir")
         else:

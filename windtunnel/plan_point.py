@@ -153,12 +153,17 @@ class Point:
             rate = likely * _ALONE
             return _kept(self.trial(at_rate(self.spec, rate), self.fleet(1), rate))
 
-        return bool(self.record("alone", make)["met"])
+        return bool(self.record(f"alone-{likely:.9g}", make)["met"])
 
 
 @lru_cache(maxsize=64)
 def _point(name: str, settings: str, folder: str) -> Point:
     return Point(name, FileConfig.model_validate_json(settings), Path(folder))
+
+
+def forget_points() -> None:
+    """Drop the points that this process has loaded: another plan's files may have changed."""
+    _point.cache_clear()
 
 
 def point_of(job: dict[str, Any]) -> Point:
@@ -244,7 +249,7 @@ def draw_point(job: dict[str, Any]) -> dict[str, Any]:
         qps = capacity.qps / (group if capacity.outcome == "all" else 1)
         return {"qps": qps, "outcome": capacity.outcome, "binding_slo": capacity.binding, "trials": trials}
 
-    return {"status": "done", **point.record(f"capacity-{group}-{job['draw']}", make)}
+    return {"status": "done", **point.record(f"capacity-{group}-{job['draw']}-{job['start']:.9g}", make)}
 
 
 def finish_point(job: dict[str, Any]) -> dict[str, Any]:
@@ -285,19 +290,19 @@ def curve_point(job: dict[str, Any]) -> dict[str, Any]:
             found.append({"rate": rate, "slos": trial.summary["slos"]})
         return {"curve": found}
 
-    return {"status": "done", **point.record(f"curve-{group}", make)}
+    return {"status": "done", **point.record(f"curve-{group}-{job['start']:.9g}", make)}
 
 
 def alone_point(job: dict[str, Any]) -> dict[str, Any]:
     """Return the trial of one request at a time, to its end: how far from its SLOs a point is that no fleet meets."""
     point = point_of(job)
+    rate = _ALONE * (job["likely"] or 1.0)
 
     def make() -> dict[str, Any]:
-        rate = _ALONE * (job["likely"] or 1.0)
         few = point.spec if point.spec.trace is not None else replace(point.spec, num_prompts=_FEW)
         return _kept(point.trial(at_rate(few, rate), point.fleet(1), rate, stop=False))
 
-    return {"status": "done", "trial": point.record("alone-few", make)}
+    return {"status": "done", "trial": point.record(f"alone-few-{rate:.9g}", make)}
 
 
 def _kept(trial: Trial) -> dict[str, Any]:

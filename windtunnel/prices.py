@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 
 from engine.errors import InputError
 from engine.specs import catalog
+from studies.capacity.sweep import price_of
 
 EXAMPLE = "give dollars per GPU-hour such as 2.5, or a100=2,h100=4"
 
 
-def prices(given: str | float | Mapping[str, float]) -> dict[str, float]:
+def prices(given: str | float | Mapping[str, float], devices: Sequence[str] = ()) -> dict[str, float]:
     """Return dollars per GPU-hour by device, of "2.5" (any device: ""), of "a100=2,h100=4", or of a mapping.
+
+    `devices` are the caller's own, names or paths: a price may name one by the name that its file gives it.
 
     Raises InputError for what is no price above 0, an unknown device, and a device that is named twice.
     """
@@ -21,22 +24,18 @@ def prices(given: str | float | Mapping[str, float]) -> dict[str, float]:
     else:
         parts = [(name.strip(), price) for name, _, price in (part.rpartition("=") for part in str(given).split(","))]
     found: dict[str, float] = {}
+    own = {catalog.device(each).name for each in devices if not catalog.is_name("device", each)}
     for name, price in parts:
         number = re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", price.strip())
         if number is None or float(number[0]) == 0:
             raise InputError(f"--gpu-price {_shown(given)}: {f'{name}={price}' if name else price!r}: {EXAMPLE}")
-        device = catalog.device(name).name if name else ""
+        device = name if name in own or not name else catalog.device(name).name
         if device in found:
             raise InputError(f"--gpu-price {_shown(given)}: {device or 'any device'} has two prices: remove one")
         found[device] = float(number[0])
     if not found:
         raise InputError(f"--gpu-price {_shown(given)}: {EXAMPLE}")
     return found
-
-
-def price_of(device: str, known: Mapping[str, float]) -> float | None:
-    """Return the dollars per GPU-hour of a device: its own, else that of any device."""
-    return known.get(device, known.get(""))
 
 
 def prices_of(devices: Sequence[str], known: Mapping[str, float]) -> list[float]:

@@ -98,7 +98,7 @@ class _Gemm(_Part):
 
 class _Kernel(_Part):
     best: Annotated[float, Field(gt=0, le=1e6)]
-    terms: list[Factor] = Field(min_length=1)
+    terms: list[Share] = Field(min_length=1)
     range: dict[str, Range]
 
 

@@ -18,7 +18,6 @@ from zlib import crc32
 
 import numpy as np
 
-from engine.errors import InputError
 from engine.replica_spec import ReplicaSpec
 from engine.scheduling import policies
 from engine.specs import HostOverhead
@@ -182,12 +181,6 @@ def drawn(replica: ReplicaSpec, errors: Errors, seed: int) -> ReplicaSpec:
 
 def _factor(name: str, deviation: float, seed: int) -> float:
     return exp(deviation * float(np.random.default_rng([seed, crc32(name.encode())]).standard_normal()))
-
-
-def check_draws(draws: int) -> None:
-    """Raise InputError unless so many draws make a range."""
-    if draws < 0 or draws == 1:
-        raise InputError(f"uncertainty {draws}: give 0, or the number of reruns, {FEWEST} or more for a 90 % range")
 
 
 def covered(draws: int) -> float:

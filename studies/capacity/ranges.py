@@ -6,6 +6,7 @@ found = over_seeds(lambda seed, rate: trial_of(seed, rate), 4.2, seeds=3, tolera
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -19,7 +20,9 @@ STEPS = (1.05, 1.1, 1.25, 1.5, 2.0, inf)  # of the bracket, from a capacity that
 Range = tuple[float, float]
 
 
-def over_seeds(run: Callable[[int, float], Trial], capacity: float, seeds: int, tolerance: float) -> dict[str, float]:
+def over_seeds(
+    run: Callable[[int, float], Trial], capacity: float, seeds: int, tolerance: float, arrivals_per_request: float = 1.0
+) -> dict[str, float]:
     """Return low, mid and high of the capacity over `seeds` workloads.
 
     `run` makes the trial at a rate of a workload whose seed is that much higher; `capacity` is the first one's. As a
@@ -28,7 +31,7 @@ def over_seeds(run: Callable[[int, float], Trial], capacity: float, seeds: int, 
     coarse = max(tolerance, COARSE)
     low, high = [capacity], [capacity * (1 + tolerance)]
     for seed in range(1, seeds):
-        found = find_capacity(lambda rate, seed=seed: run(seed, rate), capacity, coarse, STEPS).qps  # type: ignore[misc]
+        found = find_capacity(partial(run, seed), capacity, coarse, STEPS, arrivals_per_request).qps
         low.append(found)
         high.append(found * (1 + coarse))
     return {"low": min(low), "mid": capacity, "high": max(high)}

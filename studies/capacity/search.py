@@ -114,8 +114,10 @@ def find_capacity(
     start: float,
     tolerance: float = TOLERANCE,
     steps: Iterable[float] = FROM_A_GUESS,
+    arrivals_per_request: float = 1.0,
 ) -> Capacity:
     """Search from the guess `start` (requests/s): `run` makes the trial at a rate; `steps` are those of the bracket.
+    Rates are of arrivals, of which a conversation's later turns are none.
 
     Raises whatever `run` raises: a trial that crashes is no trial that misses its SLOs.
     """
@@ -128,7 +130,9 @@ def find_capacity(
 
     low, high = bracket(met, start, steps=steps, far=FAR, tolerance=tolerance)
     if high is None:
-        return Capacity("all", trials[-1].summary["request_throughput"], None, tolerance, tuple(trials))
+        return Capacity(
+            "all", arrivals_per_request * trials[-1].summary["request_throughput"], None, tolerance, tuple(trials)
+        )
     if low is None:
         return Capacity("none", 0.0, trials[-1].binding, tolerance, tuple(trials))
     over = min((trial for trial in trials if not trial.met and trial.rate >= high), key=lambda trial: trial.rate)

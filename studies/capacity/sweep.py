@@ -97,6 +97,11 @@ def _word(key: str, value: str) -> str:
     return value.split("/")[-1] if key in _NAMED else f"{key.replace('_', ' ')} {value}"
 
 
+def price_of(device: str, known: Mapping[str, float]) -> float | None:
+    """Return the dollars per GPU-hour of a device: its own, else that of any device ("")."""
+    return known.get(device, known.get(""))
+
+
 def mark_pareto(rows: Sequence[dict[str, Any]], more: Sequence[str], less: Sequence[str]) -> None:
     """Set "pareto" on each row: whether no other is at least as good in everything and better in something.
 

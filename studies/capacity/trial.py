@@ -109,6 +109,12 @@ def at_rate(spec: WorkloadSpec, rate: float) -> Workload:
     return make_workload(replace(spec, request_rate=rate, arrival=arrival, rate_scale=1.0))
 
 
+def arrivals_per_request(workload: WorkloadSpec) -> float:
+    """Return how many of a workload's requests arrive by themselves: the share of conversations' first turns."""
+    after = at_rate(workload, 1.0).after if workload.has_conversations else None
+    return 1.0 if after is None else float((after < 0).mean())
+
+
 def guess(spec: WorkloadSpec, deployments: Sequence[Deployment], router: str = "round_robin") -> float:
     """Return a rate near the capacity: most of what is sustained when some of the requests come all at once."""
     some = min(spec.num_prompts or 256, 256)

@@ -6,6 +6,7 @@ found = capacity_range(lambda seed, rate: trial_of([each.drawn(seed) for each in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import expm1, inf
 from typing import Any
 
@@ -30,12 +31,12 @@ def intervals(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
     return {name: interval([*map(float, each)]) for name, each in values.items() if None not in each}  # type: ignore[arg-type]
 
 
-def capacity_range(run: Callable[[int, float], Trial], start: float, draws: int, tolerance: float) -> dict[str, float]:
-    """Return low, mid and high of the capacity (requests/s): `run` makes the trial of a draw's seed at a rate."""
-    found = []
-    for seed in range(1, draws + 1):
-        found.append(find_capacity(lambda rate, seed=seed: run(seed, rate), start, tolerance, _STEPS).qps)  # type: ignore[misc]
-    return interval(found)
+def capacity_range(
+    run: Callable[[int, float], Trial], start: float, draws: int, tolerance: float, arrivals_per_request: float = 1.0
+) -> dict[str, float]:
+    """Return low, mid and high of the capacity (arrivals/s): `run` makes the trial of a draw's seed at a rate."""
+    runs = [partial(run, seed) for seed in range(1, draws + 1)]
+    return interval([find_capacity(each, start, tolerance, _STEPS, arrivals_per_request).qps for each in runs])
 
 
 def described(found: Mapping[str, Any], draws: int, errors: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Cache:
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Keep a record."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._file(name), record)
 
     def _file(self, name: str) -> Path:

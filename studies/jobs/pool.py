@@ -130,7 +130,7 @@ def work_off_on_ray(work: Work[Job], jobs: Jobs[Job], address: str) -> Results:
         numbers: dict[Any, int] = {}
         while True:
             room = max(1, int(ray.cluster_resources().get("CPU", 1))) - len(numbers)
-            for job in takewhile(lambda job: job is not None, islice(waiting, room)):
+            for job in takewhile(lambda job: job is not None, islice(waiting, max(0, room))):
                 numbers[remote.remote(work, job)] = next(given)
             if not numbers:
                 break

@@ -17,7 +17,7 @@ from engine.errors import InputError
 from engine.results.metrics import summary_key
 from engine.results.slo import SLO
 from studies.capacity.ranges import Range, range_of, ranges_in_words
-from studies.capacity.sweep import in_words
+from studies.capacity.sweep import in_words, price_of
 from studies.pages.compare_record import Side, read_json, readable
 
 _TTFT, _TBT = summary_key("p50", "ttft"), summary_key("p99", "tbt")
@@ -229,7 +229,7 @@ _FREE: Mapping[str, float] = MappingProxyType({})  # no prices
 def _point(entry: Mapping[str, Any], name: str, group: str, prices: Mapping[str, float] = _FREE) -> Point:
     done = entry["status"] == "done"
     device, gpus = str(entry.get("device") or ""), entry.get("num_gpus")
-    price = prices.get(device, prices.get(""))
+    price = price_of(device, prices)
     confirmed = entry.get("confirmed") or {}
     published = entry.get("published")
     return Point(

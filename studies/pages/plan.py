@@ -12,10 +12,8 @@ from typing import Any
 from studies.pages.compare_record import read_json, readable
 from studies.pages.page import Page, Tone, about, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.plan_figures import load_panel, price_panel, speed_panel
-from studies.plan.answer import layout_words
+from studies.plan.answer import HELD, layout_words
 from studies.words import number, percent, seconds, times_kind
-
-_HELD = {"holds": "met", "none": "missed", "dismissed": "costs more"}
 
 
 def write_plan(folder: Path, path: Path | None = None, standalone: bool = False) -> Path:
@@ -43,9 +41,10 @@ def plan_page(made: Mapping[str, Any]) -> Page:
         panels.append(load_panel(made))
     page.add_panels("What it was chosen from", panels)
     page.add("<h2>Every candidate</h2>", about(_ABOUT), _table(made))
-    if made["refused"]:
-        rows = ((each["name"], each["why"]) for each in made["refused"])
-        page.add(details(f"{len(made['refused'])} that can't be", facts_table(rows)))
+    for status, title in (("crashed", "crashed"), ("refused", "that can't be")):
+        rows = [(each["name"], each["why"]) for each in made["refused"] if each["status"] == status]
+        if rows:
+            page.add(details(f"{len(rows)} {title}", facts_table(rows)))
     page.add(details("Settings", facts_table(_settings(made), code=True)))
     page.add(footer(f" {made['version']}"))
     return page
@@ -115,7 +114,7 @@ def _table(made: Mapping[str, Any]) -> str:
         open_end = "+" if facts["outcome"] == "dismissed" else ""
         low, mid, high = map(number, row["capacity_per_replica"])
         expected = facts["expected"] if row["met"] else {}
-        held: Any = _HELD.get(facts["outcome"], facts["outcome"])
+        held: Any = HELD.get(facts["outcome"], facts["outcome"])
         tone = {"met": "good", "missed": "bad"}.get(held)
         chosen = row is made["candidates"][0] and row["met"]
         cells = [

@@ -41,6 +41,7 @@ def dots(made: Mapping[str, Any]) -> list[Dot]:
     for row, facts in zip(made["candidates"], made["facts"], strict=True):
         words = layout_words(row)
         gpus = facts["replica"]["num_gpus"]
+        _, output = facts["tokens_per_arrival"]
         best = row is made["candidates"][0]
         for rate, summary, whole in _trials(row, facts, made["rate"]):
             tpot = summary.get(summary_key("mean", "tpot"))
@@ -49,7 +50,7 @@ def dots(made: Mapping[str, Any]) -> list[Dot]:
             fleet = f"{row['replicas']} replicas of" if whole else f"{number(rate)} requests/s each of"
             found.append(Dot(
                 f"{fleet} {words}", row["device"], usd, None if value is None else value / 1e3,
-                1e3 / tpot if tpot else None, _output_rate(summary, rate) / gpus, whole, best,
+                1e3 / tpot if tpot else None, rate * output / gpus, whole, best,
             ))  # fmt: skip
     return sorted(found, key=lambda dot: not dot.whole)
 
@@ -65,11 +66,6 @@ def _trials(
         for trial in draw["trials"]:
             if trial["met"]:
                 yield trial["rate"], trial["summary"], False
-
-
-def _output_rate(summary: Mapping[str, Any], rate: float) -> float:
-    """Return the output tokens/s of a replica that sustains a rate."""
-    return float(rate * summary["total_output_tokens"] / summary["completed"])
 
 
 def _shown(made: Mapping[str, Any]) -> tuple[str, str]:

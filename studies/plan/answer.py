@@ -7,7 +7,7 @@ print(row["usd_per_hour"], limits(best), *against(best, second, 40.0))
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isfinite
+from math import floor, inf, isfinite
 from typing import Any
 
 from engine.results.metric_table import METRICS
@@ -17,6 +17,7 @@ from studies.plan.planner import Candidate, Planner
 from studies.words import number, percent, seconds
 
 FULL = 0.95  # share of the KV cache from which it is taken to be full
+HELD = {"holds": "met", "none": "missed", "dismissed": "costs more"}  # an outcome in a table: other names stay
 LATENCIES = ("p50_ttft", "p99_ttft", "p50_tbt", "p99_tbt", "p50_e2e", "p99_e2e")
 
 
@@ -78,7 +79,15 @@ def headroom(candidate: Candidate, rate: float) -> float | None:
 
 def limits(candidate: Candidate) -> str:
     """Return what keeps a candidate from more load, in a sentence, with what to change."""
-    trial = candidate.whole or candidate.trial or candidate.alone
+    trial, alone = candidate.whole or candidate.trial or candidate.alone, candidate.alone
+    if candidate.outcome != "holds" and alone is not None:
+        margin = inf if alone["margin"] is None else alone["margin"]
+        if margin > 1:
+            times = f", {number(margin)} times over" if margin < inf else ""
+            return (
+                f"{alone['binding_slo']} is missed even by requests that are alone{times}: a faster GPU, more tensor "
+                "parallelism or a looser SLO is needed."
+            )
     draw = candidate.draws.get(0)
     binding = (draw or {}).get("binding_slo") or (trial or {}).get("binding_slo")
     if binding is None:
@@ -89,12 +98,6 @@ def limits(candidate: Candidate) -> str:
     summary = {**(trial or {}).get("summary", {}), **beyond.get("summary", {})}
     seats, budget = candidate.replica["max_num_seqs"], candidate.replica["max_num_batched_tokens"]
     full_s = candidate.batch.get("full_s", 0.0)
-    if candidate.outcome != "holds" and candidate.alone is not None:
-        alone = candidate.alone["margin"] or inf
-        return (
-            f"{binding} is missed even by requests that are alone, {number(alone)} times over: a faster GPU, more "
-            "tensor parallelism or a looser SLO is needed."
-        )
     cache = summary.get("peak_kv_utilization") or 0.0
     outgrown = beyond.get("met")  # every SLO, but its queue grows
     if slo.metric in ("tbt", "tpot") and not outgrown:
@@ -116,8 +119,8 @@ def limits(candidate: Candidate) -> str:
     busy = summary.get("steady_utilization")
     if outgrown:
         return (
-            f"Throughput: with {number(beyond['rate'])} requests/s a replica the queue grows, though no SLO is missed at "
-            f"once (GPUs {percent(busy or 0.0)} busy); more replicas, a larger token budget or a faster GPU carry more."
+            f"Throughput: with {number(beyond['rate'])} requests/s a replica the queue grows, though no SLO is missed "
+            f"at once (GPUs {percent(busy or 0.0)} busy); more replicas, a larger budget or a faster GPU carry more."
         )
     where = f" with the GPUs {percent(busy)} busy" if busy else ""
     return (
@@ -154,9 +157,10 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     elif more <= 0:
         words.append("It costs the same, and comes nearer to its SLOs at this load.")
     else:
-        fewer = int(best.usd_per_hour * (1 + 1e-9) // other.usd_per_replica)
-        with_ = f"with {_count(fewer, 'replica')}, {number(rate / fewer)} requests/s each" if fewer else "with none"
-        words.append(f"It would have to hold {with_}.")
+        fewer = floor(best.usd_per_hour / other.usd_per_replica * (1 + 1e-9)) // other.step * other.step
+        if other.step <= fewer < other.count:
+            many = f"{fewer} replica{'s' * (fewer > 1)}"
+            words.append(f"It would have to hold with {many}, {number(rate / fewer)} requests/s each.")
     return words
 
 
@@ -222,6 +226,7 @@ def _facts(candidate: Candidate, rate: float) -> dict[str, Any]:
         "outcome": candidate.outcome,
         "why": candidate.why,
         "usd_per_gpu_hour": candidate.usd_per_gpu_hour,
+        "tokens_per_arrival": candidate.bound["tokens"],
         "usd_range": [value if isfinite(value) else None for value in candidate.usd_range(rate)],
         "finalist": bool(candidate.draws),
         "expected": expected(candidate),

@@ -92,19 +92,21 @@ class Candidate:
     def capacity(self, rate: float) -> list[float]:
         """Return requests/s of a replica: low, expected and high.
 
-        Of a finalist the range that its draws span around what its fleet carries; of another that holds the rates at
-        which its fleets were seen to hold and to miss; of one that was dismissed what its bound or its trials leave
-        open.
+        Of a finalist the range that its draws span around what its fleet carries, and that itself; of another that
+        holds the rates at which its fleets were seen to hold and to miss; of one that was dismissed what its bound or
+        its trials leave open.
         """
-        if 0 in self.draws and self.replicas:
-            held, missed = rate / self.replicas, rate / self.too_few if self.too_few else inf
+        holds, held = self.outcome == "holds", rate / self.count
+        missed = rate / self.too_few if self.too_few else inf
+        if 0 in self.draws and holds:
             base = self.draws[0]["qps"] or held
             mid = min(max(base, held), missed)  # the fleet itself was seen to hold, and one with fewer to miss
-            low, high = (mid * value / base for value in ends([draw["qps"] for draw in self.draws.values()]))
+            drawn = [result["qps"] for draw, result in self.draws.items() if draw] or [base]
+            low, high = (mid * value / base for value in ends(drawn))
             return [min(low, mid), mid, max(high, mid)]
-        most = min(self.bound.get("most") or inf, rate / self.too_few if self.too_few else inf)
-        if self.replicas:
-            held = rate / self.replicas
+        most = self.bound.get("most")
+        most = min(inf if most is None else most, missed)
+        if holds:
             return [held, held, max(held, most) if most < inf else held]
         if self.outcome == "none":
             return [0.0, 0.0, 0.0]
@@ -169,7 +171,10 @@ class Planner:
         what = job["what"]
         if result["status"] != "done":
             candidate.asked = False
-            self.failed.append({"name": candidate.name, "why": str(result["error"]), "status": result["status"]})
+            self.failed.append(
+                {"name": candidate.name, "what": what, "why": str(result["error"]), "status": result["status"],
+                 "traceback": str(result.get("traceback") or "")}
+            )  # fmt: skip
             if what not in ("draw", "curve"):  # without these its fleet is known
                 candidate.outcome, candidate.why = result["status"], str(result["error"])
             return
@@ -192,7 +197,7 @@ class Planner:
                 candidate.outcome = "open"  # unless these cost too much, it is tried again
                 candidate.fewest = max(candidate.fewest, (result["too_few"] or 0) + candidate.step)
                 candidate.ruled_out = "a simulated fleet that missed"
-                likely = candidate.fewest * (1 + NEXT * (1 - _done(result["missed"])))
+                likely = candidate.fewest * (1 + NEXT * (1 - _done(result.get("missed"))))
                 candidate.likely = min(candidate.likely, self.rate / likely)
             elif result["outcome"] == "none":
                 candidate.why = "not even one request at a time meets the SLOs"
@@ -207,6 +212,7 @@ class Planner:
             if candidate.outcome == "holds" and not candidate.whole["holds"]:
                 candidate.too_few = candidate.replicas
                 candidate.replicas = (candidate.replicas or 0) + candidate.step
+                candidate.trial = candidate.whole = None  # of a fleet that missed; the larger one is simulated in turn
 
     def _wait(self) -> Iterator[None]:
         while self._pending:
@@ -274,17 +280,11 @@ class Planner:
         return min(own, FAR * held[0].usd_per_hour) if held else inf
 
     def _ends(self) -> Iterator[dict[str, Any] | None]:
-        """Yield the whole fleet of the best, a search of a runner-up, and the draws of both."""
+        """Yield the whole fleet of the best, growing until it holds, a search of a runner-up, and the draws of both."""
+        yield from self._whole_fleets()
         if not self.holding:
-            for each in self.candidates:
-                if each.outcome == "none":
-                    yield self._job(each, "alone", likely=each.likely)
-            yield from self._wait()
-            if self.best is not None:
-                self.best.replicas = self.best.count
-                yield self._job(self.best, "finish", replicas=self.best.count)
+            yield from self._closest()
             return
-        yield from self._whole()
         best = self.holding[0]
         searches = self._runners_up()
         yield from islice(searches, 1)  # beside the best one's draws, on another processor
@@ -295,15 +295,6 @@ class Planner:
         yield from self._draws(self._choose_finalists())
         yield from self._wait()
 
-    def _whole(self) -> Iterator[dict[str, Any] | None]:
-        """Yield the whole fleet of the best, growing until it holds."""
-        while True:
-            best = self.holding[0]
-            if best.whole is not None and best.whole["replicas"] == best.replicas:
-                return
-            yield self._job(best, "finish", replicas=best.replicas)
-            yield from self._wait()
-
     def _draws(self, finalists: list[Candidate]) -> Iterator[dict[str, Any]]:
         """Yield the draws of those that have none yet."""
         new = [each for each in finalists if each not in self.finalists]
@@ -311,6 +302,37 @@ class Planner:
         for draw in range(self.num_draws + 1):
             for each in new:
                 yield self._job(each, "draw", draw=draw, replicas=each.count, start=self.rate / each.count)
+
+    def _whole_fleets(self) -> Iterator[dict[str, Any] | None]:
+        """Yield whole fleets until that of the best holds, and those that have grown.
+
+        Where the best becomes dearer, or can't be simulated, what was dismissed against it is searched again.
+        """
+        while held := self.holding:
+            best = held[0]
+            unsure = [best] if best.whole is None else [each for each in held if each.whole is each.trial is None]
+            if not unsure:
+                return
+            price = best.usd_per_hour
+            yield self._job(unsure[0], "finish", replicas=unsure[0].count)
+            yield from self._wait()
+            now = self.holding[0].usd_per_hour if self.holding else inf
+            again = [each for each in self.candidates if each.outcome == "dismissed" and price < now >= each.fewest_usd]
+            for each in again:
+                each.outcome, each.why = "open", ""
+            if again:
+                yield from self._sizes()
+                yield from self._wait()
+
+    def _closest(self) -> Iterator[dict[str, Any] | None]:
+        """Yield one request at a time on every point, where no fleet holds, and the fleet of what comes closest."""
+        for each in self.candidates:
+            if each.outcome == "none":
+                yield self._job(each, "alone", likely=each.likely)
+        yield from self._wait()
+        while (best := self.best) is not None and best.whole is None:
+            yield self._job(best, "finish", replicas=best.count)
+            yield from self._wait()
 
     def _choose_finalists(self) -> list[Candidate]:
         """Return the best and those nearest to it, another device's best among them if one holds."""

@@ -75,12 +75,6 @@ def judge(experiment: Experiment, records: Records, host: str = "") -> list[Judg
     return [_judge(claim, records, known, host == FITTED_HOST) for claim in experiment.claims]
 
 
-def value_of(records: Records, name: str) -> float | None:
-    """Return the value `POINT:METRIC`, the median of several draws; None where the point was not run."""
-    drawn = draws_of(records, name)
-    return None if drawn is None else float(np.median(drawn))
-
-
 def draws_of(records: Records, name: str) -> Array | None:
     """Return the value `POINT:METRIC` of each draw (draws,); None where it was not run."""
     point, _, metric = name.rpartition(":")

@@ -20,7 +20,8 @@ from typing import Any
 from engine import engine_preset
 from engine.errors import InputError, unknown
 from engine.results.files import write_json
-from engine.specs import catalog
+from engine.specs import DeviceSpec, catalog
+from engine.specs.checks import file_name
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from simulator.router import ROUTERS
@@ -30,15 +31,17 @@ from studies.plan.answer import summary_of
 from studies.plan.planner import DRAWS, Candidate, Planner
 from studies.words import unlike_sources
 from windtunnel.capacity import open_search
-from windtunnel.plan_point import work
+from windtunnel.plan_point import forget_points, work
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices_of
 from windtunnel.results import PLAN_FILE
+from windtunnel.run_config import full_paths
 from windtunnel.settings import FileConfig, combined
 
 ENGINE = "vllm@latest"
 NUM_PROMPTS = 1024  # of a search of capacity; a fleet has FLEET_S seconds of load
 MOST_GPUS = 8  # of a replica, where the layouts are left open
+FAILED_FILE = "failed.json"  # where no point is left
 AXES: dict[str, tuple[Any, ...]] = {  # what varies, and what it varies over where it is left open
     "engine": (ENGINE,),
     "quantization": ("auto",),
@@ -96,25 +99,30 @@ def make_plan(
     Raises InputError for what can't be planned, before anything is written.
     """
     shared, rate = _shared(settings)
-    names = list(dict.fromkeys(catalog.device(device).name for device in devices))
-    if not names:
+    specs = {_given(device): catalog.device(device) for device in devices}
+    if not specs:
         raise InputError("no devices given: add --devices h100_sxm,a100_sxm")
+    names = [spec.name for spec in specs.values()]
     own = dict(zip(names, prices_of(names, prices), strict=True))
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
-    candidates = _candidates(shared, own, varied, folder)
+    candidates = _candidates(shared, specs, own, varied, folder)
     config = FileConfig(**candidates[0].job["settings"])
-    known = {device: store.fingerprint(where) for device in names if (where := folder_of(catalog.device(device)))}
+    known = {each: store.fingerprint(where) for each, spec in specs.items() if (where := folder_of(spec))}
+    files = _files([*shared.values(), *specs, *varied.values()])
     identity = {
         "plan": {"settings": {**shared}, "prices": own, "points": [each.job["settings"] for each in candidates]},
         "version": version("windtunnel"),
-        "contents": {**known, **_files(shared)},
+        "contents": {**files, **known},
         "bounds": bounds,
     }
     planner = Planner(candidates, rate, config.uncertainty or DRAWS, bounds)
-    with open_search(folder, identity):
-        _work_off(planner, workers or os.cpu_count() or 1, ray_address, on_progress)
-        _check_any(planner)
+    with open_search(folder, identity, "a plan"):
+        try:
+            _work_off(planner, workers or os.cpu_count() or 1, ray_address, on_progress)
+        finally:
+            forget_points()
+        _check_any(planner, folder)
         best = planner.best
         assert best is not None
         found = summary_of(planner)
@@ -157,7 +165,7 @@ def _shared(settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
         raise InputError("no request rate to plan for: add --request-rate 40")
     try:
         rate = float(shared["request_rate"])
-    except ValueError:
+    except (TypeError, ValueError):
         raise InputError(f"--request-rate {shared['request_rate']}: give a number of requests/s") from None
     if not 0 < rate < inf:
         raise InputError(f"--request-rate {shared['request_rate']}: give requests/s above 0")
@@ -166,21 +174,33 @@ def _shared(settings: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
     return shared, rate
 
 
+def _given(device: str) -> str:
+    """Return what the settings call a device: its whole name, or the path as it was given."""
+    return catalog.device(device).name if catalog.is_name("device", device) else device
+
+
 def _candidates(
-    shared: Mapping[str, Any], own: Mapping[str, float], varied: Mapping[str, Sequence[Any]], folder: Path
+    shared: Mapping[str, Any],
+    specs: Mapping[str, DeviceSpec],
+    own: Mapping[str, float],
+    varied: Mapping[str, Sequence[Any]],
+    folder: Path,
 ) -> list[Candidate]:
-    """Return the points of the space, without those that resolve to the same replica as another."""
+    """Return the points of the space, without those that resolve to the same replica as another.
+
+    `specs` are the devices by what the settings call them, `own` their prices by name.
+    """
     axes = {name: varied.get(name, default) for name, default in AXES.items()}
     for engine in axes["engine"]:
-        for device in own:
-            engine_preset.preset(engine, catalog.device(device))  # raises InputError for an unknown one
-    if (count := len(own) * prod(map(len, axes.values()))) > MOST_POINTS:
+        for spec in specs.values():
+            engine_preset.preset(engine, spec)  # raises InputError for an unknown one
+    if (count := len(specs) * prod(map(len, axes.values()))) > MOST_POINTS:
         raise InputError(f"{count:,} points to plan with: give fewer values, at most {MOST_POINTS:,} in all")
     left_open = not {"tensor_parallel_size", "pipeline_parallel_size"} & set(varied)
     found: list[Candidate] = []
     seen: set[str] = set()
     checked_once = False
-    for device, price in own.items():
+    for device, spec in specs.items():
         for values in itertools.product(*axes.values()):
             change = dict(zip(axes, values, strict=True))
             layout = [change[f"{each}_parallel_size"] for each in ("tensor", "pipeline", "data")]
@@ -195,11 +215,12 @@ def _candidates(
                 _check_load(config)
                 checked_once = True
             shown = {"device": device, **{name: change[name] for name in axes if change[name] is not None}}
-            job = {"name": name_of(shown), "settings": config.model_dump(mode="json"), "folder": str(folder.absolute()),
-                   "layout": layout}  # fmt: skip
-            if (key := json.dumps(job["settings"], sort_keys=True)) not in seen:
-                seen.add(key)
-                found.append(Candidate(name_of(shown), device, price, job))
+            name, of = name_of(shown), full_paths(config.model_dump(mode="json"))
+            if (key := json.dumps(of, sort_keys=True)) not in seen:
+                seen.add(key)  # files of one name in two folders are two points: the hash tells their trials apart
+                place = file_name("the point", f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+                job = {"name": place, "settings": of, "folder": str(folder.absolute()), "layout": layout}
+                found.append(Candidate(name, spec.name, own[spec.name], job))
     return found
 
 
@@ -215,18 +236,22 @@ def _check_load(config: FileConfig) -> None:
     config.workload_spec(longest)
 
 
-def _check_any(planner: Planner) -> None:
-    """Raise InputError if every point was refused, with the first one's reason."""
+def _check_any(planner: Planner, folder: Path) -> None:
+    """Raise InputError if every point was refused or has crashed, with the first one's reason, a crash before all."""
     if planner.best is None:
-        first = planner.candidates[0]
+        first = min(planner.candidates, key=lambda each: each.outcome != "crashed")
+        if first.outcome == "crashed":
+            write_json(folder / FAILED_FILE, {"failed": planner.failed})
+            raise InputError(f"every point of the plan failed: {first.name} crashed: {first.why}: the tracebacks are "
+                             f"in {folder / FAILED_FILE}")  # fmt: skip
         of = f" (and {len(planner.candidates) - 1} more)" if len(planner.candidates) > 1 else ""
         raise InputError(f"no point of the plan can run: {first.name}{of}: {first.why}")
 
 
-def _files(shared: Mapping[str, Any]) -> dict[str, str]:
-    """Return hashes of the files that a plan's settings name."""
+def _files(values: Iterable[Any]) -> dict[str, str]:
+    """Return hashes of the files that a plan's values name, or lists of values."""
     found = {}
-    for value in itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in shared.values()):
+    for value in itertools.chain.from_iterable(v if isinstance(v, list | tuple) else [v] for v in values):
         path = Path(str(value)).expanduser()
         for file in sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []:
             found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
