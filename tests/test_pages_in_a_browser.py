@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_plan import small_plan
 from test_studies_compare import entry, load, make_run, make_search, make_sweep, spread
 from test_studies_validation import made_up_load, made_up_results
 
@@ -43,7 +44,7 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run's page, two runs', a search's, a sweep's and a validation's; one without its library, one to be sorted."""
+    """Pages of a run, two runs, a search, a sweep, a plan and a validation; without its library; to be sorted."""
     place = tmp_path_factory.mktemp("pages")
     make_run(place / "one")
     make_run(place / "two", policy="vllm", stages=2)
@@ -59,6 +60,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "runs": write_page([place / "one", place / "two"], place / "both.html"),
         "search": write_page([place / "search"]),
         "sweep": write_page([make_sweep(place / "sweep", *points)]),
+        "plan": small_plan(place / "plan")[0] / "report.html",
         "validation": write_validation(made_up_results(made_up_load(0.5, 0.05)), place / "v" / "validation.html"),
     }
     html = made["sweep"].read_text(encoding="utf-8")
@@ -88,7 +90,7 @@ def seen(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def test_pages_are_drawn_without_a_word_on_the_console(pages: dict[str, Path], seen: dict[str, Any]) -> None:
-    for name in ("run", "runs", "search", "sweep", "validation"):
+    for name in ("run", "runs", "search", "sweep", "plan", "validation"):
         figures = pages[name].read_text(encoding="utf-8").count("class='figure'")
         assert seen[name]["figures"] == figures >= 2, name
         assert not seen[name]["wide"], name  # nothing sticks out of a phone's screen

@@ -35,7 +35,7 @@ FLEET_S = 120.0  # seconds of load that a fleet is simulated under, at least
 SPANS = 6.0  # and times the median E2E: as many requests are under way then as ever will be, most of the time
 CURVE = (0.25, 0.5, 0.75, 1.0, 1.25, 1.6, 2.0)  # shares of the plan's load at which latencies are drawn
 CURVE_S = 60.0  # seconds of load of each
-DRAW_S = 60.0  # of a search of the capacity
+DRAW_S = 120.0  # of a search of the capacity: in less a queue that fills up looks like one that grows
 MOST_REQUESTS = 24_000  # of such a trial; of a fleet that takes more a slice is simulated, at its share of the rate
 GROUP = 4  # replicas, at most, whose capacity behind the router is searched
 TOLERANCE = 0.05  # of that search: what the draws differ by is more
@@ -118,8 +118,9 @@ class Point:
                 share = self.step * ceil(some / self.step) / replicas
             fleet = self.fleet(round(replicas * share))
             rate = self.rate * share
-            trial = self.trial(at_rate(self.fleet_spec(seconds * share), rate), fleet, rate, stop=not whole)
-            return {**_kept(trial), "replicas": replicas, "simulated_replicas": fleet.replicas}
+            load = at_rate(self.fleet_spec(seconds * share), rate)
+            trial = self.trial(load, fleet, rate, stop=not whole)
+            return {**_kept(trial), "replicas": replicas, "simulated_replicas": fleet.replicas, "requests": len(load)}
 
         if whole and (found := self.cache.read(f"fleet-{replicas}")) is not None:
             ended = found["summary"].get("stopped_early") is None
@@ -127,9 +128,19 @@ class Point:
                 return found
         return self.record(f"fleet-{replicas}{'-whole' if whole else ''}", make)
 
+    def group_size(self, replicas: int, rate: float) -> int:
+        """Return of how many replicas, of so many that carry `rate` each, the capacity is searched.
+
+        As few as take the plan's least number of requests in DRAW_S, at most GROUP.
+        """
+        few = min(GROUP, ceil((self.spec.num_prompts or 0) / (rate * DRAW_S))) if self.spec.trace is None else GROUP
+        group = min(replicas, max(few, 1))
+        return max(group - group % self.step, self.step)
+
     def trial(self, workload: Workload, fleet: Fleet, rate: float, stop: bool = True) -> Trial:
         """Simulate a fleet at a rate; `stop` gives the trial up as soon as an SLO can't be met any more."""
-        gc.collect()  # the fleet before: of many replicas, each with the blocks of its KV cache
+        if fleet.replicas > GROUP:
+            gc.collect()  # the fleet before: of many replicas, each with the blocks of its KV cache
         router, seed = fleet.router, self.settings.seed
         if stop:
             return simulated_trial(workload, fleet.deployments, self.slos, rate, None, router, seed)
@@ -208,19 +219,20 @@ def size_point(job: dict[str, Any]) -> dict[str, Any]:
     )
     outcome = "holds" if found.replicas else "none" if impossible or job["most"] is None else "dismissed"
     trial = point.fleet_trial(found.replicas) if found.replicas else None
+    missed = point.cache.read(f"fleet-{found.too_few}") if found.too_few else None
     return {"status": "done", "outcome": outcome, "replicas": found.replicas, "too_few": found.too_few,
-            "trial": trial}  # fmt: skip
+            "trial": trial, "missed": missed}  # fmt: skip
 
 
 def draw_point(job: dict[str, Any]) -> dict[str, Any]:
     """Return the capacity of a replica in a group behind the router, for one draw of what is uncertain.
 
     Draw 0 has the plan's own seed and the predicted times as they are; each other one a workload of its own seed and
-    times with their errors drawn, which unlike candidates share as far as they have them in common.
+    times with their errors drawn, which unlike candidates share as far as they have them in common. As of a fleet, a
+    rate at which the queue grows is too high, even where the trial ends before an SLO is missed.
     """
     point = point_of(job)
-    group = min(job["replicas"], max(GROUP, point.step))
-    group -= group % point.step
+    group = point.group_size(job["replicas"], job["start"])
 
     def make() -> dict[str, Any]:
         spec = point.fleet_spec(DRAW_S, job["start"] * group)
@@ -231,7 +243,7 @@ def draw_point(job: dict[str, Any]) -> dict[str, Any]:
         def run(rate: float) -> Trial:
             trial = point.trial(at_rate(spec, rate * group), fleet, rate * group)
             trials.append({**_kept(trial), "rate": rate})
-            return replace(trial, rate=rate)
+            return replace(trial, rate=rate, met=trial.holds)
 
         capacity = find_capacity(run, job["start"], TOLERANCE, _STEPS)
         qps = capacity.qps / (group if capacity.outcome == "all" else 1)
@@ -267,8 +279,7 @@ def full_batch(deployment: Deployment) -> dict[str, Any]:
 def curve_point(job: dict[str, Any]) -> dict[str, Any]:
     """Return what a group of a point's replicas does under shares of a load, each trial to its end."""
     point = point_of(job)
-    group = min(job["replicas"], max(GROUP, point.step))
-    group -= group % point.step
+    group = point.group_size(job["replicas"], job["start"])
 
     def make() -> dict[str, Any]:
         found = []
@@ -296,10 +307,9 @@ def alone_point(job: dict[str, Any]) -> dict[str, Any]:
 
 def _kept(trial: Trial) -> dict[str, Any]:
     """Return what is kept of a trial; its rate is the fleet's."""
-    growing = trial.summary.get("saturation", {}).get("growing") is True
     return {
         **trial.to_json(),
-        "holds": trial.met and not growing,
+        "holds": trial.holds,
         "summary": {name: trial.summary[name] for name in _KEPT if name in trial.summary},
     }
 

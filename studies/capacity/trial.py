@@ -38,6 +38,11 @@ class Trial:
     summary: dict[str, Any]
     folder: str | None = None
 
+    @property
+    def holds(self) -> bool:
+        """Every SLO is met and the queue does not grow: the rate can be kept up, not only outlasted by a short run."""
+        return self.met and self.summary.get("saturation", {}).get("growing") is not True
+
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers; an infinite margin is None."""
         return {

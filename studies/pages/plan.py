@@ -100,7 +100,7 @@ def _cards(made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if made["headroom"] is not None:
         entries += [
-            ("Headroom", percent(made["headroom"], sign=True), "more load until an SLO is missed"),
+            ("Headroom", percent(made["headroom"], sign=True), "more load until it no longer holds"),
             ("A replica carries", f"{number(mid)} requests/s", f"{number(low)} to {number(high)}, {draws} draws"),
         ]
     return entries

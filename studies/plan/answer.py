@@ -6,6 +6,7 @@ print(row["usd_per_hour"], limits(best), *against(best, second, 40.0))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import floor, inf, isfinite
 from typing import Any
 
@@ -70,7 +71,7 @@ def expected(candidate: Candidate) -> dict[str, float | None]:
 
 
 def headroom(candidate: Candidate, rate: float) -> float | None:
-    """Return by what share the rate may rise until an SLO is missed, as expected; None if it is unknown."""
+    """Return by what share the rate may rise until the fleet no longer holds, as expected; None if it is unknown."""
     if not candidate.draws or not candidate.replicas:
         return None
     return candidate.replicas * candidate.capacity(rate)[1] / rate - 1
@@ -94,11 +95,12 @@ def limits(candidate: Candidate) -> str:
     slo = SLO.parse(binding)
     name = METRICS[slo.metric].name
     beyond = _beyond(draw)
-    summary = {**(trial or {}).get("summary", {}), **beyond}
+    summary = {**(trial or {}).get("summary", {}), **beyond.get("summary", {})}
     seats, budget = candidate.replica["max_num_seqs"], candidate.replica["max_num_batched_tokens"]
     full_s = candidate.batch.get("full_s", 0.0)
     cache = summary.get("peak_kv_utilization") or 0.0
-    if slo.metric in ("tbt", "tpot"):
+    outgrown = beyond.get("met")  # every SLO, but its queue grows
+    if slo.metric in ("tbt", "tpot") and not outgrown:
         if budget and full_s > 0.5 * slo.threshold_s:
             return (
                 f"{name} by the chunk ({binding}): one {budget:,}-token batch takes {seconds(full_s)}; lower the "
@@ -115,6 +117,11 @@ def limits(candidate: Candidate) -> str:
             "--kv-cache-dtype fp8, quantised weights or more GPUs a replica make room."
         )
     busy = summary.get("steady_utilization")
+    if outgrown:
+        return (
+            f"Throughput: with {number(beyond['rate'])} requests/s a replica the queue grows, though no SLO is missed "
+            f"at once (GPUs {percent(busy or 0.0)} busy); more replicas, a larger budget or a faster GPU carry more."
+        )
     where = f" with the GPUs {percent(busy)} busy" if busy else ""
     return (
         f"{name} by queueing ({binding}): beyond the capacity prompts wait for their turn{where}; a larger token "
@@ -123,18 +130,18 @@ def limits(candidate: Candidate) -> str:
 
 
 def _beyond(draw: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the summary of the lowest rate that was seen to miss an SLO."""
-    missed = [trial for trial in (draw or {}).get("trials", ()) if not trial["met"]]
-    return min(missed, key=lambda trial: trial["rate"])["summary"] if missed else {}
+    """Return the trial of the lowest rate that was seen not to hold, if there is one."""
+    missed = [trial for trial in (draw or {}).get("trials", ()) if not trial["holds"]]
+    return min(missed, key=lambda trial: trial["rate"]) if missed else {}
 
 
 def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     """Return how a runner-up compares: its price, whether they can be told apart, and what would change the choice."""
     row = row_of(other, rate)
     more = other.usd_per_hour / best.usd_per_hour - 1
-    fleet = f"{row['replicas']} replica{'s' * (row['replicas'] != 1)} of {layout_words(row)}"
+    fleet = f"{_count(row['replicas'], 'replica')} of {layout_words(row)}"
     usd = f"${number(row['usd_per_hour'])}/h ({percent(more, sign=True)})"
-    words = [f"Runner-up: {fleet}, {row['gpus']} GPU{'s' * (row['gpus'] != 1)}, {usd}."]
+    words = [f"Runner-up: {fleet}, {_count(row['gpus'], 'GPU')}, {usd}."]
     (low, high), (other_low, other_high) = best.usd_range(rate), other.usd_range(rate)
     if 0 in other.draws and other_low <= high and low <= other_high:
         words.append(
@@ -147,12 +154,34 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
             f"It would be the cheaper one below ${number(even)} per {other.device}-hour (now "
             f"${number(other.usd_per_gpu_hour)})."
         )
+    elif more <= 0:
+        words.append("It costs the same, and comes nearer to its SLOs at this load.")
     else:
         fewer = floor(best.usd_per_hour / other.usd_per_replica * (1 + 1e-9)) // other.step * other.step
         if other.step <= fewer < other.count:
             many = f"{fewer} replica{'s' * (fewer > 1)}"
             words.append(f"It would have to hold with {many}, {number(rate / fewer)} requests/s each.")
     return words
+
+
+def elsewhere(best: Candidate, known: Sequence[Candidate]) -> list[str]:
+    """Return the GPU prices above which devices without a fleet that was seen to hold can't win."""
+    words = []
+    held = {each.device for each in known if each.outcome == "holds"}
+    for device in dict.fromkeys(each.device for each in known if each.device not in held):
+        mine = [each for each in known if each.device == device and each.outcome == "dismissed"]
+        if mine:
+            least = min(mine, key=lambda each: each.fewest_usd)
+            gpus = least.fewest * least.gpus
+            words.append(
+                f"{device}: {_count(gpus, 'GPU')} or more, so it can only win below "
+                f"${number(best.usd_per_hour / gpus)} per GPU-hour (now ${number(least.usd_per_gpu_hour)})."
+            )
+    return words
+
+
+def _count(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def _usd(value: float) -> str:
@@ -171,6 +200,8 @@ def summary_of(planner: Planner) -> dict[str, Any]:
     words = [limits(best)]
     if second is not None:
         words += against(best, second, rate)
+    if best.outcome == "holds":
+        words += elsewhere(best, known)
     return {
         "rate": rate,
         "best": row_of(best, rate),

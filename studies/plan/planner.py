@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from math import ceil, floor, inf
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ FAR = 1.25  # times the best price: what is sure to cost more is of no interest,
 FAR_OFF = 2.0  # times the best price: no runner-up
 FINALISTS = 2
 REACH = 1.7  # times the likely replicas: as many are tried before others get their turn
-NEXT = 1.15  # times the fewest replicas that are left: what is likely after a miss
+NEXT = 0.3  # more replicas than the fewest that are left are likely after a miss at once; fewer after a late one
 MOST_TRIES = 2  # of what was dismissed, to find a runner-up
 DRAWS = 4  # of errors and workloads, by default: what they span is meant to cover 60 %
 
@@ -158,7 +159,8 @@ class Planner:
         for each in self.candidates:
             yield self._job(each, "bound")
         yield from self._wait()
-        yield from self._fleets()
+        yield from self._sizes()
+        yield from self._wait()
         yield from self._ends()
 
     def take(self, number: int, result: Mapping[str, Any]) -> None:
@@ -195,7 +197,8 @@ class Planner:
                 candidate.outcome = "open"  # unless these cost too much, it is tried again
                 candidate.fewest = max(candidate.fewest, (result["too_few"] or 0) + candidate.step)
                 candidate.ruled_out = "a simulated fleet that missed"
-                candidate.likely = min(candidate.likely, self.rate / (NEXT * candidate.fewest))
+                likely = candidate.fewest * (1 + NEXT * (1 - _done(result.get("missed"))))
+                candidate.likely = min(candidate.likely, self.rate / likely)
             elif result["outcome"] == "none":
                 candidate.why = "not even one request at a time meets the SLOs"
         elif what == "alone":
@@ -221,12 +224,6 @@ class Planner:
         self._pending += 1
         return job
 
-    def _fleets(self) -> Iterator[dict[str, Any] | None]:
-        """Yield the searches of fleets: of every point that may win, then of something to compare the best with."""
-        yield from self._sizes()
-        yield from self._wait()
-        yield from self._runners_up()
-
     def _sizes(self) -> Iterator[dict[str, Any] | None]:
         """Yield the searches of fleets, the likeliest first; what misses by far is tried again when others were."""
         while True:
@@ -251,20 +248,23 @@ class Planner:
 
     def _runners_up(self) -> Iterator[dict[str, Any] | None]:
         """Yield searches of what was dismissed, until there is something to compare the best with."""
-        for _ in range(MOST_TRIES):
+        tried: set[Candidate] = set()
+        while len(tried) < MOST_TRIES:
             held = self.holding
             if not held or len(held) >= FINALISTS:
                 return
             layouts = {(each.device, *each.job["layout"]) for each in held}
             left = [
-                each for each in self.candidates
-                if each.outcome == "dismissed" and (each.device, *each.job["layout"]) not in layouts
-            ]  # fmt: skip
-            elsewhere = [each for each in left if each.device not in {each.device for each in held}]
-            chosen = min(elsewhere or left, key=lambda each: max(each.likely_usd, each.fewest_usd), default=None)
+                each
+                for each in self.candidates
+                if each.outcome == "dismissed" and each not in tried
+                if (each.device, *each.job["layout"]) not in layouts
+            ]
+            chosen = min(left, key=lambda each: each.likely_usd, default=None)
             limit = FAR_OFF * held[0].usd_per_hour
-            if chosen is None or max(chosen.likely_usd, chosen.fewest_usd) > limit:
+            if chosen is None or chosen.likely_usd > limit:
                 return
+            tried.add(chosen)
             chosen.outcome = "open"
             likely = max(chosen.fewest, ceil(self.rate / chosen.likely)) if chosen.likely else chosen.fewest
             most = floor(limit / chosen.usd_per_replica * (1 + 1e-9))
@@ -280,19 +280,28 @@ class Planner:
         return min(own, FAR * held[0].usd_per_hour) if held else inf
 
     def _ends(self) -> Iterator[dict[str, Any] | None]:
-        """Yield the whole fleet of the best, growing until it holds, and the draws of the finalists."""
+        """Yield the whole fleet of the best, growing until it holds, a search of a runner-up, and the draws of both."""
         yield from self._whole_fleets()
         if not self.holding:
             yield from self._closest()
             return
         best = self.holding[0]
+        searches = self._runners_up()
+        yield from islice(searches, 1)  # beside the best one's draws, on another processor
         yield self._job(best, "curve", replicas=best.count, start=self.rate / best.count)
-        self.finalists = self._choose_finalists()
-        for draw in range(self.num_draws + 1):
-            for each in self.finalists:
-                start = self.rate / each.count
-                yield self._job(each, "draw", draw=draw, replicas=each.count, start=start)
+        yield from self._draws([best])
+        yield from searches
         yield from self._wait()
+        yield from self._draws(self._choose_finalists())
+        yield from self._wait()
+
+    def _draws(self, finalists: list[Candidate]) -> Iterator[dict[str, Any]]:
+        """Yield the draws of those that have none yet."""
+        new = [each for each in finalists if each not in self.finalists]
+        self.finalists = finalists
+        for draw in range(self.num_draws + 1):
+            for each in new:
+                yield self._job(each, "draw", draw=draw, replicas=each.count, start=self.rate / each.count)
 
     def _whole_fleets(self) -> Iterator[dict[str, Any] | None]:
         """Yield whole fleets until that of the best holds, and those that have grown.
@@ -308,11 +317,12 @@ class Planner:
             yield self._job(unsure[0], "finish", replicas=unsure[0].count)
             yield from self._wait()
             now = self.holding[0].usd_per_hour if self.holding else inf
-            again = [each for each in self.candidates if each.outcome == "dismissed" and price < now > each.fewest_usd]
+            again = [each for each in self.candidates if each.outcome == "dismissed" and price < now >= each.fewest_usd]
             for each in again:
                 each.outcome, each.why = "open", ""
             if again:
-                yield from self._fleets()
+                yield from self._sizes()
+                yield from self._wait()
 
     def _closest(self) -> Iterator[dict[str, Any] | None]:
         """Yield one request at a time on every point, where no fleet holds, and the fleet of what comes closest."""
@@ -337,6 +347,11 @@ def ends(values: Sequence[float]) -> tuple[float, float]:
     """Return the ends of the range that drawn values are meant to cover."""
     found = interval(values)
     return found["low"], found["high"]
+
+
+def _done(trial: Mapping[str, Any] | None) -> float:
+    """Return the share of its requests that a trial finished before it was given up: how near it came."""
+    return trial["summary"]["completed"] / trial["requests"] if trial else 0.0
 
 
 def _margin(trial: Mapping[str, Any] | None) -> float:
