@@ -23,6 +23,7 @@ from simulator.predictor.uncertainty import interval
 FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
 FAR_OFF = 2.0  # times the best price: no runner-up
 FINALISTS = 2
+MOST_GROWN = 16  # times that a fleet grows because the whole of it misses
 REACH = 1.7  # times the likely replicas: as many are tried before others get their turn
 NEXT = 0.3  # more replicas than the fewest that are left are likely after a miss at once; fewer after a late one
 MOST_TRIES = 2  # of what was dismissed, to find a runner-up
@@ -53,6 +54,7 @@ class Candidate:
     asked: bool = False  # a fleet of it is being searched
     replicas: int | None = None  # of the smallest fleet that holds
     too_few: int | None = None
+    grown: int = 0  # times, since whole fleets missed
     trial: dict[str, Any] | None = None  # of that fleet
     alone: dict[str, Any] | None = None  # of one request at a time, where no fleet holds
     draws: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -211,6 +213,12 @@ class Planner:
             candidate.whole, candidate.batch = result["trial"], result["batch"]
             if candidate.outcome == "holds" and not candidate.whole["holds"]:
                 candidate.too_few = candidate.replicas
+                candidate.grown += 1
+                if candidate.grown > MOST_GROWN:
+                    candidate.outcome, candidate.why = (
+                        "none",
+                        f"whole fleets of up to {candidate.too_few} replicas miss",
+                    )
                 candidate.replicas = (candidate.replicas or 0) + candidate.step
                 candidate.trial = candidate.whole = None  # of a fleet that missed; the larger one is simulated in turn
 
