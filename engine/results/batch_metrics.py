@@ -17,6 +17,7 @@ from engine.results.tables import Array, Columns
 
 PERCENTILES = (50.0, 90.0, 99.0)
 _COLUMNS = ["replica", "stage", "start_s", "duration_s", "num_tokens", "num_decodes", "num_prefills"]
+MOST_BATCHES = 2_000_000  # of a run, beyond which its iterations are not read back at once: they take 100 MiB a million
 _NEAR_S = 1e-6  # a token comes at the end of its batch, but for rounding
 
 
@@ -28,8 +29,10 @@ def batch_metrics(recorder: Recorder, requests: Columns) -> dict[str, Any]:
     all of these count). `preemption_time`: the rest from its first scheduling to its last token, in which others ran or
     it was recomputed. Both need the exact gaps between tokens. `batches`: requests and tokens of each, with histograms
     by powers of two (`upto`: the counts of batches with at most 1, 2, 4, ...), and the time (ms) from the end of one on
-    the first stage to the beginning of the next.
+    the first stage to the beginning of the next. Empty for a run of more than `MOST_BATCHES`.
     """
+    if recorder.num_batches > MOST_BATCHES:
+        return {}
     blocks = list(recorder.read_iterations(_COLUMNS))
     if not blocks:
         return {}
