@@ -36,17 +36,10 @@ class Osdi24Scheduler(Scheduler):
             request.late_first_token = True
             request.max_total_tokens += 1
 
-    def rounds(self) -> int:
+    def rounds(self, spare: int = 0) -> int:
         if not self.spec.preempt_for_every_decode:
-            return super().rounds()
-        free, growing = self.kv_cache.num_free - 1, len(self.running)  # one has to stay free
-        if free < 0:
-            return 1
-        if free >= growing:
-            return free // growing * self.kv_cache.block_size
-        left = sorted([r.allocated_tokens - r.start if self.async_scheduling else
-                       r.allocated_tokens - r.num_computed_tokens for r in self.running])  # fmt: skip
-        return max(1, min(left[free], left[0] + self.kv_cache.block_size))
+            return super().rounds(spare)
+        return super().rounds(spare + 1) if self.kv_cache.num_free > spare else 1  # one has to stay free
 
     def take_decodes(self) -> list[Request]:
         free = self.kv_cache.num_free

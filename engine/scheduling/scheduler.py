@@ -286,13 +286,15 @@ class Scheduler:
             self._stop_last(batch)
         return taken
 
-    def rounds(self) -> int:
+    def rounds(self, spare: int = 0) -> int:
         """How many times every running request may run, its run in flight included, before the blocks may run out.
+
+        `spare` of the free blocks, at most as many as there are, are not to be taken.
 
         `Batch.repeats` has regard to it; a driver with several batches in flight asks again when it plans ahead, for
         the batches formed later may have taken blocks.
         """
-        free, growing = self.kv_cache.num_free, len(self.running)
+        free, growing = self.kv_cache.num_free - spare, len(self.running)
         if free >= growing:
             return free // growing * self.kv_cache.block_size
         # runs until each takes a block
