@@ -22,7 +22,7 @@ import numpy as np
 from engine.errors import InputError, unknown
 from engine.results.tables import Array
 from engine.workload.workload import WorkloadSpec
-from simulator.predictor.uncertainty import HOST
+from simulator.predictor.uncertainty import HOST, Z
 from studies.measured.point import Point
 
 UNITS = {  # seconds in which each constant is of the order of one
@@ -52,7 +52,6 @@ _SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of a change
 _ENOUGH = 3e-3  # a step that lessens the loss by less, as a share, is the last
 ALIKE = 0.95  # correlation from which on two constants are said not to be told apart
 _FLAT = 0.3  # share of a direction from which on a constant is named as part of it
-_Z90 = 1.645
 _FELT = 1e-6  # change of a log error by a unit of a constant, from which on it matters
 
 Constants = Mapping[str, float]
@@ -229,7 +228,7 @@ def _confidence(
         for j in range(i)
         if felt[i] and felt[j] and abs(correlation[i, j]) > ALIKE
     ]
-    return {name: float(_Z90 * spread[i] * unit(name)) if felt[i] else inf for i, name in enumerate(names)}, alike
+    return {name: float(Z * spread[i] * unit(name)) if felt[i] else inf for i, name in enumerate(names)}, alike
 
 
 def _flat(names: Sequence[str], of_data: Array, sure: Array, is_factor: Sequence[bool]) -> list[list[str]]:
