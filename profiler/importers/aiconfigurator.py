@@ -127,7 +127,9 @@ def read(
         )
     if chosen in catalog.DEVICES:
         spec = catalog.DEVICES[chosen]
-        parts = [without_outliers(part, spec) for part in parts]
+        parts = [without_outliers(part, spec, select.window) for part in parts]
+        if not any(len(part.rows) for part in parts):
+            raise InputError(f"{place} holds no row of {chosen} that can be believed: {parts[-1].notes[-1]}")
     if ignored:
         notes.append(f"left out for their unknown columns: {', '.join(ignored)}")
     parts[-1].notes.extend(notes)
