@@ -69,15 +69,15 @@ def _impossible(rows: pd.DataFrame, device: DeviceSpec, window: int) -> tuple[ND
         if not len(mine):
             continue
         above = arithmetic(rows.iloc[mine], device, window) / (rows["time_ms"].to_numpy(float)[mine] / 1e3)
-        for number in np.unique(of := _population(rows.iloc[mine])):
-            these = mine[of == number]
-            ratio = above[of == number]
+        population = _population(rows.iloc[mine])
+        for number in np.unique(population):
+            these, ratio = mine[population == number], above[population == number]
             if (ratio > 1).mean() > IMPOSSIBLE:
                 found[these] = True
                 one = rows.iloc[these[int(ratio.argmax())]]
+                of = f" of head size {int(one['head_dim'])}" if one.get("head_dim", 0) > 0 else ""
                 notes.append(
-                    f"{one['source']}: all {len(these):,} rows of {one['dtype']} {kind}"
-                    f"{f' of head size {int(one.head_dim)}' if 'head_dim' in one and one.head_dim > 0 else ''} left out: "
+                    f"{one['source']}: all {len(these):,} rows of {one['dtype']} {kind}{of} left out: "
                     f"{(ratio > 1).sum():,} are faster than the card's peak arithmetic ({_words(one)}: "
                     f"{ratio.max():.3g} times), so something else was timed"
                 )
