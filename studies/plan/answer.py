@@ -195,7 +195,7 @@ def summary_of(planner: Planner) -> dict[str, Any]:
     known = [each for each in planner.candidates if each.bound]
     others = [each for each in known if each is not best]
     ranked = sorted(others, key=lambda each: (each.outcome != "holds", each.usd_per_hour))
-    second = next((each for each in ranked if each.outcome == "holds"), None)
+    second = planner.runner_up
     prompt, _ = best.bound["tokens"]
     words = [limits(best)]
     if second is not None:
