@@ -22,6 +22,7 @@ from math import ceil, floor, inf
 from typing import Any, Literal
 
 from simulator.predictor.uncertainty import interval
+from studies.capacity.ranges import DRAWS
 
 FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
 FAR_OFF = 2.0  # times the best price: no runner-up
@@ -30,8 +31,7 @@ REACH = 1.7  # times the likely replicas: as many are tried before others get th
 NEXT = 0.3  # more replicas than the fewest that are left are likely after a miss at once; fewer after a late one
 AHEAD = 24  # points for each search of a fleet that is under way beside others: as many processes are kept busy,
 LEAST_AHEAD = 3  # at least so many; what one finds can spare another only if it ended before that began
-MOST_TRIES = 2  # of what was dismissed, to find a runner-up
-DRAWS = 4  # of errors and workloads, by default: what they span is meant to cover 60 %
+MOST_TRIES = 4  # of what was dismissed, to find a runner-up
 
 Outcome = Literal["open", "refused", "crashed", "dismissed", "none", "holds"]
 
@@ -164,11 +164,11 @@ class Planner:
 
     @property
     def runner_up(self) -> Candidate | None:
-        """The best fleet of another device, else of another layout, else of other settings; None if none holds."""
+        """The cheapest fleet of another device or layout than the best, else of other settings; None if none holds."""
         if not self.holding:
             return None
         best, *others = self.holding
-        return min(others, key=lambda each: (each.device == best.device, _kind(each) == _kind(best)), default=None)
+        return min(others, key=lambda each: _kind(each) == _kind(best), default=None)
 
     @property
     def settled(self) -> int:
@@ -291,26 +291,25 @@ class Planner:
         self._heed(number, self._results.pop(number))
 
     def _runners_up(self) -> Iterator[dict[str, Any] | None]:
-        """Yield searches of what was dismissed, until there is something to compare the best with."""
+        """Yield searches of what was dismissed, and may be nearer in price to the best than the runner-up."""
         tried: set[Candidate] = set()
-        while len(tried) < MOST_TRIES:
-            held = self.holding
-            kinds = {_kind(each) for each in held}
-            if not held or len(kinds) > 1:
-                return
+        while self.holding and len(tried) < MOST_TRIES:
+            best, second = self.holding[0], self.runner_up
+            known = second is not None and _kind(second) != _kind(best)
+            limit = second.usd_per_hour if second is not None and known else FAR_OFF * best.usd_per_hour
             left = [
                 each
                 for each in self.candidates
-                if each.outcome == "dismissed" and each not in tried and _kind(each) not in kinds
+                if each.outcome == "dismissed" and each not in tried and _kind(each) != _kind(best)
+                if (each.fewest_usd < limit * (1 - 1e-9) if known else each.likely_usd <= limit)
             ]
             chosen = min(left, key=lambda each: each.likely_usd, default=None)
-            limit = FAR_OFF * held[0].usd_per_hour
-            if chosen is None or chosen.likely_usd > limit:
+            if chosen is None:
                 return
             tried.add(chosen)
             chosen.outcome = "open"
             likely = max(chosen.fewest, ceil(self.rate / chosen.likely)) if chosen.likely else chosen.fewest
-            most = floor(limit / chosen.usd_per_replica * (1 + 1e-9))
+            most = floor(limit / chosen.usd_per_replica * (1 - 1e-9 if known else 1 + 1e-9))
             number = len(self._given)
             yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
             yield from self._result(number)
