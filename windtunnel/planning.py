@@ -19,7 +19,7 @@ from typing import Any
 
 from engine import engine_preset
 from engine.errors import InputError, unknown
-from engine.results.files import write_json
+from engine.results.files import write_json, write_whole
 from engine.specs import DeviceSpec, catalog
 from engine.specs.checks import file_name
 from engine.specs.device_folder import folder_of
@@ -278,7 +278,7 @@ def _write_config(path: Path, best: Candidate, replicas: int) -> None:
     import yaml
 
     kept = {key: value for key, value in best.job["settings"].items() if value not in (None, "", [])}
-    path.write_text(yaml.safe_dump({**kept, "num_replicas": replicas}, sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump({**kept, "num_replicas": replicas}, sort_keys=False))
 
 
 def default_folder(settings: Mapping[str, Any], *more: Any) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.documents import shown
 from engine.errors import InputError
-from engine.results.folders import unfinished
+from engine.results.folders import FULL, unfinished
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -19,8 +19,10 @@ def write_whole(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:  # which does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

@@ -82,7 +82,7 @@ def read(
     reader = _Reader(given, source_name, client_name, columns, warmup_requests)
     if not path.exists():
         raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
-    if path.is_file():
+    if not path.is_dir():
         return [reader.file(path)]
     if _is_run(path):
         return [reader.run_folder(path)]
