@@ -118,7 +118,8 @@ def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
 
 def _copy(page: Path, path: Path, standalone: bool) -> Path:
     """Copy a page, which is as it was written, with the plot library beside it or in it."""
-    html = page.read_text(encoding="utf-8")
+    with readable(page.parent, "study"):
+        html = page.read_text(encoding="utf-8")
     beside = library_beside(html)
     if beside is not None and standalone:
         write_whole(path, with_library(html, page.with_name(beside)))
