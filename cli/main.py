@@ -5,6 +5,7 @@ Each command reads its settings and calls the module that does the work, importe
 
 from __future__ import annotations
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable
@@ -869,7 +870,8 @@ def _explained(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in FULL:
         return 2, f"can't write{f' to {error.filename}' if error.filename else ''}: {error.strerror}: {FREE}"
     if isinstance(error, OSError):
-        return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1  # that was given, and the world has nothing to do with it
+        return code, one_line(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     raise error
 
 
