@@ -5,6 +5,7 @@ Each command reads its settings and calls the module that does the work, importe
 
 from __future__ import annotations
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from engine.errors import InputError
+from engine.errors import InputError, one_line
+from engine.results.folders import FREE, FULL
 from engine.results.run_folder import InterruptedRunError
 from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
@@ -861,17 +863,20 @@ def _explained(error: BaseException) -> tuple[int, str]:
         print(plugin.frames, file=sys.stderr, end="")
         return plugin.code, in_flags(str(plugin))
     if isinstance(error, InputError):
-        return 2, in_flags(str(error))
+        return 2, one_line(in_flags(str(error)))
     if isinstance(error, _UsageError):
-        return 2, _usage(error)
+        return 2, one_line(_usage(error))
     if isinstance(error, WorkerError):
         return 1, str(error)
     if isinstance(error, InterruptedRunError):
         return 130, str(error)
     if isinstance(error, MemoryError):
         return 1, f"out of memory{f' ({error})' if str(error) else ''}: lower --num-prompts"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return 2, f"can't write{f' to {error.filename}' if error.filename else ''}: {error.strerror}: {FREE}"
     if isinstance(error, OSError):
-        return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1  # that was given, and the world has nothing to do with it
+        return code, one_line(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     raise error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from engine.results.metric_table import REQUEST_COLUMNS
 from engine.results.metrics import Gaps, grouped_percentile
-from engine.results.tables import Columns, to_arrow
+from engine.results.tables import Columns, open_parquet, to_arrow
 from engine.scheduling.request import Batch, Request
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ class _Table:
         if self.path is None:
             yield from self.blocks
         elif self.writer is not None:
-            import pyarrow.parquet as pq
-
-            for batch in pq.ParquetFile(self.path).iter_batches(columns=names):
+            for batch in open_parquet(self.path).iter_batches(columns=names):
                 yield {name: np.from_dlpack(batch[name]) for name in names}  # to_numpy() would import pandas
 
 
