@@ -37,7 +37,7 @@ HOSTS = {
 DRAWN = (PAPER_HOST, MODERN_HOST)  # whose figures the page of a whole study shows
 LITTLE = "†"
 MARKS = {"disagrees": " ✗", "depends on the draw": " ~"}
-NARROW = "<style>.claims th[scope=row] { min-width: 10rem; }</style>"  # on a phone the numbers scroll, not the words
+STYLE = "<style>.claims th[scope=row] { min-width: 10rem; background: var(--page); }</style>"
 Judged = Mapping[str, Sequence[Judgement]]  # by host overhead
 
 
@@ -45,7 +45,8 @@ def judged(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, 
     """Return the verdicts under each host overhead, placebos left out, on the claims whose points were run."""
     every = judge_all(experiment, records)
     run = [i for i in range(len(experiment.claims)) if any(each[i].verdict != "not run" for each in every.values())]
-    return {host: [each[i] for i in run] for host, each in every.items() if host not in PLACEBOS}
+    named = [host for host in HOSTS if host in every] + [host for host in every if host not in HOSTS]
+    return {host: [every[host][i] for i in run] for host in named if host not in PLACEBOS}
 
 
 def write_page(
@@ -64,8 +65,10 @@ def write_page(
         )
     )
     if experiment.claims:
-        page.add("<h2>Published, and ours</h2>", NARROW, "<div class='claims'>", claims_table(verdicts), "</div>")
+        page.add("<h2>Published, and ours</h2>", STYLE, "<div class='claims'>", claims_table(verdicts), "</div>")
         page.add(f"<p>{escape(_how_judged(records))}</p>")
+        if words := little_in_words(verdicts.get(PAPER_HOST, [])):
+            page.add(f"<p>{escape(HOSTS[PAPER_HOST].capitalize())}: {escape(words)}.</p>")
     for host, judgements in verdicts.items():
         missed = [each for each in judgements if each.explanation]
         if missed and host in DRAWN:
@@ -100,7 +103,12 @@ def _how_judged(records: Mapping[str, Records]) -> str:
     )  # fmt: skip
     drawn = f"Numbers are medians of {seeds} draws of the requests [lowest to highest]. " if seeds > 1 else ""
     placebos = [HOSTS[host] for host in records if host in PLACEBOS]
-    little = f" {LITTLE}: holds with a placebo's times too ({', '.join(placebos)})." if placebos else ""
+    little = (
+        f" {LITTLE}: it agrees with a placebo's times too ({' or '.join(placebos)}), so that it says little of the "
+        "predictor."
+        if placebos
+        else ""
+    )
     return (
         f"{drawn}A number agrees within 20 % of the published one, its reading included; a claim depends on the draw "
         f"where it agrees in some draws only.{little}"
@@ -121,7 +129,8 @@ def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
     chips: list[tuple[Tone, str]] = []
     for host, judgements in verdicts.items():
         for each in tally(judgements):
-            tone: Tone = "good" if each.agree == each.count else "unsure" if each.agree or each.depend else "bad"
+            some: Tone = "unsure" if each.agree or each.depend else "bad"
+            tone: Tone = "good" if each.agree == each.count and each.agree > each.little else some
             chips.append((tone, f"{HOSTS.get(host, host)}: {each}"))
     return chips
 
@@ -147,7 +156,7 @@ def claims_table(verdicts: Judged) -> str:
                 rows.append((judgements[0].claim + little, [judgements[0].published, *map(_cell, judgements)]))
         if rows:
             heads = (kind.capitalize(), "Published", *(HOSTS.get(host, host).capitalize() for host in hosts))
-            parts.append(numbers_table(heads, rows))
+            parts.append(numbers_table(heads, rows, words=True))
     return "".join(parts)
 
 
@@ -155,7 +164,7 @@ def _cell(judgement: Judgement) -> Cell:
     if judgement.verdict == "not run":
         return "-"
     off = "" if judgement.off is None else f" ({percent(judgement.off, sign=True)})"
-    tones: dict[str, Tone] = {"agrees": "good", "disagrees": "bad"}
+    tones: dict[str, Tone] = {"agrees": "unsure" if judgement.says_little else "good", "disagrees": "bad"}
     words = {"depends on the draw": ", depends on the draw", "fitted": ", fitted"}.get(judgement.verdict, "")
     return (tones.get(judgement.verdict, "unsure"), f"{judgement.ours}{off}{words}")
 
@@ -193,10 +202,12 @@ def choices_table(table: Sequence[Choice]) -> str:
 def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:
     """Return the study's section of a page in Markdown."""
     verdicts = judged(experiment, records)
-    hosts = [host for host in HOSTS if host in verdicts] + [host for host in verdicts if host not in HOSTS]
+    hosts = list(verdicts)
     lines = [f"## {experiment.title}", "", f"`windtunnel study run {name}` · {experiment.source}.", ""]
     lines += [experiment.shows.strip(), ""]
     lines += [f"- {host_name(host)}: {in_words(verdicts[host])}" for host in hosts]
+    if words := little_in_words(verdicts.get(PAPER_HOST, [])):
+        lines += [f"- {words}"]
     heads = ["claim", "published", *(HOSTS.get(host, host) for host in hosts)]
     lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in zip(*(verdicts[host] for host in hosts), strict=True):
@@ -214,6 +225,16 @@ def in_words(judgements: Sequence[Judgement]) -> str:
     """Return how many claims of each kind agree."""
     parts = [str(each) for each in tally(judgements)]
     return ", ".join(parts) + " agree" if parts else "nothing of what was published was run"
+
+
+def little_in_words(judgements: Sequence[Judgement]) -> str:
+    """Return how many of the claims that agree say little of the predictor; nothing where none does."""
+    agree = [each for each in judgements if each.verdict == "agrees"]
+    little = sum(each.says_little for each in agree)
+    if not little:
+        return ""
+    which = f"all {little}" if little == len(agree) else f"{little} of the {len(agree)}"
+    return f"{LITTLE} {which} claims that agree do so with a placebo's times too: they say little of the predictor"
 
 
 def _markdown_cell(judgement: Judgement) -> str:

@@ -115,7 +115,7 @@ def _capacity(records: Records, published: Published) -> list[Panel]:
         ours = _series((scheduler, setup, qps) for scheduler, setup, qps, _ in here)
         theirs = _series((scheduler, setup, qps) for scheduler, setup, _, qps in here if qps is not None)
         figure = bars(ours, "Capacity (requests/s)", theirs)
-        caption = "Highest request rate within the objectives." + " Diamonds: published." * bool(theirs)
+        caption = f"Highest request rate within the objectives, the median of the draws. {_marks(theirs)}"
         result.append(Panel(", ".join(place), caption, figure, "half", 300))
     return result
 
@@ -132,8 +132,8 @@ def _completions(records: Records, published: Published) -> list[Panel]:
     figure.update_yaxes(title_text="Decodes completed", rangemode="tozero")
     ends = [f"{point.split('/')[-1]} {published[f'{point}:duration']:g} s" for point in records
             if f"{point}:duration" in published]  # fmt: skip
-    longest = f"The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
-    longest += f" Published, to the end: {'; '.join(ends)}." * bool(ends)
+    longest = f"Of the first draw. The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
+    longest += f" Dashed: the published ends, {'; '.join(ends)}." * bool(ends)
     for i, point in enumerate(records):
         if (end := published.get(f"{point}:duration")) is not None:
             figure.add_vline(x=end, line={"color": _colour(point.split("/")[-1], i), "width": 1, "dash": "dash"})
@@ -149,7 +149,11 @@ def _of(metric: str, rows: Iterable[tuple[str, str, Any]], published: Published)
 
 
 def _about(theirs: Series | None) -> str:
-    return "The median of the draws." + " Diamonds: published." * bool(theirs)
+    return f"The median of the draws. {_marks(theirs)}"
+
+
+def _marks(theirs: Series | None) -> str:
+    return "Diamonds: published." if theirs else "The paper gives no numbers to mark."
 
 
 def _over_rate(records: Records, published: Published) -> list[Panel]:
@@ -227,7 +231,7 @@ def _operators(records: Records, published: Published) -> list[Panel]:
         names = {"prefill": ("Prompt (tokens)", "a whole prompt"), "decode": ("Decodes", "a batch of decodes")}
         axis, what = names.get(phase, ("Prompt tokens + decodes", "decodes beside a chunk"))
         figure.update_xaxes(title_text=axis)
-        about = "By kind of operator; the host's share is what is not hidden." + " Diamonds: published." * bool(theirs)
+        about = f"By kind of operator; the host's share is what is not hidden. {_marks(theirs)}"
         result.append(Panel(f"{setup}: {what}", about, figure, "half", 300))
     return result
 
@@ -239,7 +243,7 @@ def _piggyback(records: Records, published: Published) -> list[Panel]:
     for (setup,), rows in _places(records, 1):
         series = _series((words[name], size, 1e3 * values[name]) for name in words for (size,), values in rows)
         figure = lines(series, "Decodes in the batch", "Iteration (ms)", log=True)
-        result.append(Panel(f"{setup}: an iteration of decodes", "What its company costs.", figure, "half", 300))
+        result.append(Panel(f"{setup}: an iteration of decodes", f"What its company costs. {_marks(None)}", figure, "half", 300))
     return result
 
 
@@ -259,7 +263,7 @@ def _ablation(records: Records, published: Published) -> list[Panel]:
             )
         )
         figure = bars(ours, f"{name} (s)", theirs)
-        result.append(Panel(f"{name} of each scheduler", "Diamonds: published.", figure, "half", 300))
+        result.append(Panel(f"{name} of each scheduler", _about(theirs), figure, "half", 300))
     return result
 
 

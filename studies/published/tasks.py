@@ -22,8 +22,8 @@ from simulator.cluster import Deployment, simulate
 from studies.capacity.ranges import STEPS
 from studies.capacity.search import FROM_A_GUESS, TOLERANCE, Capacity, find_capacity, fine_capacity
 from studies.capacity.trial import TimeLimit, Trial, at_rate, guess, judged, simulated_trial
-from studies.published.experiment import METRICS, PLACEBOS, Task
-from studies.published.operation_split import batch_shape, split
+from studies.published.experiment import METRICS, Task
+from studies.published.operation_split import split
 from studies.published.points import Point
 
 TIMELINE_POINTS = 400
@@ -186,10 +186,7 @@ def _latency(deployment: Deployment, shape: BatchShape) -> float:
 
 
 def _operators(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Compute a prompt, a decode batch or both by kind of operator; a placebo has no kinds, but a total."""
-    if point.host in PLACEBOS:
-        shape = batch_shape(point.prompt, point.batch, point.context)
-        return {"values": {"total": _latency(deployment, shape)}, "facts": ""}
+    """Compute a prompt, a decode batch or both by kind of operator."""
     return {"values": split(deployment, point.prompt, point.batch, point.context), "facts": ""}
 
 
