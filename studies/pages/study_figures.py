@@ -35,7 +35,7 @@ def panels(experiment: Experiment, records: Records) -> list[Panel]:
     )
 
 
-def lines(series: Series, x_title: str, y_title: str, log: bool = False, published: Series | None = None) -> go.Figure:
+def lines(series: Series, x_title: str, y_title: str, published: Series | None = None) -> go.Figure:
     """Draw a line with markers for each name, with its published values as diamonds; every x is a tick if few."""
     figure = new_figure()
     for i, (name, (xs, ys)) in enumerate(series.items()):
@@ -48,7 +48,7 @@ def lines(series: Series, x_title: str, y_title: str, log: bool = False, publish
             hovertemplate="%{y:.3~r} published", marker=_diamond(_colour(name, list(series).index(name))),
         )  # fmt: skip
         values = np.concatenate([values, ys])
-    figure.update_yaxes(title_text=y_title, **value_axis(values[values > 0] if log else values, log))
+    figure.update_yaxes(title_text=y_title, **value_axis(values))
     categories = any(isinstance(x, str) for xs, _ in series.values() for x in xs)
     ticks = sorted({x for xs, _ in series.values() for x in xs}) if not categories else []
     every = {"tickvals": ticks} if 1 < len(ticks) <= 8 else {}
@@ -164,7 +164,7 @@ def _over_rate(records: Records, published: Published) -> list[Panel]:
             series = _series((scheduler, float(rate), values[metric]) for (rate, scheduler), values in rows)
             points = [("/".join((*place, rate, scheduler)), scheduler, float(rate)) for (rate, scheduler), _ in rows]
             theirs = _of(metric, points, published)
-            figure = lines(series, "Request rate (requests/s)", f"{name} (s)", log=True, published=theirs)
+            figure = lines(series, "Request rate (requests/s)", f"{name} (s)", published=theirs)
             title = f"{', '.join(place)}: {name} over the load"
             result.append(Panel(title, _about(theirs), figure, "half", 300))
     return result
@@ -179,7 +179,7 @@ def _over_chunk(records: Records, published: Published) -> list[Panel]:
             for (setup, _, rate), rows in _places(records, 3)
             for (chunk,), values in rows
         )
-        figure = lines(series, "Token budget (tokens)", f"{name} (s)", log=True)
+        figure = lines(series, "Token budget (tokens)", f"{name} (s)")
         result.append(Panel(f"{name} by token budget", _about(None), figure, "half", 300))
     return result
 
@@ -242,8 +242,10 @@ def _piggyback(records: Records, published: Published) -> list[Panel]:
     words = {"with_prompt": "with a whole prompt", "with_chunk": "with a chunk", "alone": "decodes alone"}
     for (setup,), rows in _places(records, 1):
         series = _series((words[name], size, 1e3 * values[name]) for name in words for (size,), values in rows)
-        figure = lines(series, "Decodes in the batch", "Iteration (ms)", log=True)
-        result.append(Panel(f"{setup}: an iteration of decodes", f"What its company costs. {_marks(None)}", figure, "half", 300))
+        figure = lines(series, "Decodes in the batch", "Iteration (ms)")
+        result.append(
+            Panel(f"{setup}: an iteration of decodes", f"What its company costs. {_marks(None)}", figure, "half", 300)
+        )
     return result
 
 

@@ -25,7 +25,6 @@ from simulator.predictor.roofline import Roofline
 from simulator.predictor.tables import TableMaker
 from studies.published.placebo import CONTEXT, Shuffled
 
-
 FAMILIES = ("linear", "communication")
 
 
