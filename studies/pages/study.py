@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,10 @@ HOSTS = {
 DRAWN = (PAPER_HOST, MODERN_HOST)  # whose figures the page of a whole study shows
 LITTLE = "†"
 MARKS = {"disagrees": " ✗", "depends on the draw": " ~"}
-STYLE = "<style>.claims th[scope=row] { min-width: 10rem; background: var(--page); }</style>"
+STYLE = (
+    "<style>.claims th[scope=row] { min-width: 10rem; background: var(--page); } .claims td { min-width: 6em; } "
+    ".claims + p { margin-top: 1rem; }</style>"
+)
 Judged = Mapping[str, Sequence[Judgement]]  # by host overhead
 
 
@@ -68,7 +70,7 @@ def write_page(
         page.add("<h2>Published, and ours</h2>", STYLE, "<div class='claims'>", claims_table(verdicts), "</div>")
         page.add(f"<p>{escape(_how_judged(records))}</p>")
         if words := little_in_words(verdicts.get(PAPER_HOST, [])):
-            page.add(f"<p>{escape(HOSTS[PAPER_HOST].capitalize())}: {escape(words)}.</p>")
+            page.add(f"<p>{escape(_begun(HOSTS[PAPER_HOST]))}: {escape(words)}.</p>")
     for host, judgements in verdicts.items():
         missed = [each for each in judgements if each.explanation]
         if missed and host in DRAWN:
@@ -78,12 +80,13 @@ def write_page(
             ]
             count = f"{len(missed)} claim{'s' * (len(missed) > 1)}"
             page.add(details(f"Why ours differs as {host_name(host)}: {count}", facts_table(rows)))
-    beside = [
-        _named(panels(experiment, found), host)
-        for host, found in records.items()
-        if found and host in (DRAWN if PAPER_HOST in records else list(records)[:1])
-    ]
-    page.add_panels("Figures", [panel for row in zip_longest(*beside) for panel in row if panel is not None])
+    beside: dict[str, list[Panel]] = {}  # by figure, under each host overhead
+    for host, found in records.items():
+        if found and host in (DRAWN if PAPER_HOST in records else list(records)[:1]):
+            for panel in panels(experiment, found):
+                named = replace(panel, title=f"{panel.title}, {HOSTS.get(host, host)}")
+                beside.setdefault(panel.title, []).append(named)
+    page.add_panels("Figures", [panel for row in beside.values() for panel in row])
     for host, found in records.items():
         if table := choices(found):
             page.add("<h2>How good is the choice?</h2>", _about_choices(table, host), choices_table(table))
@@ -120,10 +123,6 @@ def host_name(host: str) -> str:
     return f"{HOSTS[host]} ({host})" if host in HOSTS else host
 
 
-def _named(drawn: Sequence[Panel], host: str) -> list[Panel]:
-    return [replace(panel, title=f"{panel.title}, {HOSTS.get(host, host)}") for panel in drawn]
-
-
 def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
     """Return how many claims of each kind agree, under each host overhead."""
     chips: list[tuple[Tone, str]] = []
@@ -139,8 +138,8 @@ def _sources(records: Mapping[str, Records], reduced: str) -> list[tuple[Tone, s
     lines: list[tuple[Tone, str, str]] = []
     if reduced:
         lines.append(("bad", "reduced", f"{reduced}: these figures are not the study's."))
-    both = " and ".join(host_name(host) for host in records if host not in PLACEBOS)
-    lines.append(("unsure", "simulated", f"with the host overhead of {both}; nothing here was run on a GPU."))
+    every = ", ".join(host_name(host) for host in records if host not in PLACEBOS)
+    lines.append(("unsure", "simulated", f"with the host overhead of {every}; nothing here was run on a GPU."))
     return lines
 
 
@@ -155,9 +154,13 @@ def claims_table(verdicts: Judged) -> str:
                 little = f" {LITTLE}" * judgements[0].says_little
                 rows.append((judgements[0].claim + little, [judgements[0].published, *map(_cell, judgements)]))
         if rows:
-            heads = (kind.capitalize(), "Published", *(HOSTS.get(host, host).capitalize() for host in hosts))
+            heads = (kind.capitalize(), "Published", *(_begun(HOSTS.get(host, host)) for host in hosts))
             parts.append(numbers_table(heads, rows, words=True))
     return "".join(parts)
+
+
+def _begun(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _cell(judgement: Judgement) -> Cell:
@@ -231,10 +234,8 @@ def little_in_words(judgements: Sequence[Judgement]) -> str:
     """Return how many of the claims that agree say little of the predictor; nothing where none does."""
     agree = [each for each in judgements if each.verdict == "agrees"]
     little = sum(each.says_little for each in agree)
-    if not little:
-        return ""
-    which = f"all {little}" if little == len(agree) else f"{little} of the {len(agree)}"
-    return f"{LITTLE} {which} claims that agree do so with a placebo's times too: they say little of the predictor"
+    which = f"{'all' if little == len(agree) else little} of the {len(agree)} that agree"
+    return f"{LITTLE} with a placebo's times too, so saying little of the predictor: {which}" if little else ""
 
 
 def _markdown_cell(judgement: Judgement) -> str:

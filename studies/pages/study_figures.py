@@ -1,6 +1,6 @@
 """The figures of a study: each draws the records of one host overhead as the paper drew them.
 
-The published numbers that a claim states for a point's value stand beside it as diamonds.
+The published numbers that a claim, or `marks`, states for a point's value stand beside it as diamonds.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Published = Mapping[str, float]  # by POINT:METRIC
 
 def panels(experiment: Experiment, records: Records) -> list[Panel]:
     """Return the panels of a study for one host overhead."""
-    published = {claim.of[0]: claim.published for claim in experiment.claims if claim.compare == "value"}
-    return _DRAWINGS[experiment.drawing](
-        records, {name: value for name, value in published.items() if value is not None}
-    )
+    published = {
+        claim.of[0]: claim.published for claim in experiment.claims if claim.compare == "value" and claim.published
+    }
+    return _DRAWINGS[experiment.drawing](records, {**experiment.marks, **published})
 
 
 def lines(series: Series, x_title: str, y_title: str, published: Series | None = None) -> go.Figure:
