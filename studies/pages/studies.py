@@ -162,7 +162,7 @@ def _what_says_something(record: Mapping[str, Any], every: Mapping[str, Experime
 def _far_off(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
     """Return a list of the numbers that the paper's engine is off by half or more, in all draws together."""
     rows = [
-        (abs(log1p(each.off)), f"- {experiment.source}, {each.claim}: {each.published}, ours {each.ours}")
+        (abs(log1p(each.off)), f"- `{name}`: {each.claim}: {each.published}, ours {each.ours}")
         for name, experiment in every.items()
         for each in judged(experiment, record[name]["records"]).get(PAPER_HOST, [])
         if each.off is not None and each.verdict == "disagrees" and abs(log1p(each.off)) >= log(FAR)
