@@ -34,7 +34,7 @@ from engine.workload.traces import read_trace
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration_file import check_file
 from studies.capacity.sweep import MOST_POINTS, name_of, points
-from studies.jobs.pool import in_turn
+from studies.jobs.pool import in_turn, work_off
 from windtunnel.capacity import kept, open_search, read_search_file
 from windtunnel.run_config import hashes
 from windtunnel.settings import FileConfig, load
@@ -371,6 +371,10 @@ def fills(job: str) -> dict[str, Any]:
 def test_a_full_disk_is_no_result_of_a_job(job: str) -> None:
     with pytest.raises(DiskFullError, match="No space left on device: free some space"):
         list(in_turn(fills, [job, job]))
+
+
+def test_no_jobs_are_done_at_once() -> None:
+    assert list(work_off(fills, [], workers=2)) == []  # of a sweep that was killed when every point was finished
 
 
 def test_no_file_takes_the_place_of_a_device(tmp_path: Path) -> None:
