@@ -35,6 +35,7 @@ from simulator.predictor import calibration as store
 from simulator.predictor.calibration_file import check_file
 from studies.capacity.sweep import MOST_POINTS, name_of, points
 from studies.jobs.pool import in_turn, work_off
+from studies.pages.compare_record import read_side
 from windtunnel.capacity import kept, open_search, read_search_file
 from windtunnel.run_config import hashes
 from windtunnel.settings import FileConfig, load
@@ -561,12 +562,12 @@ NUMBERS = {"requests": ["arrived_s", "scheduled_s", "first_token_s", "last_token
 RUN_OF_NUMBERS = [(table, column) for table, columns in NUMBERS.items() for column in columns]
 
 
-@settings(few, max_examples=12)
+@settings(few, max_examples=20)
 @given(
     place=st.sampled_from(RUN_OF_NUMBERS),
     value=st.sampled_from([float("nan"), float("inf"), -1.0, -1e9, 0.0, 1e300, 2.0**31 - 1]) | st.floats(),
 )
-def test_a_run_with_any_number_in_its_tables_is_drawn_or_refused(
+def test_a_run_with_any_number_in_its_tables_is_read_or_refused(
     place: tuple[str, str], value: float, finished: Path, tmp_path: Path
 ) -> None:
     table, column = place
@@ -575,8 +576,7 @@ def test_a_run_with_any_number_in_its_tables_is_drawn_or_refused(
     if pq.read_schema(path).field(column).type not in (pa.float64(), pa.float32()):
         value = int(max(-(2.0**15), min(value, 2.0**15 - 1))) if value == value else 0  # what the column can hold
     with_column(path, column, value)
-    code, said = run(["report", str(tmp_path / "run")])
-    assert code in (0, 2) and len(said.splitlines()) == code // 2, (place, value, said)
+    told(lambda: read_side(tmp_path / "run", "run"))
 
 
 def test_a_cell_that_a_spreadsheet_would_run_is_escaped() -> None:
