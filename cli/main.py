@@ -26,7 +26,6 @@ from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
 from windtunnel.settings import (
-    SEEDS,
     TOLERANCE,
     BenchConfig,
     FileConfig,
@@ -362,15 +361,21 @@ def search(
         typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Workloads of other seeds to find each capacity for, for its range; 1: none.")
-    ] = SEEDS,
+        int | None,
+        typer.Option(
+            help="Workloads to find each capacity for, for ranges without errors of the predicted times; "
+            "1: no ranges. Default: 4 draws of seeds and errors, or as many as --uncertainty says."
+        ),
+    ] = None,
     curve: Annotated[
         bool, typer.Option(help="Also simulate loads beyond each capacity, for the page's latency against load.")
     ] = True,
     keep_runs: Annotated[
         bool, typer.Option("--keep-runs", help="Keep every trial's tables in a sweep, not only settings and summary.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Number of processes of a sweep. Default: one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes, for a sweep's points and for draws. Default: one per core.")
+    ] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute a sweep over.")] = None,
     confirm: Annotated[
         bool, typer.Option("--confirm", help="Also run the predicted capacity on this machine's engine.")

@@ -26,10 +26,11 @@ from engine.specs.checks import file_name, short
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from simulator.router import ROUTERS
+from studies.capacity.ranges import DRAWS
 from studies.capacity.sweep import MOST_POINTS, name_of
 from studies.jobs.pool import in_turn, work_off, work_off_on_ray
 from studies.plan.answer import summary_of
-from studies.plan.planner import DRAWS, Candidate, Planner
+from studies.plan.planner import Candidate, Planner
 from studies.words import unlike_sources
 from windtunnel.capacity import open_search
 from windtunnel.plan_point import forget_points, work

@@ -177,23 +177,23 @@ class Recorder:
         self,
         replica: int,
         stage: int,
-        starts: Sequence[float],
-        durations: Sequence[float],
+        starts: list[float],
+        durations: list[float],
         batch: Batch,
-        kv_blocks: Sequence[int],
+        kv_blocks: list[int],
         num_running: int,
         num_waiting: int,
-        max_tbt: Sequence[float],
+        max_tbt: list[float],
         in_range: bool,
     ) -> None:
         """`batch` ran on `stage` of `replica` at `starts`, for `durations` seconds: one row for each repeat."""
         hits, shape = batch.prefix_hit_tokens, batch.shape
         if hits:
             batch.prefix_hit_tokens = 0  # repeats find nothing, and the next stages no more
-        self._starts.extend(starts)
-        self._durations.extend(durations)
-        self._kv_blocks.extend(kv_blocks)
-        self._max_tbt.extend(max_tbt)
+        self._starts.fromlist(starts)
+        self._durations.fromlist(durations)
+        self._kv_blocks.fromlist(kv_blocks)
+        self._max_tbt.fromlist(max_tbt)
         self._rows.append(
             (
                 len(starts),
