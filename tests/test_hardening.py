@@ -35,6 +35,7 @@ from simulator.predictor import calibration as store
 from simulator.predictor.calibration_file import check_file
 from studies.capacity.sweep import MOST_POINTS, name_of, points
 from studies.jobs.pool import in_turn, work_off
+from studies.measured.readers import read as read_measured
 from studies.pages.compare_record import read_side
 from windtunnel.capacity import kept, open_search, read_search_file
 from windtunnel.run_config import hashes
@@ -146,6 +147,31 @@ def test_an_engine_file_with_any_value_is_an_engine_or_an_error(
 def test_a_length_distribution_with_any_value_is_one_or_an_error(key: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text(json.dumps({**LENGTHS, key: value}))
     told(lambda: lengths.load(str(tmp_path / "l.json")))
+
+
+VLLM = {"mean_ttft_ms": 50.0, "mean_tpot_ms": 10.0, "completed": 10, "output_throughput": 100.0, "duration": 10.0,
+        "total_input_tokens": 1000, "total_output_tokens": 100, "request_rate": 1.0, "max_concurrency": None,
+        "num_prompts": 10, "mean_e2el_ms": 500.0, "input_lens": [100] * 10, "output_lens": [10] * 10,
+        "ttfts": [0.05] * 10, "itls": [[0.01] * 9] * 10}  # fmt: skip
+
+
+@few
+@given(key=st.sampled_from(sorted(VLLM)), value=values)
+def test_a_benchmarks_result_with_any_value_is_one_or_an_error(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({**VLLM, key: value}))
+    told(lambda: read_measured(tmp_path / "r.json", {"model": "Mistral-7B-v0.1", "device": "a100"}))
+
+
+@settings(few, max_examples=20)
+@given(data=st.data(), value=values, kind=st.sampled_from(["summary.json", "config.yaml"]))
+def test_a_measured_run_with_any_value_is_one_or_an_error(
+    data: Any, value: Any, kind: str, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "one", tmp_path / "run", dirs_exist_ok=True)
+    document = yaml.safe_load((tmp_path / "run" / kind).read_text("utf-8"))
+    damaged = {**document, data.draw(st.sampled_from([*document, "server", "num_replicas", "turns"])): value}
+    (tmp_path / "run" / kind).write_text(json.dumps(damaged))
+    told(lambda: read_measured(tmp_path / "run", {}))
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
