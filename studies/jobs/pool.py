@@ -65,7 +65,7 @@ def work_off(
     """
     workers = min(workers, MOST_WORKERS)
     if isinstance(jobs, Sized):
-        workers = min(workers, len(jobs))
+        workers = min(workers, max(1, len(jobs)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     waiting, numbers, left = iter(jobs), count(), True

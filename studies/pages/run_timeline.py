@@ -147,7 +147,7 @@ def _chunks(file: pq.ParquetFile) -> Iterator[Columns]:
 def _bins(times: Array, edges: Array) -> tuple[Array, Array]:
     """Return the bin of each time, and the share of that bin that is still to come."""
     place = times * ((len(edges) - 1) / edges[-1])
-    index = np.clip(place.astype(np.int64), 0, len(edges) - 2)
+    index = np.clip(place, 0, len(edges) - 2).astype(np.int64)
     return index, np.clip(index + 1 - place, 0.0, 1.0)
 
 
