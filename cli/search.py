@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -35,6 +34,7 @@ from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices as parse_prices
 from windtunnel.results import SEARCH_FILE
+from windtunnel.run_config import hashes
 from windtunnel.settings import ENGINE_KEYS, BenchConfig, load, read_file
 
 SWEEP = "sweep.json"
@@ -138,15 +138,11 @@ def _check_keys(
 
 def _contents(every: list[dict[str, Any]]) -> dict[str, str]:
     """Return hashes of the files that the points depend on: calibrations, traces, lengths, plugins."""
-    found = {}
+    found: dict[str, str] = {}
     for point in every:
         flags = point["flags"]
         names = [flags.get(key) for key in ("device", "trace", "workload", "model")]
-        for name in (*names, *(flags.get("plugin") or [])):
-            path = Path(str(name)).expanduser()
-            files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-            for file in files:
-                found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+        found |= hashes([*names, *(flags.get("plugin") or [])])
         device = flags.get("device")
         if device and catalog.is_name("device", str(device)):
             folder = folder_of(catalog.device(str(device)))

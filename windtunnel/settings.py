@@ -46,7 +46,7 @@ def _field(default: Any, panel: str, help: str) -> Any:
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
 
 
 Settings = TypeVar("Settings", bound=_Settings)
