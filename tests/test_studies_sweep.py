@@ -134,7 +134,10 @@ def test_a_search_leaves_its_trials_as_runs(searched: Path) -> None:
     result = json.loads((searched / "one.json").read_text())
     assert result["max_qps_under_slo"] > 0.5
     spread = result["intervals"]["max_qps_under_slo"]
-    assert spread["low"] <= spread["mid"] == result["max_qps_under_slo"] <= spread["high"] and result["seeds"] == 3
+    assert (
+        spread["low"] <= spread["mid"] == result["max_qps_under_slo"] <= spread["high"]
+        and result["uncertainty"]["draws"] == 4
+    )
     assert spread["low"] < spread["high"] < 2 * spread["low"]
     beyond = [load for load in result["loads"] if load["rate"] > 1.09 * result["max_qps_under_slo"]]
     assert len(beyond) >= 2 and all(set(load["slos"]) == set(result["slos"]) for load in result["loads"])

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from engine.documents import read_json
 from engine.errors import InputError, unknown
+from engine.results.files import write_whole
 from engine.workload.traces import MAX_TOKENS, read_trace
 
 Ints = NDArray[np.int64]
@@ -108,7 +109,7 @@ class LengthDistribution:
             f' "prompt": {_plain(self.prompt)},\n "output": [\n{rows}\n ]\n}}\n'
         )
         try:
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from engine.errors import InputError
 from engine.results.metrics import summary_key
-from engine.results.tables import Array, Columns, to_numpy
+from engine.results.tables import Array, Columns, open_parquet, to_numpy
 
 STALL_FACTOR = 5.0  # a gap this many times the run's median is a generation stall
 MOST_BINS = 240
@@ -66,7 +66,7 @@ def read_timeline(
     stages = np.array([len(replica.get("stage_utilization", [0.0])) for replica in summary["replicas"]])
     median_ms = summary.get(summary_key("p50", "tbt"))
     threshold = None if median_ms is None else STALL_FACTOR * median_ms / 1e3
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         num_bins = int(np.clip(file.metadata.num_rows / stages.sum(), FEWEST_BINS, MOST_BINS))
         edges = np.linspace(0.0, max(end_s - start_s, 1e-9), num_bins + 1)
         busy = _TimeMean(len(blocks), edges)
