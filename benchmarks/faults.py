@@ -1,12 +1,13 @@
 """Kills commands with SIGKILL at random moments and runs them again: does a killed run leave anything behind?
 
-    python benchmarks/faults.py                        # every command, 30 times each: an hour on two cores
+    python benchmarks/faults.py --log faults.jsonl     # every command, 30 times each: an hour on two cores
     python benchmarks/faults.py --times 3 --only search,sweep
 
 Each command first runs to its end once, for its tables. Then, as often as asked for, it is started, killed after a
 random share of that time, and started again with the same arguments. It fails where that ends otherwise than well,
-where the tables are not the same, where a process of the killed run lives on, where a file of somebody else beside the
-folder has changed, and where something half-written is left. A command more is an entry more in `CASES`.
+where the tables or the names of the files are not the same, where a process of the killed run lives on, where a file
+of somebody else beside the folder has changed, and where something is left beside it. With a log, in which each moment
+is a line, what went well before is not done again. A command more is an entry more in `CASES`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,18 +32,21 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 MARK = "WINDTUNNEL_FAULT"  # in the environment of every process that descends from a command
 ENDING_S = 20.0  # for workers to notice that their parent is gone
-STRANGER = "mine.txt"  # a file of somebody else
 MODEL = ("--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096")
 TINY = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
     "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "hidden_act": "silu",
 }  # fmt: skip
-SWEEP = "sweep:\n  max_num_seqs: [8, 16, 32]\n  scheduler: [sarathi, vllm]\n"
-PROFILE = ("profile", "--models", "tiny", "--device", "cpu", "--budget", "20s", "--max-model-len", "64")
+SWEEP = "sweep:\n  max_num_seqs: [8, 32]\n  scheduler: [sarathi, vllm]\n"
+PROFILE = ("profile", "--models", "tiny", "--device", "cpu", "--budget", "4s", "--max-model-len", "16",
+           "--max-num-seqs", "2")  # fmt: skip
 ROWS = "arrived_at_s,input_tokens,output_tokens,ttft_s,e2e_s\n" + "".join(
     f"{i / 4},{200 + i % 7},{20 + i % 5},0.05,{0.5 + i % 3 / 10}\n" for i in range(400)
 )
+
+
+Say = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
@@ -100,18 +105,20 @@ CASES: dict[str, Case] = {
     ),
     "search": Case(("search", *MODEL, "--num-prompts", "100", "--seeds", "1", "--slo", "p99_tbt<=0.1"), _searched),
     "sweep": Case(
-        ("search", *MODEL, "--num-prompts", "200", "--slo", "p99_tbt<=0.1", "--sweep", "sweep.yaml", "--workers", "2"),
+        ("search", *MODEL, "--num-prompts", "50", "--slo", "p99_tbt<=0.1", "--sweep", "sweep.yaml", "--workers", "2",
+         "--seeds", "1", "--tolerance", "0.2", "--no-curve"),
         _swept,
         {"sweep.yaml": SWEEP},
     ),
     "plan": Case(
         ("plan", *MODEL[:2], "--max-model-len", "4096", "--devices", "a100_sxm", "--gpu-price", "2", "--num-prompts",
-         "60", "--request-rate", "10", "--slo", "p99_tbt<=0.1", "--tensor-parallel-size", "1,2",
-         "--pipeline-parallel-size", "1", "--max-num-batched-tokens", "512", "--workers", "2"),
-        lambda folder: _json(folder / "plan.json", "best")[0]["replicas"],
+         "20", "--request-rate", "1", "--slo", "p99_tbt<=0.1", "--workload", "fixed", "--input-len", "1000",
+         "--output-len", "100", "--max-num-seqs", "4", "--tensor-parallel-size", "1", "--pipeline-parallel-size", "1",
+         "--max-num-batched-tokens", "512", "--workers", "2"),
+        lambda folder: _json(folder / "plan.json", "best", "expected", "candidates"),
     ),
     "study": Case(
-        ("study", "run", "generation_stalls", "--num-prompts", "60", "--workers", "2"),
+        ("study", "run", "generation_stalls", "--num-prompts", "30", "--seeds", "1", "--workers", "2"),
         lambda folder: _json(folder / "results.json"),
     ),
     "against": Case(
@@ -152,8 +159,11 @@ class FaultError(AssertionError):
     """A killed run left something behind, or can't be run again."""
 
 
-def run_case(name: str, case: Case, times: int, rng: random.Random, say: Callable[[str], None] = print) -> None:
-    """Kill a command `times` times. Raises FaultError for the first that is not as it was, with the moment."""
+def run_case(name: str, case: Case, moments: Iterable[int], seed: int = 0, say: Say = lambda *_: None) -> None:
+    """Kill a command at numbered moments and `say` each that went well, with what it was in words.
+
+    Raises FaultError for the first that is not as it was.
+    """
     with tempfile.TemporaryDirectory(prefix=f"fault-{name}-") as place:
         folder = Path(place)
         for file, text in case.files.items():
@@ -164,28 +174,34 @@ def run_case(name: str, case: Case, times: int, rng: random.Random, say: Callabl
         began = time.monotonic()
         _to_its_end(case, folder, "whole")
         whole_s = time.monotonic() - began
-        wanted = case.table(folder / "whole")
-        for number in range(times):
-            after_s = rng.uniform(0, whole_s)
+        wanted = case.table(folder / "whole"), _names(folder / "whole")
+        for number in moments:
+            after_s = random.Random(f"{seed} {name} {number}").uniform(0, whole_s)
             out = f"run{number}"
-            (folder / STRANGER).write_text(out, encoding="utf-8")
+            strangers = _strangers(folder, out)
+            beside = {path.name for path in folder.iterdir()} | {out}
             _kill(case, folder, out, after_s)
             where = f"{name}, killed after {after_s:.2f} of {whole_s:.2f} s"
-            _check_strangers(folder, out, where)
+            _check_strangers(strangers, where)
             try:
-                again = _finished(case, folder / out)
-                if not again:
+                if not _finished(case, folder / out):
                     _to_its_end(case, folder, out)
-                found = case.table(folder / out)
+                found = case.table(folder / out), _names(folder / out)
             except FaultError as error:
                 raise FaultError(f"{where}: {error}") from None
-            if found != wanted:
+            if found[0] != wanted[0]:
                 raise FaultError(f"{where}: other tables after it was run again")
-            _check_strangers(folder, out, where)
-            left = [path.name for path in folder.rglob("*") if path.name.endswith(".part") or ".partial-" in path.name]
-            if left and not again:
-                raise FaultError(f"{where}: {left} are left")
-            say(f"{where}: well")
+            if other := wanted[1] ^ found[1]:
+                raise FaultError(f"{where}: other files after it was run again: {', '.join(sorted(other))}")
+            _check_strangers(strangers, where)
+            if left := {path.name for path in folder.iterdir()} - beside:
+                raise FaultError(f"{where}: {', '.join(sorted(left))} beside the folder")
+            say(number, where)
+
+
+def _names(folder: Path) -> set[str]:
+    """Return the names of all files in a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def _finished(case: Case, out: Path) -> bool:
@@ -248,9 +264,19 @@ def _descendants(mark: str) -> Iterator[int]:
                 continue
 
 
-def _check_strangers(folder: Path, out: str, where: str) -> None:
-    if not (folder / STRANGER).is_file() or (folder / STRANGER).read_text("utf-8") != out:
-        raise FaultError(f"{where}: somebody else's file has changed")
+def _strangers(folder: Path, out: str) -> dict[Path, str]:
+    """Write files of somebody else beside a command's folder, with names like its own; return what they hold."""
+    files = dict.fromkeys((folder / "mine.txt", folder / f".{out}.part", folder / f"{out}x" / f".{out}.json.part"), out)
+    for path, text in files.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return files
+
+
+def _check_strangers(files: dict[Path, str], where: str) -> None:
+    for path, text in files.items():
+        if not path.is_file() or path.read_text("utf-8") != text:
+            raise FaultError(f"{where}: somebody else's {path.name} has changed")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -259,16 +285,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=30, help="how often each command is killed (default: 30)")
     parser.add_argument("--only", help=f"commands, separated by commas, of {', '.join(CASES)}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log", type=Path, help="JSON lines of what went well, which is not done again")
     given = parser.parse_args(arguments)
     names = given.only.split(",") if given.only else list(CASES)
     lacking = [name for name in names if (package := CASES[name].needs) is not None and find_spec(package) is None]
     for name in lacking:
         print(f"{name}: left out, for it needs {CASES[name].needs}")
-    names = [name for name in names if name not in lacking]
     failed = []
+    names = [name for name in names if name not in lacking]
     for name in names:
+        done = _logged(given.log, name, given.seed)
         try:
-            run_case(name, CASES[name], given.times, random.Random(f"{given.seed} {name}"))
+            if left := [number for number in range(given.times) if number not in done]:
+                run_case(name, CASES[name], left, given.seed, partial(_say, given.log, name, given.seed))
         except FaultError as error:
             failed.append(name)
             print(f"FAILED: {error}", flush=True)
@@ -276,6 +305,21 @@ def main(arguments: list[str] | None = None) -> int:
         f"{len(names) - len(failed)} of {len(names)} commands stand it" + (f": not {', '.join(failed)}" * bool(failed))
     )
     return int(bool(failed))
+
+
+def _say(log: Path | None, name: str, seed: int, number: int, where: str) -> None:
+    """Print what went well, and keep it in the log."""
+    print(f"{where}: well", flush=True)
+    if log is not None:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"command": name, "seed": seed, "number": number, "what": where}) + "\n")
+
+
+def _logged(log: Path | None, name: str, seed: int) -> set[int]:
+    """Return the numbers of a command's moments that went well before."""
+    lines = log.read_text("utf-8").splitlines() if log is not None and log.exists() else []
+    found = [json.loads(line) for line in lines]
+    return {each["number"] for each in found if (each["command"], each["seed"]) == (name, seed)}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _after_interrupt(arguments: list[str]) -> str:
     """Return what became of the results of an interrupted command."""
-    if arguments[:1] in (["search"], ["profile"]) or arguments[:2] == ["study", "run"]:
+    if arguments[:1] in (["search"], ["plan"], ["profile"]) or arguments[:2] == ["study", "run"]:
         return "rerun the same command to resume"
     if arguments[:1] == ["selfcheck"]:
         return "the output folder holds the steps that were finished"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from engine.documents import given_path
 from engine.errors import InputError, unknown
 from engine.replica_spec import ReplicaSpec
 from engine.runtime.engine_spec import DECODE_GRAPHS, LOAD_FORMATS, EngineSpec
@@ -51,7 +52,7 @@ def _weights(model: str, load_format: str) -> Path | None:
         raise unknown("load format", load_format, ("auto", *LOAD_FORMATS))
     if load_format == "dummy":
         return None
-    folder = Path(model).expanduser()
+    folder = given_path(model)
     if catalog.is_name("model", model) and not folder.is_dir():
         raise InputError(
             f"model {model} has no weights on this machine: give a folder with its safetensors, or --load-format dummy"

@@ -5,9 +5,11 @@ Each command reads its settings and calls the module that does the work, importe
 
 from __future__ import annotations
 
+import errno
 import inspect
 import sys
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +18,14 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from engine.errors import InputError
+from engine.errors import InputError, one_line
+from engine.results.folders import FREE, FULL
 from engine.results.run_folder import InterruptedRunError
 from engine.runtime.executor import WorkerError
 from windtunnel.messages import in_flags
 from windtunnel.names import nearest
 from windtunnel.plugins import PluginError, blamed
 from windtunnel.settings import (
-    SEEDS,
     TOLERANCE,
     BenchConfig,
     FileConfig,
@@ -359,15 +361,21 @@ def search(
         typer.Option(help="Price in dollars per GPU-hour, to report requests per dollar: 2.5, or a100=2,h100=4."),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Workloads of other seeds to find each capacity for, for its range; 1: none.")
-    ] = SEEDS,
+        int | None,
+        typer.Option(
+            help="Workloads to find each capacity for, for ranges without errors of the predicted times; "
+            "1: no ranges. Default: 4 draws of seeds and errors, or as many as --uncertainty says."
+        ),
+    ] = None,
     curve: Annotated[
         bool, typer.Option(help="Also simulate loads beyond each capacity, for the page's latency against load.")
     ] = True,
     keep_runs: Annotated[
         bool, typer.Option("--keep-runs", help="Keep every trial's tables in a sweep, not only settings and summary.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Number of processes of a sweep. Default: one per core.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of processes, for a sweep's points and for draws. Default: one per core.")
+    ] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster to distribute a sweep over.")] = None,
     confirm: Annotated[
         bool, typer.Option("--confirm", help="Also run the predicted capacity on this machine's engine.")
@@ -821,10 +829,20 @@ def _one_each(arguments: list[str]) -> list[str]:
     return result
 
 
+def _app_of(arguments: list[str]) -> typer.Typer:
+    """Return the application with the command asked for alone: to build all takes a tenth of a short run's start-up."""
+    name = arguments[0] if arguments else ""
+    one = copy(app)
+    one.registered_commands = [c for c in app.registered_commands if c.callback and c.callback.__name__ == name]
+    one.registered_groups = [group for group in app.registered_groups if group.name == name]
+    return one if one.registered_commands or one.registered_groups else app
+
+
 def run(arguments: list[str] | None = None) -> tuple[int, str]:
     """Run the command line and return its exit code and error message: 2 is bad input, 1 the machine's fault."""
     try:
-        code = app(_one_each(sys.argv[1:] if arguments is None else arguments), standalone_mode=False) or 0
+        given = _one_each(sys.argv[1:] if arguments is None else arguments)
+        code = _app_of(given)(given, standalone_mode=False) or 0
     except typer.Abort as error:  # typer's word for Ctrl-C, here and there
         raise KeyboardInterrupt from error
     except SystemExit as error:  # of a plugin: our own commands raise typer.Exit
@@ -845,17 +863,20 @@ def _explained(error: BaseException) -> tuple[int, str]:
         print(plugin.frames, file=sys.stderr, end="")
         return plugin.code, in_flags(str(plugin))
     if isinstance(error, InputError):
-        return 2, in_flags(str(error))
+        return 2, one_line(in_flags(str(error)))
     if isinstance(error, _UsageError):
-        return 2, _usage(error)
+        return 2, one_line(_usage(error))
     if isinstance(error, WorkerError):
         return 1, str(error)
     if isinstance(error, InterruptedRunError):
         return 130, str(error)
     if isinstance(error, MemoryError):
         return 1, f"out of memory{f' ({error})' if str(error) else ''}: lower --num-prompts"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return 2, f"can't write{f' to {error.filename}' if error.filename else ''}: {error.strerror}: {FREE}"
     if isinstance(error, OSError):
-        return 1, f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        code = 2 if error.errno == errno.ENAMETOOLONG else 1  # that was given, and the world has nothing to do with it
+        return code, one_line(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     raise error
 
 

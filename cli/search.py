@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,7 @@ from rich.table import Table
 from cli.bench import only_group
 from cli.engine import engine_spec
 from cli.output import print_errors, progress_bar
-from cli.search_point import confirm_point, search_point
+from cli.search_point import confirm_point, search_point, settings_of
 from engine.errors import InputError
 from engine.results.files import write_json
 from engine.specs import catalog
@@ -28,13 +28,14 @@ from studies.capacity.ranges import alike, range_of, ranges_in_words
 from studies.capacity.search import check_tolerance
 from studies.capacity.sweep import mark_pareto, name_of, points, price_of
 from studies.jobs.pool import work_off, work_off_on_ray
-from studies.words import times_kind, unlike_sources
-from windtunnel.capacity import checked, deployed, open_search, read_search_file
+from studies.words import dollars, times_kind, unlike_sources
+from windtunnel.capacity import LONGER, Draws, checked, deployed, open_search, read_search_file, with_range
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices as parse_prices
 from windtunnel.results import SEARCH_FILE
-from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, BenchConfig, load, read_file
+from windtunnel.run_config import hashes
+from windtunnel.settings import ENGINE_KEYS, BenchConfig, load, read_file
 
 SWEEP = "sweep.json"
 
@@ -46,7 +47,7 @@ def run(
     *,
     sweep: Path | None,
     tolerance: float,
-    seeds: int,
+    seeds: int | None,
     curve: bool,
     keep_runs: bool,
     gpu_price: str | None,
@@ -62,14 +63,13 @@ def run(
     check_tolerance(tolerance)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give at least 1")
-    if not 1 <= seeds <= MOST_DRAWS:
-        raise InputError(f"--seeds {seeds}: give 1 to {MOST_DRAWS:,}")
     shared: dict[str, Any] = {"tolerance": tolerance, "seeds": seeds, "curve": curve}
     if sweep is None:
         settings = load(config, flags, BenchConfig)
         for plugin in settings.plugin:
             load_plugin(plugin)
         checked(settings)
+        Draws.of(settings.uncertainty, seeds)  # raises InputError
         if confirm_top:  # what prevents the engine is reported before the search
             group = only_group(settings)
             engine_spec(group.replica_spec(), group.model, settings, settings.seed)
@@ -97,11 +97,14 @@ def run(
         every.append({"config": str(config.resolve()) if config else None, "flags": {**base, **change, **given},
                       "folder": str(folder.absolute()), "tolerance": tolerance, "seeds": seeds, "curve": curve,
                       "keep_runs": keep_runs or sweep is None})  # fmt: skip
+    for change in changes if sweep is not None else ():
+        Draws.of({**values, **change, **given}.get("uncertainty"), seeds)  # raises InputError
     identity = {**shared, "version": version("windtunnel"), "contents": _contents(every)}
     with open_search(output_dir, {"points": [{**each, "folder": None} for each in every], **identity}):
         rows = _search_all(every, changes, workers, ray_address, console)
         for row in rows:
             row["requests_per_dollar"] = _per_dollar(row, prices)
+            row["requests_per_dollar_range"] = _dollar_range(row)
         mark_pareto(rows, more=("qps_per_gpu",), less=("p99_tbt_ms", "p50_ttft_ms"))
         if sweep is not None:
             whole = {"points": rows, "settings": {**values, **given}, "gpu_price": prices, **shared}
@@ -135,20 +138,66 @@ def _check_keys(
 
 def _contents(every: list[dict[str, Any]]) -> dict[str, str]:
     """Return hashes of the files that the points depend on: calibrations, traces, lengths, plugins."""
-    found = {}
+    found: dict[str, str] = {}
     for point in every:
         flags = point["flags"]
         names = [flags.get(key) for key in ("device", "trace", "workload", "model")]
-        for name in (*names, *(flags.get("plugin") or [])):
-            path = Path(str(name)).expanduser()
-            files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
-            for file in files:
-                found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+        found |= hashes([*names, *(flags.get("plugin") or [])])
         device = flags.get("device")
         if device and catalog.is_name("device", str(device)):
             folder = folder_of(catalog.device(str(device)))
             found[str(device)] = store.fingerprint(folder) if folder is not None else ""
     return found
+
+
+class _Searches:
+    """The jobs of a search: each point's capacity, and as soon as that is known those of its draws."""
+
+    def __init__(self, every: list[dict[str, Any]], left: list[int]) -> None:
+        self.every = every
+        self.rows: dict[int, dict[str, Any]] = {}  # of finished points
+        self.done = 0
+        self.total = len(left)
+        self._waiting = deque((i, every[i]) for i in left)
+        self._given: list[tuple[int, dict[str, Any]]] = []
+        self._found: dict[int, tuple[dict[str, Any], Draws]] = {}  # capacities whose draws are not all there
+        self._drawn: dict[int, dict[int, float]] = {}
+
+    def jobs(self) -> Iterator[dict[str, Any] | None]:
+        """Yield the jobs, and None while a result has to come first."""
+        while self._waiting or self.done < len(self._given):
+            if not self._waiting:
+                yield None
+                continue
+            self._given.append(self._waiting.popleft())
+            yield self._given[-1][1]
+
+    def take(self, number: int, result: dict[str, Any]) -> None:
+        """Take the result of the job that was yielded as that number."""
+        i, job = self._given[number]
+        self.done += 1
+        point = self.every[i]
+        if result["status"] != "done":  # also of a draw: the point has no range without it
+            self.rows[i] = result
+            self.total -= sum(each == i for each, _ in self._waiting)
+            self._waiting = deque(each for each in self._waiting if each[0] != i)
+            return
+        if i in self.rows:
+            return  # a draw of it failed
+        if "draw" not in job:
+            draws = Draws.of(settings_of(point).uncertainty, point["seeds"])
+            self._found[i], self._drawn[i] = (result, draws), {}
+            known = {"outcome": result["outcome"], "max_qps_under_slo": result["max_qps_under_slo"]}
+            numbers = draws.numbers(result)
+            self.total += len(numbers)
+            more = ((i, {**point, "found": known, "draw": draw, "errors": draws.errors}) for draw in numbers)
+            self._waiting.extendleft(reversed([*more]))
+        else:
+            self._drawn[i][job["draw"]] = result["qps"]
+        found, draws = self._found[i]
+        if len(self._drawn[i]) == len(draws.numbers(found)):
+            drawn = [self._drawn[i][draw] for draw in sorted(self._drawn[i])]
+            self.rows[i] = with_range(found, drawn, point["tolerance"], draws, Path(point["folder"]))
 
 
 def _search_all(
@@ -167,18 +216,27 @@ def _search_all(
             rows[i] = read_search_file(path)
         else:
             left.append(i)
-    todo = [every[i] for i in left]
+    searches = _Searches(every, left)
+    jobs = searches.jobs()
+    workers = workers or os.cpu_count() or 1
     with progress_bar("searches") as progress:
-        task = progress.add_task("searching", total=len(every), completed=len(every) - len(left))
+        task = progress.add_task("searching", total=searches.total)
         if ray_address is not None:
-            results = work_off_on_ray(search_point, todo, ray_address)
-        elif len(every) == 1:  # a single search runs in this process
-            results = iter([(0, search_point(todo[0]))] if todo else [])
+            results = work_off_on_ray(search_point, jobs, ray_address)
         else:
-            results = work_off(search_point, todo, workers or os.cpu_count() or 1)
-        for number, row in results:
-            rows[left[number]] = row
-            progress.advance(task)
+            if len(every) == 1 and left:  # a single capacity is searched in this process
+                searches.take(0, search_point(cast(dict[str, Any], next(jobs))))
+            if workers == 1 and len(every) == 1:
+                results = ((number, search_point(job)) for number, job in enumerate(filter(None, jobs)))
+            else:
+                results = work_off(search_point, jobs, workers)
+            if len(every) == 1 and left:
+                results = ((number + 1, result) for number, result in results)
+        for number, result in results:
+            searches.take(number, result)
+            progress.update(task, completed=searches.done, total=searches.total)
+    for i, row in searches.rows.items():
+        rows[i] = row
     for row, change, point in zip(rows, changes, every, strict=True):
         row["name"] = name_of(change) or "search"
         row["settings"] = change
@@ -194,6 +252,14 @@ def _per_dollar(row: Mapping[str, Any], prices: Mapping[str, float] | None) -> f
     return float(row["max_qps_under_slo"] * 3600 / (row["num_gpus"] * price))
 
 
+def _dollar_range(row: Mapping[str, Any]) -> list[float] | None:
+    """Return the lowest and highest requests per dollar by the range of the capacity; None without one or a price."""
+    found, usual = range_of(row), row["requests_per_dollar"]
+    if not found or not usual:
+        return None
+    return [usual * end / row["max_qps_under_slo"] for end in found]
+
+
 def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> None:
     """Print a single search as a sentence, several as a table."""
     if len(rows) == 1 and rows[0]["status"] == "done":
@@ -201,6 +267,14 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         if found := range_of(rows[0]):
             over = ranges_in_words(rows[0])
             console.print(f"range: {found[0]:.3g} to {found[1]:.3g} {rows[0]['rate_of']}/s over {over}")
+        if usual := rows[0]["requests_per_dollar"]:
+            ends = rows[0]["requests_per_dollar_range"]
+            between = "" if ends is None else f" ({ends[0]:.4g} to {ends[1]:.4g})"
+            million = 1e6 * rows[0]["max_qps_under_slo"] / usual / (rows[0]["output_throughput"] or inf)
+            ends_usd = [million * usual / end if end else inf for end in reversed(ends or [])]
+            dearest = f" ({dollars(ends_usd[0])} to {dollars(ends_usd[1])})" if ends_usd else ""
+            console.print(f"price: {usual:.4g} {rows[0]['rate_of']}/${between}, ${million:.3g} per million output "
+                          f"tokens{dearest}")  # fmt: skip
         print_errors(rows, console)
         _print_unsteady(rows, console)
         console.print(f"{len(rows[0]['trials'])} trials; times: {rows[0]['predictor']}", style="dim")
@@ -225,7 +299,10 @@ def _print_rows(rows: list[dict[str, Any]], console: Console, priced: bool) -> N
         cells = [f"{row['max_qps_under_slo']:.3g}", f"{found[0]:.3g}-{found[1]:.3g}" if found else "-"]
         cells.append(f"{row['qps_per_gpu']:.3g}")
         if priced:
-            cells.append("-" if row["requests_per_dollar"] is None else f"{row['requests_per_dollar']:.4g}")
+            ends = row["requests_per_dollar_range"]
+            between = "" if ends is None else f" ({ends[0]:.4g}-{ends[1]:.4g})"
+            usual = row["requests_per_dollar"]
+            cells.append("-" if usual is None else f"{usual:.4g}{between}")
         cells += ["-" if row[key] is None else f"{row[key]:.4g}" for key in ("p99_tbt_ms", "p50_ttft_ms")]
         pareto = "*" if row["pareto"] else ""
         table.add_row(row["name"], *cells, row["binding_slo"] or row["outcome"], pareto, times_kind(row["predictor"]))
@@ -240,9 +317,7 @@ def _print_alike(ranked: list[dict[str, Any]], console: Console) -> None:
     if not ranked or range_of(ranked[0]) is None:
         return
     ranges = [range_of(row, "qps_per_gpu") for row in ranked]
-    without = (
-        "" if ranked[0].get("uncertainty") else "; errors of the predicted times are not in them (--uncertainty 19)"
-    )
+    without = "" if ranked[0].get("uncertainty") else "; errors of the predicted times are not in them (--uncertainty)"
     console.print(f"ranges: over {ranges_in_words(ranked[0])}{without}", style="dim")
     if others := [ranked[i]["name"] for i in alike(ranges, 0)]:
         console.print(
@@ -255,6 +330,9 @@ def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:
         if why := row.get("unsteady"):
             which = f"{row['name']}: " if len(rows) > 1 else ""
             more = "with more requests (--num-prompts) the capacity may be lower"
+            if (found := row.get("sustained_qps")) is not None:
+                many = f"over {LONGER} times the requests"
+                more = f"{many} {found:.3g} {row['rate_of']}/s hold" if found else f"{many} no rate near it holds"
             console.print(
                 f"note: {which}the run at the capacity: {why.removesuffix('; raise --num-prompts')}; {more}",
                 style="yellow",

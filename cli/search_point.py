@@ -1,4 +1,4 @@
-"""One point of a search: its capacity in the simulator, and that capacity on this node's engine.
+"""One point of a search: its capacity in the simulator, that of a draw of it, and that capacity on this node's engine.
 
 Processes of a sweep import both functions by name; both resume from the trials that are in the point's folder.
 """
@@ -16,21 +16,27 @@ from engine.runtime.serve import serve
 from studies.capacity.confirm import confirm, gpu_hours
 from studies.capacity.trial import Trial, at_rate
 from studies.validation.run import check_machine
-from windtunnel.capacity import checked, kept, search_capacity
+from windtunnel.capacity import CapacitySearch, checked, kept
 from windtunnel.plugins import load_plugin
 from windtunnel.settings import BenchConfig, load
 
 
+def settings_of(point: dict[str, Any]) -> BenchConfig:
+    """Return a point's settings, of its file and flags."""
+    return load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
+
+
 def search_point(point: dict[str, Any]) -> dict[str, Any]:
-    """Search one point's capacity, in its folder."""
-    settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
-    how = {name: point[name] for name in ("seeds", "curve", "keep_runs")}
-    return search_capacity(settings, point["tolerance"], Path(point["folder"]), **how)
+    """Search one point's capacity in its folder, or that of its draw `point["draw"]` near `point["found"]`."""
+    search = CapacitySearch(settings_of(point), point["tolerance"], Path(point["folder"]))
+    if "draw" in point:
+        return {"status": "done", "qps": search.draw(point["found"], point["draw"], point["errors"])}
+    return search.first(curve=point["curve"], keep_runs=point["keep_runs"])
 
 
 def confirm_point(point: dict[str, Any]) -> dict[str, Any]:
     """Run a point's predicted capacity on this node's engine and return the result."""
-    settings = load(Path(point["config"]) if point["config"] else None, point["flags"], BenchConfig)
+    settings = settings_of(point)
     for plugin in settings.plugin:
         load_plugin(plugin)
     group = only_group(settings)

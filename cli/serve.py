@@ -19,6 +19,7 @@ from rich.console import Console
 from cli.bench import only_group, source_of_times
 from cli.engine import engine_spec
 from cli.output import default_folder, print_summary
+from engine.documents import given_path
 from engine.errors import InputError
 from engine.executors.start import need, start
 from engine.replica_spec import ReplicaSpec
@@ -139,7 +140,7 @@ class _Simulated:
         self.kinds = [each.replica for each in self.deployments]
         self.copies = [group.count for group in groups]
         self.model = groups[0].model
-        folder = config.tokenizer or Path(self.model).expanduser()
+        folder = config.tokenizer or given_path(self.model)
         self.codec: TextCodec = load_tokenizer(folder) or BytesRule()
         if config.tokenizer is not None and isinstance(self.codec, BytesRule):
             raise InputError(f"tokenizer {config.tokenizer} has no tokenizer.json: give a model's folder")

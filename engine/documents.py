@@ -30,6 +30,18 @@ MOST_VALUES = 20_000_000  # of JSON, its keys among them
 MOST_YAML_VALUES = 200_000  # after aliases, each of which may stand for many
 
 
+def given_path(text: Path | str) -> Path:
+    """Return the path that somebody gave, where ~ is a home. Raises InputError for one that no file can have."""
+    try:
+        path = Path(text).expanduser()
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a null character")
+    except (RuntimeError, ValueError) as error:
+        why = "half of a surrogate pair" if isinstance(error, UnicodeEncodeError) else str(error)
+        raise InputError(f"{shown(text)} can't be a path: {why}: give another") from None
+    return path
+
+
 def read_text(path: Path, hint: str, most_bytes: int = MOST_JSON_BYTES) -> str:
     """Return a text file's contents (UTF-8, with or without a byte order mark).
 

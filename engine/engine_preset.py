@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engine.documents import read_json, read_yaml
+from engine.documents import given_path, read_json, read_yaml
 from engine.errors import InputError, unknown
 from engine.scheduling import policies
 from engine.specs import DeviceSpec, HostOverhead, SchedulerSpec, catalog
@@ -188,7 +188,7 @@ def _by_version(name: str) -> tuple[str, tuple[int, ...]]:
 def _read(engine: str) -> tuple[str, dict[str, Any]]:
     """The preset's full name and its data."""
     if engine.endswith(FILES):
-        return _read_file(Path(engine).expanduser())
+        return _read_file(given_path(engine))
     known = names()
     family, _, version = engine.partition("@")
     version = ".".join(version.split(".")[:2])  # 0.15.1 has the rules of 0.15

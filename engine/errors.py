@@ -8,10 +8,21 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 SHOWN = 24  # names that an error lists beside the nearest one
+MOST_WORDS = 1200  # characters of an error's line, which may repeat what was given
 
 
 class InputError(ValueError):
     """The input asks for something impossible; the message names the value and the fix."""
+
+
+class DiskFullError(InputError):
+    """A disk is full: whatever was being done can't be finished, and says nothing of what was asked for."""
+
+
+def one_line(message: str) -> str:
+    """Return a message fit for one line of a terminal: nothing unprintable, and not longer than can be read."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in message)
+    return text if len(text) <= MOST_WORDS else f"{text[: MOST_WORDS * 2 // 3]} ... {text[-MOST_WORDS // 3 :]}"
 
 
 def unknown(kind: str, value: str, known: Iterable[str]) -> InputError:

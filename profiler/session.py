@@ -8,6 +8,7 @@ iterations, by which predictions are checked). A session that was interrupted go
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import time
@@ -19,7 +20,6 @@ from typing import Any
 from engine.documents import parse_json, read_text
 from engine.errors import InputError
 from engine.results.files import write_whole
-from engine.results.folders import unfinished
 from engine.runtime.executor import WorkerError
 from engine.specs import ModelSpec
 from engine.specs.checks import MOST_SECONDS, short
@@ -262,12 +262,9 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    part = unfinished(path)
-    with part.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ITERATION_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            )
-    part.replace(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ITERATION_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+    write_whole(path, text.getvalue())

@@ -21,6 +21,7 @@ how      backend (vllm, nccl, flash_attention, ...), kernel, device (one a table
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 
 from engine.documents import check_table
 from engine.errors import InputError, unknown
+from engine.results.folders import FULL
 from profiler.kind import Form
 from profiler.kinds import KINDS
 
@@ -98,6 +100,8 @@ def write(table: pd.DataFrame, path: Path) -> None:
             valid.to_parquet(unfinished, engine="pyarrow", index=False)
         unfinished.replace(path)
     except OSError as error:
+        if error.errno in FULL:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise InputError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         unfinished.unlink(missing_ok=True)

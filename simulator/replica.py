@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from heapq import heappush
 from itertools import accumulate
 from math import inf, nan
+from typing import Any
 
 import simpy
 from simpy.events import NORMAL, EventPriority
@@ -40,6 +41,11 @@ class Clock(simpy.Environment):
         event._ok, event._value = True, None
         heappush(self._queue, (time, priority, next(self._eid), event))
         return event
+
+    def again(self, event: simpy.Event, time: float, callbacks: list[Callable[[simpy.Event], Any]]) -> None:
+        """Let `event`, which is happening, happen once more at `time`: another one would take longer to make."""
+        event.callbacks = callbacks
+        heappush(self._queue, (time, NORMAL, next(self._eid), event))
 
 
 class _Flight:
@@ -110,6 +116,7 @@ class Replica:
         self._last = 0  # number of the last completion that is planned
         self._num_running = self._num_waiting = self._kv_blocks = 0  # when these were planned
         self._next: simpy.Event | None = None  # what it sleeps until
+        self._callbacks: list[Callable[[simpy.Event], Any]] = [self._wake]
         self._launching = False  # it sleeps until all have arrived that arrive now, not until the last completion
 
     # -- from outside ----------------------------------------------------------------------------------------------
@@ -159,7 +166,7 @@ class Replica:
     def _sleep(self, until: float) -> None:
         """Wake up at `until`, not when it was to before."""
         self._next = self.env.at(until)
-        self._next.callbacks.append(self._wake)
+        self._next.callbacks = self._callbacks
 
     def _wake(self, event: simpy.Event) -> None:
         """Complete what was planned, or take up what has arrived; form the next batches and sleep on."""
@@ -175,7 +182,10 @@ class Replica:
         self._launch(completed)
         if self._flights:
             self._plan()
-            self._sleep(self._completions[self._last])
+            if event is self._next:
+                self.env.again(event, self._completions[self._last], self._callbacks)
+            else:
+                self._sleep(self._completions[self._last])
 
     def _launch(self, completed: Batch | None = None) -> None:
         """Form batches until the pipeline is full or nothing more can run; `completed` has just left it."""
@@ -231,11 +241,13 @@ class Replica:
             else:
                 repeats = 1
             durations = self.predictor.stage_times(batch.shape, 0, repeats)
-            ends = list(accumulate(durations, initial=self.env.now))
+            now = self.env._now
+            ends = list(accumulate(durations, initial=now)) if repeats > 1 else [now, now + durations[0]]
             self._check_times(batch.shape, 0, durations, ends[-1])
             flight.durations = [durations]
-            flight.starts = [ends[:-1]]
             flight.ends = self._completions = ends[1:]
+            ends.pop()
+            flight.starts = [ends]
             self._last = repeats - 1
             return
         self._num_running = len(self.scheduler.running)
@@ -296,15 +308,18 @@ class Replica:
         runs = self._last + 1 if self.num_stages == 1 else 1
         ends = flight.ends
         flight.max_tbt = self.recorder.completed(batch, ends if runs == len(ends) else ends[:runs])
-        more = [0] * runs  # KV blocks than the run before had
-        more[0] = flight.kv_blocks
         if self.async_scheduling:
-            finished = self._complete_ahead(flight, runs, more)
+            finished = self._complete_ahead(flight, runs)
         else:
             finished, taken = self.scheduler.commit(batch, repeats=runs)
-            for run in taken:
-                more[run] += 1
-            self._write(flight, 0, runs, list(accumulate(more)) if taken else more[:1] * runs)
+            kv_blocks = [flight.kv_blocks] * runs
+            if taken:
+                more = [0] * runs  # than the run before had
+                more[0] = flight.kv_blocks
+                for run in taken:
+                    more[run] += 1
+                kv_blocks = list(accumulate(more))
+            self._write(flight, 0, runs, kv_blocks)
         self._tokens_done += runs * batch.shape.num_tokens + len(finished)
         if len(self._completions) > (1 if self.num_stages == 1 else len(self._flights) + 1):  # it had looked ahead
             self._reach = min(max(8, 2 * self._last + 2), MOST_REPEATS)
@@ -319,12 +334,14 @@ class Replica:
             self.on_finished(finished)
         return batch
 
-    def _complete_ahead(self, flight: _Flight, runs: int, more: list[int]) -> list[Request]:
+    def _complete_ahead(self, flight: _Flight, runs: int) -> list[Request]:
         """Commit `runs` runs of a batch while the next one, formed ahead, begins; gives the finished requests."""
         if not self._flights:
-            self._write(flight, 0, 1, more)
+            self._write(flight, 0, 1, [flight.kv_blocks])
             return self.scheduler.commit(flight.batch)[0]
         (following,) = self._flights
+        more = [0] * runs  # KV blocks than the run before had
+        more[0] = flight.kv_blocks
         if runs > 1:
             more[1] = following.kv_blocks - flight.kv_blocks
             for run in self.scheduler.advance(following.batch, runs - 1):
@@ -344,7 +361,7 @@ class Replica:
         """Record the runs first..last-1 of a flight; `kv_blocks` has one entry for each."""
         for stage in range(self.num_stages):
             durations = flight.durations[stage][first:last]
-            self.busy_s[stage] += sum(durations)
+            self.busy_s[stage] += durations[0] if len(durations) == 1 else sum(durations)
             self.recorder.iterations(
                 self.index,
                 stage,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 _KINDS = {"calibrated": "calibrated", "roofline": "estimated (roofline)", "an": "estimated (carried over)"}
@@ -35,6 +36,11 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def dollars(value: float) -> str:
+    """Return dollars in words; infinite ones are any price."""
+    return f"${number(value)}" if isfinite(value) else "any price"
 
 
 def seconds(value: float | None) -> str:

@@ -64,4 +64,5 @@ def test_the_time_by_operator_adds_up_and_is_on_the_page(tmp_path: Path) -> None
     assert sum(times.values()) == pytest.approx(worked, rel=1e-6)
     assert max(times, key=lambda name: times[name]) == "linear" and min(times.values()) > 0
     page = (out / "report.html").read_text("utf-8")
-    assert "Time by kind of operator" in page and "Requests of the batches" in page and "preemption time" in page
+    assert "Time by kind of operator" in page and "Requests of the batches" in page
+    assert "execution and preemption time" in page  # a figure, with its CSV

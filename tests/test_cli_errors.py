@@ -127,6 +127,7 @@ def test_synonyms_are_settings_that_there_are() -> None:
     [
         (["search", "--model", "x"], "interrupted: rerun the same command to resume"),
         (["profile"], "interrupted: rerun the same command to resume"),
+        (["plan", "--devices", "x"], "interrupted: rerun the same command to resume"),
         (["study", "run", "capacity"], "interrupted: rerun the same command to resume"),
         (["simulate"], "interrupted: no results were written"),
         (["study", "list"], "interrupted: no results were written"),

@@ -1,5 +1,8 @@
 """What a user, a file or a neighbour may do wrong: one line that names it, exit code 2, and nothing left behind."""
 
+import builtins
+import contextlib
+import errno
 import json
 import os
 import re
@@ -18,10 +21,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cli.main import run
-from engine.documents import MOST_DEPTH, parse_json, parse_yaml
+from engine.documents import MOST_DEPTH, given_path, parse_json, parse_yaml
 from engine.engine_preset import preset
-from engine.errors import InputError
-from engine.results.folders import made, owned
+from engine.errors import MOST_WORDS, DiskFullError, InputError
+from engine.results.files import write_whole
+from engine.results.folders import cant_write, made, owned
 from engine.specs import catalog, hf_config
 from engine.specs.checks import file_name
 from engine.specs.device_folder import CALIBRATIONS, profile_settings
@@ -30,7 +34,11 @@ from engine.workload.traces import read_trace
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration_file import check_file
 from studies.capacity.sweep import MOST_POINTS, name_of, points
+from studies.jobs.pool import in_turn, work_off
+from studies.measured.readers import read as read_measured
+from studies.pages.compare_record import read_side
 from windtunnel.capacity import kept, open_search, read_search_file
+from windtunnel.run_config import hashes
 from windtunnel.settings import FileConfig, load
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +47,8 @@ few = settings(
 )
 SIMULATE = ["simulate", "--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--num-prompts",
             "20", "--request-rate", "2"]  # fmt: skip
+PLAN = ["plan", "--model", "Mistral-7B-v0.1", "--devices", "a100", "--gpu-price", "2", "--max-model-len", "4096",
+        "--num-prompts", "20", "--request-rate", "1", "--slo", "p99_tbt<=0.1", "--workers", "1"]  # fmt: skip
 LLAMA = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
          "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 1000, "rms_norm_eps": 1e-5,
          "max_position_embeddings": 4096, "hidden_act": "silu", "rope_scaling": None, "quantization_config": None,
@@ -137,6 +147,31 @@ def test_an_engine_file_with_any_value_is_an_engine_or_an_error(
 def test_a_length_distribution_with_any_value_is_one_or_an_error(key: str, value: Any, tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text(json.dumps({**LENGTHS, key: value}))
     told(lambda: lengths.load(str(tmp_path / "l.json")))
+
+
+VLLM = {"mean_ttft_ms": 50.0, "mean_tpot_ms": 10.0, "completed": 10, "output_throughput": 100.0, "duration": 10.0,
+        "total_input_tokens": 1000, "total_output_tokens": 100, "request_rate": 1.0, "max_concurrency": None,
+        "num_prompts": 10, "mean_e2el_ms": 500.0, "input_lens": [100] * 10, "output_lens": [10] * 10,
+        "ttfts": [0.05] * 10, "itls": [[0.01] * 9] * 10}  # fmt: skip
+
+
+@few
+@given(key=st.sampled_from(sorted(VLLM)), value=values)
+def test_a_benchmarks_result_with_any_value_is_one_or_an_error(key: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({**VLLM, key: value}))
+    told(lambda: read_measured(tmp_path / "r.json", {"model": "Mistral-7B-v0.1", "device": "a100"}))
+
+
+@settings(few, max_examples=20)
+@given(data=st.data(), value=values, kind=st.sampled_from(["summary.json", "config.yaml"]))
+def test_a_measured_run_with_any_value_is_one_or_an_error(
+    data: Any, value: Any, kind: str, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "one", tmp_path / "run", dirs_exist_ok=True)
+    document = yaml.safe_load((tmp_path / "run" / kind).read_text("utf-8"))
+    damaged = {**document, data.draw(st.sampled_from([*document, "server", "num_replicas", "turns"])): value}
+    (tmp_path / "run" / kind).write_text(json.dumps(damaged))
+    told(lambda: read_measured(tmp_path / "run", {}))
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -287,7 +322,8 @@ BAD_FOLDERS = ("file", "file/out", "x" * 300, "link", "full", "/dev/null", "/".j
     SIMULATE, ["search", *SIMULATE[1:-2], "--slo", "p99_tbt<=0.1"], ["study", "run", "generation_stalls"],
     ["search", *SIMULATE[1:-2], "--slo", "p99_tbt<=0.1", "--sweep", "s.yaml"],
     ["validate", "--against", "r.csv", *SIMULATE[1:5]], ["profile", "--models", "Mistral-7B-v0.1", "--device", "cpu"],
-    ["calibrate", "fit", "--device", "a100_sxm", "--source", "vidur:r.csv"],
+    ["calibrate", "fit", "--device", "a100_sxm", "--source", "vidur:r.csv"], PLAN,
+    ["serve", "--simulate", *SIMULATE[1:5], "--port", "0"],
 ], ids=lambda command: "-".join(command[:2]))  # fmt: skip
 def test_a_folder_that_cannot_be_one_is_refused_by_every_command(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -333,16 +369,70 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     SIMULATE, ["search", *SIMULATE[1:-2], "--slo", "p99_tbt<=0.1"],
     ["study", "run", "generation_stalls", "--num-prompts", "5", "--workers", "1"],
     ["validate", "--against", "r.csv", *SIMULATE[1:5]],
+    ["report", "one", "two", "--output", "DISK/page.html"],
+    ["calibrate", "accuracy", "--output", "DISK/page.md"],
+    ["calibrate", "report", "--device", "a40", "--output", "DISK/page.html"],
 ], ids=lambda command: "-".join(command[:2]))  # fmt: skip
 def test_a_full_disk_is_told_with_what_to_do(
-    command: list[str], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("r.csv").write_text("arrived_at_s,input_tokens,output_tokens,ttft_s,e2e_s\n0,5,5,0.1,0.2\n")
-    code, said = run([*command, "--output-dir", str(small_disk / "out")])
-    assert code == 2 and said.endswith("No space left on device: free some space, or give another --output-dir"), said
-    left = [str(path) for path in small_disk.rglob("*") if path.is_file() and (".part" in path.name)]
-    assert not left and not list(small_disk.glob(".out.partial-*"))
+    for name, run_of in (("one", "one"), ("two", "other")):
+        Path(name).symlink_to(finished / run_of)
+    output = [] if "--output" in command else ["--output-dir", "DISK/out"]
+    code, said = run([word.replace("DISK", str(small_disk)) for word in [*command, *output]])
+    assert code == 2 and "No space left on device: free some space, or " in said and len(said.splitlines()) == 1, said
+    assert not [path for path in small_disk.rglob("*") if path.name.startswith(".") or path.suffix in (".html", ".md")]
+    assert not [path for path in small_disk.rglob("*") if path.is_dir() and not any(path.iterdir())]
+
+
+def fills(job: str) -> dict[str, Any]:
+    """A job that finds the disk full, as a point of a sweep may."""
+    if job == "here":
+        raise OSError(errno.ENOSPC, "No space left on device", "results.json")
+    raise cant_write(Path("out"), OSError(errno.ENOSPC, "No space left on device"))
+
+
+@pytest.mark.parametrize("job", ["here", "there"])
+def test_a_full_disk_is_no_result_of_a_job(job: str) -> None:
+    with pytest.raises(DiskFullError, match="No space left on device: free some space"):
+        list(in_turn(fills, [job, job]))
+
+
+def test_no_jobs_are_done_at_once() -> None:
+    assert list(work_off(fills, [], workers=2)) == []  # of a sweep that was killed when every point was finished
+
+
+def test_no_file_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    device = tmp_path / "device"
+    os.mkfifo(device)
+    code, said = run(["calibrate", "accuracy", "--output", str(device)])
+    assert code == 2 and "it is a device or a pipe: give another --output" in said and device.is_fifo()
+    with pytest.raises(FileExistsError):
+        write_whole(device, "x")
+
+
+@few
+@given(st.text(max_size=30) | st.sampled_from(["~nobody-of-that-name/x", "\ud800", "a\0b", "x" * 5000]))
+def test_any_text_is_a_path_or_an_error(text: str) -> None:
+    if not told(lambda: given_path(text)):
+        os.fsencode(given_path(text))
+    device = catalog.device("a100")
+    for read in (catalog.model, catalog.device, lambda name: preset(name, device), lambda name: hashes([name])):
+        with contextlib.suppress(InputError):
+            read(text)
+
+
+@pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "\ud800", "a\0b", "\x1b[2J", "x" * 5000])
+def test_an_error_is_a_line_that_can_be_printed_and_read(text: str) -> None:
+    for arguments in (
+        [*SIMULATE, "--model", text],
+        [*PLAN, "--trace", text, "--output-dir", "never"],
+        ["report", text],
+    ):
+        code, said = run(arguments)
+        assert code == 2 and said.isprintable() and len(said) <= MOST_WORDS + 5, said
 
 
 # -- neighbours --------------------------------------------------------------------------------------------------------
@@ -351,6 +441,7 @@ SEARCH = ["search", *SIMULATE[1:-2], "--slo", "p99_tbt<=0.1"]
 
 
 def test_the_second_into_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("sweep: {max_num_seqs: [1, 2]}\n")
     holder = "import sys; from pathlib import Path; from engine.results.folders import owned\n" \
              "with owned(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -361,6 +452,9 @@ def test_the_second_into_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
         SEARCH,
         ["study", "run", "capacity"],
         ["profile", "--models", "Mistral-7B-v0.1", "--device", "cpu"],
+        [*SEARCH, "--sweep", str(tmp_path / "s.yaml")],
+        PLAN,
+        ["calibrate", "fit", "--device", "a100_sxm", "--source", "vidur:nowhere"],
     ):
         code, said = run([*command, "--output-dir", str(tmp_path / "out")])
         assert code == 2 and f"out is in use by process {first.pid} (" in said, said
@@ -368,6 +462,36 @@ def test_the_second_into_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
     first.wait()
     with owned(tmp_path / "out"):  # the lock has died with its process
         assert list((tmp_path / "out").iterdir()) == []
+
+
+@few
+@given(steps=st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["in", "out", "fail", "write"])), max_size=12))
+def test_a_folder_has_one_owner_whatever_the_order(steps: list[tuple[str, str]], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    inside: dict[str, Any] = {}
+    results = False
+    for who, what in steps:
+        if what == "in" and who not in inside:
+            owner = owned(folder, ours=("settings.json",))
+            if inside:
+                assert f"is in use by process {os.getpid()} (" in told(owner.__enter__)
+                continue
+            owner.__enter__()
+            (folder / "settings.json").write_text("{}")
+            inside[who] = owner
+        elif what == "write" and who in inside:
+            (folder / "result.json").write_text("{}")
+            results = True
+        elif what == "out" and who in inside:
+            inside.pop(who).__exit__(None, None, None)
+            results = True  # a folder that was left well stays, whatever is in it
+        elif what == "fail" and who in inside:
+            with contextlib.suppress(ZeroDivisionError):
+                inside.pop(who).__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+        assert folder.is_dir() == bool(inside or results), steps
+    for owner in inside.values():
+        owner.__exit__(None, None, None)
 
 
 def test_a_new_folder_without_results_is_removed_again(tmp_path: Path) -> None:
@@ -457,6 +581,30 @@ def test_a_run_with_any_value_in_its_summary_is_drawn_or_refused(data: Any, valu
         (finished / "one" / "summary.json").write_text(json.dumps(summary))
 
 
+NUMBERS = {"requests": ["arrived_s", "scheduled_s", "first_token_s", "last_token_s", "prompt_tokens", "output_tokens",
+                        "preemptions", "prefix_hit_tokens"],
+           "iterations": ["start_s", "duration_s", "replica", "stage", "num_tokens", "num_decodes", "kv_blocks",
+                          "num_running", "max_tbt_s"]}  # fmt: skip
+RUN_OF_NUMBERS = [(table, column) for table, columns in NUMBERS.items() for column in columns]
+
+
+@settings(few, max_examples=20)
+@given(
+    place=st.sampled_from(RUN_OF_NUMBERS),
+    value=st.sampled_from([float("nan"), float("inf"), -1.0, -1e9, 0.0, 1e300, 2.0**31 - 1]) | st.floats(),
+)
+def test_a_run_with_any_number_in_its_tables_is_read_or_refused(
+    place: tuple[str, str], value: float, finished: Path, tmp_path: Path
+) -> None:
+    table, column = place
+    path = tmp_path / "run" / f"{table}.parquet"
+    shutil.copytree(finished / "one", tmp_path / "run", dirs_exist_ok=True)
+    if pq.read_schema(path).field(column).type not in (pa.float64(), pa.float32()):
+        value = int(max(-(2.0**15), min(value, 2.0**15 - 1))) if value == value else 0  # what the column can hold
+    with_column(path, column, value)
+    told(lambda: read_side(tmp_path / "run", "run"))
+
+
 def test_a_cell_that_a_spreadsheet_would_run_is_escaped() -> None:
     template = (ROOT / "studies" / "pages" / "template.html").read_text("utf-8")
     (pattern,) = re.findall(r"const plain = .*?/(\^\[.*?\])/", template)
@@ -477,6 +625,21 @@ def test_a_plugin_does_not_end_the_command(text: str, tmp_path: Path, monkeypatc
     (tmp_path / "p.py").write_text(text)
     code, said = run([*SIMULATE, "--plugin", "p.py"])
     assert code == 1 and said.startswith("plugin p.py line 1: ") and len(said.splitlines()) == 1
+
+
+ERRORS = sorted(
+    name for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, BaseException) and not issubclass(kind, KeyboardInterrupt | Warning)
+)  # fmt: skip
+
+
+@few
+@given(name=st.sampled_from(ERRORS), words=st.none() | st.booleans() | st.integers() | st.text(max_size=20))
+def test_whatever_a_plugin_raises_is_one_line_with_its_name(name: str, words: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.py"
+    path.write_text(f"def f():\n    raise {name}({words!r})\nf()\n", encoding="utf-8")
+    code, said = run([*SIMULATE, "--plugin", str(path)])
+    assert code == 1 and said.startswith(f"plugin {path} line ") and len(said.splitlines()) == 1, said
 
 
 def test_a_router_that_exits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

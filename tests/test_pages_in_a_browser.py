@@ -14,7 +14,11 @@ from test_studies_compare import entry, load, make_run, make_search, make_sweep,
 from test_studies_validation import made_up_load, made_up_results
 
 from studies.pages.report import write_page
+from studies.pages.study import write_page as write_study
 from studies.pages.validation import write_validation
+from studies.published import library
+
+RECORD = Path(__file__).parents[1] / "docs" / "studies.json"
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -44,7 +48,7 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages of a run, two runs, a search, a sweep, a plan and a validation; without its library; to be sorted."""
+    """Pages of a run, two runs, a search, a sweep, a plan, a study, a validation; without its library; to be sorted."""
     place = tmp_path_factory.mktemp("pages")
     make_run(place / "one")
     make_run(place / "two", policy="vllm", stages=2)
@@ -61,6 +65,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "search": write_page([place / "search"]),
         "sweep": write_page([make_sweep(place / "sweep", *points)]),
         "plan": small_plan(place / "plan")[0] / "report.html",
+        "study": write_study(
+            "scheduler_ablation",
+            library.load("scheduler_ablation"),
+            json.loads(RECORD.read_text("utf-8"))["scheduler_ablation"]["records"],
+            place / "s" / "study.html",
+        ),
         "validation": write_validation(made_up_results(made_up_load(0.5, 0.05)), place / "v" / "validation.html"),
     }
     html = made["sweep"].read_text(encoding="utf-8")
@@ -90,7 +100,7 @@ def seen(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 def test_pages_are_drawn_without_a_word_on_the_console(pages: dict[str, Path], seen: dict[str, Any]) -> None:
-    for name in ("run", "runs", "search", "sweep", "plan", "validation"):
+    for name in ("run", "runs", "search", "sweep", "plan", "study", "validation"):
         figures = pages[name].read_text(encoding="utf-8").count("class='figure'")
         assert seen[name]["figures"] == figures >= 2, name
         assert not seen[name]["wide"], name  # nothing sticks out of a phone's screen

@@ -24,7 +24,7 @@ from studies.jobs.pool import in_turn
 from studies.pages.plan import write_plan
 from studies.plan.answer import limits
 from studies.plan.bounds import replica_bound
-from studies.plan.planner import Candidate, Planner
+from studies.plan.planner import MOST_TRIES, Candidate, Planner
 from studies.plan.smallest import smallest_fleet
 from windtunnel.plan_point import Point
 from windtunnel.prices import prices
@@ -138,6 +138,10 @@ def test_what_is_dismissed_would_not_have_won(points: list[tuple[int, float, boo
     assert best.usd_per_hour == cheapest
     low, mid, high = best.capacity(100.0)
     assert low <= mid <= high
+    second, kind = planner.runner_up, (points[int(best.name)][5], points[int(best.name)][3])
+    if len(points) <= MOST_TRIES + 1 and second is not None and (points[int(second.name)][5], second.gpus) != kind:
+        nearest = (n * g * p for n, _, alone, g, p, device in points if alone and (device, g) != kind)
+        assert second.usd_per_hour == min(nearest), "the next in price of another device or layout"
     for each in planner.candidates:
         if each.outcome == "dismissed":
             assert each.fewest <= truth.needed[int(each.name)], "its bound is not one"

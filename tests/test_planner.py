@@ -2,6 +2,7 @@
 
 import gc
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,7 +20,7 @@ import windtunnel.planning
 from engine.errors import InputError
 from engine.specs.catalog import DEVICE_FILE, device
 from engine.specs.device_folder import CALIBRATIONS
-from studies.jobs.pool import in_turn
+from studies.jobs.pool import answered, in_turn
 from studies.pages.plan_figures import dots
 from studies.plan.answer import against, limits
 from studies.plan.planner import Candidate, Planner
@@ -70,13 +71,16 @@ def _point(needs: int = 5, **values: Any) -> dict[str, Any]:
             **values}  # fmt: skip
 
 
-def _planned(points: list[dict[str, Any]]) -> tuple[Planner, Fleets]:
-    fleets = Fleets(points)
+def _planner(points: list[dict[str, Any]]) -> Planner:
     candidates = [
         Candidate(str(i), each["device"], each["price"], {"point": i, "layout": [each["gpus"], 1, i]})
         for i, each in enumerate(points)
     ]
-    planner = Planner(candidates, rate=RATE, draws=2)
+    return Planner(candidates, rate=RATE, draws=2)
+
+
+def _planned(points: list[dict[str, Any]]) -> tuple[Planner, Fleets]:
+    fleets, planner = Fleets(points), _planner(points)
     for number, result in in_turn(fleets.work, planner.jobs()):
         planner.take(number, result)
     return planner, fleets
@@ -118,6 +122,34 @@ def test_the_cheapest_is_found_though_fleets_grow_and_jobs_crash(points: list[di
             assert (int(each.name), each.count) in fleets.whole
     crashed = [each for each in planner.failed if each["status"] == "crashed"]
     assert all("RuntimeError" in each["traceback"] and "broken" in each["why"] for each in crashed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(_POINTS, min_size=1, max_size=8), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_the_answer_is_the_same_however_many_processes_work(
+    points: list[dict[str, Any]], workers: int, order: random.Random
+) -> None:
+    """Jobs under way end in any order; of what each finds, nothing may decide by when it came."""
+    one, _ = _planned(points)
+    fleets, planner = Fleets(points), _planner(points)
+    jobs, under_way, given, left = planner.jobs(), {}, 0, True
+    while left or under_way:
+        while left and len(under_way) < workers:
+            job = next(jobs, "none")
+            left = job != "none"
+            if not isinstance(job, dict):
+                break
+            under_way[given] = job
+            given += 1
+        if under_way:
+            number = order.choice(list(under_way))
+            planner.take(number, answered(fleets.work, under_way.pop(number)))
+    assert (planner.best is None) == (one.best is None)
+    for mine, its in zip(planner.candidates, one.candidates, strict=True):
+        assert vars(mine) == vars(its)
+    for who in (planner.best, planner.runner_up):
+        assert who is None or who.name == (one.best if who is planner.best else one.runner_up).name  # type: ignore[union-attr]
+    assert [each["name"] for each in planner.failed] == [each["name"] for each in one.failed]
 
 
 def test_what_was_dismissed_against_a_fleet_that_grew_is_sized() -> None:

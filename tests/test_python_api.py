@@ -15,7 +15,7 @@ import pytest
 import windtunnel as wt
 from cli.main import run as command
 from studies.capacity import search as studies_search
-from windtunnel.settings import SEEDS, FileConfig
+from windtunnel.settings import FileConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"model": "Mistral-7B-v0.1", "device": "a100", "max_model_len": 4096, "num_prompts": 60}
@@ -128,7 +128,7 @@ def test_the_defaults_are_the_command_lines() -> None:
         for name, field in FileConfig.model_fields.items():
             assert parameters[name].default == field.get_default(call_default_factory=True)
     assert inspect.signature(wt.search).parameters["tolerance"].default == studies_search.TOLERANCE
-    assert inspect.signature(wt.search).parameters["seeds"].default == SEEDS
+    assert inspect.signature(wt.search).parameters["seeds"].default is None
 
 
 @pytest.mark.parametrize(

@@ -399,7 +399,10 @@ def test_sweeps_alone_and_beside_a_search(place: Path, tmp_path: Path) -> None:
     page = read_page(place / "sweep")
     assert "2 of 4 points have a capacity" in page.text and "1 crashed" in page.text
     assert "ValueError: <b>boom</b>" in page.text and "<b>boom" not in page.html  # it is escaped
-    assert "Most per GPU: h100: 2.5 requests/s (2 to 2.75 over 3 seeds), $2 per million output tokens." in page.text
+    assert (
+        "Most per GPU: h100: 2.5 requests/s (2 to 2.75 over 3 seeds), $2 per million output tokens ($1.82 to $2.5)."
+        in page.text
+    )
     assert "Can't be told apart from it, for their ranges overlap: a100" in page.text
     assert "do not rank" not in page.text and len(page.figures) == 7
     values = json.loads((place / "sweep" / "sweep.json").read_text())

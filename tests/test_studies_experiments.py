@@ -21,6 +21,7 @@ from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
 from studies.capacity.search import FINE, fine_capacity
 from studies.jobs.cache import claimed
+from studies.pages.study import claims_table, little_in_words
 from studies.published import library as studies
 from studies.published.experiment import PAPER_HOST, PLACEBOS, Claim, Experiment
 from studies.published.judge import choices, judge, judge_all, spearman, tally
@@ -101,6 +102,7 @@ def test_the_capacity_study_is_the_papers() -> None:
         ("Mistral-7B-v0.1,", "Mistral-7B-v0.9,", "unknown model"),
         ("chat/2/vllm:p99_tbt", "chat/3/vllm:p99_tbt", "unknown point in claim"),
         ("chat/2/vllm:p99_tbt", "chat/2/vllm:p98_tbt", "did you mean 'p99_tbt'"),
+        ("claims:", 'marks: {"Mistral-7B/chat/3/vllm:p99_tbt": 1.0}\nclaims:', "unknown point in marks"),
         ("compare: order", "compare: ratio", "ratio needs 2 values and a published number"),
         ("compare: order", "compare: orderly", "claims.0.compare"),
         ("title: Small\n", "", "title"),
@@ -203,6 +205,16 @@ def test_a_placebo_changes_the_times_and_nothing_else(name: str) -> None:
     assert abs(theirs.predictor.stage_time(shape, 0) / ours.predictor.stage_time(shape, 0) - 1) > 0.3
 
 
+@pytest.mark.parametrize("name", PLACEBOS)
+def test_a_placebo_has_kinds_of_operators_that_add_up(name: str) -> None:
+    (point,) = [p for p in expand(load("batch_times"), name) if p.id == "Yi-34B/prefill/1024"]
+    theirs, ours = compute(point)["values"], compute(replace(point, host=PAPER_HOST))["values"]
+    parts = [theirs[part] for part in ("linear", "attention", "communication", "other", "host")]
+    assert sum(parts) == pytest.approx(theirs["total"], rel=1e-9) and min(parts) > 0
+    assert abs(theirs["linear"] / ours["linear"] - 1) > 0.3
+    assert theirs["linear_per_token"] == theirs["linear"] / 1024
+
+
 def test_the_parts_of_an_operator_split_add_up() -> None:
     points = expand(load("operation_split"), "sarathi_osdi24")
     for place in ("Mistral-7B/prefill/1024", "Yi-34B/decode/16"):
@@ -276,6 +288,19 @@ def test_a_claim_may_depend_on_the_draw() -> None:
     assert str(tally([value, order])[1]) == "0 of 1 absolute values (1 by the draw)"
 
 
+def test_an_order_names_what_its_numbers_are_of_with_each_draws_range() -> None:
+    places = {"m/chat/1/vllm": [3.0, 2.0, 4.0], "m/chat/0.5/vllm": [1.0, 1.0, 1.0]}
+    found = {place: {"values": {"qps": 0.0}, "draws": {"qps": draws}, "facts": ""} for place, draws in places.items()}
+    found |= {place: records(a=value)["a"] for place, value in (("m/512/256", 2.0), ("m/512/whole", 1.0))}
+    found |= {place: records(a=value)["a"] for place, value in (("m/decode/1", 2.0), ("m/prefill/64", 1.0))}
+    names = [["m/chat/1/vllm:qps", "m/chat/0.5/vllm:qps"], ["m/512/256:qps", "m/512/whole:qps"],
+             ["m/decode/1:qps", "m/prefill/64:qps"]]  # fmt: skip
+    study = claims(*({"compare": "order", "of": of} for of in names))
+    assert [each.ours for each in judge(study, found)] == [
+        "at 1/s: 3 [2 to 4] > at 0.5/s: 1", "chunk 256: 2 > whole 1", "1 decode: 2 > prompt of 64 tokens: 1",
+    ]  # fmt: skip
+
+
 def test_a_claim_that_a_placebo_passes_is_marked() -> None:
     study = claims(
         {"compare": "order", "of": ["a:qps", "b:qps"]}, {"compare": "value", "published": 2.0, "of": ["a:qps"]}
@@ -283,6 +308,10 @@ def test_a_claim_that_a_placebo_passes_is_marked() -> None:
     found = {PAPER_HOST: records(a=2.0, b=1.0), PLACEBOS[0]: records(a=9.0, b=1.0), PLACEBOS[1]: records(a=0.5, b=1.0)}
     order, value = judge_all(study, found)[PAPER_HOST]
     assert order.placebos == PLACEBOS[:1] and order.says_little and not value.says_little
+    assert little_in_words([order, value]).endswith("saying little of the predictor: 1 of the 2 that agree")
+    assert little_in_words([order]).endswith("all of the 1 that agree") and little_in_words([value]) == ""
+    rows = claims_table({PAPER_HOST: [order, value]})
+    assert "class='unsure'>a 2" in rows and "class='good'>2 (" in rows  # green is what a placebo fails
 
 
 def test_what_a_host_overhead_was_fitted_to_is_no_claim_of_it() -> None:

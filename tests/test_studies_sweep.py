@@ -18,6 +18,7 @@ from command_line import windtunnel as in_this_process
 from engine.errors import InputError
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
+from windtunnel.planning import make_plan
 
 MODEL = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--num-prompts", "200"]
 QUICK = ["--seeds", "1", "--no-curve"]
@@ -120,11 +121,11 @@ def test_a_point_may_have_processes_of_its_own() -> None:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search and a finished sweep."""
     folder = tmp_path_factory.mktemp("search")
-    done = windtunnel("search", *MODEL, *SLOS, "--output-dir", "one", "--json", cwd=folder)
+    done = in_this_process("search", *MODEL, *SLOS, "--output-dir", "one", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "one.json").write_text(done.stdout.splitlines()[-1])
     (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    done = windtunnel("search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--output-dir", "many", cwd=folder)
+    done = in_this_process("search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--output-dir", "many", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "many.txt").write_text(done.stdout)
     return folder
@@ -134,7 +135,10 @@ def test_a_search_leaves_its_trials_as_runs(searched: Path) -> None:
     result = json.loads((searched / "one.json").read_text())
     assert result["max_qps_under_slo"] > 0.5
     spread = result["intervals"]["max_qps_under_slo"]
-    assert spread["low"] <= spread["mid"] == result["max_qps_under_slo"] <= spread["high"] and result["seeds"] == 3
+    assert (
+        spread["low"] <= spread["mid"] == result["max_qps_under_slo"] <= spread["high"]
+        and result["uncertainty"]["draws"] == 4
+    )
     assert spread["low"] < spread["high"] < 2 * spread["low"]
     beyond = [load for load in result["loads"] if load["rate"] > 1.09 * result["max_qps_under_slo"]]
     assert len(beyond) >= 2 and all(set(load["slos"]) == set(result["slos"]) for load in result["loads"])
@@ -151,8 +155,8 @@ def test_a_search_leaves_its_trials_as_runs(searched: Path) -> None:
     assert max(rates) == result["max_qps_under_slo"]
     over = min(trial["rate"] for trial in result["trials"] if not trial["met"])
     assert over <= result["max_qps_under_slo"] * 1.0251
-    again = windtunnel("simulate", "--config", f"{result['trials'][0]['folder']}/config.yaml", "--output-dir", "again",
-                       "--json", cwd=searched)  # fmt: skip
+    config = f"{result['trials'][0]['folder']}/config.yaml"
+    again = in_this_process("simulate", "--config", config, "--output-dir", "again", "--json", cwd=searched)
     assert again.returncode == 0, again.stderr
 
 
@@ -195,7 +199,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (searched / "killed" / "sweep.json").exists()
-    done = windtunnel(*command, cwd=searched)
+    done = in_this_process(*command, cwd=searched)
     assert done.returncode == 0, done.stderr
 
     def rows(name: str) -> Any:
@@ -211,7 +215,7 @@ def test_a_capacity_that_few_requests_alone_allow_is_told(searched: Path) -> Non
     assert done.returncode == 0, done.stderr
     result = json.loads((searched / "few" / "search.json").read_text())
     assert result["outcome"] == "found" and result["unsteady"]
-    assert "note: the run at the capacity" in done.stdout and "--num-prompts" in done.stdout
+    assert "note: the run at the capacity" in done.stdout and "over 4 times the requests" in done.stdout
     plenty = [*MODEL[:-1], "1500", *SLOS, "--tolerance", "0.1", *QUICK]
     done = in_this_process("search", *plenty, "--output-dir", "plenty", cwd=searched)
     assert done.returncode == 0, done.stderr
@@ -278,7 +282,7 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
         "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu", "--max-model-len", "128",
         "--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--workload", "fixed", "--input-len", "20",
         "--output-len", "10", "--num-prompts", "30", "--slo", "p50_scheduling_delay<=0.01", "--confirm", *QUICK,
-        "--output-dir", "confirmed", "--json", cwd=tiny,
+        "--tolerance", "0.2", "--output-dir", "confirmed", "--json", cwd=tiny,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -334,11 +338,21 @@ def test_a_ray_cluster_of_two_nodes_gives_what_processes_give(searched: Path, mo
         for each in (*found.values(), *local.values()):
             each.pop("traceback", None)
         assert found == local
-        done = windtunnel(
+        done = in_this_process(
             "search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--ray", cluster.address, "--output-dir", "on-ray",
             cwd=searched,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        small = {"model": "microsoft/phi-2", "workload": "fixed", "input_len": 200, "output_len": 5, "request_rate": 1,
+                 "num_prompts": 20, "slo": ["p99_ttft<=1"], "uncertainty": 2}  # fmt: skip
+        one = {"tensor_parallel_size": [1], "pipeline_parallel_size": [1], "max_num_batched_tokens": [512]}
+        plans = [
+            make_plan(
+                small, ["a40"], {"": 1.0}, one, folder=searched / f"plan-{address}", workers=1, ray_address=address
+            )
+            for address in (cluster.address, None)
+        ]
+        assert plans[0] | {"cpu_s": 0} == plans[1] | {"cpu_s": 0}
     finally:
         ray.shutdown()
         cluster.shutdown()

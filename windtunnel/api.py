@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 from engine.errors import InputError
 from windtunnel.messages import in_keywords
 from windtunnel.names import unknown_setting
-from windtunnel.settings import SEEDS, TOLERANCE, FileConfig, combined, load_file
+from windtunnel.settings import TOLERANCE, FileConfig, combined, load_file
 
 if TYPE_CHECKING:
     from windtunnel.results import Plan, Run, Search
@@ -59,7 +59,7 @@ def search(
     config: _Path | None = None,
     output_dir: _Path | None = None,
     tolerance: float = TOLERANCE,
-    seeds: int = SEEDS,
+    seeds: int | None = None,
     **settings: Any,
 ) -> Search:
     """Find the highest request rate at which every SLO holds, as `windtunnel search` does in the simulator.
@@ -68,20 +68,20 @@ def search(
         config: YAML file with any of the settings; keywords win.
         output_dir: folder for the trials; the same search in the same folder resumes. None keeps it in memory.
         tolerance: the precision of the capacity, as a share of it.
-        seeds: workloads of other seeds to find the capacity for, for its range; 1: none.
+        seeds: workloads to find the capacity for, for its range, without errors of the predicted times; 1: no range.
+            Default: 4 draws of seeds and errors, or as many as `uncertainty` says.
         **settings: the command's flags, with underscores; `slo` is required, `request_rate` is the first guess.
 
     Raises InputError for an unknown keyword, an impossible setting, and settings that can't be searched with.
     """
     with _in_keywords():
         from studies.capacity.search import check_tolerance
-        from windtunnel.capacity import open_search, read_search_file, search_capacity
+        from windtunnel.capacity import Draws, open_search, read_search_file, search_capacity
         from windtunnel.results import SEARCH_FILE, Search
 
         check_tolerance(tolerance)
-        if seeds < 1:
-            raise InputError(f"seeds {seeds}: give at least 1")
         read = _read(config, settings, ("config", "output_dir", "tolerance", "seeds"))
+        Draws.of(read.uncertainty, seeds)
         folder = None if output_dir is None else Path(output_dir)
         if folder is None:
             return Search(search_capacity(read, tolerance, None, seeds=seeds))

@@ -7,10 +7,10 @@ print(found["max_qps_under_slo"], found["binding_slo"])
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,19 +30,176 @@ from simulator.cluster import Deployment
 from simulator.cluster import simulate as simulate_run
 from simulator.router import ROUTERS
 from studies.capacity.confirm import gpu_hours
-from studies.capacity.ranges import curve_shares, over_seeds
-from studies.capacity.search import find_capacity
+from studies.capacity.ranges import COARSE, DRAWS, STEPS, curve_shares, drawn_capacity, range_of_draws
+from studies.capacity.search import bracket, find_capacity
 from studies.capacity.trial import Trial, arrivals_per_request, at_rate, guess, judged, simulated_trial
-from studies.capacity.uncertainty import capacity_range, described, errors_in_words
+from studies.capacity.uncertainty import described, errors_in_words
+from studies.jobs.cache import Cache
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
 from windtunnel.run_config import resolved
-from windtunnel.settings import ENGINE_KEYS, SEEDS, FileConfig, ReplicaGroup
+from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, FileConfig, ReplicaGroup
 
 NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
 SETTINGS = "settings.json"
+DRAWS_FOLDER = "draws"  # of a search: what its range is made of
+LONGER, FAR_BELOW = 4, 8.0  # times the requests, where a capacity was not seen to be sustained; how far below it
 _AT_CAPACITY = {"p99_tbt_ms": summary_key("p99", "tbt"), "p50_ttft_ms": summary_key("p50", "ttft"),
                 "output_throughput": "output_throughput", "mean_tpot_ms": summary_key("mean", "tpot")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Over how many further workloads a capacity is searched for its range, and whether with drawn errors, too."""
+
+    count: int
+    errors: bool
+
+    @classmethod
+    def of(cls, uncertainty: int | None, seeds: int | None) -> Draws:
+        """Return those that the settings ask for: by default DRAWS with errors; of seeds the first is the capacity's.
+
+        Raises InputError where they ask for both, and for a number of seeds that can't be.
+        """
+        if seeds is None:
+            return cls(uncertainty or DRAWS, errors=True)
+        if not 1 <= seeds <= MOST_DRAWS:
+            raise InputError(f"--seeds {seeds}: give 1 to {MOST_DRAWS:,}")
+        if uncertainty is not None:
+            raise InputError(f"--seeds {seeds} draws no errors, --uncertainty {uncertainty} does: remove one")
+        return cls(seeds - 1, errors=False)
+
+    def numbers(self, found: Mapping[str, Any]) -> range:
+        """Return the draws of a capacity: none of seeds alone where it is no rate beyond which an SLO is missed."""
+        return range(1, self.count + 1) if self.errors or found["outcome"] == "found" else range(0)
+
+
+class CapacitySearch:
+    """The search of one deployment's capacity: the first, over the workload as it is, and those of its draws.
+
+    With a folder the trials are written to `folder/trials` and those already there are kept, and so are the results in
+    `folder/draws`. Raises InputError for settings that can't be searched with.
+    """
+
+    def __init__(self, settings: FileConfig, tolerance: float, folder: Path | None) -> None:
+        self.tolerance, self.folder = tolerance, folder
+        for plugin in settings.plugin:
+            load_plugin(plugin)
+        self.settings = settings
+        self.workload, self.slos = checked(settings)
+        self.kinds = [(deployed(group), group.count) for group in settings.groups()]
+        self.deployments = [kind for kind, count in self.kinds for _ in range(count)]
+        self.per_request = arrivals_per_request(self.workload)
+        self._cache = None if folder is None else Cache(folder / DRAWS_FOLDER)
+
+    def first(self, *, curve: bool = True, keep_runs: bool = True) -> dict[str, Any]:
+        """Search the capacity and return what `search.json` holds, without its range.
+
+        With `curve` loads beyond it are simulated to their end. Trials in a folder are kept as runs, or without
+        `keep_runs` their settings and summaries alone.
+        """
+        return self._record("first", lambda: self._first(curve, keep_runs))
+
+    def draw(self, found: Mapping[str, Any], number: int, errors: bool) -> float:
+        """Return the capacity (arrivals/s) over another workload, of deployments whose errors are drawn where asked.
+
+        `found` is what `first` gave, `number` is 1 or more.
+        """
+
+        def make() -> dict[str, Any]:
+            kinds = [(kind.drawn(number) if errors else kind, count) for kind, count in self.kinds]
+            deployments = [kind for kind, count in kinds for _ in range(count)]
+            start = found["max_qps_under_slo"] or self._guess()
+            run = partial(self._of_seed, number, deployments)
+            return {"qps": drawn_capacity(run, start, self.tolerance, self.per_request)}
+
+        return float(self._record(f"{'draw' if errors else 'seed'}-{number}", make)["qps"])
+
+    def _first(self, curve: bool, keep_runs: bool) -> dict[str, Any]:
+        workload, slos, deployments = self.workload, self.slos, self.deployments
+        settings, folder = self.settings, self.folder
+
+        def simulate(rate: float, place: Path | None) -> Trial:
+            requests = at_rate(workload, rate)
+            run = place if keep_runs else None
+            made = simulated_trial(requests, deployments, slos, rate, run, settings.router, settings.seed)
+            if place is not None:
+                write_config(place, _config(settings, [kind.replica for kind, _ in self.kinds], len(requests), rate))
+            return made
+
+        def trial(rate: float) -> Trial:
+            if folder is None:
+                return simulate(rate, None)
+            return kept(folder / "trials", rate, lambda rate, place: simulate(rate, place).summary)
+
+        begin = settings.request_rate or self._guess()
+        capacity = find_capacity(trial, begin, self.tolerance, arrivals_per_request=self.per_request)
+        things = "conversations" if workload.has_conversations else "requests"
+        gpus = sum(kind.parallel.world_size for kind in deployments)
+        known = capacity.outcome == "found"
+        unsteady = _unsteady(capacity.best) if known else None
+        ended = [each for each in capacity.trials if each.summary.get("stopped_early") is None]
+        if known and curve:
+            shares = curve_shares(capacity.qps, [each.rate for each in ended])
+            ended += [self._to_its_end(share * capacity.qps) for share in shares]
+        return {
+            "status": "done",
+            **capacity.to_json(),
+            "words": capacity.describe(things),
+            "rate_of": things,
+            "slos": [str(slo) for slo in slos],
+            "device": deployments[0].device.name,
+            "num_gpus": gpus,
+            "qps_per_gpu": capacity.qps / gpus,
+            "plain_search_gpu_hours": gpu_hours(capacity.trials, gpus),
+            "predictor": deployments[0].predictor.description,
+            **_at_capacity(capacity.best),
+            "unsteady": unsteady,
+            "sustained_qps": self._sustained(capacity.qps) if unsteady else None,
+            "loads": [_load(each) for each in sorted(ended, key=lambda each: each.rate)],
+            "errors": [errors_in_words(kind) for kind, _ in self.kinds],
+        }
+
+    def _guess(self) -> float:
+        return guess(self.workload, self.deployments, self.settings.router)
+
+    def _record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what is kept by a name, or make and keep it."""
+        found = None if self._cache is None else self._cache.read(name)
+        if found is None:
+            found = json.loads(json.dumps(make()))
+            if self._cache is not None:
+                self._cache.write(name, found)
+        return found
+
+    def _of_seed(self, seed: int, deployments: list[Deployment], rate: float) -> Trial:
+        """Return the trial at a rate of a workload whose seed is that much higher, not kept."""
+        settings = self.settings
+        requests = at_rate(replace(self.workload, seed=self.workload.seed + seed), rate)
+        return simulated_trial(requests, deployments, self.slos, rate, None, settings.router, settings.seed + seed)
+
+    def _to_its_end(self, rate: float) -> Trial:
+        router, seed = self.settings.router, self.settings.seed
+        run = simulate_run(at_rate(self.workload, rate), self.deployments, router=router, seed=seed, slos=self.slos)
+        return judged(run.summary, rate)
+
+    def _sustained(self, start: float) -> float | None:
+        """Return the highest rate up to `start` that holds over LONGER times the requests, its queue included.
+
+        0 where a FAR_BELOW-th of it does not; None of a trace, of which there is no more.
+        """
+        if self.workload.trace is not None or self.workload.num_prompts is None:
+            return None
+        spec = replace(self.workload, num_prompts=LONGER * self.workload.num_prompts)
+        router, seed = self.settings.router, self.settings.seed
+
+        def holds(rate: float) -> bool:
+            return simulated_trial(at_rate(spec, rate), self.deployments, self.slos, rate, None, router, seed).holds
+
+        if holds(start):
+            return start
+        low, _ = bracket(holds, start / STEPS[0], steps=(*STEPS[:-1], 2.0), far=FAR_BELOW, tolerance=COARSE)
+        return min(low or 0.0, start)
 
 
 def search_capacity(
@@ -50,78 +207,39 @@ def search_capacity(
     tolerance: float,
     folder: Path | None,
     *,
-    seeds: int = SEEDS,
+    seeds: int | None = None,
     curve: bool = True,
     keep_runs: bool = True,
 ) -> dict[str, Any]:
-    """Search the capacity of one deployment and return what `search.json` holds.
+    """Search the capacity of one deployment and its range, and return what `search.json` holds.
 
-    With a folder the trials are written to `folder/trials` and those already there are kept: as runs, or without
-    `keep_runs` their settings and summaries alone. The capacity is searched again, near the first, for each further one
-    of `seeds`; with `curve` loads beyond it are simulated to their end. Raises InputError for settings that can't be
-    searched with.
+    The capacity is searched again, near the first, for workloads of other seeds with errors of the predicted times
+    drawn; `seeds` leaves the errors out. `curve`, `keep_runs` and the folder are as `CapacitySearch` takes them. Raises
+    InputError for settings that can't be searched with.
     """
-    for plugin in settings.plugin:
-        load_plugin(plugin)
-    workload, slos = checked(settings)
-    kinds = [(deployed(group), group.count) for group in settings.groups()]
-    deployments = [kind for kind, count in kinds for _ in range(count)]
+    draws = Draws.of(settings.uncertainty, seeds)
+    search = CapacitySearch(settings, tolerance, folder)
+    found = search.first(curve=curve, keep_runs=keep_runs)
+    drawn = [search.draw(found, number, draws.errors) for number in draws.numbers(found)]
+    return with_range(found, drawn, tolerance, draws, folder)
 
-    def simulate(rate: float, partial: Path | None) -> Trial:
-        requests = at_rate(workload, rate)
-        run = partial if keep_runs else None
-        made = simulated_trial(requests, deployments, slos, rate, run, settings.router, settings.seed)
-        if partial is not None:
-            write_config(partial, _config(settings, [kind.replica for kind, _ in kinds], len(requests), rate))
-        return made
 
-    def trial(rate: float) -> Trial:
-        if folder is None:
-            return simulate(rate, None)
-        return kept(folder / "trials", rate, lambda rate, partial: simulate(rate, partial).summary)
-
-    def seeded(seed: int, rate: float) -> Trial:
-        requests = at_rate(replace(workload, seed=workload.seed + seed), rate)
-        return simulated_trial(requests, deployments, slos, rate, None, settings.router, settings.seed + seed)
-
-    def to_its_end(rate: float) -> Trial:
-        run = simulate_run(at_rate(workload, rate), deployments, router=settings.router, seed=settings.seed, slos=slos)
-        return judged(run.summary, rate)
-
-    begin = settings.request_rate or guess(workload, deployments, settings.router)
-    per_request = arrivals_per_request(workload)
-    capacity = find_capacity(trial, begin, tolerance, arrivals_per_request=per_request)
-    things = "conversations" if workload.has_conversations else "requests"
-    gpus = sum(kind.parallel.world_size for kind in deployments)
-    found: dict[str, Any] = {
-        "status": "done",
-        **capacity.to_json(),
-        "words": capacity.describe(things),
-        "rate_of": things,
-        "slos": [str(slo) for slo in slos],
-        "device": deployments[0].device.name,
-        "num_gpus": gpus,
-        "qps_per_gpu": capacity.qps / gpus,
-        "plain_search_gpu_hours": gpu_hours(capacity.trials, gpus),
-        "predictor": deployments[0].predictor.description,
-        **_at_capacity(capacity.best),
-        "unsteady": _unsteady(capacity.best) if capacity.outcome == "found" else None,
-    }
-    ended = [each for each in capacity.trials if each.summary.get("stopped_early") is None]
-    if settings.uncertainty is not None:
-        found |= _ranges(settings, workload, kinds, slos, capacity.qps, tolerance, settings.uncertainty)
-    elif capacity.outcome == "found" and seeds > 1:
-        spread = over_seeds(seeded, capacity.qps, seeds, tolerance, per_request)
-        per_gpu = {name: value / gpus for name, value in spread.items()}
-        found |= {"seeds": seeds, "intervals": {"max_qps_under_slo": spread, "qps_per_gpu": per_gpu}}
-    if capacity.outcome == "found" and curve:
-        ended += [
-            to_its_end(share * capacity.qps) for share in curve_shares(capacity.qps, [each.rate for each in ended])
-        ]
-    found["loads"] = [_load(each) for each in sorted(ended, key=lambda each: each.rate)]
+def with_range(
+    found: Mapping[str, Any], drawn: Sequence[float], tolerance: float, draws: Draws, folder: Path | None
+) -> dict[str, Any]:
+    """Return a search with the range of its capacity by those of its draws, as `search.json` holds it; write that."""
+    done = {name: value for name, value in found.items() if name != "errors"}
+    if drawn:
+        spread = range_of_draws(found["max_qps_under_slo"], drawn, tolerance)
+        ranges = {"max_qps_under_slo": spread,
+                  "qps_per_gpu": {name: value / found["num_gpus"] for name, value in spread.items()}}  # fmt: skip
+        if draws.errors:
+            done |= described(ranges, draws.count, found["errors"])
+        else:
+            done |= {"seeds": draws.count + 1, "intervals": ranges}
     if folder is not None:
-        write_json(folder / SEARCH_FILE, found)
-    return found
+        write_json(folder / SEARCH_FILE, done)
+    return done
 
 
 def _load(trial: Trial) -> dict[str, Any]:
@@ -132,33 +250,6 @@ def _load(trial: Trial) -> dict[str, Any]:
         **_at_capacity(trial),
         "slos": {each["slo"]: each["value_s"] for each in trial.summary["slos"]},
     }
-
-
-def _ranges(
-    settings: FileConfig,
-    workload: WorkloadSpec,
-    kinds: list[tuple[Deployment, int]],
-    slos: list[SLO],
-    start: float,
-    tolerance: float,
-    draws: int,
-) -> dict[str, Any]:
-    """Return the range of the capacity under drawn errors and seeds; it is searched again for each, near `start`."""
-
-    @cache
-    def drawn(seed: int) -> list[Deployment]:
-        every = [(kind.drawn(seed), count) for kind, count in kinds]
-        return [kind for kind, count in every for _ in range(count)]
-
-    def trial(seed: int, rate: float) -> Trial:
-        requests = at_rate(replace(workload, seed=workload.seed + seed), rate)
-        return simulated_trial(requests, drawn(seed), slos, rate, None, settings.router, settings.seed + seed)
-
-    begin = start or guess(workload, drawn(1), settings.router)
-    found = {"max_qps_under_slo": capacity_range(trial, begin, draws, tolerance, arrivals_per_request(workload))}
-    gpus = sum(kind.parallel.world_size * count for kind, count in kinds)
-    found["qps_per_gpu"] = {name: value / gpus for name, value in found["max_qps_under_slo"].items()}
-    return described(found, draws, [errors_in_words(kind) for kind, _ in kinds])
 
 
 def checked(settings: FileConfig) -> tuple[WorkloadSpec, list[SLO]]:

@@ -18,24 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from engine import engine_preset
+from engine.documents import MOST_DIGITS
 from engine.errors import InputError, unknown
-from engine.results.files import write_json
+from engine.results.files import write_json, write_whole
 from engine.specs import DeviceSpec, catalog
-from engine.specs.checks import file_name
+from engine.specs.checks import file_name, short
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
 from simulator.router import ROUTERS
+from studies.capacity.ranges import DRAWS
 from studies.capacity.sweep import MOST_POINTS, name_of
 from studies.jobs.pool import in_turn, work_off, work_off_on_ray
 from studies.plan.answer import summary_of
-from studies.plan.planner import DRAWS, Candidate, Planner
+from studies.plan.planner import Candidate, Planner
 from studies.words import unlike_sources
 from windtunnel.capacity import open_search
 from windtunnel.plan_point import forget_points, work
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices_of
 from windtunnel.results import PLAN_FILE
-from windtunnel.run_config import full_paths
+from windtunnel.run_config import full_paths, hashes
 from windtunnel.settings import FileConfig, combined
 
 ENGINE = "vllm@latest"
@@ -67,9 +69,12 @@ def listed(name: str, value: Any) -> list[Any]:
     found: list[Any] = []
     for part in parts:
         if name in _WHOLE:
-            if isinstance(part, bool) or not str(part).isdecimal() or int(part) < 1:
-                raise InputError(f"{flag} {value!r}: {part!r}: give whole numbers of at least 1")
-            part = int(part)
+            text = "" if isinstance(part, bool) else str(part)
+            if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) < 1:
+                raise InputError(f"{flag} {short(value)}: {short(part)}: give whole numbers of at least 1")
+            part = int(text)
+        elif not isinstance(part, str):
+            raise InputError(f"{flag} {short(value)}: {short(part)}: give names")
         if part not in found:
             found.append(part)
     return found
@@ -109,7 +114,8 @@ def make_plan(
     candidates = _candidates(shared, specs, own, varied, folder)
     config = FileConfig(**candidates[0].job["settings"])
     known = {each: store.fingerprint(where) for each, spec in specs.items() if (where := folder_of(spec))}
-    files = _files([*shared.values(), *specs, *varied.values()])
+    given = [*shared.values(), *specs, *varied.values()]
+    files = hashes(itertools.chain.from_iterable(v if isinstance(v, list | tuple) else [v] for v in given))
     identity = {
         "plan": {"settings": {**shared}, "prices": own, "points": [each.job["settings"] for each in candidates]},
         "version": version("windtunnel"),
@@ -248,16 +254,6 @@ def _check_any(planner: Planner, folder: Path) -> None:
         raise InputError(f"no point of the plan can run: {first.name}{of}: {first.why}")
 
 
-def _files(values: Iterable[Any]) -> dict[str, str]:
-    """Return hashes of the files that a plan's values name, or lists of values."""
-    found = {}
-    for value in itertools.chain.from_iterable(v if isinstance(v, list | tuple) else [v] for v in values):
-        path = Path(str(value)).expanduser()
-        for file in sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []:
-            found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
-
-
 def _progress(planner: Planner) -> tuple[str, int, int]:
     """Return what is done of a plan, in words and numbers."""
     every = planner.candidates
@@ -278,7 +274,7 @@ def _write_config(path: Path, best: Candidate, replicas: int) -> None:
     import yaml
 
     kept = {key: value for key, value in best.job["settings"].items() if value not in (None, "", [])}
-    path.write_text(yaml.safe_dump({**kept, "num_replicas": replicas}, sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump({**kept, "num_replicas": replicas}, sort_keys=False))
 
 
 def default_folder(settings: Mapping[str, Any], *more: Any) -> Path:

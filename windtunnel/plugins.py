@@ -31,13 +31,13 @@ def load_plugin(path: Path) -> None:
     _LOADED.add(str(path))
     try:
         runpy.run_path(str(path))
-    except SyntaxError as error:
-        where = f"{error.filename} line {error.lineno}"
-        raise PluginError(f"plugin {path}: SyntaxError: {error.msg} ({where})") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: a plugin does not end the command
         plugin = blamed(error)
+        if plugin is None and isinstance(error, SyntaxError):  # in its own text, of which nothing has run
+            where = f"{error.filename} line {error.lineno}"
+            raise PluginError(f"plugin {path}: SyntaxError: {error.msg} ({where})") from error
         if plugin is None:
             raise
         raise plugin from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 from engine import engine_preset
+from engine.documents import given_path
+from engine.errors import InputError
 from engine.replica_spec import ReplicaSpec
 from engine.specs import catalog
 from engine.workload.workload import DEFAULT_LENGTHS
@@ -38,13 +41,26 @@ def resolved(config: FileConfig, kinds: list[ReplicaSpec], num_prompts: int) -> 
     return {key: value for key, value in full_paths(values).items() if value not in (None, "", [])}
 
 
+def hashes(values: Iterable[Any]) -> dict[str, str]:
+    """Return hashes of the files that settings name, by their paths; of a folder those of its JSON files."""
+    found = {}
+    for value in values:
+        try:
+            path = given_path(str(value))
+            for file in sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []:
+                found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+        except (OSError, InputError):  # it is no path
+            continue
+    return found
+
+
 def full_paths(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings with each file by its full path; a known name is no file, whatever this folder holds."""
     full = dict(settings)
     for key in ("model", "device", "network"):
         if full.get(key) and not catalog.is_name(key, full[key]):
-            full[key] = str(Path(full[key]).expanduser().resolve())
+            full[key] = str(given_path(full[key]).resolve())
     for key, endings in _FILES.items():
         if full.get(key) and str(full[key]).endswith(endings):
-            full[key] = str(Path(full[key]).resolve())
+            full[key] = str(given_path(full[key]).resolve())
     return full

@@ -25,7 +25,6 @@ from windtunnel.trace_check import check_no_result
 MOST_REPLICAS = 10_000  # of a cluster, which take some 30 KB each
 MOST_DRAWS = 1000
 TOLERANCE = 0.025  # of a capacity search, a share of the capacity
-SEEDS = 3  # workloads that a capacity is searched for, for its range
 
 # what is not given is what the specs say; here no default of a replica is decided
 _PARALLEL, _SCHEDULER, _WORKLOAD = ParallelSpec(), SchedulerSpec(), WorkloadSpec()
@@ -47,7 +46,7 @@ def _field(default: Any, panel: str, help: str) -> Any:
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
 
 
 Settings = TypeVar("Settings", bound=_Settings)

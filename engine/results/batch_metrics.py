@@ -19,6 +19,7 @@ PERCENTILES = (50.0, 90.0, 99.0)
 _COLUMNS = ["replica", "stage", "start_s", "duration_s", "num_tokens", "num_decodes", "num_prefills"]
 MOST_BATCHES = 2_000_000  # of a run, beyond which its iterations are not read back at once: they take 100 MiB a million
 _NEAR_S = 1e-6  # a token comes at the end of its batch, but for rounding
+_ROUNDING_S = 1e-9  # what sums of a request's batches are off by at most
 
 
 def batch_metrics(recorder: Recorder, requests: Columns) -> dict[str, Any]:
@@ -100,7 +101,8 @@ def execution_times(requests: Columns, gaps: Gaps, rows: Mapping[str, Array]) ->
         batch = np.maximum(0, np.searchsorted(ends, token_times[here] + _NEAR_S) - 1)
         executed += np.bincount(which[here], seconds[batch], minlength=len(count))
     executed = np.minimum(executed, whole)
-    return executed, whole - executed
+    preempted = whole - executed
+    return executed, np.where(preempted < _ROUNDING_S, 0.0, preempted)
 
 
 def _batches(rows: Mapping[str, Array], replica: int) -> tuple[Array, Array, Array, Array]:

@@ -10,17 +10,20 @@ from typing import Any
 
 from engine.documents import shown
 from engine.errors import InputError
-from engine.results.folders import unfinished
+from engine.results.folders import FULL, unfinished
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place, then move it there."""
+    """Write a text file beside its place, then move it there. Raises OSError, also where a device or a pipe is."""
+    _check_replaceable(path)
     part = unfinished(path)
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:  # which does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 
@@ -28,13 +31,19 @@ def check_output(path: Path, flag: str = "--output") -> None:
     """Raise InputError unless a file can be written to a path, whose folder is there: before the work that fills it."""
     part = unfinished(path)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _check_replaceable(path)
         part.touch()
         part.unlink()
     except (OSError, ValueError) as error:
         why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise InputError(f"can't write {shown(path)}: {why}: give another {flag}") from None
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # moving a file there would remove a device, such as /dev/null
+        raise FileExistsError(errno.EEXIST, "it is a device or a pipe", str(path))
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.documents import shown
-from engine.errors import InputError
+from engine.errors import DiskFullError, InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OURS = (".json", ".jsonl", ".csv", ".html")  # endings of the files that are moved to their place whole
 ELSEWHERE = "give another --output-dir"
+FREE = "free some space, or write elsewhere"
 
 
 def made(folder: Path) -> list[Path]:
@@ -59,7 +60,8 @@ def cant_write(folder: Path, error: OSError | ValueError) -> InputError:
     """Return the error for a folder that can't be written to, with what to do."""
     full = isinstance(error, OSError) and error.errno in FULL
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return InputError(f"can't write to {shown(folder)}: {why}: {'free some space, or ' * full}{ELSEWHERE}")
+    kind = DiskFullError if full else InputError
+    return kind(f"can't write to {shown(folder)}: {why}: {'free some space, or ' * full}{ELSEWHERE}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 
 from engine.results.metric_table import REQUEST_COLUMNS
 from engine.results.metrics import Gaps, grouped_percentile
-from engine.results.tables import Columns, to_arrow
+from engine.results.tables import Columns, open_parquet, to_arrow
 from engine.scheduling.request import Batch, Request
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ class _Table:
         if self.path is None:
             yield from self.blocks
         elif self.writer is not None:
-            import pyarrow.parquet as pq
-
-            for batch in pq.ParquetFile(self.path).iter_batches(columns=names):
+            for batch in open_parquet(self.path).iter_batches(columns=names):
                 yield {name: np.from_dlpack(batch[name]) for name in names}  # to_numpy() would import pandas
 
 
@@ -179,23 +177,23 @@ class Recorder:
         self,
         replica: int,
         stage: int,
-        starts: Sequence[float],
-        durations: Sequence[float],
+        starts: list[float],
+        durations: list[float],
         batch: Batch,
-        kv_blocks: Sequence[int],
+        kv_blocks: list[int],
         num_running: int,
         num_waiting: int,
-        max_tbt: Sequence[float],
+        max_tbt: list[float],
         in_range: bool,
     ) -> None:
         """`batch` ran on `stage` of `replica` at `starts`, for `durations` seconds: one row for each repeat."""
         hits, shape = batch.prefix_hit_tokens, batch.shape
         if hits:
             batch.prefix_hit_tokens = 0  # repeats find nothing, and the next stages no more
-        self._starts.extend(starts)
-        self._durations.extend(durations)
-        self._kv_blocks.extend(kv_blocks)
-        self._max_tbt.extend(max_tbt)
+        self._starts.fromlist(starts)
+        self._durations.fromlist(durations)
+        self._kv_blocks.fromlist(kv_blocks)
+        self._max_tbt.fromlist(max_tbt)
         self._rows.append(
             (
                 len(starts),

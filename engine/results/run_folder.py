@@ -22,6 +22,7 @@ from typing import Any
 from engine.errors import InputError
 from engine.results.files import write_json
 from engine.results.folders import ELSEWHERE, FULL, cant_write, made, remove_empty
+from engine.results.tables import open_parquet
 
 MOST_TARGET = 200  # bytes of the name of a run's folder: beside it are some with longer ones
 
@@ -161,14 +162,12 @@ def write_summary(folder: Path, summary: Mapping[str, Any], name: str = "summary
 
 def write_chrome_trace(folder: Path) -> None:
     """`trace.json` from `iterations.parquet`: a process for each replica, a thread for each stage, times in us."""
-    import pyarrow.parquet as pq
-
     shown = ("num_tokens", "num_decodes", "num_prefills", "kv_blocks", "num_running", "num_waiting")
     with (folder / "trace.json").open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
         separator = "\n"
         named = set()
-        for batch in pq.ParquetFile(folder / "iterations.parquet").iter_batches():
+        for batch in open_parquet(folder / "iterations.parquet").iter_batches():
             for row in batch.to_pylist():
                 place = {"pid": row["replica"], "tid": row["stage"], "ph": "M"}
                 if (row["replica"], row["stage"]) not in named:

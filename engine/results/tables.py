@@ -11,10 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pyarrow as pa  # at run time only where a table is made or read: an engine can do without
+    import pyarrow.parquet as pq
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a Parquet file that is read in parts: by default pyarrow fetches all of it before the first part."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path, pre_buffer=False)
 
 
 def to_arrow(columns: Columns) -> pa.Table:

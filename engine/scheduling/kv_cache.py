@@ -114,18 +114,14 @@ class KVCache:
         Returns, for each block given, how many tokens after the computed ones less `since` it begins.
         """
         block_size, pop = self.block_size, self._pop if self.prefix_caching else self._stack.pop
-        ahead += since
         taken: list[int] = []
         for request in growing:
-            first = since + request.allocated_tokens - request.num_computed_tokens
-            if first >= ahead:
-                continue
-            blocks = request.blocks
+            first = request.allocated_tokens - request.num_computed_tokens
             while first < ahead:
-                blocks.append(pop())
-                taken.append(first)
+                request.blocks.append(pop())
+                request.allocated_tokens += block_size
+                taken.append(first + since)
                 first += block_size
-            request.allocated_tokens = first + request.num_computed_tokens - since
         self.num_free -= len(taken)
         return taken
 

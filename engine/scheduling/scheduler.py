@@ -461,6 +461,7 @@ class Scheduler:
         if decodes:
             self._kv_tokens += repeats * len(decodes)
             self._left = max(0, self._left - repeats)
+        some = repeats + ahead > 1  # one run, already allocated for, takes no block
         offset = 1 if self.async_scheduling else 0  # of the two runs in flight, the older is counted
         ahead += offset
         growing: list[Request] = []
@@ -470,7 +471,8 @@ class Scheduler:
             if after + ahead >= request.allocated_tokens:
                 growing.append(request)
         if growing:
-            taken = self.kv_cache.grow_since(growing, ahead, repeats - offset)
+            if some:
+                taken = self.kv_cache.grow_since(growing, ahead, repeats - offset)
             ahead = offset + offset  # with the two in flight
             for request in growing:
                 if request.num_computed_tokens + ahead == request.allocated_tokens:

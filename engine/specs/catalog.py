@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.documents import read_json, read_yaml
+from engine.documents import given_path, read_json, read_yaml
 from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead, Link, ModelSpec, NetworkSpec, hf_config
 from engine.specs.checks import build
@@ -394,8 +394,8 @@ def device(name_or_path: str) -> DeviceSpec:
     `a100` is `a100_pcie`, `h100` is `h100_sxm`, `h200` is `h200_sxm`.
     """
     found = _find(DEVICES, _DEVICE_ALIASES, name_or_path)
-    if found is None and len(name_or_path) < MOST_PATH and Path(name_or_path).expanduser().is_dir():
-        return _of_calibration(Path(name_or_path).expanduser())
+    if found is None and len(name_or_path) < MOST_PATH and given_path(name_or_path).is_dir():
+        return _of_calibration(given_path(name_or_path))
     if found is None and _is_file(name_or_path, (".yaml", ".yml")):
         return _from_yaml(DeviceSpec, name_or_path)
     if found is None:
@@ -483,7 +483,7 @@ def _is_file(text: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def _from_yaml(kind: type[Spec], path: str) -> Spec:
-    values = read_yaml(Path(path).expanduser(), f"give a YAML file with {kind.__name__}'s fields")
+    values = read_yaml(given_path(path), f"give a YAML file with {kind.__name__}'s fields")
     if isinstance(values, dict):
         values.setdefault("name", Path(path).stem)
     return build(kind, values, path)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.documents import read_json
+from engine.documents import given_path, read_json
 from engine.errors import InputError
 from engine.specs.checks import MOST_WHOLE, short
 from engine.specs.model import MOST_LAYERS, ExpertsSpec, ModelSpec, RopeScaling
@@ -122,7 +122,7 @@ def read(source: str | Path | Mapping[str, Any], name: str | None = None) -> Mod
         values, where = source, "config"
         name = name or str(source.get("_name_or_path") or source.get("model_type") or "model")
     else:
-        path = Path(source).expanduser()
+        path = given_path(source)
         path = path / "config.json" if path.is_dir() else path
         where, name = str(path), name or path.resolve().parent.name
         values = read_json(path, "give a Hugging Face folder or config.json", MOST_BYTES)

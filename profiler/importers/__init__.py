@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from engine.documents import given_path
 from engine.errors import unknown
 from profiler.importers import aiconfigurator, profile, vidur
 from profiler.importers.aiconfigurator import Selection
@@ -40,7 +41,7 @@ def read_source(
     """
     if kind not in SOURCES:
         raise unknown("source", kind, SOURCES)
-    place = Path(folder).expanduser().resolve()
+    place = given_path(folder).resolve()
     if kind == SELECTS:
         return aiconfigurator.read(place, device, network, select)
     return SOURCES[kind](place, device, network)

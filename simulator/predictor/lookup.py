@@ -113,6 +113,14 @@ class StageTimes:
             if repeats > 1 and kv + (repeats - 1) * growth >= end:
                 inside = ceil((end - kv) / growth)
                 return self.times(shape, inside) + self.times(shape.after(inside), repeats - inside)
+        if repeats == 1 and len(prefills) < 2:
+            seconds = fixed + (low + slope * (kv - start))
+            if prefills:  # bilinear between the grid's points
+                ((chunk, prefix),) = prefills
+                prefill_row = self.prefill_rows.get(chunk) or self.prefill_row(chunk)
+                one, each, begin, _ = prefill_row[bisect_right(_PREFIX_STARTS, prefix) - 1]
+                seconds += one + each * (prefix - begin)
+            return [seconds if seconds > launch else launch]
         if not prefills:
             if fixed + low >= launch:  # the GPU is the slower one from here on
                 return [fixed + (low + slope * (kv + i * growth - start)) for i in range(repeats)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
+from engine.results.files import write_whole
 from engine.specs import catalog
 from engine.specs.device_folder import CALIBRATIONS, known_devices
 from simulator.predictor import calibration as store
@@ -89,7 +90,7 @@ def write_accuracy(path: Path | None) -> None:
     if path is None:
         print(text, end="")
     else:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
 
 
 def shipped() -> list[Calibration]:

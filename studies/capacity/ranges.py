@@ -1,18 +1,20 @@
-"""How sure a capacity is: over workloads of other seeds, and which of several capacities can't be told apart.
+"""How sure a capacity is: over other workloads and drawn errors, and which of several capacities can't be told apart.
 
-found = over_seeds(lambda seed, rate: trial_of(seed, rate), 4.2, seeds=3, tolerance=0.025)
+found = drawn_capacity(lambda rate: trial_of(seed, rate), 4.2, tolerance=0.025)
+print(range_of_draws(4.2, [found], 0.025))
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from math import inf
 from typing import Any
 
+from simulator.predictor.uncertainty import interval
 from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial
 
+DRAWS = 4  # of a workload and of errors of the predicted times, by default: what they span is meant to cover 60 %
 BELOW, BEYOND = 0.5, (1.1, 1.25)  # shares of the capacity at which runs to their end show latency against load
 COARSE = 0.05  # as precise as the ends of a range have to be
 STEPS = (1.05, 1.1, 1.25, 1.5, 2.0, inf)  # of the bracket, from a capacity that is known
@@ -20,21 +22,22 @@ STEPS = (1.05, 1.1, 1.25, 1.5, 2.0, inf)  # of the bracket, from a capacity that
 Range = tuple[float, float]
 
 
-def over_seeds(
-    run: Callable[[int, float], Trial], capacity: float, seeds: int, tolerance: float, arrivals_per_request: float = 1.0
-) -> dict[str, float]:
-    """Return low, mid and high of the capacity over `seeds` workloads.
+def drawn_capacity(
+    run: Callable[[float], Trial], start: float, tolerance: float, arrivals_per_request: float = 1.0
+) -> float:
+    """Return the capacity of a draw (arrivals/s), searched from the rate `start`: `run` makes its trial at a rate."""
+    return find_capacity(run, start, max(tolerance, COARSE), STEPS, arrivals_per_request).qps
 
-    `run` makes the trial at a rate of a workload whose seed is that much higher; `capacity` is the first one's. As a
-    capacity is known to the tolerance, the highest is that much above what was met.
+
+def range_of_draws(capacity: float, drawn: Sequence[float], tolerance: float) -> dict[str, float]:
+    """Return low, mid and high of a capacity, of which that of each draw is known; mid is the capacity itself.
+
+    As a capacity is known to its tolerance, the high end is that much above what was met.
     """
     coarse = max(tolerance, COARSE)
-    low, high = [capacity], [capacity * (1 + tolerance)]
-    for seed in range(1, seeds):
-        found = find_capacity(partial(run, seed), capacity, coarse, STEPS, arrivals_per_request).qps
-        low.append(found)
-        high.append(found * (1 + coarse))
-    return {"low": min(low), "mid": capacity, "high": max(high)}
+    low = interval(drawn)["low"] if drawn else capacity
+    high = interval([value * (1 + coarse) for value in drawn])["high"] if drawn else 0.0
+    return {"low": min(low, capacity), "mid": capacity, "high": max(high, capacity * (1 + tolerance))}
 
 
 def curve_shares(capacity: float, known: Sequence[float]) -> list[float]:
@@ -52,7 +55,7 @@ def range_of(row: Mapping[str, Any], key: str = "max_qps_under_slo") -> Range | 
 def ranges_in_words(row: Mapping[str, Any]) -> str:
     """Return what the ranges of a search are over; "" where it has none."""
     if drawn := row.get("uncertainty"):
-        return f"{100 * drawn['covers']:.0f} % of {drawn['draws']} draws of seeds and predictor errors"
+        return f"{drawn['draws']} draws of seeds and predictor errors ({100 * drawn['covers']:.0f} % range)"
     return f"{row['seeds']} seeds" if row.get("intervals") else ""
 
 

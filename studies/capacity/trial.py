@@ -68,10 +68,17 @@ def simulated_trial(
 
     With a time limit it ends there, and is judged by the requests that have finished.
     """
-    watch = Hopeless(slos, workload)
-    stop = watch if time_limit_s is None else TimeLimit(time_limit_s, watch)
+    stop = ending(slos, workload, time_limit_s)
     run = simulate(workload, deployments, router=router, seed=seed, slos=slos, folder=folder, stop=stop)
     return judged(run.summary, rate, folder)
+
+
+def ending(
+    slos: Sequence[SLO], workload: Workload, time_limit_s: float | None = None
+) -> Callable[[Request], str | None]:
+    """Return what ends a trial early: an SLO that can't be met any more, or its time limit."""
+    watch = Hopeless(slos, workload)
+    return watch if time_limit_s is None else TimeLimit(time_limit_s, watch)
 
 
 TIME_LIMIT = "time limit"

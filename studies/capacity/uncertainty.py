@@ -1,20 +1,17 @@
-"""The ranges of results: of runs, and of capacities, under drawn errors of the predicted times.
+"""The ranges of results of runs under drawn errors of the predicted times, and what was drawn.
 
-found = capacity_range(lambda seed, rate: trial_of([each.drawn(seed) for each in deployments], rate), 4.2, draws=19)
+found = described(intervals(summaries), draws=19, errors=[errors_in_words(deployment)])
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from math import expm1, inf
+from collections.abc import Mapping, Sequence
+from math import expm1
 from typing import Any
 
 from engine.results.metrics import summary_key
 from simulator.cluster import Deployment
 from simulator.predictor.uncertainty import HOST_SECONDS, Z, covered, deviations, interval
-from studies.capacity.search import find_capacity
-from studies.capacity.trial import Trial
 
 LEADING = (
     *(summary_key(part, metric) for metric in ("ttft", "tpot", "tbt", "e2e") for part in ("mean", "p50", "p99")),
@@ -22,21 +19,12 @@ LEADING = (
     "output_throughput",
     "request_goodput",
 )  # fmt: skip
-_STEPS = (1.1, 1.2, 1.5, 2.0, inf)  # of the bracket, from the capacity without errors
 
 
 def intervals(summaries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Return low, mid and high of each leading result that every summary has."""
     values = {name: [summary.get(name) for summary in summaries] for name in LEADING}
     return {name: interval([*map(float, each)]) for name, each in values.items() if None not in each}  # type: ignore[arg-type]
-
-
-def capacity_range(
-    run: Callable[[int, float], Trial], start: float, draws: int, tolerance: float, arrivals_per_request: float = 1.0
-) -> dict[str, float]:
-    """Return low, mid and high of the capacity (arrivals/s): `run` makes the trial of a draw's seed at a rate."""
-    runs = [partial(run, seed) for seed in range(1, draws + 1)]
-    return interval([find_capacity(each, start, tolerance, _STEPS, arrivals_per_request).qps for each in runs])
 
 
 def described(found: Mapping[str, Any], draws: int, errors: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A job's result is what `work` returns for it. A job that can't be run (it does not fit, its settings contradict each
 other) is {"status": "refused", "error"}; one that fails, or whose process dies, {"status": "crashed", "error"}, with a
-"traceback" where there is one. Neither is ever taken for a result.
+"traceback" where there is one. Neither is ever taken for a result. A full disk ends all jobs: DiskFullError is raised.
 
     for number, result in work_off(compute, jobs, workers=8): ...
 """
@@ -20,12 +20,15 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import count, islice, takewhile
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from engine.errors import InputError
+from engine.errors import DiskFullError, InputError
+from engine.results.folders import FULL, cant_write
 from engine.runtime.processes import end_with_parent
 
 MOST_WORKERS = 1024
+_FULL = "full"  # the status of a job that could not write; no one else sees it
 ENDING_S = 10.0  # for processes to end by themselves
 
 Job = TypeVar("Job")
@@ -43,7 +46,7 @@ class _Worker(NamedTuple):
 def in_turn(work: Work[Job], jobs: Jobs[Job]) -> Results:
     """Yield each job's number and result, computed in this process."""
     for number, job in enumerate(job for job in jobs if job is not None):
-        yield number, answered(work, job)
+        yield number, _checked(answered(work, job))
 
 
 def work_off(
@@ -62,7 +65,7 @@ def work_off(
     """
     workers = min(workers, MOST_WORKERS)
     if isinstance(jobs, Sized):
-        workers = min(workers, len(jobs))
+        workers = min(workers, max(1, len(jobs)))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
     waiting, numbers, left = iter(jobs), count(), True
@@ -97,7 +100,7 @@ def work_off(
             for slot, (number, worker) in list(busy.items()):
                 if worker.pipe not in ready:
                     continue
-                result = _received(worker)
+                result = _checked(_received(worker))
                 del busy[slot]
                 if reuse and worker.process.exitcode is None:
                     idle[slot] = worker
@@ -139,7 +142,7 @@ def work_off_on_ray(work: Work[Job], jobs: Jobs[Job], address: str) -> Results:
                 result = ray.get(done[0])
             except ray.exceptions.RayError as error:
                 result = {"status": "crashed", "error": str(error)}
-            yield numbers.pop(done[0]), result
+            yield numbers.pop(done[0]), _checked(result)
     finally:
         if started:
             ray.shutdown()
@@ -149,10 +152,21 @@ def answered(work: Work[Job], job: Job) -> Result:
     """Return what `work` returns, or what it fails with."""
     try:
         return work(job)
+    except DiskFullError as error:
+        return {"status": _FULL, "error": str(error)}
     except InputError as error:
         return {"status": "refused", "error": str(error)}
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return {"status": _FULL, "error": str(cant_write(Path(error.filename or "the results"), error))}
         return {"status": "crashed", "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def _checked(result: Result) -> Result:
+    """Return a job's result. Raises DiskFullError if it found the disk full: so will the others."""
+    if result.get("status") == _FULL:
+        raise DiskFullError(result["error"])
+    return result
 
 
 def _serve(work: Work[Job], variables: dict[str, str], pipe: Connection) -> None:

@@ -82,14 +82,12 @@ def read(
     reader = _Reader(given, source_name, client_name, columns, warmup_requests)
     if not path.exists():
         raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
-    if path.is_file():
-        return [reader.file(path)]
-    if _is_run(path):
-        return [reader.run_folder(path)]
+    if not path.is_dir() or _is_run(path):
+        return [reader.read(path)]
     inside = sorted(each for each in path.iterdir() if each.suffix in (".csv", ".json") or _is_run(each))
     if not inside:
         raise InputError(f"{path} holds no measured results: give a folder of CSV or JSON files, or of runs")
-    return [reader.run_folder(each) if each.is_dir() else reader.file(each) for each in inside]
+    return [reader.read(each) for each in inside]
 
 
 class _Reader:
@@ -106,6 +104,18 @@ class _Reader:
         self.client_name = client_name
         self.columns = columns
         self.warmup_requests = warmup_requests
+
+    def read(self, path: Path) -> Measurements:
+        """Read one file, or the folder of one run. Raises InputError for what its tool has not written so."""
+        try:
+            return self.run_folder(path) if path.is_dir() else self.file(path)
+        except InputError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise InputError(
+                f"{path} can't be read as measured results ({why}): is it as its tool wrote it?"
+            ) from error
 
     def file(self, path: Path) -> Measurements:
         """Read one file."""

@@ -27,7 +27,7 @@ from studies.pages.ranges import ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat
 from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
-from studies.words import number, percent, seconds, times_kind, unlike_sources
+from studies.words import dollars, number, percent, seconds, times_kind, unlike_sources
 
 _MOST_ALIKE = 4  # points that can't be told apart from the best, which are named
 
@@ -200,8 +200,12 @@ def _in_words(point: Point, names: Mapping[int, str]) -> str:
     if point.range_per_gpu is not None:
         low, high = map(number, point.range_per_gpu)
         words += f" ({low} to {high} over {point.range_over})"
-    price = point.usd_per_million(point.tokens)
-    return words if price is None else f"{words}, ${number(price)} per million output tokens"
+    price = _price(point)
+    if price is None:
+        return words
+    known = point.usd_range
+    between = "" if known is None else f" ({dollars(known[0])} to {dollars(known[1])})"
+    return f"{words}, ${number(price)} per million output tokens{between}"
 
 
 def _ranked(points: Sequence[Point]) -> list[Point]:
@@ -216,10 +220,11 @@ def _names(points: Sequence[Point]) -> dict[int, str]:
 def _apart(points: Sequence[Point]) -> list[tuple[Tone, str]]:
     """Say which points can't be told apart from the best per GPU, or that it is ahead of all."""
     ranked, names = _ranked(points), _names(points)
-    if len(ranked) < 2 or ranked[0].range is None or unlike_sources([point.predictor for point in ranked]):
+    drawn = bool(ranked) and "draws" in ranked[0].range_over
+    unlike = unlike_sources([point.predictor for point in ranked])
+    if len(ranked) < 2 or ranked[0].range is None or (unlike and not drawn):
         return []
-    drawn = "draws" in ranked[0].range_over
-    rest = "" if drawn else "; errors of the predicted times are not in it (--uncertainty 19)"
+    rest = "" if drawn else "; errors of the predicted times are not in it (--uncertainty)"
     others = [names[id(ranked[i])] for i in alike([point.range_per_gpu for point in ranked], 0)]
     if not others:
         return [("good" if drawn else "unsure", f"Its range over {ranked[0].range_over} overlaps no other's{rest}")]
@@ -284,6 +289,7 @@ def _tables(points: Sequence[Point]) -> list[Panel]:
         _Column("Per GPU", lambda point: number(point.per_gpu), lambda point: point.per_gpu),
         _Column("Per dollar", lambda point: number(point.per_dollar), lambda point: point.per_dollar),
         _Column("$/M output", lambda point: number(_price(point)), lambda point: _negative(_price(point))),
+        _Column("$/M range", lambda point: in_brackets(point.usd_range).strip(" ()") or "-"),
         _Column("Tokens/s/GPU", lambda point: number(point.tokens_per_gpu), lambda point: point.tokens_per_gpu),
         _Column("TTFT, median", lambda point: seconds(point.ttft_s), lambda point: _negative(point.ttft_s)),
         _Column("TBT, P99", lambda point: seconds(point.tbt_s), lambda point: _negative(point.tbt_s)),

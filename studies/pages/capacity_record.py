@@ -95,6 +95,15 @@ class Point:
         return None if self.usd_per_hour is None or not tokens else self.usd_per_hour / 3600 / tokens * 1e6
 
     @property
+    def usd_range(self) -> Range | None:
+        """Lowest and highest dollars per million output tokens, by the range of the capacity."""
+        price = self.usd_per_million(self.tokens)
+        if price is None or self.range is None or not self.qps:
+            return None
+        low, high = self.range
+        return (price * self.qps / high if high else inf, price * self.qps / low if low else inf)
+
+    @property
     def per_gpu(self) -> float | None:
         """Requests/s and GPU."""
         return None if self.qps is None or not self.gpus else self.qps / self.gpus

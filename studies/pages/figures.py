@@ -20,6 +20,8 @@ GOOD, BAD = "#1f9e77", "#d6453d"
 # of several runs, one after the other; when they are used up, the next dash
 SERIES = (BLUE, ORANGE, GOOD, "#b0559b", "#b8960c", "#7a6ad8")
 SLO_LINE = {"color": GREY, "width": 1.3, "dash": "dash"}
+LEAST_TICKS = 4  # of a logarithmic axis
+TICK_STEPS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(np.arange(10, 100) / 10))  # in a decade
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
@@ -86,9 +88,12 @@ def value_axis(values: Array, logarithmic: bool = False) -> dict[str, Any]:
         return {"range": [0, 1.06 * high], "nticks": 6}
     low, high = low / 1.15, high * 1.15
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    steps = (1,) if high / low > 2e3 else (1, 3) if high / low > 100 else (1, 2, 5)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    shown = [tick for tick in ticks if low <= tick <= high]
+    coarsest = 0 if high / low > 2e3 else 1 if high / low > 100 else 2
+    for steps in TICK_STEPS[coarsest:]:
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        shown = [tick for tick in ticks if low <= tick <= high]
+        if len(shown) >= LEAST_TICKS:
+            break
     return {
         "type": "log",
         "range": [np.log10(low), np.log10(high)],

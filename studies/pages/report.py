@@ -8,12 +8,12 @@ together (a search by the run at its capacity), searches and sweeps, and validat
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import InputError
 from engine.results.files import write_whole
+from engine.results.folders import FULL
 from studies.pages.capacity import capacities_page, search_page
 from studies.pages.capacity_record import read_search, read_sweep
 from studies.pages.compare import runs_page, validations_page
@@ -54,7 +54,8 @@ def write_page(folders: Sequence[Path], output: Path | None = None, standalone: 
             page = _side_by_side(names, kinds)
         return page.write(path, standalone)
     except OSError as error:
-        raise InputError(f"can't write {path} ({error.strerror or error}): give another --output") from error
+        fix = f"{'free some space, or ' * (error.errno in FULL)}give another --output"
+        raise InputError(f"can't write {path}: {error.strerror or error}: {fix}") from error
 
 
 def _check_together(kinds: dict[Path, Kind]) -> None:
@@ -117,14 +118,15 @@ def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
 
 def _copy(page: Path, path: Path, standalone: bool) -> Path:
     """Copy a page, which is as it was written, with the plot library beside it or in it."""
-    html = page.read_text(encoding="utf-8")
+    with readable(page.parent, "study"):
+        html = page.read_text(encoding="utf-8")
     beside = library_beside(html)
     if beside is not None and standalone:
         write_whole(path, with_library(html, page.with_name(beside)))
     elif path.resolve() != page.resolve():
-        shutil.copyfile(page, path)
         if beside is not None and path.parent.resolve() != page.parent.resolve():
-            shutil.copyfile(page.with_name(beside), path.with_name(beside))
+            write_whole(path.with_name(beside), page.with_name(beside).read_text(encoding="utf-8"))
+        write_whole(path, html)
     return path
 
 

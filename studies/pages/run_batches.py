@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.results.tables import Array, Columns, to_numpy
+from engine.results.tables import Array, Columns, open_parquet, to_numpy
 
 MOST_BATCHES = 160  # a stage
 _CHUNK_ROWS = 1 << 17
@@ -31,7 +31,7 @@ class Excerpt:
 
 def read_excerpt(path: Path, origin_s: float) -> Excerpt | None:
     """Return the batches around the longest gap between output tokens, or the first ones; None without a batch."""
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         if not file.metadata.num_rows:
             return None
         gap, ended, replica = _longest(file)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from engine.errors import InputError
 from engine.results.metrics import summary_key
-from engine.results.tables import Array, Columns, to_numpy
+from engine.results.tables import Array, Columns, open_parquet, to_numpy
 
 STALL_FACTOR = 5.0  # a gap this many times the run's median is a generation stall
 MOST_BINS = 240
@@ -66,7 +66,7 @@ def read_timeline(
     stages = np.array([len(replica.get("stage_utilization", [0.0])) for replica in summary["replicas"]])
     median_ms = summary.get(summary_key("p50", "tbt"))
     threshold = None if median_ms is None else STALL_FACTOR * median_ms / 1e3
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         num_bins = int(np.clip(file.metadata.num_rows / stages.sum(), FEWEST_BINS, MOST_BINS))
         edges = np.linspace(0.0, max(end_s - start_s, 1e-9), num_bins + 1)
         busy = _TimeMean(len(blocks), edges)
@@ -147,7 +147,7 @@ def _chunks(file: pq.ParquetFile) -> Iterator[Columns]:
 def _bins(times: Array, edges: Array) -> tuple[Array, Array]:
     """Return the bin of each time, and the share of that bin that is still to come."""
     place = times * ((len(edges) - 1) / edges[-1])
-    index = np.clip(place.astype(np.int64), 0, len(edges) - 2)
+    index = np.clip(place, 0, len(edges) - 2).astype(np.int64)
     return index, np.clip(index + 1 - place, 0.0, 1.0)
 
 

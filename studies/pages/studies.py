@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import log, log1p
 from statistics import median
 from typing import Any
 
 from studies.pages.study import HOSTS, LITTLE, judged, markdown
 from studies.published import library
 from studies.published.experiment import FITTED_HOST, MODERN_HOST, PAPER_HOST, PLACEBOS, Experiment
-from studies.published.judge import judge_all, tally
+from studies.published.judge import KINDS, judge_all, tally
 from studies.words import percent
 
 JUDGES = (  # of the fitted host overhead: Figures 5 to 9 and Table 6
@@ -21,6 +22,7 @@ JUDGES = (  # of the fitted host overhead: Figures 5 to 9 and Table 6
     "chunk_size_tradeoff",
     "scheduler_ablation",
 )
+FAR = 1.5  # times off: listed as an open disagreement
 _INTRO = f"""# Studies: published experiments, and ours beside them
 
 ```bash
@@ -40,12 +42,13 @@ with its error and exit code 1; it is never taken for a missed SLO. **This page 
 How to read it
 
 - A value or a ratio agrees when it is within 20 % of the published number, the reading of a figure (± beside it)
-  included. An order agrees when it holds.
+  included. That line is ours, the same everywhere; the difference stands beside every number. An order agrees when it
+  holds.
 - Requests are drawn anew for each seed. Numbers are medians [lowest to highest]. A claim that agrees in some draws only
   **depends on the draw** (~); ✗ agrees in none.
 - Every claim is also run with two **placebos** in place of the predictor: times from the data sheet of another GPU
-  (H100), and the calibration's times dealt out to batches of another size. A claim that a placebo passes too says
-  little of the predictor, and is marked {LITTLE}.
+  (H100), and the calibration's times dealt out to batches of another size. A claim that a placebo passes too **says
+  little** of the predictor, and is marked {LITTLE}: it follows from the schedulers, or from any times at all.
 - *The paper's engine* is the preset `sarathi-osdi24`: host times measured of that Python engine, Ray messages also at
   TP1, its way to count (the first token an iteration late, in no metric) and to preempt. *Fitted to Figure 2* is the
   same with two host constants fitted to Figure 2 and Table 2 (`studies/published/fitted_host.py`), which are no claims
@@ -126,6 +129,8 @@ def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list
     for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST, *PLACEBOS):
         if host in total:
             lines.append(f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {total[host]}")
+    lines += ["", *_what_says_something(record, every)]
+    lines += _far_off(record, every)
     judges = {name: each for name, each in every.items()
               if name in JUDGES and {PAPER_HOST, FITTED_HOST} <= set(record[name]["records"])}  # fmt: skip
     if judges:
@@ -138,3 +143,34 @@ def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list
             mine = scores(record, {name: experiment})
             lines.append(f"- {experiment.source}: measured {mine[PAPER_HOST]}. Fitted {mine[FITTED_HOST]}")
     return lines
+
+
+def _what_says_something(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
+    """Return a line of how many of the claims that agree, of each kind, no placebo passes."""
+    counts = {kind: [0, 0] for kind in KINDS}
+    for name, experiment in every.items():
+        for each in tally(judged(experiment, record[name]["records"]).get(PAPER_HOST, [])):
+            counts[each.kind][0] += each.agree - each.little
+            counts[each.kind][1] += each.agree
+    parts = ", ".join(f"{told} of {agree} {kind}" for kind, (told, agree) in counts.items() if agree)
+    return [
+        f"Of the claims of the paper's engine that agree, no placebo passes {parts}. These say something of the "
+        f"predictor; the others ({LITTLE}) say little."
+    ]
+
+
+def _far_off(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
+    """Return a list of the numbers that the paper's engine is off by half or more, in all draws together."""
+    rows = [
+        (abs(log1p(each.off)), f"- `{name}`: {each.claim}: {each.published}, ours {each.ours}")
+        for name, experiment in every.items()
+        for each in judged(experiment, record[name]["records"]).get(PAPER_HOST, [])
+        if each.off is not None and each.verdict == "disagrees" and abs(log1p(each.off)) >= log(FAR)
+    ]
+    if not rows:
+        return []
+    about = (
+        f"Open disagreements: the published numbers that the paper's engine is off by a factor of {FAR} or more, the "
+        "farthest first. What the artifact itself says about one is under its study:"
+    )
+    return ["", about, "", *(line for _, line in sorted(rows, key=lambda row: -row[0]))]

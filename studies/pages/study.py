@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,10 @@ HOSTS = {
 DRAWN = (PAPER_HOST, MODERN_HOST)  # whose figures the page of a whole study shows
 LITTLE = "†"
 MARKS = {"disagrees": " ✗", "depends on the draw": " ~"}
-NARROW = "<style>.claims th[scope=row] { min-width: 10rem; }</style>"  # on a phone the numbers scroll, not the words
+STYLE = (
+    "<style>.claims th[scope=row] { min-width: 10rem; background: var(--page); } .claims td { min-width: 6em; } "
+    ".claims + p { margin-top: 1rem; }</style>"
+)
 Judged = Mapping[str, Sequence[Judgement]]  # by host overhead
 
 
@@ -45,7 +47,8 @@ def judged(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, 
     """Return the verdicts under each host overhead, placebos left out, on the claims whose points were run."""
     every = judge_all(experiment, records)
     run = [i for i in range(len(experiment.claims)) if any(each[i].verdict != "not run" for each in every.values())]
-    return {host: [each[i] for i in run] for host, each in every.items() if host not in PLACEBOS}
+    named = [host for host in HOSTS if host in every] + [host for host in every if host not in HOSTS]
+    return {host: [every[host][i] for i in run] for host in named if host not in PLACEBOS}
 
 
 def write_page(
@@ -64,8 +67,10 @@ def write_page(
         )
     )
     if experiment.claims:
-        page.add("<h2>Published, and ours</h2>", NARROW, "<div class='claims'>", claims_table(verdicts), "</div>")
+        page.add("<h2>Published, and ours</h2>", STYLE, "<div class='claims'>", claims_table(verdicts), "</div>")
         page.add(f"<p>{escape(_how_judged(records))}</p>")
+        if words := little_in_words(verdicts.get(PAPER_HOST, [])):
+            page.add(f"<p>{escape(_begun(HOSTS[PAPER_HOST]))}: {escape(words)}.</p>")
     for host, judgements in verdicts.items():
         missed = [each for each in judgements if each.explanation]
         if missed and host in DRAWN:
@@ -75,15 +80,17 @@ def write_page(
             ]
             count = f"{len(missed)} claim{'s' * (len(missed) > 1)}"
             page.add(details(f"Why ours differs as {host_name(host)}: {count}", facts_table(rows)))
-    beside = [
-        _named(panels(experiment, found), host)
-        for host, found in records.items()
-        if found and host in (DRAWN if PAPER_HOST in records else list(records)[:1])
-    ]
-    page.add_panels("Figures", [panel for row in zip_longest(*beside) for panel in row if panel is not None])
+    beside: dict[str, list[Panel]] = {}  # by figure, under each host overhead
+    for host, found in records.items():
+        if found and host in (DRAWN if PAPER_HOST in records else list(records)[:1]):
+            for panel in panels(experiment, found):
+                named = replace(panel, title=f"{panel.title}, {HOSTS.get(host, host)}")
+                beside.setdefault(panel.title, []).append(named)
+    page.add_panels("Figures", [panel for row in beside.values() for panel in row])
     for host, found in records.items():
         if table := choices(found):
-            page.add("<h2>How good is the choice?</h2>", _about_choices(table, host), choices_table(table))
+            page.add("<h2>How good is the choice?</h2>", _about_choices(table, host))
+            page.add(STYLE, "<div class='claims'>", choices_table(table), "</div>")
     if experiment.choices:
         page.add("<h2>What the paper leaves open</h2><ul>")
         page.add(*(f"<li>{escape(line)}</li>" for line in experiment.choices), "</ul>")
@@ -100,7 +107,12 @@ def _how_judged(records: Mapping[str, Records]) -> str:
     )  # fmt: skip
     drawn = f"Numbers are medians of {seeds} draws of the requests [lowest to highest]. " if seeds > 1 else ""
     placebos = [HOSTS[host] for host in records if host in PLACEBOS]
-    little = f" {LITTLE}: holds with a placebo's times too ({', '.join(placebos)})." if placebos else ""
+    little = (
+        f" {LITTLE}: it agrees with a placebo's times too ({' or '.join(placebos)}), so that it says little of the "
+        "predictor."
+        if placebos
+        else ""
+    )
     return (
         f"{drawn}A number agrees within 20 % of the published one, its reading included; a claim depends on the draw "
         f"where it agrees in some draws only.{little}"
@@ -112,16 +124,13 @@ def host_name(host: str) -> str:
     return f"{HOSTS[host]} ({host})" if host in HOSTS else host
 
 
-def _named(drawn: Sequence[Panel], host: str) -> list[Panel]:
-    return [replace(panel, title=f"{panel.title}, {HOSTS.get(host, host)}") for panel in drawn]
-
-
 def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
     """Return how many claims of each kind agree, under each host overhead."""
     chips: list[tuple[Tone, str]] = []
     for host, judgements in verdicts.items():
         for each in tally(judgements):
-            tone: Tone = "good" if each.agree == each.count else "unsure" if each.agree or each.depend else "bad"
+            some: Tone = "unsure" if each.agree or each.depend else "bad"
+            tone: Tone = "good" if each.agree == each.count and each.agree > each.little else some
             chips.append((tone, f"{HOSTS.get(host, host)}: {each}"))
     return chips
 
@@ -130,8 +139,8 @@ def _sources(records: Mapping[str, Records], reduced: str) -> list[tuple[Tone, s
     lines: list[tuple[Tone, str, str]] = []
     if reduced:
         lines.append(("bad", "reduced", f"{reduced}: these figures are not the study's."))
-    both = " and ".join(host_name(host) for host in records if host not in PLACEBOS)
-    lines.append(("unsure", "simulated", f"with the host overhead of {both}; nothing here was run on a GPU."))
+    every = ", ".join(host_name(host) for host in records if host not in PLACEBOS)
+    lines.append(("unsure", "simulated", f"with the host overhead of {every}; nothing here was run on a GPU."))
     return lines
 
 
@@ -146,16 +155,20 @@ def claims_table(verdicts: Judged) -> str:
                 little = f" {LITTLE}" * judgements[0].says_little
                 rows.append((judgements[0].claim + little, [judgements[0].published, *map(_cell, judgements)]))
         if rows:
-            heads = (kind.capitalize(), "Published", *(HOSTS.get(host, host).capitalize() for host in hosts))
-            parts.append(numbers_table(heads, rows))
+            heads = (kind.capitalize(), "Published", *(_begun(HOSTS.get(host, host)) for host in hosts))
+            parts.append(numbers_table(heads, rows, words=True))
     return "".join(parts)
+
+
+def _begun(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _cell(judgement: Judgement) -> Cell:
     if judgement.verdict == "not run":
         return "-"
     off = "" if judgement.off is None else f" ({percent(judgement.off, sign=True)})"
-    tones: dict[str, Tone] = {"agrees": "good", "disagrees": "bad"}
+    tones: dict[str, Tone] = {"agrees": "unsure" if judgement.says_little else "good", "disagrees": "bad"}
     words = {"depends on the draw": ", depends on the draw", "fitted": ", fitted"}.get(judgement.verdict, "")
     return (tones.get(judgement.verdict, "unsure"), f"{judgement.ours}{off}{words}")
 
@@ -193,10 +206,12 @@ def choices_table(table: Sequence[Choice]) -> str:
 def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:
     """Return the study's section of a page in Markdown."""
     verdicts = judged(experiment, records)
-    hosts = [host for host in HOSTS if host in verdicts] + [host for host in verdicts if host not in HOSTS]
+    hosts = list(verdicts)
     lines = [f"## {experiment.title}", "", f"`windtunnel study run {name}` · {experiment.source}.", ""]
     lines += [experiment.shows.strip(), ""]
     lines += [f"- {host_name(host)}: {in_words(verdicts[host])}" for host in hosts]
+    if words := little_in_words(verdicts.get(PAPER_HOST, [])):
+        lines += [f"- {words}"]
     heads = ["claim", "published", *(HOSTS.get(host, host) for host in hosts)]
     lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in zip(*(verdicts[host] for host in hosts), strict=True):
@@ -214,6 +229,14 @@ def in_words(judgements: Sequence[Judgement]) -> str:
     """Return how many claims of each kind agree."""
     parts = [str(each) for each in tally(judgements)]
     return ", ".join(parts) + " agree" if parts else "nothing of what was published was run"
+
+
+def little_in_words(judgements: Sequence[Judgement]) -> str:
+    """Return how many of the claims that agree say little of the predictor; nothing where none does."""
+    agree = [each for each in judgements if each.verdict == "agrees"]
+    little = sum(each.says_little for each in agree)
+    which = f"{'all' if little == len(agree) else little} of the {len(agree)} that agree"
+    return f"{LITTLE} with a placebo's times too, so saying little of the predictor: {which}" if little else ""
 
 
 def _markdown_cell(judgement: Judgement) -> str:

@@ -1,6 +1,6 @@
 """The figures of a study: each draws the records of one host overhead as the paper drew them.
 
-The published numbers that a claim states for a point's value stand beside it as diamonds.
+The published numbers that a claim, or `marks`, states for a point's value stand beside it as diamonds.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ Published = Mapping[str, float]  # by POINT:METRIC
 
 def panels(experiment: Experiment, records: Records) -> list[Panel]:
     """Return the panels of a study for one host overhead."""
-    published = {claim.of[0]: claim.published for claim in experiment.claims if claim.compare == "value"}
-    return _DRAWINGS[experiment.drawing](
-        records, {name: value for name, value in published.items() if value is not None}
-    )
+    published = dict(experiment.marks)
+    for claim in experiment.claims:
+        if claim.compare == "value" and claim.published is not None:
+            published.setdefault(claim.of[0], claim.published)  # of two the figure's, whose claims come first
+    return _DRAWINGS[experiment.drawing](records, published)
 
 
-def lines(series: Series, x_title: str, y_title: str, log: bool = False, published: Series | None = None) -> go.Figure:
+def lines(series: Series, x_title: str, y_title: str, published: Series | None = None) -> go.Figure:
     """Draw a line with markers for each name, with its published values as diamonds; every x is a tick if few."""
     figure = new_figure()
     for i, (name, (xs, ys)) in enumerate(series.items()):
@@ -48,7 +49,7 @@ def lines(series: Series, x_title: str, y_title: str, log: bool = False, publish
             hovertemplate="%{y:.3~r} published", marker=_diamond(_colour(name, list(series).index(name))),
         )  # fmt: skip
         values = np.concatenate([values, ys])
-    figure.update_yaxes(title_text=y_title, **value_axis(values[values > 0] if log else values, log))
+    figure.update_yaxes(title_text=y_title, **value_axis(values))
     categories = any(isinstance(x, str) for xs, _ in series.values() for x in xs)
     ticks = sorted({x for xs, _ in series.values() for x in xs}) if not categories else []
     every = {"tickvals": ticks} if 1 < len(ticks) <= 8 else {}
@@ -115,7 +116,7 @@ def _capacity(records: Records, published: Published) -> list[Panel]:
         ours = _series((scheduler, setup, qps) for scheduler, setup, qps, _ in here)
         theirs = _series((scheduler, setup, qps) for scheduler, setup, _, qps in here if qps is not None)
         figure = bars(ours, "Capacity (requests/s)", theirs)
-        caption = "Highest request rate within the objectives." + " Diamonds: published." * bool(theirs)
+        caption = f"Highest request rate within the objectives, the median of the draws. {_marks(theirs)}"
         result.append(Panel(", ".join(place), caption, figure, "half", 300))
     return result
 
@@ -132,8 +133,8 @@ def _completions(records: Records, published: Published) -> list[Panel]:
     figure.update_yaxes(title_text="Decodes completed", rangemode="tozero")
     ends = [f"{point.split('/')[-1]} {published[f'{point}:duration']:g} s" for point in records
             if f"{point}:duration" in published]  # fmt: skip
-    longest = f"The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
-    longest += f" Published, to the end: {'; '.join(ends)}." * bool(ends)
+    longest = f"Of the first draw. The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
+    longest += f" Dashed: the published ends, {'; '.join(ends)}." * bool(ends)
     for i, point in enumerate(records):
         if (end := published.get(f"{point}:duration")) is not None:
             figure.add_vline(x=end, line={"color": _colour(point.split("/")[-1], i), "width": 1, "dash": "dash"})
@@ -149,7 +150,11 @@ def _of(metric: str, rows: Iterable[tuple[str, str, Any]], published: Published)
 
 
 def _about(theirs: Series | None) -> str:
-    return "The median of the draws." + " Diamonds: published." * bool(theirs)
+    return f"The median of the draws. {_marks(theirs)}"
+
+
+def _marks(theirs: Series | None) -> str:
+    return "Diamonds: published." if theirs else "The paper gives no numbers to mark."
 
 
 def _over_rate(records: Records, published: Published) -> list[Panel]:
@@ -160,7 +165,7 @@ def _over_rate(records: Records, published: Published) -> list[Panel]:
             series = _series((scheduler, float(rate), values[metric]) for (rate, scheduler), values in rows)
             points = [("/".join((*place, rate, scheduler)), scheduler, float(rate)) for (rate, scheduler), _ in rows]
             theirs = _of(metric, points, published)
-            figure = lines(series, "Request rate (requests/s)", f"{name} (s)", log=True, published=theirs)
+            figure = lines(series, "Request rate (requests/s)", f"{name} (s)", published=theirs)
             title = f"{', '.join(place)}: {name} over the load"
             result.append(Panel(title, _about(theirs), figure, "half", 300))
     return result
@@ -175,7 +180,7 @@ def _over_chunk(records: Records, published: Published) -> list[Panel]:
             for (setup, _, rate), rows in _places(records, 3)
             for (chunk,), values in rows
         )
-        figure = lines(series, "Token budget (tokens)", f"{name} (s)", log=True)
+        figure = lines(series, "Token budget (tokens)", f"{name} (s)")
         result.append(Panel(f"{name} by token budget", _about(None), figure, "half", 300))
     return result
 
@@ -227,7 +232,7 @@ def _operators(records: Records, published: Published) -> list[Panel]:
         names = {"prefill": ("Prompt (tokens)", "a whole prompt"), "decode": ("Decodes", "a batch of decodes")}
         axis, what = names.get(phase, ("Prompt tokens + decodes", "decodes beside a chunk"))
         figure.update_xaxes(title_text=axis)
-        about = "By kind of operator; the host's share is what is not hidden." + " Diamonds: published." * bool(theirs)
+        about = f"By kind of operator; the host's share is what is not hidden. {_marks(theirs)}"
         result.append(Panel(f"{setup}: {what}", about, figure, "half", 300))
     return result
 
@@ -238,8 +243,10 @@ def _piggyback(records: Records, published: Published) -> list[Panel]:
     words = {"with_prompt": "with a whole prompt", "with_chunk": "with a chunk", "alone": "decodes alone"}
     for (setup,), rows in _places(records, 1):
         series = _series((words[name], size, 1e3 * values[name]) for name in words for (size,), values in rows)
-        figure = lines(series, "Decodes in the batch", "Iteration (ms)", log=True)
-        result.append(Panel(f"{setup}: an iteration of decodes", "What its company costs.", figure, "half", 300))
+        figure = lines(series, "Decodes in the batch", "Iteration (ms)")
+        result.append(
+            Panel(f"{setup}: an iteration of decodes", f"What its company costs. {_marks(None)}", figure, "half", 300)
+        )
     return result
 
 
@@ -259,7 +266,7 @@ def _ablation(records: Records, published: Published) -> list[Panel]:
             )
         )
         figure = bars(ours, f"{name} (s)", theirs)
-        result.append(Panel(f"{name} of each scheduler", "Diamonds: published.", figure, "half", 300))
+        result.append(Panel(f"{name} of each scheduler", _about(theirs), figure, "half", 300))
     return result
 
 

@@ -14,7 +14,7 @@ from engine.results.metric_table import METRICS
 from engine.results.metrics import summary_key
 from engine.results.slo import SLO
 from studies.plan.planner import Candidate, Planner
-from studies.words import number, percent, seconds
+from studies.words import dollars, number, percent, seconds
 
 FULL = 0.95  # share of the KV cache from which it is taken to be full
 HELD = {"holds": "met", "none": "missed", "dismissed": "costs more"}  # an outcome in a table: other names stay
@@ -46,6 +46,18 @@ def row_of(candidate: Candidate, rate: float) -> dict[str, Any]:
         "met": candidate.outcome == "holds",
         "provenance": replica["predictor"],
     }
+
+
+def price_range(row: dict[str, Any], facts: dict[str, Any], what: str = "output") -> str:
+    """Return dollars per million tokens ("output" or "total") by the range of a candidate's capacity, in words.
+
+    Of what the load takes, not of whole replicas; "" where the candidate does not meet its SLOs.
+    """
+    if not row["met"]:
+        return ""
+    each = row[f"usd_per_million_{what}_tokens"] / row["usd_per_hour"]
+    low, high = (dollars(inf if end is None else end * each) for end in facts["usd_range"])
+    return f"{low} to {high}"
 
 
 def layout_words(row: dict[str, Any]) -> str:
@@ -145,8 +157,8 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     (low, high), (other_low, other_high) = best.usd_range(rate), other.usd_range(rate)
     if 0 in other.draws and other_low <= high and low <= other_high:
         words.append(
-            f"The two can't be told apart: their prices for this load overlap (${number(low)} to {_usd(high)}/h and "
-            f"${number(other_low)} to {_usd(other_high)}/h)."
+            f"The two can't be told apart: their prices for this load overlap (${number(low)} to {dollars(high)}/h and "
+            f"${number(other_low)} to {dollars(other_high)}/h)."
         )
     if other.device != best.device:
         even = best.usd_per_hour / row["gpus"]
@@ -164,11 +176,20 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     return words
 
 
-def elsewhere(best: Candidate, known: Sequence[Candidate]) -> list[str]:
-    """Return the GPU prices above which devices without a fleet that was seen to hold can't win."""
+def elsewhere(best: Candidate, second: Candidate | None, known: Sequence[Candidate]) -> list[str]:
+    """Return the GPU prices above which devices other than the best's and the runner-up's can't win."""
     words = []
-    held = {each.device for each in known if each.outcome == "holds"}
-    for device in dict.fromkeys(each.device for each in known if each.device not in held):
+    told = {best.device, "" if second is None else second.device}
+    for device in dict.fromkeys(each.device for each in known if each.device not in told):
+        held = [each for each in known if each.device == device and each.outcome == "holds"]
+        if held:
+            least = min(held, key=lambda each: each.usd_per_hour)
+            gpus = least.count * least.gpus
+            words.append(
+                f"{device}: {_count(gpus, 'GPU')} at ${number(least.usd_per_hour)}/h; it would be the cheaper one "
+                f"below ${number(best.usd_per_hour / gpus)} per GPU-hour (now ${number(least.usd_per_gpu_hour)})."
+            )
+            continue
         mine = [each for each in known if each.device == device and each.outcome == "dismissed"]
         if mine:
             least = min(mine, key=lambda each: each.fewest_usd)
@@ -184,10 +205,6 @@ def _count(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
-def _usd(value: float) -> str:
-    return f"${number(value)}" if isfinite(value) else "any price"
-
-
 def summary_of(planner: Planner) -> dict[str, Any]:
     """Return a plan as `plan.json` holds it. Needs a candidate that is not refused."""
     best, rate = planner.best, planner.rate
@@ -195,13 +212,13 @@ def summary_of(planner: Planner) -> dict[str, Any]:
     known = [each for each in planner.candidates if each.bound]
     others = [each for each in known if each is not best]
     ranked = sorted(others, key=lambda each: (each.outcome != "holds", each.usd_per_hour))
-    second = next((each for each in ranked if each.outcome == "holds"), None)
+    second = planner.runner_up
     prompt, _ = best.bound["tokens"]
     words = [limits(best)]
     if second is not None:
         words += against(best, second, rate)
     if best.outcome == "holds":
-        words += elsewhere(best, known)
+        words += elsewhere(best, second, known)
     return {
         "rate": rate,
         "best": row_of(best, rate),

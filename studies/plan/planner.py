@@ -2,7 +2,9 @@
 
 A point is dismissed, never simulated or after one trial, when even the fewest replicas that its bound allows cost more
 than a fleet that is known to hold: the best of its own device, or FAR times the best of all. Every dismissal compares
-with a fleet that was simulated, so the cheapest fleet is found as if every point had been searched.
+with a fleet that was simulated, so the cheapest fleet is found as if every point had been searched. Which fleets are
+searched depends on the results of earlier searches alone, not on which of those under way ends first: the answer is
+the same however many processes work.
 
     planner = Planner(points, rate=40.0)
     for number, result in work_off(work, planner.jobs(), workers, reuse=True):
@@ -12,6 +14,7 @@ with a fleet that was simulated, so the cheapest fleet is found as if every poin
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,15 +22,16 @@ from math import ceil, floor, inf
 from typing import Any, Literal
 
 from simulator.predictor.uncertainty import interval
+from studies.capacity.ranges import DRAWS
 
 FAR = 1.25  # times the best price: what is sure to cost more is of no interest, whatever its device
 FAR_OFF = 2.0  # times the best price: no runner-up
-FINALISTS = 2
 MOST_GROWN = 16  # times that a fleet grows because the whole of it misses
 REACH = 1.7  # times the likely replicas: as many are tried before others get their turn
 NEXT = 0.3  # more replicas than the fewest that are left are likely after a miss at once; fewer after a late one
-MOST_TRIES = 2  # of what was dismissed, to find a runner-up
-DRAWS = 4  # of errors and workloads, by default: what they span is meant to cover 60 %
+AHEAD = 24  # points for each search of a fleet that is under way beside others: as many processes are kept busy,
+LEAST_AHEAD = 3  # at least so many; what one finds can spare another only if it ended before that began
+MOST_TRIES = 4  # of what was dismissed, to find a runner-up
 
 Outcome = Literal["open", "refused", "crashed", "dismissed", "none", "holds"]
 
@@ -132,8 +136,10 @@ class Planner:
         self.num_draws = draws
         self.bounds = bounds
         self.finalists: list[Candidate] = []
-        self.failed: list[dict[str, str]] = []  # jobs that were refused or have crashed
+        self._failed: dict[int, dict[str, str]] = {}
         self._given: list[tuple[Candidate, dict[str, Any]]] = []
+        self._results: dict[int, Mapping[str, Any]] = {}  # of searches of fleets, until their turn comes
+        self._ahead = max(LEAST_AHEAD, len(self.candidates) // AHEAD)
         self._pending = 0
         self.cpu_s = 0.0  # of the jobs
 
@@ -152,6 +158,19 @@ class Planner:
         return min(closest, key=lambda each: (_margin(each.alone), each.likely_usd), default=None)
 
     @property
+    def failed(self) -> list[dict[str, str]]:
+        """Jobs that were refused or have crashed, in the order in which they were given out."""
+        return [self._failed[number] for number in sorted(self._failed)]
+
+    @property
+    def runner_up(self) -> Candidate | None:
+        """The cheapest fleet of another device or layout than the best, else of other settings; None if none holds."""
+        if not self.holding:
+            return None
+        best, *others = self.holding
+        return min(others, key=lambda each: _kind(each) == _kind(best), default=None)
+
+    @property
     def settled(self) -> int:
         """Candidates that are known to hold, not to, or not to matter."""
         return sum(each.outcome != "open" for each in self.candidates)
@@ -168,15 +187,22 @@ class Planner:
     def take(self, number: int, result: Mapping[str, Any]) -> None:
         """Take the result of the job that was yielded as that number."""
         self._pending -= 1
-        self.cpu_s += float(result.get("cpu_s", 0.0))
+        result = dict(result)
+        self.cpu_s += float(result.pop("cpu_s", 0.0))
+        if self._given[number][1]["what"] == "size":
+            self._results[number] = result
+        else:
+            self._heed(number, result)
+
+    def _heed(self, number: int, result: Mapping[str, Any]) -> None:
         candidate, job = self._given[number]
         what = job["what"]
         if result["status"] != "done":
             candidate.asked = False
-            self.failed.append(
-                {"name": candidate.name, "what": what, "why": str(result["error"]), "status": result["status"],
-                 "traceback": str(result.get("traceback") or "")}
-            )  # fmt: skip
+            self._failed[number] = {
+                "name": candidate.name, "what": what, "why": str(result["error"]), "status": result["status"],
+                "traceback": str(result.get("traceback") or ""),
+            }  # fmt: skip
             if what not in ("draw", "curve"):  # without these its fleet is known
                 candidate.outcome, candidate.why = result["status"], str(result["error"])
             return
@@ -233,18 +259,22 @@ class Planner:
         return job
 
     def _sizes(self) -> Iterator[dict[str, Any] | None]:
-        """Yield the searches of fleets, the likeliest first; what misses by far is tried again when others were."""
+        """Yield the searches of fleets, the likeliest first; what misses by far is tried again when others were.
+
+        Their results are heeded in the order in which they were given out, each when so many others are under way.
+        """
+        under_way: deque[int] = deque()
         while True:
             waiting = [each for each in self.candidates if each.outcome == "open" and not each.asked]
             for each in waiting if self.bounds else ():
                 if each.fewest_usd > self._limit(each):
                     each.outcome, each.why = "dismissed", f"{each.fewest} replicas or more, by {each.ruled_out}"
             waiting = [each for each in waiting if each.outcome == "open"]
-            if not waiting:
-                if not any(each.asked for each in self.candidates):
-                    return
-                yield None
+            if under_way and (not waiting or len(under_way) == self._ahead):
+                yield from self._result(under_way.popleft())
                 continue
+            if not waiting:
+                return
             chosen = min(waiting, key=lambda each: each.likely_usd)
             limit = self._limit(chosen) if self.bounds else inf
             likely = max(chosen.fewest, ceil(self.rate / chosen.likely * (1 - 1e-9)) if chosen.likely else 1)
@@ -252,32 +282,38 @@ class Planner:
             if most is not None and limit < inf:
                 most = min(most, floor(limit / chosen.usd_per_replica * (1 + 1e-9)))
             chosen.asked = True
+            under_way.append(len(self._given))
             yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
 
+    def _result(self, number: int) -> Iterator[None]:
+        """Wait for the result of a search of a fleet, and heed it."""
+        while number not in self._results:
+            yield None
+        self._heed(number, self._results.pop(number))
+
     def _runners_up(self) -> Iterator[dict[str, Any] | None]:
-        """Yield searches of what was dismissed, until there is something to compare the best with."""
+        """Yield searches of what was dismissed, and may be nearer in price to the best than the runner-up."""
         tried: set[Candidate] = set()
-        while len(tried) < MOST_TRIES:
-            held = self.holding
-            if not held or len(held) >= FINALISTS:
-                return
-            layouts = {(each.device, *each.job["layout"]) for each in held}
+        while self.holding and len(tried) < MOST_TRIES:
+            best, second = self.holding[0], self.runner_up
+            known = second is not None and _kind(second) != _kind(best)
+            limit = second.usd_per_hour if second is not None and known else FAR_OFF * best.usd_per_hour
             left = [
                 each
                 for each in self.candidates
-                if each.outcome == "dismissed" and each not in tried
-                if (each.device, *each.job["layout"]) not in layouts
+                if each.outcome == "dismissed" and each not in tried and _kind(each) != _kind(best)
+                if (each.fewest_usd < limit * (1 - 1e-9) if known else each.likely_usd <= limit)
             ]
             chosen = min(left, key=lambda each: each.likely_usd, default=None)
-            limit = FAR_OFF * held[0].usd_per_hour
-            if chosen is None or chosen.likely_usd > limit:
+            if chosen is None:
                 return
             tried.add(chosen)
             chosen.outcome = "open"
             likely = max(chosen.fewest, ceil(self.rate / chosen.likely)) if chosen.likely else chosen.fewest
-            most = floor(limit / chosen.usd_per_replica * (1 + 1e-9))
+            most = floor(limit / chosen.usd_per_replica * (1 - 1e-9 if known else 1 + 1e-9))
+            number = len(self._given)
             yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
-            yield from self._wait()
+            yield from self._result(number)
             if chosen.outcome == "open":
                 chosen.outcome, chosen.why = "dismissed", f"{chosen.fewest} replicas or more, by {chosen.ruled_out}"
 
@@ -300,7 +336,7 @@ class Planner:
         yield from self._draws([best])
         yield from searches
         yield from self._wait()
-        yield from self._draws(self._choose_finalists())
+        yield from self._draws([each for each in (best, self.runner_up) if each is not None])
         yield from self._wait()
 
     def _draws(self, finalists: list[Candidate]) -> Iterator[dict[str, Any]]:
@@ -342,19 +378,16 @@ class Planner:
             yield self._job(best, "finish", replicas=best.count)
             yield from self._wait()
 
-    def _choose_finalists(self) -> list[Candidate]:
-        """Return the best and those nearest to it, another device's best among them if one holds."""
-        best, *others = self.holding
-        elsewhere = [each for each in others if each.device != best.device][:1]
-        nearest = [each for each in others if each not in elsewhere]
-        chosen = [*elsewhere, *nearest][: FINALISTS - 1]
-        return [best, *sorted(chosen, key=lambda each: each.usd_per_hour)]
-
 
 def ends(values: Sequence[float]) -> tuple[float, float]:
     """Return the ends of the range that drawn values are meant to cover."""
     found = interval(values)
     return found["low"], found["high"]
+
+
+def _kind(candidate: Candidate) -> tuple[Any, ...]:
+    """Return a candidate's device and layout."""
+    return candidate.device, *candidate.job["layout"]
 
 
 def _done(trial: Mapping[str, Any] | None) -> float:

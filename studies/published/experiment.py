@@ -133,4 +133,7 @@ class Experiment(Strict):
     workloads: dict[str, Requests] = {}
     blocks: list[Block]
     claims: list[Claim] = []
+    marks: dict[
+        str, float
+    ] = {}  # published values POINT:METRIC that a figure marks, and another study has the claim of
     choices: list[str] = []  # what the paper leaves open, and how it is settled here; no result of ours

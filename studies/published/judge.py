@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -95,7 +94,7 @@ def _judge(claim: Claim, records: Records, known: Mapping[str, float | None], on
     off = None
     if claim.compare == "order":
         held = np.all(values[:-1] > values[1:], axis=0)
-        ours = _in_order(claim, np.median(values, axis=1))
+        ours = _in_order(claim, values)
     else:
         numbers = np.array([_number(claim, draw) for draw in values.T])
         assert claim.published is not None
@@ -117,21 +116,39 @@ def _spread(numbers: Array) -> str:
     return f" [{low} to {high}]" if low != high else ""
 
 
-def _in_order(claim: Claim, medians: Array) -> str:
-    """Return the values of an order with what they are of, from the highest to the lowest."""
-    parts = [name.rpartition(":")[0].split("/") for name in claim.of]
+def _in_order(claim: Claim, values: Array) -> str:
+    """Return the values (values of the claim, draws) of an order with what they are of, the highest first."""
+    parts = [_in_words(name.rpartition(":")[0].split("/")) for name in claim.of]
     width = min(map(len, parts))
     differ = [i for i in range(width) if len({part[i] for part in parts}) > 1]
-    metrics = [name.rpartition(":")[2] for name in claim.of]
+    metrics = [name.rpartition(":")[2].replace("_", " ") for name in claim.of]
     names = [" ".join([*(part[i] for i in differ), *part[width:]]) or metric
              for part, metric in zip(parts, metrics, strict=True)]  # fmt: skip
     if len(set(names)) < len(names):
         names = [f"{name} {metric}".strip() for name, metric in zip(names, metrics, strict=True)]
-    ranked = sorted(zip(medians, names, strict=True), key=lambda each: -each[0])
-    text = f"{ranked[0][1]} {number(float(ranked[0][0]))}"
-    for (above, _), (value, name) in pairwise(ranked):
-        text += f" {'>' if above > value else '='} {name} {number(float(value))}"
+    medians = np.median(values, axis=1)
+    text, above = "", np.inf
+    for place in np.argsort(-medians, kind="stable"):
+        if text:
+            text += " > " if above > medians[place] else " = "
+        above = medians[place]
+        text += f"{names[place]} {number(float(above))}{_spread(values[place])}"
     return text
+
+
+def _in_words(parts: list[str]) -> list[str]:
+    """Return the parts of a point's place, with what a number in it is of: a load's rate, a chunk's tokens."""
+    *above, last = parts
+    if len(parts) == 3 and above[1] == "prefill":
+        return [above[0], f"prompt of {last} tokens:"]
+    if len(parts) == 3 and above[1] == "decode":
+        return [above[0], f"{last} decode{'s' * (last != '1')}:"]
+    above = [f"at {part}/s:" if i == 2 and _is_number(part) else part for i, part in enumerate(above)]
+    return [*above, f"chunk {last}:" if len(parts) > 2 and _is_number(last) else last]
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
 
 
 def _number(claim: Claim, values: Array) -> float:

@@ -29,6 +29,7 @@ from studies.published.experiment import (
     Scheduling,
     Setup,
     Strict,
+    Task,
 )
 from studies.published.points import expand
 
@@ -130,11 +131,17 @@ def _check_claims(experiment: Experiment) -> None:
                    f"{least} value{'s' * (least > 1)} and a published number")
             )  # fmt: skip
         for each in claim.of:
-            point, _, metric = each.rpartition(":")
-            if point not in known:
-                raise unknown(f"point in claim {claim.says!r}:", point, known)
-            if metric not in METRICS[known[point]]:
-                raise unknown(f"metric in claim {claim.says!r}:", metric, METRICS[known[point]])
+            _check_name(each, f"claim {claim.says!r}", known)
+    for each in experiment.marks:
+        _check_name(each, "marks", known)
+
+
+def _check_name(name: str, where: str, known: dict[str, Task]) -> None:
+    point, _, metric = name.rpartition(":")
+    if point not in known:
+        raise unknown(f"point in {where}:", point, known)
+    if metric not in METRICS[known[point]]:
+        raise unknown(f"metric in {where}:", metric, METRICS[known[point]])
 
 
 def hosts(given: str | None) -> list[str]:

@@ -56,16 +56,18 @@ class Shuffled(RuntimePredictor):
         place = min(range(len(sizes)), key=lambda i: abs(np.log2(shape.num_tokens / sizes[i])))
         return bool(shape.prefills), sizes[dealt[place]]
 
-    def stage_time(self, shape: BatchShape, stage: int) -> float:
-        """Seconds of a whole prompt, or of decodes of CONTEXT tokens, of another size."""
+    def dealt(self, shape: BatchShape) -> BatchShape:
+        """Return the batch whose time this one has: a whole prompt, or decodes of CONTEXT tokens."""
         prompts, size = self._size(shape)
-        if (found := self._known.get((prompts, size, stage))) is None:
-            like = (
-                BatchShape(size, 0, 0, ((size, 0),), 1, 0)
-                if prompts
-                else BatchShape(size, size, size * CONTEXT, (), size, size)
-            )
-            found = self._known[prompts, size, stage] = self.predictor.stage_time(like, stage)
+        if prompts:
+            return BatchShape(size, 0, 0, ((size, 0),), 1, 0)
+        return BatchShape(size, size, size * CONTEXT, (), size, size)
+
+    def stage_time(self, shape: BatchShape, stage: int) -> float:
+        """Seconds of a batch of another size."""
+        place = (*self._size(shape), stage)
+        if (found := self._known.get(place)) is None:
+            found = self._known[place] = self.predictor.stage_time(self.dealt(shape), stage)
         return found
 
     def stage_times(self, shape: BatchShape, stage: int, repeats: int) -> list[float]:

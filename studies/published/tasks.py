@@ -9,24 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from engine.results.metrics import summary_key
+from engine.results.recorder import Run
 from engine.results.slo import SLO
 from engine.results.tables import Columns
 from engine.scheduling.request import BatchShape
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 from studies.capacity.ranges import STEPS
-from studies.capacity.search import FROM_A_GUESS, TOLERANCE, Capacity, find_capacity, fine_capacity
-from studies.capacity.trial import TimeLimit, Trial, at_rate, guess, judged, simulated_trial
-from studies.published.experiment import METRICS, PLACEBOS, Task
-from studies.published.operation_split import batch_shape, split
+from studies.capacity.search import TOLERANCE, Capacity, find_capacity, fine_capacity
+from studies.capacity.trial import TimeLimit, Trial, at_rate, ending, guess, judged
+from studies.published.experiment import METRICS, Task
+from studies.published.operation_split import split
 from studies.published.points import Point
+from studies.words import seconds
 
 TIMELINE_POINTS = 400
+FROM_THE_GUESS = (1.4, 1.4, 2.0, inf)  # steps of a search's bracket: the fewest trials, over all of the studies' points
 
 
 def compute(point: Point) -> dict[str, Any]:
@@ -38,20 +42,25 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     """Compute the capacity for each seed, and for the first the batches of the run at it."""
     slos = [SLO.parse(text) for text in point.slos]
     spec, kinds, limit_s = point.workload(), [deployment], point.time_limit_s
-    stop = TimeLimit(limit_s) if limit_s is not None else None
+    best: list[Run] = []  # the run of the first seed's last trial that was met: the one at the highest rate
 
-    def search(spec: WorkloadSpec, start: float, steps: Sequence[float] = FROM_A_GUESS) -> Capacity:
+    def search(spec: WorkloadSpec, start: float, steps: Sequence[float]) -> Capacity:
         def trial(rate: float) -> Trial:
-            return simulated_trial(at_rate(spec, rate), kinds, slos, rate, time_limit_s=limit_s)
+            workload = at_rate(spec, rate)
+            run = simulate(workload, kinds, slos=slos, stop=ending(slos, workload, limit_s))
+            found = judged(run.summary, rate)
+            if found.met and spec.seed == point.seed:
+                best[:] = [run]
+            return found
 
         return find_capacity(trial, start, steps=steps)
 
     start = guess(spec, kinds)
-    found = search(spec, start)
+    found = search(spec, start, FROM_THE_GUESS)
     drawn = [found.qps]
     for seed in range(point.seed + 1, point.seed + point.seeds):
-        near = drawn[0] or start
-        drawn.append(search(replace(spec, seed=seed), near, steps=STEPS).qps)
+        near = next((qps for qps in reversed(drawn) if qps), start)
+        drawn.append(search(replace(spec, seed=seed), near, STEPS).qps)
     record: dict[str, Any] = {
         "values": {"qps": float(np.median(drawn))},
         "outcome": found.outcome,
@@ -62,17 +71,22 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     if point.seeds > 1:
         record["draws"] = {"qps": drawn}
     if found.outcome == "found":
-        run = simulate(at_rate(spec, found.qps), kinds, slos=slos, stop=stop)
+        (run,) = best
         record["batches"] = batches(run.iterations, deployment)
         record["facts"] = f"{found.describe()}; at it, {in_words(run.summary, record['batches'])}"
     else:
         record["facts"] = found.describe()
     if point.fine:
+        whole = {found.qps: True} if found.outcome == "found" else {}  # that trial ran to its end
+        stop = TimeLimit(limit_s) if limit_s is not None else None
+
+        def met(rate: float) -> bool:
+            if rate not in whole:
+                whole[rate] = judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met
+            return whole[rate]
+
         record["coarse_qps"] = found.qps
-        record["fine_qps"] = fine_capacity(
-            lambda rate: judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met,
-            found.qps or start,
-        )
+        record["fine_qps"] = fine_capacity(met, found.qps or start)
     return record
 
 
@@ -126,10 +140,10 @@ def in_words(summary: dict[str, Any], shown: dict[str, float]) -> str:
     """Return the facts of a run that bear on why it is as fast as it is."""
     gap_s, delay_s = (summary[summary_key(*each)] / 1e3 for each in (("p99", "tbt"), ("p50", "scheduling_delay")))
     return (
-        f"P99 TBT {gap_s:.3g} s, median scheduling delay {delay_s:.2g} s; a batch takes "
-        f"{1e3 * shown['p50_s']:.3g} ms (median; "
-        f"P99 {1e3 * shown['p99_s']:.3g} ms; {shown['with_prompts']:.0%} have prompts in them, median "
-        f"{1e3 * shown['p50_with_prompts_s']:.3g} ms) and has {shown['mean_decodes']:.0f} decodes on average; KV "
+        f"P99 TBT {seconds(gap_s)}, median scheduling delay {seconds(delay_s)}; a batch takes "
+        f"{seconds(shown['p50_s'])} (median; "
+        f"P99 {seconds(shown['p99_s'])}; {shown['with_prompts']:.0%} have prompts in them, median "
+        f"{seconds(shown['p50_with_prompts_s'])}) and has {shown['mean_decodes']:.0f} decodes on average; KV "
         f"cache at most {shown['peak_kv']:.0%} full, {shown['peak_running']:.0f} of "
         f"{shown['max_num_seqs']:.0f} requests running; stages busy "
         f"{' and '.join(f'{busy:.0%}' for busy in summary['replicas'][0]['stage_utilization'])} of the time"
@@ -150,11 +164,11 @@ def completions(iterations: Columns | None, deployment: Deployment) -> dict[str,
 
 def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
     """Compute a prompt alone, in chunks or whole."""
-    step, seconds = point.chunk or point.prompt, 0.0
+    step, took = point.chunk or point.prompt, 0.0
     for prefix in range(0, point.prompt, step):
         chunk = min(step, point.prompt - prefix)
-        seconds += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
-    return {"values": {"seconds": seconds}, "facts": f"{-(-point.prompt // step)} iterations"}
+        took += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
+    return {"values": {"seconds": took}, "facts": f"{-(-point.prompt // step)} iterations"}
 
 
 def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
@@ -186,10 +200,7 @@ def _latency(deployment: Deployment, shape: BatchShape) -> float:
 
 
 def _operators(point: Point, deployment: Deployment) -> dict[str, Any]:
-    """Compute a prompt, a decode batch or both by kind of operator; a placebo has no kinds, but a total."""
-    if point.host in PLACEBOS:
-        shape = batch_shape(point.prompt, point.batch, point.context)
-        return {"values": {"total": _latency(deployment, shape)}, "facts": ""}
+    """Compute a prompt, a decode batch or both by kind of operator."""
     return {"values": split(deployment, point.prompt, point.batch, point.context), "facts": ""}
 
 
