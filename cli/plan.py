@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cli.output import progress_bar
 from engine.errors import InputError
-from studies.plan.answer import HELD, layout_words
+from studies.plan.answer import HELD, layout_words, price_range
 from studies.words import number, percent, seconds
 from windtunnel.planning import default_folder, given_axes, listed, make_plan
 from windtunnel.prices import prices
@@ -88,7 +88,7 @@ def _print(made: dict[str, Any], console: Console, took_s: float) -> None:
     for note in made["notes"]:
         console.print(f"note: {note}", style="yellow")
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("replica", "replicas", "GPUs", "$/h", "$/M output", "requests/s a replica", "objectives"):
+    for column in ("replica", "replicas", "GPUs", "$/h", "$/M output", "range", "requests/s a replica", "objectives"):
         table.add_column(column, justify="left" if column in ("replica", "objectives") else "right")
     for row, facts in list(zip(made["candidates"], made["facts"], strict=True))[:MOST_ROWS]:
         low, mid, high = row["capacity_per_replica"]
@@ -97,7 +97,7 @@ def _print(made: dict[str, Any], console: Console, took_s: float) -> None:
         usd = [f"{least}{number(row[key])}" for key in ("usd_per_hour", "usd_per_million_output_tokens")]
         range_of = f"{number(mid)} ({number(low)} to {number(high)})" if row["met"] else f"at most {number(high)}"
         counts = [f"{least}{row['replicas']:,}", f"{least}{row['gpus']:,}"]
-        table.add_row(layout_words(row), *counts, *usd, range_of, held)
+        table.add_row(layout_words(row), *counts, *usd, price_range(row, facts) or "-", range_of, held)
     console.print(table)
     left = len(made["candidates"]) - MOST_ROWS
     more = f"{left} more in plan.json; " if left > 0 else ""
@@ -120,7 +120,9 @@ def answer_lines(made: dict[str, Any]) -> list[tuple[str, str | None]]:
         lines.append(("No fleet meets the objectives; the closest is", "bold red"))
     lines.append((head, "bold"))
     alone = f"${out} if output tokens alone pay, ${prompts} if input tokens do"
-    lines.append((f"${total} per million tokens ({alone})", None))
+    between = price_range(best, made["facts"][0], "total")
+    over = f"; {between} by the range of its capacity" if between else ""
+    lines.append((f"${total} per million tokens ({alone}){over}", None))
     times = [
         f"{name} {seconds(expected[f'p50_{key}'])} median, {seconds(expected[f'p99_{key}'])} P99"
         for name, key in (("TTFT", "ttft"), ("TBT", "tbt"), ("E2E", "e2e"))

@@ -18,6 +18,7 @@ from command_line import windtunnel as in_this_process
 from engine.errors import InputError
 from studies.capacity.sweep import mark_pareto, name_of, points
 from studies.jobs.pool import work_off, work_off_on_ray
+from windtunnel.planning import make_plan
 
 MODEL = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--num-prompts", "200"]
 QUICK = ["--seeds", "1", "--no-curve"]
@@ -214,7 +215,7 @@ def test_a_capacity_that_few_requests_alone_allow_is_told(searched: Path) -> Non
     assert done.returncode == 0, done.stderr
     result = json.loads((searched / "few" / "search.json").read_text())
     assert result["outcome"] == "found" and result["unsteady"]
-    assert "note: the run at the capacity" in done.stdout and "--num-prompts" in done.stdout
+    assert "note: the run at the capacity" in done.stdout and "over 4 times the requests" in done.stdout
     plenty = [*MODEL[:-1], "1500", *SLOS, "--tolerance", "0.1", *QUICK]
     done = in_this_process("search", *plenty, "--output-dir", "plenty", cwd=searched)
     assert done.returncode == 0, done.stderr
@@ -342,6 +343,16 @@ def test_a_ray_cluster_of_two_nodes_gives_what_processes_give(searched: Path, mo
             cwd=searched,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+        small = {"model": "microsoft/phi-2", "workload": "fixed", "input_len": 200, "output_len": 5, "request_rate": 1,
+                 "num_prompts": 20, "slo": ["p99_ttft<=1"], "uncertainty": 2}  # fmt: skip
+        one = {"tensor_parallel_size": [1], "pipeline_parallel_size": [1], "max_num_batched_tokens": [512]}
+        plans = [
+            make_plan(
+                small, ["a40"], {"": 1.0}, one, folder=searched / f"plan-{address}", workers=1, ray_address=address
+            )
+            for address in (cluster.address, None)
+        ]
+        assert plans[0] | {"cpu_s": 0} == plans[1] | {"cpu_s": 0}
     finally:
         ray.shutdown()
         cluster.shutdown()

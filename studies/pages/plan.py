@@ -12,7 +12,7 @@ from typing import Any
 from studies.pages.compare_record import read_json, readable
 from studies.pages.page import Page, Tone, about, cards, details, facts_table, footer, header, numbers_table
 from studies.pages.plan_figures import load_panel, price_panel, speed_panel
-from studies.plan.answer import HELD, layout_words
+from studies.plan.answer import HELD, layout_words, price_range
 from studies.words import number, percent, seconds, times_kind
 
 
@@ -93,8 +93,16 @@ def _cards(made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     entries = [
         ("Replicas", f"{best['replicas']:,}", f"of {gpus} GPU{'s' * (gpus > 1)}: {best['gpus']:,} {best['device']}"),
         ("Price", f"${number(best['usd_per_hour'])} /h", "of all GPUs"),
-        ("Million output tokens", f"${number(best['usd_per_million_output_tokens'])}", "if these alone pay"),
-        ("Million tokens", f"${number(best['usd_per_million_total_tokens'])}", "prompts and outputs alike"),
+        (
+            "Million output tokens",
+            f"${number(best['usd_per_million_output_tokens'])}",
+            f"{_between(made, 'output')}if these alone pay",
+        ),
+        (
+            "Million tokens",
+            f"${number(best['usd_per_million_total_tokens'])}",
+            f"{_between(made, 'total')}prompts and outputs alike",
+        ),
         ("TTFT, P99", seconds(expected["p99_ttft"]), f"median {seconds(expected['p50_ttft'])}"),
         ("TBT, P99", seconds(expected["p99_tbt"]), f"median {seconds(expected['p50_tbt'])}"),
     ]
@@ -106,9 +114,14 @@ def _cards(made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return entries
 
 
+def _between(made: Mapping[str, Any], what: str) -> str:
+    words = price_range(made["best"], made["facts"][0], what)
+    return f"{words}, " if words else ""
+
+
 def _table(made: Mapping[str, Any]) -> str:
-    heads = ("Replica", "Objectives", "Replicas", "GPUs", "$/h", "$/M output", "Requests/s a replica", "low", "high",
-             "TTFT, P99", "TBT, P99", "Times", "Engine", "Sequences", "Why")  # fmt: skip
+    heads = ("Replica", "Objectives", "Replicas", "GPUs", "$/h", "$/M output", "$/M range", "Requests/s a replica",
+             "low", "high", "TTFT, P99", "TBT, P99", "Times", "Engine", "Sequences", "Why")  # fmt: skip
     rows = []
     for row, facts in zip(made["candidates"], made["facts"], strict=True):
         open_end = "+" if facts["outcome"] == "dismissed" else ""
@@ -123,6 +136,7 @@ def _table(made: Mapping[str, Any]) -> str:
             f"{row['gpus']:,}{open_end}",
             ("best", number(row["usd_per_hour"])) if chosen else f"{number(row['usd_per_hour'])}{open_end}",
             f"{number(row['usd_per_million_output_tokens'])}{open_end}",
+            price_range(row, facts) or "-",
             mid if row["met"] else "-",
             low if row["met"] else "-",
             high,

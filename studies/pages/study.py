@@ -89,7 +89,8 @@ def write_page(
     page.add_panels("Figures", [panel for row in beside.values() for panel in row])
     for host, found in records.items():
         if table := choices(found):
-            page.add("<h2>How good is the choice?</h2>", _about_choices(table, host), choices_table(table))
+            page.add("<h2>How good is the choice?</h2>", _about_choices(table, host))
+            page.add(STYLE, "<div class='claims'>", choices_table(table), "</div>")
     if experiment.choices:
         page.add("<h2>What the paper leaves open</h2><ul>")
         page.add(*(f"<li>{escape(line)}</li>" for line in experiment.choices), "</ul>")

@@ -29,10 +29,11 @@ Published = Mapping[str, float]  # by POINT:METRIC
 
 def panels(experiment: Experiment, records: Records) -> list[Panel]:
     """Return the panels of a study for one host overhead."""
-    published = {
-        claim.of[0]: claim.published for claim in experiment.claims if claim.compare == "value" and claim.published
-    }
-    return _DRAWINGS[experiment.drawing](records, {**experiment.marks, **published})
+    published = dict(experiment.marks)
+    for claim in experiment.claims:
+        if claim.compare == "value" and claim.published is not None:
+            published.setdefault(claim.of[0], claim.published)  # of two the figure's, whose claims come first
+    return _DRAWINGS[experiment.drawing](records, published)
 
 
 def lines(series: Series, x_title: str, y_title: str, published: Series | None = None) -> go.Figure:

@@ -48,6 +48,18 @@ def row_of(candidate: Candidate, rate: float) -> dict[str, Any]:
     }
 
 
+def price_range(row: dict[str, Any], facts: dict[str, Any], what: str = "output") -> str:
+    """Return dollars per million tokens ("output" or "total") by the range of a candidate's capacity, in words.
+
+    Of what the load takes, not of whole replicas; "" where the candidate does not meet its SLOs.
+    """
+    if not row["met"]:
+        return ""
+    each = row[f"usd_per_million_{what}_tokens"] / row["usd_per_hour"]
+    low, high = (dollars(inf if end is None else end * each) for end in facts["usd_range"])
+    return f"{low} to {high}"
+
+
 def layout_words(row: dict[str, Any]) -> str:
     """Return a replica in words: "4 x h100_sxm (TP4), 512 tokens a batch"."""
     tp, pp, dp = (row[f"{each}_parallel_size"] for each in ("tensor", "pipeline", "data"))

@@ -187,7 +187,8 @@ class Planner:
     def take(self, number: int, result: Mapping[str, Any]) -> None:
         """Take the result of the job that was yielded as that number."""
         self._pending -= 1
-        self.cpu_s += float(result.get("cpu_s", 0.0))
+        result = dict(result)
+        self.cpu_s += float(result.pop("cpu_s", 0.0))
         if self._given[number][1]["what"] == "size":
             self._results[number] = result
         else:

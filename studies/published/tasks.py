@@ -27,6 +27,7 @@ from studies.capacity.trial import TimeLimit, Trial, at_rate, ending, guess, jud
 from studies.published.experiment import METRICS, Task
 from studies.published.operation_split import split
 from studies.published.points import Point
+from studies.words import seconds
 
 TIMELINE_POINTS = 400
 FROM_THE_GUESS = (1.4, 1.4, 2.0, inf)  # steps of a search's bracket: the fewest trials, over all of the studies' points
@@ -139,10 +140,10 @@ def in_words(summary: dict[str, Any], shown: dict[str, float]) -> str:
     """Return the facts of a run that bear on why it is as fast as it is."""
     gap_s, delay_s = (summary[summary_key(*each)] / 1e3 for each in (("p99", "tbt"), ("p50", "scheduling_delay")))
     return (
-        f"P99 TBT {gap_s:.3g} s, median scheduling delay {delay_s:.2g} s; a batch takes "
-        f"{1e3 * shown['p50_s']:.3g} ms (median; "
-        f"P99 {1e3 * shown['p99_s']:.3g} ms; {shown['with_prompts']:.0%} have prompts in them, median "
-        f"{1e3 * shown['p50_with_prompts_s']:.3g} ms) and has {shown['mean_decodes']:.0f} decodes on average; KV "
+        f"P99 TBT {seconds(gap_s)}, median scheduling delay {seconds(delay_s)}; a batch takes "
+        f"{seconds(shown['p50_s'])} (median; "
+        f"P99 {seconds(shown['p99_s'])}; {shown['with_prompts']:.0%} have prompts in them, median "
+        f"{seconds(shown['p50_with_prompts_s'])}) and has {shown['mean_decodes']:.0f} decodes on average; KV "
         f"cache at most {shown['peak_kv']:.0%} full, {shown['peak_running']:.0f} of "
         f"{shown['max_num_seqs']:.0f} requests running; stages busy "
         f"{' and '.join(f'{busy:.0%}' for busy in summary['replicas'][0]['stage_utilization'])} of the time"
@@ -163,11 +164,11 @@ def completions(iterations: Columns | None, deployment: Deployment) -> dict[str,
 
 def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
     """Compute a prompt alone, in chunks or whole."""
-    step, seconds = point.chunk or point.prompt, 0.0
+    step, took = point.chunk or point.prompt, 0.0
     for prefix in range(0, point.prompt, step):
         chunk = min(step, point.prompt - prefix)
-        seconds += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
-    return {"values": {"seconds": seconds}, "facts": f"{-(-point.prompt // step)} iterations"}
+        took += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
+    return {"values": {"seconds": took}, "facts": f"{-(-point.prompt // step)} iterations"}
 
 
 def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
