@@ -1,4 +1,6 @@
-"""The same random examples on every CI run, new ones on each run by hand; and helpers that tests import by name."""
+"""The same random examples on every CI run, new ones on each run by hand; helpers that tests import by name; and the
+order of the files, which workers are handed whole: what a file's fixtures make is made once.
+"""
 
 import os
 import signal
@@ -6,6 +8,7 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 sys.path.append(str(Path(__file__).parent))  # `import checkpoints`: --import-mode=importlib leaves it out
@@ -29,3 +32,18 @@ def _with_ranks(modules: list[str]) -> None:
 
 
 forkserver.set_forkserver_preload = _with_ranks
+
+
+# The longest first, so that all workers end together; the others follow by name.
+LONGEST = (
+    "engine_executors", "studies_sweep", "plan", "gpu_engine", "cli_profile", "engine_failures", "cli_engine",
+    "predictor_calibration", "cli_simulate", "worker_model", "calibration_data", "simulator_oracles", "hardening",
+    "studies_experiments", "studies_selfcheck", "listening", "load_generator", "cli_serve", "project", "truth",
+    "measured", "prefix_caching_runs", "cli_report", "profiler_selection", "profiler_operators", "python_api",
+    "cli_errors", "sanity_estimates", "pages_in_a_browser", "profiler_importers", "studies_search",
+)  # fmt: skip
+PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: PLACES.get(item.path.name, len(PLACES)))

@@ -99,7 +99,10 @@ def has_frozen_its_start(*arguments: Any) -> None:
 
 
 def slow_to_report(actor: Any) -> None:
-    """Make a rank that is a Ray actor note when it starts a step and when it has waited for one, a while later."""
+    """Make a rank that is a Ray actor note when it starts a step and when it has waited for one.
+
+    It waits until the next one has been started too, but not for long: after the last there is none.
+    """
     actor.noted = []
     execute = actor._runner.execute
 
@@ -108,7 +111,9 @@ def slow_to_report(actor: Any) -> None:
             self.pending = pending
 
         def wait(self) -> Any:
-            time.sleep(0.2)
+            end = time.monotonic() + 3
+            while actor.noted.count("start") - actor.noted.count("done") < 2 and time.monotonic() < end:
+                time.sleep(0.01)
             actor.noted.append("done")
             return self.pending.wait()
 

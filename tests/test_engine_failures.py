@@ -27,7 +27,7 @@ from engine.results.recorder import Recorder
 from engine.runtime.engine_spec import EngineSpec
 from engine.runtime.executor import Result, WorkerError
 
-SOON_S = 10.0
+SOON_S = 60.0  # no pace, but a hang: what waits for a rank that is gone waits for half an hour
 CUTS = [(2, 1), (1, 2)]
 KILLED = r"rank {} was killed by SIGKILL \(process \d+\)"
 Launch = Callable[..., MultiprocessExecutor]
@@ -83,8 +83,7 @@ def failure(kind: type[Exception], match: str) -> Iterator[None]:
 # -- a rank is killed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("tp", "pp"), CUTS)
+@pytest.mark.parametrize(("tp", "pp", "victim"), [(2, 1, 1), (1, 2, 0)])  # starting, ranks do not differ by their cut
 @pytest.mark.parametrize("death", [strange_ranks.dies_at_once, strange_ranks.dies_loading])
 def test_killed_while_starting(
     death: Callable[..., None], tp: int, pp: int, victim: int, oracle: Oracle, launch: Launch
@@ -133,14 +132,17 @@ def test_killed_between_runs(tp: int, pp: int, victim: int, oracle: Oracle, laun
         serve(executor, oracle, stages=pp)
 
 
-def test_closing_when_a_rank_is_gone_does_not_wait_for_it(oracle: Oracle, launch: Launch) -> None:
+def test_closing_when_a_rank_is_gone_does_not_wait_for_it(
+    oracle: Oracle, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocess, "CLOSE_S", 10 * SOON_S)
     executor = launch(oracle.engine_spec(2, 1))
     pids = rank_pids()
     os.kill(pids[0], signal.SIGKILL)
     wait_until(lambda: pids[0] not in rank_pids())
     began = time.perf_counter()
     executor.close()
-    assert time.perf_counter() - began < multiprocess.CLOSE_S / 2
+    assert time.perf_counter() - began < SOON_S
     assert rank_pids() == []
 
 
@@ -154,25 +156,27 @@ def wait_until(true: Callable[[], bool], limit_s: float = SOON_S) -> None:
 # -- a rank fails ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize(("tp", "pp"), CUTS)
+ERROR = (
+    strange_ranks.fails_computing,
+    WorkerError,
+    r"rank {} failed: Traceback(?s:.*)strange_ranks.py(?s:.*)strange num",
+)
+EXIT = (strange_ranks.exits_computing, WorkerError, r"rank {} ended with exit code 3 \(process \d+\)")
+MEMORY = (strange_ranks.runs_out_of_memory, InputError, r"out of memory on rank {} while computing a batch: lower --")
+
+
 @pytest.mark.parametrize(
-    ("failing", "kind", "message"),
+    ("failure_of", "tp", "pp", "victim"),
     [
-        (
-            strange_ranks.fails_computing,
-            WorkerError,
-            r"rank {} failed: Traceback(?s:.*)strange_ranks.py(?s:.*)strange num",
-        ),
-        (strange_ranks.exits_computing, WorkerError, r"rank {} ended with exit code 3 \(process \d+\)"),
-        (strange_ranks.runs_out_of_memory, InputError, r"out of memory on rank {} while computing a batch: lower --"),
+        *((ERROR, tp, pp, victim) for tp, pp in CUTS for victim in (0, 1)),
+        *((other, *place) for other in (EXIT, MEMORY) for place in ((2, 1, 1), (1, 2, 0))),  # whom nobody waits for
     ],
-    ids=["error", "exit", "memory"],
 )
 def test_the_rank_that_failed_first_is_named(
-    failing: Callable[..., None], kind: type[Exception], message: str, tp: int, pp: int, victim: int,
+    failure_of: tuple[Callable[..., None], type[Exception], str], tp: int, pp: int, victim: int,
     oracle: Oracle, launch: Launch,
 ) -> None:  # fmt: skip
+    failing, kind, message = failure_of
     executor = launch(oracle.engine_spec(tp, pp), partial(failing, victim=victim))
     with failure(kind, message.format(victim)):
         serve(executor, oracle, stages=pp)
@@ -320,8 +324,7 @@ def test_all_of_ray_ends_when_the_driver_is_killed(oracle: Oracle) -> None:
         wait_until(lambda: count() == 0)
 
 
-@pytest.mark.parametrize("serving", [False, True])
-@pytest.mark.parametrize(("tp", "pp"), CUTS)
+@pytest.mark.parametrize(("tp", "pp", "serving"), [(1, 2, False), (2, 1, True)])
 def test_ctrl_c_ends_all_processes_and_only_the_driver_speaks(tp: int, pp: int, serving: bool, oracle: Oracle) -> None:
     with endless_engine(oracle.folder, tp, pp) as (driver, count):
         if serving:

@@ -46,8 +46,10 @@ FAMILIES = ("llama", "qwen2", "mistral", "falcon_new", "phi", "qwen3", "qwen3_mo
 LENGTHS = (21, 1, 64, 130, 7)  # of the prompts
 OUTPUT = 24 if torch.cuda.is_available() else 10
 MAX_LEN, BUDGET = 256, 100  # a prompt is longer than the budget: it comes in chunks
-SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
-                         "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
+HEADS, LAYERS = (8, 4) if torch.cuda.is_available() else (4, 2)  # of 64 dimensions, which every backend can do
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64 * HEADS, "intermediate_size": 128 * HEADS,
+                         "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": 2,
+                         "head_dim": 64}  # fmt: skip
 SMALL = hf_config.read({"model_type": "llama", "max_position_embeddings": 256, **SIZES})
 MIXTURE = replace(
     SMALL, model_type="mixtral", num_layers=2, experts=ExpertsSpec(num_experts=8, top_k=2, intermediate_size=256)
@@ -239,7 +241,7 @@ def test_backends_agree_and_cuda_graphs_change_nothing(
 ) -> None:
     folder = checkpoint("wide")
     spec = spec_of(folder, device, block_size=256, attention_backend=backend)
-    shape = AttentionShape(8, 2, 64, 256, None, torch.bfloat16, torch.device(device))
+    shape = AttentionShape(HEADS, 2, 64, 256, None, torch.bfloat16, torch.device(device))
     if (reason := BACKENDS[backend].unavailable(shape)) is not None:
         pytest.skip(reason)
     plain = generate(spec)
@@ -340,15 +342,15 @@ def test_batches_without_a_bound_are_warned_of(
 
 @pytest.mark.parametrize("device", ["stand-in"], indirect=True)
 def test_the_copies_of_a_full_cache_have_room(device: str, checkpoint: Callable[[str], Path]) -> None:
-    """8 sequences of 256 tokens, padded, of one layer of 4; the stand-in's activations take nothing."""
+    """8 sequences of 256 tokens, padded, of one layer of all; the stand-in's activations take nothing."""
     spec = spec_of(checkpoint("wide"), device, cuda_graphs=(), attention_backend="sdpa", num_blocks=4)
     executor: Any = start(spec)
     runner = executor._runner
     layer_bytes = 2 * 2 * 64 * 2  # of a token
     room = int(stand_in_cuda.MEMORY * 0.9) - RESERVED_BYTES
-    assert runner.free_blocks() == (room - 8 * 256 * layer_bytes) // (16 * 4 * layer_bytes)
+    assert runner.free_blocks() == (room - 8 * 256 * layer_bytes) // (16 * LAYERS * layer_bytes)
     runner.attention.gathered_bytes = lambda tokens, sequences, length: tokens * layer_bytes  # as torch_varlen's
-    assert runner.free_blocks() == room // (16 * 5 * layer_bytes)
+    assert runner.free_blocks() == room // (16 * (LAYERS + 1) * layer_bytes)
     executor.close()
 
 

@@ -121,11 +121,11 @@ def test_a_point_may_have_processes_of_its_own() -> None:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search and a finished sweep."""
     folder = tmp_path_factory.mktemp("search")
-    done = windtunnel("search", *MODEL, *SLOS, "--output-dir", "one", "--json", cwd=folder)
+    done = in_this_process("search", *MODEL, *SLOS, "--output-dir", "one", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "one.json").write_text(done.stdout.splitlines()[-1])
     (folder / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    done = windtunnel("search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--output-dir", "many", cwd=folder)
+    done = in_this_process("search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--output-dir", "many", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "many.txt").write_text(done.stdout)
     return folder
@@ -155,8 +155,8 @@ def test_a_search_leaves_its_trials_as_runs(searched: Path) -> None:
     assert max(rates) == result["max_qps_under_slo"]
     over = min(trial["rate"] for trial in result["trials"] if not trial["met"])
     assert over <= result["max_qps_under_slo"] * 1.0251
-    again = windtunnel("simulate", "--config", f"{result['trials'][0]['folder']}/config.yaml", "--output-dir", "again",
-                       "--json", cwd=searched)  # fmt: skip
+    config = f"{result['trials'][0]['folder']}/config.yaml"
+    again = in_this_process("simulate", "--config", config, "--output-dir", "again", "--json", cwd=searched)
     assert again.returncode == 0, again.stderr
 
 
@@ -199,7 +199,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(searched: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (searched / "killed" / "sweep.json").exists()
-    done = windtunnel(*command, cwd=searched)
+    done = in_this_process(*command, cwd=searched)
     assert done.returncode == 0, done.stderr
 
     def rows(name: str) -> Any:
@@ -282,7 +282,7 @@ def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
         "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu", "--max-model-len", "128",
         "--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--workload", "fixed", "--input-len", "20",
         "--output-len", "10", "--num-prompts", "30", "--slo", "p50_scheduling_delay<=0.01", "--confirm", *QUICK,
-        "--output-dir", "confirmed", "--json", cwd=tiny,
+        "--tolerance", "0.2", "--output-dir", "confirmed", "--json", cwd=tiny,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -338,7 +338,7 @@ def test_a_ray_cluster_of_two_nodes_gives_what_processes_give(searched: Path, mo
         for each in (*found.values(), *local.values()):
             each.pop("traceback", None)
         assert found == local
-        done = windtunnel(
+        done = in_this_process(
             "search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--ray", cluster.address, "--output-dir", "on-ray",
             cwd=searched,
         )  # fmt: skip
