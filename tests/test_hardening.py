@@ -455,6 +455,7 @@ def test_the_second_into_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
         [*SEARCH, "--sweep", str(tmp_path / "s.yaml")],
         PLAN,
         ["calibrate", "fit", "--device", "a100_sxm", "--source", "vidur:nowhere"],
+        SIMULATE,
     ):
         code, said = run([*command, "--output-dir", str(tmp_path / "out")])
         assert code == 2 and f"out is in use by process {first.pid} (" in said, said
