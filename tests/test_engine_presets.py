@@ -230,6 +230,20 @@ def test_a_hidden_host_is_a_floor_and_an_open_one_is_added(predictor: str) -> No
         assert host_bound == pytest.approx(1.008)
 
 
+def test_piecewise_graphs_are_launched_layer_by_layer_and_full_ones_of_decodes_at_once(tmp_path: Path) -> None:
+    """It shows where the GPU's work is shorter: in a small model."""
+    file = tmp_path / "piecewise.yaml"
+    file.write_text("base: vllm@0.15\ngraphs: {mode: piecewise, largest: 512, with_limits: true}\n")
+
+    def time(model: str, engine: str, shape: BatchShape) -> float:
+        return Deployment.of(resolve(model, "h100", engine=engine)).predictor.stage_time(shape, 0)
+
+    small, prompt = "Qwen/Qwen2.5-1.5B", BatchShape(24, 8, 4000, ((16, 0),), 9, 8)  # a short prompt beside decodes
+    assert time(small, "vllm@0.15", decodes(8)) < time(small, str(file), decodes(8)) == pytest.approx(28 * 0.12e-3)
+    assert time(small, str(file), prompt) == time(small, "vllm@0.15", prompt)
+    assert time(MODEL, "vllm@0.15", decodes(8)) == time(MODEL, str(file), decodes(8))
+
+
 def test_the_shipped_files_hold_nothing_else() -> None:
     for name in names():
         data = json.loads(
