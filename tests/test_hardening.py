@@ -455,6 +455,7 @@ def test_the_second_into_a_folder_is_told_who_has_it(tmp_path: Path) -> None:
         [*SEARCH, "--sweep", str(tmp_path / "s.yaml")],
         PLAN,
         ["calibrate", "fit", "--device", "a100_sxm", "--source", "vidur:nowhere"],
+        SIMULATE,
     ):
         code, said = run([*command, "--output-dir", str(tmp_path / "out")])
         assert code == 2 and f"out is in use by process {first.pid} (" in said, said
@@ -507,6 +508,21 @@ def test_a_new_folder_without_results_is_removed_again(tmp_path: Path) -> None:
         fails(tmp_path / "a", "result.json")
     assert (tmp_path / "a" / "result.json").is_file()
     assert made(tmp_path / "a") == []
+
+
+def test_a_failure_leaves_no_empty_folder_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    os.utime(tmp_path / "mine", (0, 0))
+    (tmp_path / "result.json").write_text("{}")
+
+    def fails() -> None:
+        with owned(tmp_path):
+            (tmp_path / "points" / "8" / "draws").mkdir(parents=True)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "result.json"]
 
 
 def test_a_damaged_search_is_told_when_it_resumes(tmp_path: Path) -> None:

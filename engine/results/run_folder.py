@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.errors import InputError
 from engine.results.files import write_json
-from engine.results.folders import ELSEWHERE, FULL, cant_write, made, remove_empty
+from engine.results.folders import ELSEWHERE, FULL, cant_write, made, remove_empty, take
 from engine.results.tables import open_parquet
 
 MOST_TARGET = 200  # bytes of the name of a run's folder: beside it are some with longer ones
@@ -51,6 +51,8 @@ def run_folder(target: Path) -> Iterator[Path]:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))  # before it has run
     except (OSError, ValueError) as error:
         raise cant_write(target, error) from None
+    with _unowned(target):
+        pass  # another command that is at it is told of now, not when the run is finished
     missing = made(target.parent)
     try:
         _remove_abandoned(target)
@@ -62,10 +64,12 @@ def run_folder(target: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         try:
-            partial.rename(target)
-        except OSError as error:
+            with _unowned(target):
+                partial.rename(target)
+        except (OSError, InputError) as error:
             kept = _move_beside(partial, target, ".kept")
-            raise _TakenError(f"{target} was taken meanwhile ({error.strerror}); the results are in {kept}") from None
+            why = error.strerror if isinstance(error, OSError) else str(error).partition(":")[0]
+            raise _TakenError(f"{target} was taken meanwhile ({why}); the results are in {kept}") from None
     except _TakenError:
         raise
     except BaseException as error:
@@ -77,6 +81,20 @@ def run_folder(target: Path) -> Iterator[Path]:
             why = f"{error.strerror or error}: {ELSEWHERE}"
             raise OSError(error.errno, f"can't write the results: {why}", str(target)) from error
         raise
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _unowned(target: Path) -> Iterator[None]:
+    """Hold the lock of an empty folder that is to be replaced. Raises InputError where a command works in it."""
+    if not target.is_dir():
+        yield
+        return
+    lock = os.open(target, os.O_RDONLY)
+    try:
+        take(lock, target)
+        yield
     finally:
         os.close(lock)
 

@@ -23,6 +23,7 @@ from engine.errors import InputError, unknown
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_NUMBER = 1e21  # a date in nanoseconds has 19 digits
 MAX_TOKENS = 10_000_000  # a longer request is a mistake in the input, and sums of lengths stay far from overflow
 
 
@@ -358,6 +359,7 @@ def _numbers(path: Path, frame: "pd.DataFrame", column: str) -> NDArray[np.float
         values = pd.to_numeric(values.astype(str), errors="coerce")
     numbers = values.to_numpy(np.float64)
     _check(path, frame, column, np.isfinite(numbers), "is not a number")
+    _check(path, frame, column, np.abs(numbers) <= MOST_NUMBER, "is too far from zero")
     return numbers
 
 

@@ -33,10 +33,14 @@ try:
 except ModuleNotFoundError:  # pydantic, which a GPU node may lack: there a calibration is read that was made there
 
     def check_file(kind: str, data: Any, where: str) -> None:
-        """Check nothing."""
+        """Raise InputError unless a file has its parts; what is in them is not checked."""
+        parts = ("provenance", "held_out", "interval", "model")
+        whole = isinstance(data, dict) and {"device", "learned_on"} <= set(data)
+        if not whole or not all(isinstance(data.get(name), dict) for name in parts):
+            raise InputError(f"{where} is no calibration: fit it again")
 
     def check_host(data: Any, where: str) -> None:
-        """Check nothing."""
+        """Check nothing: the overhead itself is checked where it is read."""
 
 
 POOR = 0.2  # mean held-out error above which a fit is not to be relied on

@@ -73,7 +73,7 @@ class Measurements:
         """Return the points and rows whose id or load has a match of a regular expression."""
         try:
             matches = re.compile(text).search
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise InputError(f"--only {text!r} is no regular expression: {error}") from None
         points = [point for point in self.points if matches(point.id) or matches(point.load)]
         return replace(self, points=points, refused=tuple(row for row in self.refused if matches(row[0])))

@@ -24,6 +24,7 @@ from engine.errors import InputError
 from engine.results.tables import Array
 from engine.scheduling.content import Content, own
 from engine.specs import catalog
+from engine.specs.checks import MOST_NUMBER, MOST_SECONDS, short
 from engine.workload.client import ClientSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from studies.measured.point import Measurements, Point
@@ -59,6 +60,7 @@ _VLLM_KEYS = {"mean_ttft_ms", "mean_tpot_ms", "completed", "output_throughput"}
 WARMUP_REQUESTS = 200  # of a run with a line a request and a cache to warm, where nothing else is asked for
 _PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 _MOST_BYTES = 1 << 28
+ROUNDING_S = 1e-3  # of times that a tool has printed
 SERVER = "server"  # in the folder of a validation against a URL: what was measured of it
 
 
@@ -79,6 +81,10 @@ def read(
         columns: of a CSV with a line a request: `time=...,prompt=...,output=...,ttft=...,e2e=...[,prompt_id=...]`.
         warmup_requests: how many of the first requests of such a file are left out of the means.
     """
+    if client_name is not None:
+        client(client_name)  # raises InputError for an unknown one, also where the file needs none
+    if warmup_requests is not None and warmup_requests < 0:
+        raise InputError(f"--warmup-requests {warmup_requests}: give at least 0")
     reader = _Reader(given, source_name, client_name, columns, warmup_requests)
     if not path.exists():
         raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
@@ -294,9 +300,18 @@ class _Reader:
         rows = frame.iloc[np.argsort(times, kind="stable")]
         ttft, e2e = (pd.to_numeric(rows[columns[key]], errors="coerce").to_numpy(float) for key in ("ttft", "e2e"))
         for column, values in ((columns["ttft"], ttft), (columns["e2e"], e2e)):
-            if not (np.isfinite(values) & (values > 0)).all():
-                row = int(np.argmin(np.isfinite(values) & (values > 0)))
-                raise InputError(f"{path}: {column} {rows[column].iloc[row]!r} of request {row}: give seconds above 0")
+            if not (fine := (values > 0) & (values <= MOST_SECONDS)).all():  # false for NaN
+                row = int(np.argmin(fine))
+                raise InputError(
+                    f"{path}: {column} {rows[column].iloc[row]!r} of request {row}: give seconds above 0, at most "
+                    f"{MOST_SECONDS:,.0f}"
+                )
+        if (wrong := ttft > e2e + ROUNDING_S).any():
+            row = int(np.argmax(wrong))
+            raise InputError(
+                f"{path}: request {row} got its first token after {ttft[row]:g} s, its last after {e2e[row]:g} s: give "
+                "times since its arrival"
+            )
         settings = {**chosen.settings(str(self.given["device"])), **self.given}
         warmup = self.warmup_requests if self.warmup_requests is not None else chosen.warmup_requests
         if warmup is None:
@@ -542,13 +557,16 @@ def _number(path: Path, row_name: str, row: Settings, key: str) -> float:
         value = float(row[key])
     except (TypeError, ValueError, KeyError):
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give a number above 0")
+    if not 0 < value <= MOST_NUMBER:
+        raise InputError(f"{path}: {key} {short(row.get(key))} of {row_name}: give a number above 0")
     return value
 
 
 def _seconds(path: Path, row_name: str, row: Settings, key: str) -> float:
-    return _number(path, row_name, row, key) / 1e3
+    value = _number(path, row_name, row, key) / 1e3
+    if value > MOST_SECONDS:
+        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give at most {MOST_SECONDS * 1e3:,.0f} ms")
+    return value
 
 
 def _whole(path: Path, row_name: str, row: Settings, key: str) -> int:
