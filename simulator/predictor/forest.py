@@ -82,18 +82,20 @@ class Forest:
         return np.concatenate([self._mean(x[start : start + AT_ONCE]) for start in range(0, max(len(x), 1), AT_ONCE)])
 
     def _mean(self, x: Array) -> Array:
-        """As `predict`, all trees of all rows a level at a time."""
-        node = np.tile(self.roots, len(x))
-        rows, places = np.repeat(np.arange(len(x)), len(self.roots)), np.arange(len(node))
-        while len(places):
-            at = node[places]
-            feature = self.feature[at]
+        """As `predict`, all rows of all trees a level at a time."""
+        values, leaves = x.T.ravel(), np.empty(len(self.roots) * len(x))
+        at, row = np.repeat(self.roots, len(x)), np.tile(np.arange(len(x)), len(self.roots))
+        place = np.arange(len(at))
+        while len(at):
+            feature = self.feature.take(at)
             inner = feature >= 0
-            rows, places, at, feature = rows[inner], places[inner], at[inner], feature[inner]
-            node[places] = np.where(x[rows, feature] <= self.value[at], at + 1, self.right[at])
+            leaves[place[~inner]] = self.value.take(at[~inner])
+            at, row, place, feature = at[inner], row[inner], place[inner], feature[inner]
+            left = values.take(feature * len(x) + row) <= self.value.take(at)
+            at = np.where(left, at + 1, self.right.take(at))
         total = np.zeros(len(x))
-        for values in self.value[node].reshape(len(x), len(self.roots)).T:
-            total += values
+        for tree in leaves.reshape(len(self.roots), len(x)):
+            total += tree
         return total / len(self.roots)
 
     def to_lines(self) -> list[str]:
