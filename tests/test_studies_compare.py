@@ -393,6 +393,14 @@ def test_searches_alone_and_side_by_side(place: Path, tmp_path: Path) -> None:
     assert len(page.figures) == 1 + 11  # the trials, and the report of the run at the capacity
     assert (place / "s-vllm" / "report.html").is_file()
     assert len(read_page(place / "s-vllm", place / "s-sarathi", output=tmp_path / "both.html").figures) == 8
+    values = json.loads((place / "s-vllm" / "search.json").read_text())
+    for name, low, high in (("a", 1.0, 3.0), ("b", 2.0, 5.0)):
+        (tmp_path / name).mkdir()
+        write_json(
+            tmp_path / name / "search.json", values | {"max_qps_under_slo": low + 1, **spread(low, low + 1, high)}
+        )
+    page = read_page(tmp_path / "a", tmp_path / "b", output=tmp_path / "alike.html")
+    assert "The capacity of b can't be told apart from a: ranges overlap" in page.text
 
 
 def test_sweeps_alone_and_beside_a_search(place: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.results.metric_table import Metric, drawn_metrics
+from studies.capacity.ranges import alike
 from studies.capacity.sweep import not_dominated
 from studies.pages.capacity_figures import capacity_bars, trials
 from studies.pages.capacity_record import Search, responses
@@ -50,6 +51,7 @@ def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
     for name, search in searches.items():
         if search.best is None:
             verdicts.append(("unsure", f"{name}: no run at a capacity ({search.words})"))
+    verdicts += _apart(searches)
     what = "Runs" if not searches else "Runs at the capacity" if len(searches) == len(sides) else "Runs and searches"
     page.add(header("Windtunnel · side by side", page.title, f"{what}, laid side by side.", verdicts, []))
     folders = {side.name: side.folder for side in sides} | {name: search.folder for name, search in searches.items()}
@@ -64,6 +66,15 @@ def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
         page.add_panels(heading, panels)
     page.add(footer())
     return page
+
+
+def _apart(searches: Mapping[str, Search]) -> list[tuple[Tone, str]]:
+    """Say which searches' capacities can't be told apart from the highest."""
+    names = sorted(searches, key=lambda name: -(searches[name].point.qps or 0.0))
+    others = [names[i] for i in alike([searches[name].point.range for name in names], 0)] if names else []
+    if not others:
+        return []
+    return [("unsure", f"The capacity of {names[0]} can't be told apart from {' and '.join(others)}: ranges overlap")]
 
 
 def _best_cards(sides: Sequence[Side]) -> list[tuple[str, str, str]]:

@@ -21,7 +21,10 @@ GOOD, BAD = "#1f9e77", "#d6453d"
 SERIES = (BLUE, ORANGE, GOOD, "#b0559b", "#b8960c", "#7a6ad8")
 SLO_LINE = {"color": GREY, "width": 1.3, "dash": "dash"}
 LEAST_TICKS = 4  # of a logarithmic axis
-TICK_STEPS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), tuple(np.arange(10, 100) / 10))  # in a decade
+TICK_STEPS = (  # in a decade
+    (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
+    tuple(np.arange(10, 100) / 10),
+)  # fmt: skip
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
