@@ -5,15 +5,17 @@ The tables are ai-dynamo/aiconfigurator's (vLLM 0.14, 16 bits); what is printed 
 devices of the same kind of tensor cores.
 
     python benchmarks/cold_start.py DATA   # the folder with a100_sxm, h100_sxm, h200_sxm and l40s
+
+The errors and constants are written to studies/calibration/cold_start.json, of which docs/accuracy.md has its table.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,8 +25,10 @@ from engine.results.tables import Array
 from engine.specs import DeviceSpec, catalog
 from profiler.importers import Selection, read_source
 from simulator.predictor import carried
+from simulator.predictor.calibration_errors import short
 from simulator.predictor.collectives import SWITCHED, on_a_switch
 from simulator.predictor.gemm import Base
+from studies.calibration.accuracy import COLD_START as RECORD
 
 DEVICES = ("a100_sxm", "h100_sxm", "h200_sxm", "l40s")
 MOST = 9000  # rows of a device that constants are fitted to, evenly among all
@@ -68,6 +72,12 @@ FITS: dict[str, tuple[Predict, list[float], list[float], list[float]]] = {  # th
     "attention_decode": (_decode, [10, 1.2, 2, 0.1, 0.1], [2, 0.8, 0.5, 0, 0], [20, 3, 8, 50, 200]),
     "all_reduce": (_all_reduce, [4, 0.5, 1, 1], [0, 0, 0.5, 0], [20, 10, 3, 10]),
 }
+UNITS = {
+    "gemm": [1e-6, 1, 1, 1e10, 1, 1],
+    "attention_prefill": [1e-6, 1, 1, 1, 1e10],
+    "attention_decode": [1e-6, 1, 1e10, 1e-9, 1e-9],
+    "all_reduce": [1e-6, 1e-6, 1, 1],
+}
 
 
 def tables(data: Path) -> dict[str, pd.DataFrame]:
@@ -99,7 +109,7 @@ def fitted(kind: str, rows: dict[str, pd.DataFrame]) -> Array:
 
 def _alike(name: str, device: str) -> bool:
     """Whether two devices' prefills have the same constants."""
-    return carried.CarriedPrefill.usual(catalog.device(name)) == carried.CarriedPrefill.usual(catalog.device(device))
+    return carried.tensor_cores(catalog.device(name)) == carried.tensor_cores(catalog.device(device))
 
 
 def left_out(kind: str, rows: dict[str, pd.DataFrame], device: str) -> tuple[float, float]:
@@ -126,19 +136,40 @@ def populations(frames: dict[str, pd.DataFrame]) -> dict[tuple[str, str], dict[s
     return found
 
 
+def constants() -> dict[str, list[float]]:
+    """Return those that predict today, by kind of operator and the population that they were fitted to."""
+    prefill = {f"attention_prefill {name}": list(values) for name, values in carried.PREFILL.items()}
+    reduce = {f"all_reduce {name}": list(values) for name, values in SWITCHED.items()}
+    return {"gemm": list(astuple(Base())), **prefill, "attention_decode": list(carried.DECODE), **reduce}
+
+
+def in_seconds(kind: str, found: Array) -> list[float]:
+    """Return fitted constants in the units of those that predict, to four digits."""
+    scaled = [value * unit for value, unit in zip(found.tolist(), UNITS[kind], strict=True)]
+    return [float(f"{value:.4g}") for value in scaled]
+
+
 def main(data: Path) -> None:
-    """Print constants and errors."""
+    """Print errors and constants, and write the record."""
+    errors: dict[str, dict[str, dict[str, float]]] = {}
+    fits: dict[str, list[float]] = {}
     for (kind, kernel), rows in populations(tables(data)).items():
+        name = f"{kind} {kernel}".strip()
         for device in rows:
             error, bias = left_out(kind, rows, device)
-            print(f"{kind} {kernel} {device} left out: {error:.1%}, bias {bias:+.1%}", flush=True)
-        groups: dict[Any, dict[str, pd.DataFrame]] = {}
+            errors.setdefault(name, {})[device] = {"mape": short(error), "bias": short(bias)}
+            print(f"{name} {device} left out: {error:.1%}, bias {bias:+.1%}", flush=True)
+        groups: dict[str, dict[str, pd.DataFrame]] = {}
         for device, part in rows.items():
-            alike = carried.CarriedPrefill.usual(catalog.device(device)) if kind == "attention_prefill" else None
-            groups.setdefault(alike, {})[device] = part
-        for group in groups.values():
-            print(f"{kind} {kernel} of {', '.join(group)}: {np.array2string(fitted(kind, group), precision=4)}")
-    print(f"Base() is {astuple(Base())}, PREFILL {carried.PREFILL}, DECODE {carried.DECODE}, {SWITCHED}")
+            groups.setdefault(carried.tensor_cores(catalog.device(device)), {})[device] = part
+        for alike, group in groups.items() if kind == "attention_prefill" else [("", rows)]:
+            of = f"{name} {alike}".strip()
+            fits[of] = in_seconds(kind, fitted(kind, group))
+            print(f"{of} of {', '.join(group)}: {fits[of]}", flush=True)
+    RECORD.write_text(json.dumps({"constants": fits, "errors": errors}, indent=1) + "\n", encoding="utf-8")
+    for name, values in constants().items():
+        if fits[name] != values:
+            print(f"{name}: what predicts has {values}: put the new ones there")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,10 @@ def evaluate(
     else:
         engines = [text for text in (select.software if select else ()) if not text.startswith("nccl@")]
         calibration = store.load_of(device, engines[0] if engines else None)
-    operators = calibration_errors.evaluate(calibration, [read(source, device, select) for source in test])
+    tables = [read(source, device, select) for source in test]
+    for note in [note for frame in tables for note in frame.attrs.get("notes", [])]:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}", style="dim")
+    operators = calibration_errors.evaluate(calibration, tables)
     result: dict[str, Any] = {"device": device.name, "operators": operators}
     if as_json:
         print(json.dumps(result))

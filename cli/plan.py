@@ -43,6 +43,8 @@ def run(
     settings |= {key: value for key, value in flags.items() if value is not None}
     named = settings.pop("device", None)
     own = settings.pop("devices", None)
+    if named is not None and (devices or own):
+        raise InputError(f"--device {named} and --devices {devices or own} both name devices: remove one")
     if devices is None and own is None and named is None:
         raise InputError("no devices given: add --devices h100_sxm,a100_sxm")
     chosen = listed("devices", devices or own or named)

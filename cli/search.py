@@ -24,12 +24,12 @@ from engine.results.files import write_json
 from engine.specs import catalog
 from engine.specs.device_folder import folder_of
 from simulator.predictor import calibration as store
-from studies.capacity.ranges import alike, range_of, ranges_in_words
+from studies.capacity.ranges import alike, range_of, ranges_in_words, sustained_in_words
 from studies.capacity.search import check_tolerance
 from studies.capacity.sweep import mark_pareto, name_of, points, price_of
 from studies.jobs.pool import work_off, work_off_on_ray
 from studies.words import dollars, times_kind, unlike_sources
-from windtunnel.capacity import LONGER, Draws, checked, deployed, open_search, read_search_file, with_range
+from windtunnel.capacity import Draws, checked, deployed, open_search, read_search_file, with_range
 from windtunnel.names import unknown_setting
 from windtunnel.plugins import load_plugin
 from windtunnel.prices import prices as parse_prices
@@ -327,16 +327,9 @@ def _print_alike(ranked: list[dict[str, Any]], console: Console) -> None:
 
 def _print_unsteady(rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
-        if why := row.get("unsteady"):
+        if words := sustained_in_words(row):
             which = f"{row['name']}: " if len(rows) > 1 else ""
-            more = "with more requests (--num-prompts) the capacity may be lower"
-            if (found := row.get("sustained_qps")) is not None:
-                many = f"over {LONGER} times the requests"
-                more = f"{many} {found:.3g} {row['rate_of']}/s hold" if found else f"{many} no rate near it holds"
-            console.print(
-                f"note: {which}the run at the capacity: {why.removesuffix('; raise --num-prompts')}; {more}",
-                style="yellow",
-            )
+            console.print(f"note: {which}the run at the capacity: {words}", style="yellow")
 
 
 # -- confirming ------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_what_overlaps_cannot_be_told_apart() -> None:
     assert range_of(row) == (1.0, 3.0) and range_of(row | {"intervals": {}}) is None and range_of({}) is None
     assert ranges_in_words(row) == "3 seeds" and ranges_in_words({}) == ""
     drawn = row | {"uncertainty": {"draws": 19, "covers": 0.9}}
-    assert ranges_in_words(drawn) == "19 draws of seeds and predictor errors (90 % range)"
+    assert ranges_in_words(drawn) == "19 draws of seeds and predictor errors, 90 % range"
 
 
 def test_loads_beyond_the_capacity_are_simulated_and_one_below_where_none_is_known() -> None:

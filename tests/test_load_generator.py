@@ -308,7 +308,7 @@ def test_hundreds_of_streams_at_once_are_answered_whole(tmp_path: Path) -> None:
     usual = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, usual[1]))  # which is raised: 300 are served here, to 300 here
     try:
-        with simulated([deployment(0.02, max_num_seqs=300, max_num_batched_tokens=2400)]) as served:
+        with simulated([deployment(0.1, max_num_seqs=300, max_num_batched_tokens=2400)]) as served:
             asked = ["--workload", "fixed", "--input-len", "8", "--output-len", "6", "--max-concurrency", "300"]
             assert bench(served.url, tmp_path / "run", *asked, "--num-prompts", "400") == (0, "")
     finally:

@@ -296,6 +296,7 @@ def test_nothing_meets_the_objectives_and_the_closest_is_told(tmp_path: Path) ->
         (["--gpu-price", ""], "dollars per GPU-hour"),
         (["--devices", "a100_sxm,h900"], "h900"),
         (["--devices", ""], "--devices"),
+        (["--device", "a40"], "both name devices"),
         (["--devices", "a100_sxm,,l40s"], "--devices"),
         (["--request-rate", "0"], "--request-rate 0"),
         (["--request-rate", "-3"], "--request-rate -3"),

@@ -142,3 +142,15 @@ def test_public_model_left_out(model: str) -> None:
     relative = np.abs(predicted / measured - 1)
     assert relative[measured > 20e-6].mean() < 0.05
     assert relative.mean() < 0.10
+
+
+def test_messages_measured_an_octave_apart_take_a_latency_and_their_bytes_in_between() -> None:
+    sizes = 2.0 ** np.arange(10, 24)
+    seconds = 8e-6 + sizes / 2e11
+    between = np.sqrt(sizes[1:] * sizes[:-1])
+    curve = Curve.fit(sizes, seconds, knots_per_octave=4)
+    assert curve.of_messages(between) == pytest.approx(8e-6 + between / 2e11, rel=1e-3)
+    assert (curve.of_messages(between) <= curve(between) * (1 + 1e-9)).all()
+    dense = 2.0 ** np.arange(10, 24, 0.25)
+    curve = Curve.fit(dense, 8e-6 + dense / 2e11, knots_per_octave=4)
+    assert (curve.of_messages(between) == curve(between)).all()

@@ -68,6 +68,23 @@ def test_the_same_rows_give_the_same_model() -> None:
     assert Gemm(A100).fit(frame).to_json() == Gemm(A100).fit(frame).to_json()
 
 
+def test_boosted_trees_are_read_as_they_were_written_and_keep_close_values_apart() -> None:
+    x = np.repeat([[12.0, 0.0], [12.00035, 1.0], [3.0, 2.0]], 40, axis=0)  # log2 of 4096, of 4097
+    y = np.repeat([0.1, 0.6, -0.3], 40)
+    forest = Forest.boost(x, y, trees=12, max_leaf_nodes=4, min_samples_leaf=2, learning_rate=0.5)
+    assert forest.predict(x) == pytest.approx(y, abs=0.01)
+    again = Forest.from_lines(forest.to_lines())
+    assert (again.predict(x) == forest.predict(x)).all() and again.to_lines() == forest.to_lines()
+
+
+def test_a_card_whose_cache_holds_layers_is_learned_by_boosted_trees_the_same_each_time() -> None:
+    columns = rows(0, 60)
+    frame = pd.DataFrame({**columns, "time_ms": 1e3 * law(**columns)})
+    first, second = (Gemm(catalog.device("l40s")).fit(frame) for _ in range(2))
+    assert first.to_json() == second.to_json()
+    assert len(first.forest_.to_lines()) == 100 != len(Gemm(A100).fit(frame).forest_.to_lines())
+
+
 @pytest.mark.parametrize("line", ["3:0.5 1.0", "3:0.5 1.0 2.0 3.0", "3:x 1 2", ""])
 def test_a_forest_says_what_is_wrong_with_its_text(line: str) -> None:
     with pytest.raises(ValueError, match=r"tree|float"):

@@ -91,6 +91,42 @@ def test_a_row_that_no_neighbour_supports_is_left_out_and_named(tmp_path: Path) 
     assert any("1 outlier left out" in note and "m 1024, k 2048, n 2048" in note for note in frame.attrs["notes"])
 
 
+def prompts(latency: dict[int, float]) -> list[dict]:
+    row = CARD | {"version": "0.19.0", "op_name": "context_attention", "step": 0, "num_heads": 64, "head_dim": 128}
+    row |= {"attn_dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "num_key_value_heads": 8, "batch_size": 1}
+    return [row | {"isl": size, "latency": time} for size, time in latency.items()]
+
+
+def test_prefills_that_beat_the_cards_arithmetic_are_not_believed(tmp_path: Path) -> None:
+    arithmetic = 1e3 * 4 * 64 * 128 * 16384 * 16385 / 2 / 989e12  # ms of 16k tokens on an H100
+    save(tmp_path / "context_attention_perf.parquet", prompts({1024: 0.05, 16384: 1.5 * arithmetic}))
+    assert len(read_source("aiconfigurator", tmp_path)) == 2
+    save(tmp_path / "context_attention_perf.parquet", prompts({1024: 0.05, 16384: arithmetic / 20}))
+    with pytest.raises(InputError, match=r"all 2 rows of bfloat16 attention_prefill .* 1 are faster .* 20 times"):
+        read_source("aiconfigurator", tmp_path)
+    save(tmp_path / "gemm_perf.parquet", gemms("0.19.0"))
+    frame = read_source("aiconfigurator", tmp_path)  # other tables are read
+    assert set(frame["kind"]) == {"gemm"} and any("something else was timed" in note for note in frame.attrs["notes"])
+
+
+def test_experts_of_a_rank_that_take_as_long_as_all_are_left_out(tmp_path: Path) -> None:
+    row = CARD | {"op_name": "moe", "hidden_size": 2880, "inter_size": 2880, "topk": 4, "num_experts": 128}
+    row |= {"moe_tp_size": 1, "distribution": "balanced", "num_tokens": 4096}
+
+    def measured(dtype: str, version: str, shared: float) -> list[dict]:
+        mine = row | {"moe_dtype": dtype, "version": version}
+        return [mine | {"moe_ep_size": ranks, "latency": 8.0 if ranks == 1 else shared} for ranks in (1, 4, 8)]
+
+    rows = measured("bfloat16", "0.19.0", 2.0) + measured("w4a16_mxfp4", "0.19.1", 8.0)
+    save(tmp_path / "moe_perf.parquet", rows)
+    frame = read_source("aiconfigurator", tmp_path, select=Selection(("vllm@0.19",)))
+    assert frame.groupby("dtype")["local_experts"].apply(sorted).to_dict() == {
+        "bfloat16": [16, 32, 128],  # each format of the last patch release that has it
+        "mxfp4": [128],
+    }
+    assert any("2 rows of mxfp4" in note and "take as long as" in note for note in frame.attrs["notes"])
+
+
 @real
 def test_the_known_outlier_is_left_out() -> None:
     frame = read_source("aiconfigurator", DATA, "h100_sxm", select=Selection(("vllm@0.14",), "bfloat16", "bfloat16"))

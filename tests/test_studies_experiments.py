@@ -85,6 +85,7 @@ def test_the_capacity_study_is_the_papers() -> None:
     assert all(point.time_limit_s == 1800 for point in points)
     asked = {of.rpartition(":")[0] for claim in load("capacity").claims for of in claim.of}
     assert {point.id for point in points if point.fine} == {id for id in asked if id.startswith(("Mistral", "Yi"))}
+    assert {point.id for point in expand(load("capacity"), "sarathi_osdi24", seeds=3) if point.seeds == 3} == asked
     modern = expand(load("capacity"), "cuda_graphs", seeds=3)
     assert {point.id for point in modern} == asked and all(point.seeds == 3 and not point.fine for point in modern)
 

@@ -18,6 +18,7 @@ from engine.results.slo import SLO
 from engine.specs import ParallelSpec, SchedulerSpec
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import deploy, simulate
+from studies.pages.figures import value_axis
 from studies.pages.page import LIBRARY
 from studies.pages.report import write_page
 from studies.pages.run import times_source, verdict, write_report
@@ -372,3 +373,11 @@ def test_unfinished_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="iterations"):
         write_report(folder)
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.1, 1.3), (0.3, 1.1), (1.2, 5.0), (0.05, 0.9), (10, 400), (1, 3e4)])
+def test_a_logarithmic_axis_has_ticks_enough_within_it(low: float, high: float) -> None:
+    axis = value_axis(np.array([low, high]), logarithmic=True)
+    ticks = np.log10(axis["tickvals"])
+    assert 4 <= len(ticks) <= 10
+    assert axis["range"][0] <= ticks.min() and ticks.max() <= axis["range"][1]

@@ -30,7 +30,16 @@ from simulator.cluster import Deployment
 from simulator.cluster import simulate as simulate_run
 from simulator.router import ROUTERS
 from studies.capacity.confirm import gpu_hours
-from studies.capacity.ranges import COARSE, DRAWS, STEPS, curve_shares, drawn_capacity, range_of_draws
+from studies.capacity.ranges import (
+    COARSE,
+    DRAWS,
+    FAR_BELOW,
+    LONGER,
+    STEPS,
+    curve_shares,
+    drawn_capacity,
+    range_of_draws,
+)
 from studies.capacity.search import bracket, find_capacity
 from studies.capacity.trial import Trial, arrivals_per_request, at_rate, guess, judged, simulated_trial
 from studies.capacity.uncertainty import described, errors_in_words
@@ -43,7 +52,6 @@ from windtunnel.settings import ENGINE_KEYS, MOST_DRAWS, FileConfig, ReplicaGrou
 NUM_PROMPTS = 2048  # of a search, where nothing else was asked for
 SETTINGS = "settings.json"
 DRAWS_FOLDER = "draws"  # of a search: what its range is made of
-LONGER, FAR_BELOW = 4, 8.0  # times the requests, where a capacity was not seen to be sustained; how far below it
 _AT_CAPACITY = {"p99_tbt_ms": summary_key("p99", "tbt"), "p50_ttft_ms": summary_key("p50", "ttft"),
                 "output_throughput": "output_throughput", "mean_tpot_ms": summary_key("mean", "tpot")}  # fmt: skip
 

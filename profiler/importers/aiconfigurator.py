@@ -51,6 +51,7 @@ PRODUCTS = {  # in the name that CUDA gives the card: name in engine.specs.catal
 DTYPES = {"half": ("float16", 2), "float16": ("float16", 2), "bfloat16": ("bfloat16", 2), "int8": ("int8", 1),
           "float32": ("float32", 4)}  # fmt: skip
 NCCL = "nccl"
+_FORMATS = ("gemm_dtype", "moe_dtype", "attn_dtype", "kv_cache_dtype")
 _COMMON = ("framework", "version", "device", "op_name", "kernel_source", "latency")
 _BACKENDS = {"vllm_custom_graph": "vllm_graph", "vllm_custom_eager": "vllm_eager"}  # by `kernel_source`
 
@@ -127,7 +128,9 @@ def read(
         )
     if chosen in catalog.DEVICES:
         spec = catalog.DEVICES[chosen]
-        parts = [without_outliers(part, spec) for part in parts]
+        parts = [without_outliers(part, spec, select.window) for part in parts]
+        if not any(len(part.rows) for part in parts):
+            raise InputError(f"{place} holds no row of {chosen} that can be believed: {parts[-1].notes[-1]}")
     if ignored:
         notes.append(f"left out for their unknown columns: {', '.join(ignored)}")
     parts[-1].notes.extend(notes)
@@ -219,7 +222,10 @@ def _begins(version: str, start: str) -> bool:
 
 
 def _selected(file: _File, wanted: dict[str, str], select: Selection, name: str) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of a file that are asked for: of the last version that a start like 0.19 leaves, of one window."""
+    """The rows of a file that are asked for, of one window; of several versions each format's last.
+
+    A start like 0.19 leaves several: not every format is measured again.
+    """
     frame, notes = file.rows, list[str]()
     if file.framework not in wanted:
         return frame.iloc[:0], notes
@@ -227,13 +233,14 @@ def _selected(file: _File, wanted: dict[str, str], select: Selection, name: str)
     if not mine:
         return frame.iloc[:0], notes
     if not file.version and len(file.versions) > 1:
-        kept = frame["version"].astype(str) == mine[-1]
-        if len(mine) > 1:
-            dropped = frame["version"].astype(str).isin(mine[:-1])
-            notes.append(
-                f"{name}: {int(dropped.sum())} rows of version {', '.join(mine[:-1])} left out beside {mine[-1]}"
-            )
-        frame = frame[kept]
+        frame = frame[frame["version"].astype(str).isin(mine)]
+        place = frame["version"].astype(str).map({version: at for at, version in enumerate(mine)})
+        formats = [column for column in _FORMATS if column in frame]
+        last = place.groupby([frame[column] for column in formats]).transform("max") if formats else place.max()
+        for older in sorted(set(place[place < last])):
+            count, than = int(((place == older) & (place < last)).sum()), mine[int(place[place >= last].max())]
+            notes.append(f"{name}: {count} rows of version {mine[older]} left out beside {than}")
+        frame = frame[place == last]
     if "window_size" in frame:
         others = frame["window_size"] != select.window
         if others.any():

@@ -2,6 +2,9 @@
 
 `num_tokens` are those of all ranks, and a row is the time of the busiest one. The rows of fp8 and fp8_block include
 quantising the activations (collect_moe.py gives 16-bit input).
+
+A rank that has a share of the experts takes about that share of the time. Where a format's rows take as long whatever
+the share (mxfp4 of vLLM 0.19 on H200), every rank was given all experts: its rows of shares are left out.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import pandas as pd
 
 FORMATS = {"int4_wo": "int4", "w4a16_mxfp4": "mxfp4"}  # others have our names
+WORKING = 1024  # tokens from which on a share of the experts is a share of the time
+SHARE, STILL = 4, 0.9  # of so many ranks each takes less than this part of the time that one with all experts does
 NUMBERS = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
 
 
@@ -32,4 +37,22 @@ def experts(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         index=frame.index,
     )
     uneven = int((~whole).sum())
-    return rows, [f"{uneven} rows of experts that do not divide evenly over the ranks left out"] * (uneven > 0)
+    notes = [f"{uneven} rows of experts that do not divide evenly over the ranks left out"] * (uneven > 0)
+    for (dtype, kernel), mine in rows.groupby(["dtype", frame["kernel_source"]]):
+        shares = frame["moe_ep_size"].reindex(mine.index) > 1
+        if shares.any() and _all_experts(frame.loc[mine.index]):
+            rows.loc[shares.index[shares], "kind"] = None
+            notes.append(
+                f"{int(shares.sum())} rows of {dtype} ({kernel}) on ranks with a share of the experts left out: they "
+                "take as long as one rank with all of them, so all were computed"
+            )
+    return rows, notes
+
+
+def _all_experts(frame: pd.DataFrame) -> bool:
+    """Whether rows of one format take as long on ranks with a share of the experts as on one with all."""
+    same = [name for name in (*NUMBERS, "distribution") if name != "moe_ep_size"]
+    frame = frame[frame["num_tokens"] >= WORKING]
+    alone = frame[frame["moe_ep_size"] == 1].groupby(same)["latency"].median()
+    shared = frame[frame["moe_ep_size"] >= SHARE].groupby(same)["latency"].median()
+    return bool((shared / alone).dropna().median() > STILL)  # NaN, of nothing to compare, is not above it

@@ -6,6 +6,10 @@ tens of per cent at most. A row is left out where, by that measure, it took more
 neighbours' median and as all of them but one (which may be wrong itself), and as the data sheet lets it take with a
 launch; or where it is as much faster than they are, and faster than the data sheet allows.
 
+No cache shortens arithmetic. Where more than `IMPOSSIBLE` of a population (a kind, its dtype, kernel, software and head
+size) took less time than its arithmetic at the card's peak, something else was timed than the table says, and all of
+the population is left out: that its other rows can be believed is nothing that the table tells.
+
     part = without_outliers(part, catalog.device("h100_sxm"))
     print(part.notes)
 """
@@ -24,24 +28,29 @@ RUN_FACTOR = 3.0  # where two neighbours are as far off
 LAUNCH_S = 5e-6  # generous: no time below it is judged to be too long
 FEWEST = 4  # neighbours that a judgement needs
 NAMED = 5  # rows that a note names
+IMPOSSIBLE = 0.02  # share of rows above the peak rate from which on nothing of a population is believed
 AXES = {
     "gemm": ("m", "k", "n"),
     "attention_prefill": ("batch_size", "chunk", "num_heads", "num_kv_heads"),
     "attention_decode": ("batch_size", "kv_tokens", "num_heads", "num_kv_heads"),
 }
 _BYTES = {"fp8": 1, "fp8_block": 1}
+_POPULATION = ("dtype", "backend", "kernel", "software", "head_dim")  # columns that are no axis
 
 
-def without_outliers(part: Part, device: DeviceSpec) -> Part:
-    """Return the part without outliers, each of which (or how many there are) a note names."""
+def without_outliers(part: Part, device: DeviceSpec, window: int = 0) -> Part:
+    """Return the part without outliers and impossible populations, which notes name.
+
+    `window` is attention's sliding window in tokens, 0 for none.
+    """
     rows, notes = part.rows.reset_index(drop=True), list(part.notes)
+    impossible, remarks = _impossible(rows, device, window)
+    rows, notes = rows[~impossible].reset_index(drop=True), notes + remarks
     wrong = np.zeros(len(rows), dtype=bool)
     for kind, axes in AXES.items():
         mine = (rows["kind"] == kind).to_numpy(bool)
         if mine.any():
             wrong[mine] = outliers(rows[mine], axes, device)
-    if not wrong.any():
-        return part
     for source, bad in rows[wrong].groupby("source"):
         worst = bad.sort_values("time_ms", ascending=False).head(NAMED)
         named = "; ".join(_words(row) for _, row in worst.iterrows())
@@ -50,6 +59,29 @@ def without_outliers(part: Part, device: DeviceSpec) -> Part:
             f"{source}: {len(bad)} outlier{'s' * (len(bad) > 1)} left out, which no neighbour supports: {named}{more}"
         )
     return Part(rows[~wrong].reset_index(drop=True), part.devices, notes)
+
+
+def _impossible(rows: pd.DataFrame, device: DeviceSpec, window: int) -> tuple[NDArray[np.bool_], list[str]]:
+    """Return the rows, (rows,), of populations that the card can't have computed, and a note of each."""
+    found, notes = np.zeros(len(rows), dtype=bool), []
+    for kind in ("gemm", "attention_prefill"):
+        mine = np.flatnonzero(rows["kind"] == kind)
+        if not len(mine):
+            continue
+        above = arithmetic(rows.iloc[mine], device, window) / (rows["time_ms"].to_numpy(float)[mine] / 1e3)
+        population = _population(rows.iloc[mine])
+        for number in np.unique(population):
+            these, ratio = mine[population == number], above[population == number]
+            if (ratio > 1).mean() > IMPOSSIBLE:
+                found[these] = True
+                one = rows.iloc[these[int(ratio.argmax())]]
+                of = f" of head size {int(one['head_dim'])}" if one.get("head_dim", 0) > 0 else ""
+                notes.append(
+                    f"{one['source']}: all {len(these):,} rows of {one['dtype']} {kind}{of} left out: "
+                    f"{(ratio > 1).sum():,} are faster than the card's peak arithmetic ({_words(one)}: "
+                    f"{ratio.max():.3g} times), so something else was timed"
+                )
+    return found, notes
 
 
 def outliers(rows: pd.DataFrame, axes: tuple[str, ...], device: DeviceSpec) -> NDArray[np.bool_]:
@@ -77,12 +109,10 @@ def neighbours(rows: pd.DataFrame, axes: tuple[str, ...], values: NDArray[np.flo
 
     Several rows of one size differ in what is no axis (dtype, kernel, software), which neighbours share.
     """
-    texts = [name for name in ("dtype", "backend", "kernel", "software", "head_dim") if name in rows]
-    fixed = rows[texts].astype("string").fillna("").agg("|".join, axis=1) if texts else pd.Series("", rows.index)
     codes = {name: rows[name].to_numpy(float) for name in axes}
     if "kv_tokens" in codes:  # sweeps keep the length of a request
         codes["kv_tokens"] = codes["kv_tokens"] / codes["batch_size"]
-    group = pd.factorize(fixed)[0]
+    group = _population(rows)
     found = np.full((len(rows), 2 * len(axes)), np.nan)
     for place, axis in enumerate(axes):
         others = [codes[name] for name in axes if name != axis] + [group]
@@ -94,6 +124,24 @@ def neighbours(rows: pd.DataFrame, axes: tuple[str, ...], values: NDArray[np.flo
         found[first, 2 * place] = values[second]
         found[second, 2 * place + 1] = values[first]
     return found
+
+
+def _population(rows: pd.DataFrame) -> NDArray[np.intp]:
+    """Return a number for each row, (rows,), of what it shares with rows that it can be held against."""
+    texts = [name for name in _POPULATION if name in rows]
+    fixed = rows[texts].astype("string").fillna("").agg("|".join, axis=1) if texts else pd.Series("", rows.index)
+    return np.asarray(pd.factorize(fixed)[0])
+
+
+def arithmetic(rows: pd.DataFrame, device: DeviceSpec, window: int = 0) -> NDArray[np.float64]:
+    """Return seconds, (rows,), of the arithmetic of products or prefills at the device's peak rate."""
+    c = {name: rows[name].to_numpy(float) for name in rows if pd.api.types.is_numeric_dtype(rows[name])}
+    if str(rows["kind"].iloc[0]) == "gemm":
+        width = rows["dtype"].map(_BYTES).fillna(2).to_numpy(float)
+        return np.asarray(c["m"] * c["k"] * c["n"] * width / device.peak_flops)  # twice the rate in half the bytes
+    seen = np.minimum(c["chunk"], window) if window else c["chunk"]  # without those that a window hides, or a prefix
+    pairs = seen * (seen + 1) / 2 + (c["chunk"] - seen) * seen
+    return np.asarray(4 * c["batch_size"] * pairs * c["num_heads"] * c["head_dim"] / device.peak_flops)
 
 
 def data_sheet(rows: pd.DataFrame, device: DeviceSpec) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from engine.results.tables import Array
+from engine.specs import DeviceSpec
 from profiler.kinds import AttentionDecode as DecodeOperator
 from profiler.kinds import AttentionPrefill as PrefillOperator
 from simulator.predictor.attention_model import HEADS, WIDTH, AttentionModel, Columns, floats, held, larger, span
@@ -40,6 +41,17 @@ class AttentionPrefill(AttentionModel[PrefillOperator], PromptModel[PrefillOpera
     sizes: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix")
     held_out: ClassVar[tuple[str, str]] = ("chunk", "chunk")
     launch_s: ClassVar[float] = 10e-6
+
+    @classmethod
+    def carried_by(cls, learned_on: DeviceSpec, device: DeviceSpec) -> DeviceSpec:
+        """Prompts are the multiprocessors' work: where these are alike, faster memory changes nothing.
+
+        Measured under vLLM 0.14 on both, an H200's take 0.99 of the time that an H100's do.
+        """
+        alike = all(
+            getattr(learned_on, name) == getattr(device, name) for name in ("peak_flops", "num_sms", "clock_hz")
+        )
+        return learned_on if alike else device
 
     @classmethod
     def data_sheet(cls, op: PrefillOperator, site: Site, chunk: int, prefix: int) -> float:

@@ -169,8 +169,10 @@ def _load_kind(path: Path, device: DeviceSpec) -> tuple[KindModel[Any], dict[str
     except InputError as error:
         raise InputError(f"{path} is no calibration ({str(error).removesuffix(f': {hint}')}): {hint}") from None
     check_file(kind_name(path.stem), data, str(path))
-    try:  # what was learned on another device predicts by this one's data sheet
-        model = KINDS[kind_name(path.stem)].from_json(data.pop("model"), device)
+    kind, where = KINDS[kind_name(path.stem)], catalog.DEVICES.get(str(data["learned_on"]))
+    sheet = kind.carried_by(where, device) if where is not None and where.name != device.name else device
+    try:
+        model = kind.from_json(data.pop("model"), sheet)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:  # of a kind that a plugin brings
         raise InputError(f"{path} is no calibration ({type(error).__name__}: {error}): {hint}") from None
     model.learned_on = data["learned_on"]

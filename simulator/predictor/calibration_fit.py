@@ -65,11 +65,11 @@ def learn(device: DeviceSpec, frames: Sequence[pd.DataFrame]) -> dict[str, KindM
 
 
 def _learned(name: str, device: DeviceSpec, rows: pd.DataFrame) -> KindModel[Any]:
-    """A model that predicts `device`: by its own data sheet, wherever it was learned."""
+    """A model that predicts `device`: by its own data sheet, wherever it was learned, or as its kind is carried."""
     kind, where = KINDS[kind_name(name)], _learned_on(device, rows)
     model = kind(where).fit(rows)
     if where != device:
-        model = kind.from_json(model.to_json(), device)
+        model = kind.from_json(model.to_json(), kind.carried_by(where, device))
         model.learned_on = where.name
     return model
 

@@ -31,6 +31,11 @@ HOPPER = 3000  # FLOP per SM and cycle, from which on attention is FlashAttentio
 SOURCE = "A100, H100, H200 and L40S"
 
 
+def tensor_cores(device: DeviceSpec) -> str:
+    """Return whose prefill constants a device has, by its FLOP per SM and cycle."""
+    return "hopper" if device.peak_flops / device.num_sms / device.clock_hz >= HOPPER else "others"
+
+
 class Estimate(KindModel[Any]):
     """What the estimates share: nothing of them is within what was measured."""
 
@@ -80,22 +85,24 @@ class _CarriedAttention(Estimate):
 
 
 class CarriedPrefill(_CarriedAttention, PromptModel[AttentionPrefill]):
-    """Launch + the tiles of 128 queries by 64 keys that the mask shows + the longest loop over keys + traffic."""
+    """Launch + the tiles of 128 queries by 64 keys that the mask shows + the longest loop over keys + traffic.
+
+    Of prompts of one token the query heads that share a KV head fill a tile together, as the kernels swap them.
+    """
 
     kind: ClassVar[str] = "attention_prefill"
     columns: ClassVar[tuple[str, ...]] = ("batch_size", "chunk", "prefix", *HEADS)
 
     @classmethod
     def usual(cls, device: DeviceSpec) -> tuple[float, ...]:
-        rate = device.peak_flops / device.num_sms / device.clock_hz
-        return PREFILL["hopper" if rate >= HOPPER else "others"]
+        return PREFILL[tensor_cores(device)]
 
     def seconds(self, columns: Mapping[str, Array]) -> Array:
         b, c, p, h, kv, d = np.broadcast_arrays(*(np.asarray(columns[name], float) for name in self.columns))
         launch, share, traffic, loop, rate = self.constants
         tile = 4 * 128 * 64 * d / self.device.peak_flops  # seconds of one on the whole device
-        rows = np.ceil(c / 128)
-        tiles = b * h * rows * (p / 64 + np.ceil(c / 64) / 2 + 0.5)
+        rows = np.where(c == 1, kv * np.ceil(h / kv / 128), h * np.ceil(c / 128))
+        tiles = b * rows * (p / 64 + np.ceil(c / 64) / 2 + 0.5)
         moved = self._moved(2 * d * b * (WIDTH * c * h + self.kv_width * (p + c) * kv), traffic, rate)
         longest = np.ceil((p + c) / 64) * self.device.num_sms
         return np.asarray(launch * slower_clock(self.device) + tile * (tiles / share + loop * longest) + moved)
@@ -151,8 +158,8 @@ class CarriedAllReduce(Estimate, RowsModel[AllReduce]):
 
 # launch s, share of the peak, traffic, loop, bytes/s of the cache by SM
 PREFILL = {
-    "hopper": (1.105e-5, 0.6738, 2.984, 1.163, 1.283e10),
-    "others": (7.322e-6, 0.5719, 1.574, 0.6403, 1.311e10),
+    "hopper": (1.14e-5, 0.6592, 2.925, 1.102, 1.305e10),
+    "others": (7.896e-6, 0.5575, 1.51, 0.5957, 1.415e10),
 }
 DECODE = (1.169e-5, 1.225, 1.686e10, 2.073e-9, 6.841e-10)  # launch s, traffic, cache's bytes/s by SM, s a head, a token
 

@@ -172,7 +172,7 @@ class Collective(KindModel[MessageOp]):
     def _seconds(self, layout: Layout, kernel: str, sizes: Array) -> Array:
         curves = self.curves_[kernel]
         if layout in curves:
-            return curves[layout](sizes)
+            return curves[layout].of_messages(sizes)
         known = [other for other in curves if other.network == layout.network]
         alike = [other for other in known if other.spans == layout.spans] or known
         alike.sort(key=lambda other: other.num_ranks)
@@ -189,7 +189,7 @@ class Collective(KindModel[MessageOp]):
         """The times of a layout by those of another with the same links."""
         curve, moved, steps = curves[measured], self._moved, self._steps
         latency = curve.seconds[0]
-        same_load = curve(sizes * moved(layout.num_ranks) / moved(measured.num_ranks)) - latency
+        same_load = curve.of_messages(sizes * moved(layout.num_ranks) / moved(measured.num_ranks)) - latency
         return np.asarray(latency * steps(layout.num_ranks) / steps(measured.num_ranks) + same_load)
 
     def _moved(self, ranks: int) -> float:

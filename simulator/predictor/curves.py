@@ -1,4 +1,4 @@
-"""Rising curves through noisy measurements: time against bytes, straight between knots in log-log.
+"""Rising curves through noisy measurements: time against bytes, straight between knots in log-log (or in bytes).
 
 Times of small sizes are quantised by the clock and come in two modes, so knots are medians, not means, and are made to
 rise by isotonic regression (Barlow et al. 1972).
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.results.tables import Array
+
+SPARSE = 1.9  # from which factor between sizes on they are an octave apart, but for the rounding of a bin's median
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,16 @@ class Curve:
         """Seconds, (rows,), of sizes in bytes."""
         logs = np.log(np.maximum(sizes, self.sizes[0]))
         seconds = np.exp(np.interp(logs, np.log(self.sizes), np.log(self.seconds)))
+        return np.asarray(seconds * np.maximum(1.0, sizes / self.sizes[-1]))
+
+    def of_messages(self, sizes: Array) -> Array:
+        """Seconds, (rows,), of messages: straight in bytes where sizes were measured an octave apart or more.
+
+        A message takes a latency and its bytes at a rate; a line in log-log lies above such times between its ends.
+        """
+        if len(self.sizes) < 2 or (self.sizes[1:] < SPARSE * self.sizes[:-1]).any():
+            return self(sizes)
+        seconds = np.interp(sizes, self.sizes, self.seconds)
         return np.asarray(seconds * np.maximum(1.0, sizes / self.sizes[-1]))
 
     def to_json(self) -> dict[str, list[float]]:

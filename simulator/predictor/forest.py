@@ -18,6 +18,7 @@ from engine.results.tables import Array
 
 MOST_FEATURES = 1000
 MOST_LEAF = 100.0  # leaves are logarithms
+AT_ONCE = 2048  # rows
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,61 @@ class Forest:
 
         model = ExtraTreesRegressor(trees, random_state=0, **options).fit(x, y, sample_weight=weights)
         parts = [_preorder(estimator.tree_) for estimator in model.estimators_]
+        return cls._of([(feature, _rounded(value), right) for feature, value, right in parts])
+
+    @classmethod
+    def boost(cls, x: Array, y: Array, *, trees: int, **options: Any) -> Forest:
+        """Boosted trees (Friedman 2001) on histograms of `x` (rows, features), each of what those before left of `y`.
+
+        `options` go to sklearn.ensemble.HistGradientBoostingRegressor (max_leaf_nodes, learning_rate, ...). As a
+        prediction is the mean of the trees, each leaf is `trees` times as large, and has the first constant in it.
+        """
+        from sklearn.ensemble import HistGradientBoostingRegressor
+
+        model = HistGradientBoostingRegressor(max_iter=trees, early_stopping=False, random_state=0, **options).fit(x, y)
+        first = float(np.asarray(model._baseline_prediction).ravel()[0])
+        parts = [_preorder_of_nodes(predictor.nodes) for (predictor,) in model._predictors]
+        every = [np.unique(column) for column in x.T]
+        return cls._of(
+            [
+                (at, np.where(at < 0, _rounded(first + trees * value), _between(at, value, every)), right)
+                for at, value, right in parts
+            ]
+        )
+
+    @classmethod
+    def _of(cls, parts: list[tuple[Array, Array, Array]]) -> Forest:
+        """The forest of these trees, each feature, value and right of its nodes."""
         roots = np.cumsum([0, *(len(feature) for feature, _, _ in parts[:-1])])
         feature = np.concatenate([feature for feature, _, _ in parts])
-        value = np.array([float(f"{number:.5g}") for part in parts for number in part[1]])
+        value = np.concatenate([value for _, value, _ in parts])
         right = np.concatenate([right + root for (_, _, right), root in zip(parts, roots, strict=True)])
         right[feature < 0] = 0
         return cls(feature, value, right, roots)
 
     def predict(self, x: Array) -> Array:
         """The mean of the trees, (rows,), for `x` (rows, features)."""
+        return np.concatenate([self._mean(x[start : start + AT_ONCE]) for start in range(0, max(len(x), 1), AT_ONCE)])
+
+    def _mean(self, x: Array) -> Array:
+        """As `predict`, all trees of all rows a level at a time."""
+        node = np.tile(self.roots, len(x))
+        rows, places = np.repeat(np.arange(len(x)), len(self.roots)), np.arange(len(node))
+        while len(places):
+            at = node[places]
+            feature = self.feature[at]
+            inner = feature >= 0
+            rows, places, at, feature = rows[inner], places[inner], at[inner], feature[inner]
+            node[places] = np.where(x[rows, feature] <= self.value[at], at + 1, self.right[at])
         total = np.zeros(len(x))
-        for root in self.roots:
-            node = np.full(len(x), root)
-            rows = np.arange(len(x))
-            while len(rows):
-                at = node[rows]
-                feature = self.feature[at]
-                rows, at, feature = rows[feature >= 0], at[feature >= 0], feature[feature >= 0]
-                node[rows] = np.where(x[rows, feature] <= self.value[at], at + 1, self.right[at])
-            total += self.value[node]
+        for values in self.value[node].reshape(len(x), len(self.roots)).T:
+            total += values
         return total / len(self.roots)
 
     def to_lines(self) -> list[str]:
         """A tree a line, its nodes in preorder: `feature:threshold` of an inner node, the value of a leaf."""
         words = [
-            f"{value:.5g}" if feature < 0 else f"{feature}:{value:.5g}"
+            f"{value:.5g}" if feature < 0 else f"{feature}:{_text(value)}"
             for feature, value in zip(self.feature.tolist(), self.value.tolist(), strict=True)
         ]
         ends = [*self.roots[1:].tolist(), len(words)]
@@ -131,13 +162,56 @@ class WrittenForest:
         return self.lines
 
 
-def _preorder(tree: Any) -> tuple[Array, list[float], Array]:
+def _rounded(values: Array) -> Array:
+    """To five digits."""
+    return np.array([float(f"{value:.5g}") for value in values.tolist()])
+
+
+def _text(value: float) -> str:
+    """Return the shortest text, of five digits at least, that is read as this number."""
+    return next(text for digits in range(5, 18) if float(text := f"{value:.{digits}g}") == value)
+
+
+def _between(feature: Array, value: Array, every: list[Array]) -> Array:
+    """Thresholds (nodes,) of as few digits, five at least, as keep apart what they do of each feature's values.
+
+    Those of histograms lie between two values that may differ in their sixth digit: rounded like others, some would put
+    both on the same side.
+    """
+    found = value.copy()
+    for node in np.flatnonzero(feature >= 0).tolist():
+        values, threshold = every[feature[node]], float(value[node])
+        after = int(np.searchsorted(values, threshold, side="right"))
+        low, high = values[max(after - 1, 0)], values[min(after, len(values) - 1)]
+        texts = (float(f"{threshold:.{digits}g}") for digits in range(5, 18))
+        found[node] = next((number for number in texts if low <= number < high), threshold)
+    return found
+
+
+def _preorder(tree: Any) -> tuple[Array, Array, Array]:
     """feature, value and right of one scikit-learn tree with its nodes in preorder."""
+    return _ordered(
+        tree.children_left.tolist(),  # each look at the tree makes an array
+        tree.children_right.tolist(),
+        tree.feature.tolist(),
+        tree.threshold.tolist(),
+        tree.value.ravel().tolist(),
+    )
+
+
+def _preorder_of_nodes(nodes: Any) -> tuple[Array, Array, Array]:
+    """The same of one of HistGradientBoostingRegressor's trees."""
+    lefts = np.where(nodes["is_leaf"], -1, nodes["left"].astype(int))
+    names = ("right", "feature_idx", "num_threshold", "value")
+    return _ordered(lefts.tolist(), *(nodes[name].tolist() for name in names))
+
+
+def _ordered(
+    lefts: list[int], rights: list[int], features: list[int], thresholds: list[float], means: list[float]
+) -> tuple[Array, Array, Array]:
     feature: list[int] = []
     value: list[float] = []
     right: list[int] = []
-    lefts, rights = tree.children_left.tolist(), tree.children_right.tolist()  # each look at the tree makes an array
-    features, thresholds, means = tree.feature.tolist(), tree.threshold.tolist(), tree.value.ravel().tolist()
 
     def visit(node: int) -> None:
         here = len(feature)
@@ -151,4 +225,4 @@ def _preorder(tree: Any) -> tuple[Array, list[float], Array]:
             visit(rights[node])
 
     visit(0)
-    return np.array(feature), value, np.array(right)
+    return np.array(feature), np.array(value), np.array(right)

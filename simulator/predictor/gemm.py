@@ -44,6 +44,11 @@ COPIES = 6  # of the weights, which measurements take in turn: those that fit in
 STEEP = 4.0
 WIDEN_ROWS, WIDEN_LANES, WIDEN_HZ = 128, 128, 1.5e9  # of a tile, of a multiprocessor, about what the cards run at
 FOREST: dict[str, Any] = {"trees": 18, "max_leaf_nodes": 3000, "max_features": 1.0}
+BOOSTED: dict[str, Any] = {
+    **{"trees": 100, "max_leaf_nodes": 400, "learning_rate": 0.1, "max_features": 0.3, "min_samples_leaf": 5}
+}
+LARGE = 20_000  # rows of a table from which on boosted trees do better on weight shapes left out
+CLIFFS = 64 << 20  # bytes of a cache that weights of whole layers fit in, or just don't: random thresholds blur it
 OF_MODELS: dict[str, Any] = {"trees": 36, "max_leaf_nodes": 2000, "max_features": 0.6}  # of tables of few weight shapes
 SMALL = 4000  # rows up to which weight shapes keep their own measurements; of more, the forest knows enough
 FEWEST = 200  # rows that a base is fitted to; fewer take the usual one
@@ -59,10 +64,10 @@ class Base:
     """
 
     launch_s: float = 2.752e-6  # the defaults are of several devices together (simulator.predictor.carried)
-    arithmetic: float = 0.7798
-    traffic: float = 1.269
-    cache_rate: float = 2.176e10
-    norm: float = 3.098
+    arithmetic: float = 0.7797
+    traffic: float = 1.268
+    cache_rate: float = 2.178e10
+    norm: float = 3.093
     tiled: float = 1.0
 
     @classmethod
@@ -184,8 +189,14 @@ class Gemm(RowsModel[Operator]):
         self.base_ = Base.fit(m, k, n, seconds, self.device, self.dtype) if enough else Base()
         found, log_base = features(m, k, n, self.device, self.dtype, self.base_)
         of_models = "model" in frame and frame["model"].notna().any()
-        options = OF_MODELS if of_models else FOREST
-        self.forest_: Forest | WrittenForest = Forest.fit(found, log_s - log_base, **options)
+        left = log_s - log_base
+        # 16-bit products are cuBLAS's, which picks among many kernels; those of 8 bits have few
+        many = self.dtype not in EIGHT_BITS and (len(rows) >= LARGE or self.device.cache_bytes >= CLIFFS)
+        self.forest_: Forest | WrittenForest = (
+            Forest.boost(found, left, **BOOSTED)
+            if many and not of_models
+            else Forest.fit(found, left, **(OF_MODELS if of_models else FOREST))
+        )
         self.least_ = float(f"{min(1.0, (seconds / self.roofline_of(m, k, n)).min()):.4g}")
         self.curves_: dict[tuple[int, int], tuple[Array, Array]] = {}  # log m, log(measured / roofline)
         log_ratio = np.maximum(log_s - np.log(self.roofline_of(m, k, n)), 0.0)

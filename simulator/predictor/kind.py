@@ -156,6 +156,11 @@ class KindModel(Generic[Op]):
         """The model of `to_json`, predicting the same to the last bit."""
         raise NotImplementedError
 
+    @classmethod
+    def carried_by(cls, learned_on: DeviceSpec, device: DeviceSpec) -> DeviceSpec:
+        """Return the data sheet by which what was learned on one device predicts another: the other's, mostly."""
+        return device
+
     # -- tables beside it
 
     def columns_of(self, rows: pd.DataFrame) -> dict[str, Array]:

@@ -16,6 +16,7 @@ from studies.capacity.trial import Trial
 
 DRAWS = 4  # of a workload and of errors of the predicted times, by default: what they span is meant to cover 60 %
 BELOW, BEYOND = 0.5, (1.1, 1.25)  # shares of the capacity at which runs to their end show latency against load
+LONGER, FAR_BELOW = 4, 8.0  # times the requests, where a capacity was not seen to be sustained; how far below it
 COARSE = 0.05  # as precise as the ends of a range have to be
 STEPS = (1.05, 1.1, 1.25, 1.5, 2.0, inf)  # of the bracket, from a capacity that is known
 
@@ -55,8 +56,22 @@ def range_of(row: Mapping[str, Any], key: str = "max_qps_under_slo") -> Range | 
 def ranges_in_words(row: Mapping[str, Any]) -> str:
     """Return what the ranges of a search are over; "" where it has none."""
     if drawn := row.get("uncertainty"):
-        return f"{drawn['draws']} draws of seeds and predictor errors ({100 * drawn['covers']:.0f} % range)"
+        return f"{drawn['draws']} draws of seeds and predictor errors, {100 * drawn['covers']:.0f} % range"
     return f"{row['seeds']} seeds" if row.get("intervals") else ""
+
+
+def sustained_in_words(row: Mapping[str, Any]) -> str:
+    """Return why a capacity may not hold for more requests, and what was seen of those; "" of one that is sustained."""
+    if not (why := row.get("unsteady")):
+        return ""
+    found = row.get("sustained_qps")
+    if found is None:
+        more = "with more requests (--num-prompts) the capacity may be lower"
+    elif found:
+        more = f"over {LONGER} times the requests {found:.3g} {row.get('rate_of', 'requests')}/s hold"
+    else:
+        more = f"over {LONGER} times the requests no rate near it holds"
+    return f"{why.removesuffix('; raise --num-prompts')}; {more}"
 
 
 def alike(ranges: Sequence[Range | None], best: int) -> list[int]:

@@ -245,7 +245,8 @@ def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
             chips.append((tone, f"{count} {what}"))  # type: ignore[arg-type]
     if unsteady := sum(bool(point.unsteady) for point in points):
         more = "with more requests (--num-prompts) they may be lower"
-        chips.append(("unsure", f"{unsteady} capacities are of runs not seen to be sustained: {more}"))
+        many = "1 capacity is of a run" if unsteady == 1 else f"{unsteady} capacities are of runs"
+        chips.append(("unsure", f"{many} not seen to be sustained: {more}"))
     return chips
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from engine.errors import InputError
 from engine.results.metrics import summary_key
 from engine.results.slo import SLO
-from studies.capacity.ranges import Range, range_of, ranges_in_words
+from studies.capacity.ranges import Range, range_of, ranges_in_words, sustained_in_words
 from studies.capacity.sweep import in_words, price_of
 from studies.pages.compare_record import Side, read_json, readable
 
@@ -266,7 +266,7 @@ def _point(entry: Mapping[str, Any], name: str, group: str, prices: Mapping[str,
         range_over=ranges_in_words(entry),
         usd_per_hour=price * gpus if price and gpus else None,
         loads=tuple(map(_load, entry.get("loads") or ())),
-        unsteady=entry.get("unsteady") or "",
+        unsteady=sustained_in_words(entry),
     )
 
 

@@ -36,8 +36,9 @@ The experiments of the Sarathi-Serve paper (Agrawal et al., OSDI 2024) as its ar
 file in `studies/published/experiments` that says what is run and what was published; nothing in it is a result. A
 study runs on every core (`--workers`), keeps each finished point, resumes when it is rerun, and writes `report.html`
 (the figure again, with the published numbers where there are any) and `results.json`. A point that crashes is reported
-with its error and exit code 1; it is never taken for a missed SLO. **This page is written by the studies** from
-`docs/studies.json`; a test reruns two of them and compares.
+with its error and exit code 1; it is never taken for a missed SLO. By CPU time, two cores take about 10 minutes for all
+at three seeds, of which nearly 5 are for `capacity`. **This page is written by the studies** from `docs/studies.json`;
+a test reruns two of them and compares.
 
 How to read it
 

@@ -116,7 +116,10 @@ def _capacity(records: Records, published: Published) -> list[Panel]:
         ours = _series((scheduler, setup, qps) for scheduler, setup, qps, _ in here)
         theirs = _series((scheduler, setup, qps) for scheduler, setup, _, qps in here if qps is not None)
         figure = bars(ours, "Capacity (requests/s)", theirs)
-        caption = f"Highest request rate within the objectives, the median of the draws. {_marks(theirs)}"
+        caption = (
+            "Highest request rate within the objectives: the median of the draws; the first where nothing was claimed. "
+            + _marks(theirs)
+        )
         result.append(Panel(", ".join(place), caption, figure, "half", 300))
     return result
 

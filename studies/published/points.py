@@ -130,7 +130,8 @@ def expand(experiment: Experiment, host: str, seeds: int = 1) -> list[Point]:
     """Return every point of a study on a host overhead or placebo.
 
     A load is a point for each seed, all of one id; a search has all of its seeds. What takes long is done only where a
-    claim is about it: the points of controls, searches on other than the paper's engine, and on that fine ones.
+    claim is about it: the points of controls, searches on other than the paper's engine, and on that fine ones and more
+    seeds than the first.
     """
     asked = {name.rpartition(":")[0] for claim in experiment.claims for name in claim.of}
     found: dict[tuple[str, int], Point] = {}
@@ -142,7 +143,7 @@ def expand(experiment: Experiment, host: str, seeds: int = 1) -> list[Point]:
                     continue
                 point = replace(point, fine=point.fine and claimed and host == PAPER_HOST)
                 if point.task == "search":
-                    found[point.id, 0] = replace(point, seeds=seeds)
+                    found[point.id, 0] = replace(point, seeds=seeds if claimed else 1)
                 else:
                     drawn = range(seeds if point.requests is not None else 1)
                     found |= {(point.id, seed): replace(point, seed=seed) for seed in drawn}
