@@ -27,6 +27,7 @@ from studies.calibration.kinds import page_of
 if TYPE_CHECKING:
     import pandas as pd
 
+UNFINISHED = ".calibration.part"  # folder of the files of a calibration until all are written
 _POOLED = [name for name, kind in KINDS.items() if kind.pooled]
 
 
@@ -99,9 +100,8 @@ def fit(
         shipped /= f"{engine}@{'.'.join(version.split('.')[:2])}"
     folder = output_dir or (profiles[0] / "calibration" if profiles else shipped)
     with owned(folder):
-        for name in (*KINDS, *store.NOT_KINDS):  # half-written by a fit that was killed
-            for path in folder.glob(f".{name.removesuffix('.json')}*.json.part"):
-                path.unlink()
+        unfinished = folder / UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a fit that was killed
         there = {path.name for path in folder.iterdir() if path.is_file()}
         ours = {name for name in there if store.kind_name(name) in KINDS and name.endswith(".json")} | {
             *store.NOT_KINDS
@@ -121,10 +121,17 @@ def fit(
         calibration = calibration_fit.fit(device, frames, on_progress=lambda line: console.print(f"fitting {line}"))
         if there:
             console.print(f"replacing the calibration in {folder}")
-        written = store.save(calibration, folder, None if folder == shipped else device)
-        if profiles:
-            shutil.copyfile(profiles[0] / PROFILE_FILE, folder / PROFILE_FILE)  # where and with what it was measured
-            written.add(PROFILE_FILE)
+        try:
+            written = store.save(calibration, unfinished, None if folder == shipped else device)
+            if profiles:
+                shutil.copyfile(
+                    profiles[0] / PROFILE_FILE, unfinished / PROFILE_FILE
+                )  # where and with what it was done
+                written.add(PROFILE_FILE)
+            for name in written:  # once all are there: half a calibration would look like a whole one
+                (unfinished / name).replace(folder / name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
         for name in there - written:  # of the fit before
             (folder / name).unlink()
     show_calibration(calibration)

@@ -512,7 +512,6 @@ def test_a_new_folder_without_results_is_removed_again(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_no_empty_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    os.utime(tmp_path / "mine", (0, 0))
     (tmp_path / "result.json").write_text("{}")
 
     def fails() -> None:

@@ -12,8 +12,7 @@ import fcntl
 import os
 import re
 import shutil
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from engine.errors import DiskFullError, InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OURS = (".json", ".jsonl", ".csv", ".html")  # endings of the files that are moved to their place whole
-CLOCK_S = 0.05  # by which a file system's clock may be behind
 ELSEWHERE = "give another --output-dir"
 FREE = "free some space, or write elsewhere"
 
@@ -51,7 +49,7 @@ def made(folder: Path) -> list[Path]:
     return missing
 
 
-def remove_empty(folders: Collection[Path]) -> None:
+def remove_empty(folders: Iterable[Path]) -> None:
     """Remove folders that are there and empty, in their order."""
     for folder in folders:
         if folder.is_dir() and not any(folder.iterdir()):
@@ -88,11 +86,12 @@ def owned(folder: Path, ours: Collection[str] = ()) -> Iterator[None]:
         take(lock, folder)
         for name in ours:  # half-written by an owner that was killed
             unfinished(folder / name).unlink(missing_ok=True)
-        new, began = not any(folder.iterdir()), time.time()
+        new, there = not any(folder.iterdir()), {place for place, _, _ in os.walk(folder)}
         try:
             yield
         except BaseException as error:
-            _remove_empty_inside(folder, began)
+            made_since = [place for place, _, _ in os.walk(folder, topdown=False) if place not in there]
+            remove_empty(map(Path, made_since))
             if new and not _results(folder, ours):
                 shutil.rmtree(folder, ignore_errors=True)
                 if folder not in missing:
@@ -103,14 +102,6 @@ def owned(folder: Path, ours: Collection[str] = ()) -> Iterator[None]:
             raise
     finally:
         os.close(lock)
-
-
-def _remove_empty_inside(folder: Path, since: float) -> None:
-    """Remove the empty folders in one that were made since a time, and no older ones: they may be somebody else's."""
-    for place, _, _ in os.walk(folder, topdown=False):
-        inner = Path(place)
-        if inner != folder and not any(inner.iterdir()) and inner.stat().st_mtime >= since - CLOCK_S:
-            inner.rmdir()
 
 
 def take(lock: int, folder: Path) -> None:
