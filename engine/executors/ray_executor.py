@@ -79,7 +79,7 @@ class RankActor:
         except Exception as error:
             self._pending.put(error)
 
-    @ray.method(concurrency_group=REPORTS)
+    @ray.method(concurrency_group=REPORTS)  # type: ignore[untyped-decorator]
     def report(self) -> RankReport:
         """What came of the oldest step that has not been reported, once it is done. Raises what its start raised."""
         pending = self._pending.get()
@@ -147,7 +147,7 @@ class RayExecutor:
     def _actor(self, spec: EngineSpec, rank: int, bundle: int, what: str) -> Any:
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         options: dict[str, Any] = {"num_cpus": int(what == "CPU"), "num_gpus": int(what == "GPU")}
-        actor: Any = ray.remote(concurrency_groups={REPORTS: 1})(RankActor)  # type: ignore[call-overload]
+        actor: Any = ray.remote(concurrency_groups={REPORTS: 1})(RankActor)
         return actor.options(scheduling_strategy=place, **options).remote(spec, rank)
 
     def launch(self, step: Step) -> None:
