@@ -7,7 +7,8 @@ with code 2. Anything else that is raised is a defect of Windtunnel and keeps it
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-SHOWN = 24  # names that an error lists beside the nearest one
+SHOWN = 8  # names at most that an error lists beside the nearest one
+MANY = 24  # of more names a guess that is far off is better than none
 MOST_WORDS = 1200  # characters of an error's line, which may repeat what was given
 
 
@@ -29,10 +30,9 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> InputError:
     """An error for a name that is not known, with the nearest known one, and all of them where they are few."""
     names = sorted(known)
     folded = {name.casefold(): name for name in names}
-    many = len(names) > SHOWN  # then a guess that is far off is better than none
-    near = get_close_matches(value.casefold(), folded, n=1, cutoff=0.4 if many else 0.6)
+    near = get_close_matches(value.casefold(), folded, n=1, cutoff=0.4 if len(names) > MANY else 0.6)
     value = value if len(value) <= 60 else f"{value[:57]}..."
     hint = f"did you mean {folded[near[0]]!r}?" if near else ""
-    if hint and many:
+    if hint and len(names) > SHOWN:
         return InputError(f"unknown {kind} {value!r}: {hint}")
     return InputError(f"unknown {kind} {value!r}: {hint}{' ' * bool(hint)}known are {', '.join(names)}")

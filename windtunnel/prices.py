@@ -27,7 +27,7 @@ def prices(given: str | float | Mapping[str, float], devices: Sequence[str] = ()
     own = {catalog.device(each).name for each in devices if not catalog.is_name("device", each)}
     for name, price in parts:
         number = re.fullmatch(r"[0-9]{0,9}\.?[0-9]{1,9}", price.strip())
-        if number is None or float(number[0]) == 0:
+        if number is None or float(number[0]) == 0 or (not name and price != str(given)):
             raise InputError(f"--gpu-price {_shown(given)}: {f'{name}={price}' if name else price!r}: {EXAMPLE}")
         device = name if name in own or not name else catalog.device(name).name
         if device in found:
