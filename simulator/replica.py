@@ -182,10 +182,7 @@ class Replica:
         self._launch(completed)
         if self._flights:
             self._plan()
-            if event is self._next:
-                self.env.again(event, self._completions[self._last], self._callbacks)
-            else:
-                self._sleep(self._completions[self._last])
+            self.env.again(event, self._completions[self._last], self._callbacks)
 
     def _launch(self, completed: Batch | None = None) -> None:
         """Form batches until the pipeline is full or nothing more can run; `completed` has just left it."""

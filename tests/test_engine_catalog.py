@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from device_files import DEVICE_YAML
 
 from engine.errors import InputError
 from engine.replica_spec import resolve
@@ -203,19 +204,6 @@ def test_a_model_of_a_folder(tmp_path: Path) -> None:
     assert catalog.model(str(folder)) == replace(catalog.model("Meta-Llama-3-8B"), name="mine")
     with pytest.raises(InputError, match="can't read"):
         catalog.model(str(tmp_path / "absent"))
-
-
-DEVICE_YAML = """
-description: a card of mine
-peak_flops: 312e12
-memory_bandwidth: 1.5e+12
-memory_bytes: 48e9
-matmul_efficiency: 0.7
-attention_efficiency: 0.5
-bandwidth_efficiency: 0.8
-network: pcie
-source: its data sheet
-"""
 
 
 def test_a_device_of_a_file(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device_files import DEVICE_YAML
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -217,17 +218,6 @@ def test_a_gpus_tokens_are_of_the_whole_conversation() -> None:
 
 # -- devices and engines of one's own ----------------------------------------------------------------------------------
 
-CARD = """
-description: a card of mine
-peak_flops: 312e12
-memory_bandwidth: 1.5e+12
-memory_bytes: 48e9
-matmul_efficiency: 0.7
-attention_efficiency: 0.5
-bandwidth_efficiency: 0.8
-network: pcie
-source: its data sheet
-"""
 SMALL: dict[str, Any] = {
     "model": "microsoft/phi-2", "workload": "fixed", "input_len": 200, "output_len": 20, "request_rate": 1,
     "num_prompts": 30, "slo": ["p99_ttft<=1", "p99_tbt<=50ms"], "uncertainty": 2,
@@ -279,17 +269,17 @@ def test_engines_of_one_file_name_are_two_points(tmp_path: Path, jobs: list[dict
 
 def test_a_device_file_that_was_edited_is_another_plan(tmp_path: Path, jobs: list[dict[str, Any]]) -> None:
     card = tmp_path / "card.yaml"
-    card.write_text(CARD)
+    card.write_text(DEVICE_YAML)
     with pytest.raises(InputError, match="not today"):
         _make(tmp_path / "plan", [str(card)])
-    card.write_text(CARD.replace("312e12", "400e12"))
+    card.write_text(DEVICE_YAML.replace("312e12", "400e12"))
     with pytest.raises(InputError, match="holds a plan with other settings"):
         _make(tmp_path / "plan", [str(card)])
 
 
 def test_prices_may_name_a_device_by_its_file_or_the_name_in_it(tmp_path: Path) -> None:
     card = tmp_path / "card.yaml"
-    card.write_text(CARD)
+    card.write_text(DEVICE_YAML)
     assert prices("card=2,a40=1", [str(card)]) == {"card": 2.0, "a40": 1.0} == prices(f"{card}=2,a40=1")
     with pytest.raises(InputError, match="card"):
         prices("card=2")
@@ -316,7 +306,7 @@ def test_crashes_are_told_apart_and_the_rest_is_planned(tmp_path: Path, monkeypa
     monkeypatch.setattr(gc, "collect", lambda: 0)  # takes longer than such short trials
     monkeypatch.setattr(windtunnel.planning, "work", some)
     card, folder = tmp_path / "card.yaml", tmp_path / "plan"
-    card.write_text(CARD)
+    card.write_text(DEVICE_YAML)
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SMALL.items() if key != "slo"]
     flags += [f"--slo={each}" for each in SMALL["slo"]] + [f"--{k.replace('_', '-')}={v[0]}" for k, v in ONE.items()]
     done = CliRunner().invoke(
@@ -342,7 +332,7 @@ def test_what_a_plan_has_loaded_does_not_outlive_it(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(windtunnel.planning, "work", bound_only)
     card, folder = tmp_path / "card.yaml", tmp_path / "plan"
     for gib, words in ((48, "not today"), (1, "GiB"), (48, "not today")):
-        card.write_text(CARD.replace("48e9", f"{gib}e9"))
+        card.write_text(DEVICE_YAML.replace("48e9", f"{gib}e9"))
         with pytest.raises(InputError, match=words):
             wt.plan(devices=str(card), gpu_price="card=2", output_dir=folder, **SMALL, **ONE)
         shutil.rmtree(folder, ignore_errors=True)

@@ -182,22 +182,21 @@ def elsewhere(best: Candidate, second: Candidate | None, known: Sequence[Candida
     told = {best.device, "" if second is None else second.device}
     for device in dict.fromkeys(each.device for each in known if each.device not in told):
         held = [each for each in known if each.device == device and each.outcome == "holds"]
+        dismissed = [each for each in known if each.device == device and each.outcome == "dismissed"]
         if held:
             least = min(held, key=lambda each: each.usd_per_hour)
             gpus = least.count * least.gpus
-            words.append(
-                f"{device}: {_count(gpus, 'GPU')} at ${number(least.usd_per_hour)}/h; it would be the cheaper one "
-                f"below ${number(best.usd_per_hour / gpus)} per GPU-hour (now ${number(least.usd_per_gpu_hour)})."
-            )
-            continue
-        mine = [each for each in known if each.device == device and each.outcome == "dismissed"]
-        if mine:
-            least = min(mine, key=lambda each: each.fewest_usd)
+            says = f"at ${number(least.usd_per_hour)}/h; it would be the cheaper one below"
+        elif dismissed:
+            least = min(dismissed, key=lambda each: each.fewest_usd)
             gpus = least.fewest * least.gpus
-            words.append(
-                f"{device}: {_count(gpus, 'GPU')} or more, so it can only win below "
-                f"${number(best.usd_per_hour / gpus)} per GPU-hour (now ${number(least.usd_per_gpu_hour)})."
-            )
+            says = "or more, so it can only win below"
+        else:
+            continue
+        words.append(
+            f"{device}: {_count(gpus, 'GPU')} {says} ${number(best.usd_per_hour / gpus)} per GPU-hour "
+            f"(now ${number(least.usd_per_gpu_hour)})."
+        )
     return words
 
 
