@@ -309,6 +309,7 @@ def test_pipeline_stages_work_at_the_same_time(oracle: GetOracle, monkeypatch: p
 @pytest.mark.parametrize("tp", [1, 2])
 def test_collections_pass_over_what_a_start_leaves(tp: int, oracle: GetOracle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocess, "_run_rank", strange_ranks.has_frozen_its_start)
+    monkeypatch.setattr("engine.runtime.executor.gc", gc)  # not that of conftest
     gc.unfreeze()  # what another executor left
     mine = start(oracle().engine_spec(tp))
     try:

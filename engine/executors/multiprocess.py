@@ -32,7 +32,8 @@ class MultiprocessExecutor:
 
     def __init__(self, spec: EngineSpec) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["engine.worker.rank_process"])  # torch is imported once for all ranks
+        # torch is imported once for all ranks
+        context.set_forkserver_preload(["engine.worker.rank_process", "engine.worker.preloaded"])
         _start_fork_server()
         meeting_point = f"tcp://{LOCALHOST}:{spec.port or free_port()}"
         if spec.port is not None:

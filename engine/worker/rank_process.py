@@ -35,8 +35,9 @@ def main(driver: Connection, spec: EngineSpec, rank: int, meeting_point: str) ->
         driver.send(("ready", *runner.describe()))
         _serve(driver, runner)
         del runner
-        gc.unfreeze()
-        gc.collect()  # its CUDA graphs hold on to NCCL's communicators
+        if spec.device == "cuda":
+            gc.unfreeze()
+            gc.collect()  # its CUDA graphs hold on to NCCL's communicators
         leave()
     except BaseException as error:
         blame = isinstance(error, InputError)
