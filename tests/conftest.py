@@ -44,7 +44,7 @@ executor.gc = SimpleNamespace(collect=lambda: 0, freeze=gc.freeze)
 
 # The longest first, so that all workers end together; the others follow by name.
 LONGEST = (
-    "engine_executors", "studies_sweep", "plan", "gpu_engine", "cli_profile", "engine_failures", "cli_engine",
+    "engine_executors", "ray", "studies_sweep", "plan", "gpu_engine", "cli_profile", "engine_failures", "cli_engine",
     "predictor_calibration", "cli_simulate", "worker_model", "calibration_data", "simulator_oracles", "hardening",
     "studies_experiments", "studies_selfcheck", "listening", "load_generator", "cli_serve", "project", "truth",
     "measured", "prefix_caching_runs", "cli_report", "profiler_selection", "profiler_operators", "python_api",

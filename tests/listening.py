@@ -4,6 +4,7 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 _LISTEN = "0A"
 
 

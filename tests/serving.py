@@ -148,3 +148,11 @@ def serve(
     scheduler.kv_cache.check_integrity([])
     assert scheduler.kv_cache.num_used == 0
     return served
+
+
+def assert_varied(served: Served) -> None:
+    """Chunks that don't divide their prompts, decodes and prefills in one batch, and preemptions."""
+    assert any(batch.decodes and batch.chunks for batch in served.batches)
+    chunks = {chunk for batch in served.batches for _, chunk in batch.chunks}
+    assert any(prompt % chunk for prompt, _ in LENGTHS for chunk in chunks if chunk < prompt)
+    assert served.driver.scheduler.recomputed_tokens > 0

@@ -3,14 +3,9 @@
 Every proof here runs real checkpoints through real executors.
 """
 
-import contextlib
 import gc
-import os
-import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import checkpoints
@@ -19,11 +14,11 @@ import pytest
 import strange_ranks
 import torch
 from replaying import assert_same_times, composition, replay
-from serving import LENGTHS, MAX_LEN, Oracle, Served, serve
+from serving import LENGTHS, MAX_LEN, Oracle, Served, assert_varied, serve
 
 from engine.executors import multiprocess
 from engine.executors.start import start
-from engine.runtime.executor import Executor, SamplingParams, WorkerError
+from engine.runtime.executor import Executor, SamplingParams
 from engine.scheduling.policies import POLICIES
 
 GetOracle = Callable[..., Oracle]
@@ -76,17 +71,6 @@ def executor(oracle: GetOracle) -> Iterator[GetExecutor]:
         last.close()
 
 
-def children() -> list[str]:
-    """Names of this process's children."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            name, rest = path.read_text("utf-8").split("(", 1)[1].rsplit(")", 1)
-            if int(rest.split()[1]) == os.getpid():
-                found.append(name)
-    return found
-
-
 def assert_logits(served: Served, oracle: Oracle) -> None:
     """The logits that every token was sampled from, against those of transformers for the same tokens."""
     assert all(result.logits is not None for result in served.results)
@@ -97,14 +81,6 @@ def assert_logits(served: Served, oracle: Oracle) -> None:
     for row, request, length in zip(rows, served.sampled, served.lengths, strict=True):
         expected = wanted[request][length - 1]
         assert np.abs(row - expected).max() < 1e-4 * np.abs(expected).max()
-
-
-def assert_varied(served: Served) -> None:
-    """Chunks that don't divide their prompts, decodes and prefills in one batch, and preemptions."""
-    assert any(batch.decodes and batch.chunks for batch in served.batches)
-    chunks = {chunk for batch in served.batches for _, chunk in batch.chunks}
-    assert any(prompt % chunk for prompt, _ in LENGTHS for chunk in chunks if chunk < prompt)
-    assert served.driver.scheduler.recomputed_tokens > 0
 
 
 @pytest.mark.parametrize("name", checkpoints.CONFIGS)
@@ -181,42 +157,6 @@ def test_scheduling_ahead_gives_them(tp: int, oracle: GetOracle, executor: GetEx
     served = serve(executor(tp=tp), oracle(), async_scheduling=True)
     assert_varied(served)
     assert served.outputs == oracle().outputs
-
-
-def test_ray_gives_them_and_is_gone_afterwards(oracle: GetOracle, capfd: pytest.CaptureFixture[str]) -> None:
-    ray = pytest.importorskip("ray")
-    if (os.cpu_count() or 1) < 2:
-        pytest.skip("ray grants each rank a processor")
-    mine = start(oracle().engine_spec(tp=2), "ray")
-    try:
-        served = serve(mine, oracle())
-        assert_varied(served)
-        assert served.outputs == oracle().outputs
-        assert ray.is_initialized()
-        ends = [time.end for result in served.results for time in result.times]
-        mine._shifts = [0.0, 1e6]  # type: ignore[attr-defined]  # as if rank 1 were on a machine that started later
-        shifted = [result.times for result in serve(mine, oracle()).results]
-        assert all(max(ends) < one.end < two.end - 0.9e6 for one, two in shifted)
-        victim: Any = mine._actors[1]  # type: ignore[attr-defined]
-        ray.cloudpickle.register_pickle_by_value(strange_ranks)  # which the actor can't import
-        for actor in mine._actors:  # type: ignore[attr-defined]
-            ray.get(actor.__ray_call__.remote(strange_ranks.slow_to_report))
-        assert serve(mine, oracle(), async_scheduling=True, counts=[2] * 5).outputs == [o[:2] for o in oracle().outputs]
-        noted = ray.get(victim.__ray_call__.remote(strange_ranks.noted))
-        assert noted[:4] == ["start", "start", "done", "start"]  # two are under way at any time
-        pid = ray.get(victim.__ray_call__.remote(strange_ranks.pid))
-        assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
-        os.kill(pid, signal.SIGKILL)
-        capfd.readouterr()
-        with pytest.raises(WorkerError, match=rf"^rank 1 died \(process {pid}\): [^\n]*$"):
-            serve(mine, oracle())
-        time.sleep(2)  # for what Ray would have to say of it
-    finally:
-        mine.close()
-    assert capfd.readouterr() == ("", "")
-    assert not ray.is_initialized()
-    assert not {"raylet", "gcs_server"} & set(children())
-    mine.close()
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -342,23 +282,3 @@ def test_the_rank_with_the_least_memory_decides(oracle: GetOracle, monkeypatch: 
         assert serve(mine, oracle(), stages=2, num_blocks=28).outputs == oracle().outputs
     finally:
         mine.close()
-
-
-def test_the_ranks_of_a_stage_share_a_machine_where_one_holds_them(oracle: GetOracle) -> None:
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=2)
-        ray.init(address=cluster.address, log_to_driver=False)
-        mine: Any = start(oracle().engine_spec(tp=2, pp=2), "ray")
-        try:
-            assert serve(mine, oracle(), stages=2).outputs == oracle().outputs
-            nodes = [node for node, _ in ray.get([actor.clock.remote() for actor in mine._actors])]
-            assert nodes[0] == nodes[1] and nodes[2] == nodes[3] and nodes[0] != nodes[2]
-        finally:
-            mine.close()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()

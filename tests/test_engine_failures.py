@@ -315,9 +315,7 @@ def test_all_ranks_end_when_the_driver_is_killed(tp: int, pp: int, oracle: Oracl
 
 def test_all_of_ray_ends_when_the_driver_is_killed(oracle: Oracle) -> None:
     pytest.importorskip("ray")
-    if (os.cpu_count() or 1) < 2:
-        pytest.skip("ray grants each rank a processor")
-    with endless_engine(oracle.folder, 2, 1, "ray") as (driver, count):
+    with endless_engine(oracle.folder, 1, 1, "ray") as (driver, count):
         assert driver.stdout is not None and driver.stdout.readline() == "serving\n"
         assert count() > 5
         driver.kill()

@@ -17,8 +17,7 @@ from command_line import windtunnel as in_this_process
 
 from engine.errors import InputError
 from studies.capacity.sweep import mark_pareto, name_of, points
-from studies.jobs.pool import work_off, work_off_on_ray
-from windtunnel.planning import make_plan
+from studies.jobs.pool import work_off
 
 MODEL = ["--model", "Mistral-7B-v0.1", "--device", "a100", "--max-model-len", "4096", "--num-prompts", "200"]
 QUICK = ["--seeds", "1", "--no-curve"]
@@ -280,7 +279,8 @@ def tiny(searched: Path) -> Path:
 def test_a_capacity_is_confirmed_on_this_machines_engine(tiny: Path) -> None:
     done = windtunnel(
         "search", "--model", "tiny", "--load-format", "dummy", "--device", "cpu", "--max-model-len", "128",
-        "--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--workload", "fixed", "--input-len", "20",
+        "--max-num-batched-tokens", "32", "--max-num-seqs", "4", "--num-gpu-blocks-override", "200",
+        "--workload", "fixed", "--input-len", "20",
         "--output-len", "10", "--num-prompts", "30", "--slo", "p50_scheduling_delay<=0.01", "--confirm", *QUICK,
         "--tolerance", "0.2", "--output-dir", "confirmed", "--json", cwd=tiny,
     )  # fmt: skip
@@ -322,42 +322,3 @@ def test_bad_searches_are_told_in_a_line(searched: Path, arguments: list[str], c
     assert done.returncode == 2, done.stderr
     assert complaint.replace("_", "-") in done.stderr.replace("_", "-")
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_a_ray_cluster_of_two_nodes_gives_what_processes_give(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of its workers, for sweep_work
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        cluster.add_node(num_cpus=1)
-        every = [{"do": 3}, {"do": "refuse"}, {"do": "fail"}, {"do": 4}]
-        found = dict(work_off_on_ray(sweep_work.work, every, cluster.address))
-        local = dict(work_off(sweep_work.work, every, 2))
-        for each in (*found.values(), *local.values()):
-            each.pop("traceback", None)
-        assert found == local
-        done = in_this_process(
-            "search", "--sweep", "sweep.yaml", *PRICES, *FEW, "--ray", cluster.address, "--output-dir", "on-ray",
-            cwd=searched,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        small = {"model": "microsoft/phi-2", "workload": "fixed", "input_len": 200, "output_len": 5, "request_rate": 1,
-                 "num_prompts": 20, "slo": ["p99_ttft<=1"], "uncertainty": 2}  # fmt: skip
-        one = {"tensor_parallel_size": [1], "pipeline_parallel_size": [1], "max_num_batched_tokens": [512]}
-        plans = [
-            make_plan(
-                small, ["a40"], {"": 1.0}, one, folder=searched / f"plan-{address}", workers=1, ray_address=address
-            )
-            for address in (cluster.address, None)
-        ]
-        assert plans[0] | {"cpu_s": 0} == plans[1] | {"cpu_s": 0}
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    ours, theirs = (
-        json.loads((searched / name / "sweep.json").read_text().replace(f"/{name}/", "/"))["points"]
-        for name in ("many", "on-ray")
-    )
-    assert ours == theirs
