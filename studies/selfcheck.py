@@ -46,8 +46,8 @@ LEAST_S = {  # of a step, below which it ends with nothing: estimates
 }
 PATIENCE = 1.0  # a step is ended after this many times its share of the budget
 PROGRESS_S = 1.0  # between lines about how far a step is
-SMALL = ModelSpec(name="small", model_type="llama", num_layers=4, hidden_size=512, intermediate_size=1408,
-                  num_attention_heads=8, num_key_value_heads=4, head_dim=64, vocab_size=8192,
+SMALL = ModelSpec(name="small", model_type="llama", num_layers=3, hidden_size=256, intermediate_size=704,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=2048,
                   max_position_embeddings=4096)  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def test_text_comes_out_as_it_grows(speaking: Path, tmp_path: Path, capsys: pyte
     tokenizer = Tokenizer.from_file(str(speaking / "tokenizer.json"))
     assert answer["prompt_token_ids"] == tokenizer.encode("hello you").ids
     assert answer["text"] == tokenizer.decode(answer["token_ids"])
-    done = windtunnel("generate", *settings, "--device", "cpu", "--prompt", "hello you", cwd=tmp_path)
+    done = in_this_process("generate", *settings, "--device", "cpu", "--prompt", "hello you", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, answer["text"] + "\n", "")
     assert run(["generate", "--device", "cpu", *settings, "--prompt", "hello you", "--prompt", "and you"])[0] == 0
     assert capsys.readouterr().out.splitlines()[0] == answer["text"]
@@ -372,7 +372,8 @@ def test_a_missing_package_is_named(
 
 def test_a_process_without_a_gpu_says_so(folder: Path, tmp_path: Path) -> None:
     settings = ["--model", str(folder), "--device", "h100", *LOAD, "--request-rate", "9", "--num-prompts", "3"]
-    done = windtunnel("bench", *settings, cwd=tmp_path)
+    none_here = in_this_process if not torch.cuda.is_available() else windtunnel  # which hides what there is
+    done = none_here("bench", *settings, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "no GPU" in done.stderr and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

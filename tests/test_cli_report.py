@@ -1,16 +1,9 @@
 """`windtunnel report` as a user meets it: the page's path as the last line, or one line of what is wrong and code 2."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-
-def windtunnel(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+from command_line import windtunnel
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_profile_fit_and_validation_leave_a_few_files(tmp_path: Path) -> None:
         "from pathlib import Path; from types import SimpleNamespace; from studies import selfcheck; "
         "selfcheck.PATIENCE = 100; selfcheck.time = SimpleNamespace(perf_counter=lambda: 0.0); "  # at any load
         "selfcheck.LEAST_S['cpu'] = dict.fromkeys(selfcheck.STEPS, 1.0); "
-        "raise SystemExit(0 if selfcheck.selfcheck('cpu', 10, Path('out'), ('profile', 'validate')) else 1)"
+        "raise SystemExit(0 if selfcheck.selfcheck('cpu', 6, Path('out'), ('profile', 'validate')) else 1)"
     )
     done = node(["-c", code], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
