@@ -321,7 +321,11 @@ def test_the_command_line_fits_shows_and_evaluates(tmp_path: Path, capsys: pytes
     from cli.main import run
 
     compute = data / "compute" / "a40"
-    train = [str(compute / "meta-llama" / "Llama-2-7b-hf"), str(compute / "codellama")]
+    some = tmp_path / "some" / "compute" / "a40" / "meta-llama" / "Llama-2-7b-hf" / "mlp.csv"
+    some.parent.mkdir(parents=True)
+    head, *lines = (compute / "meta-llama" / "Llama-2-7b-hf" / "mlp.csv").read_text().splitlines(keepends=True)
+    some.write_text("".join([head, *lines[::8]]))
+    train = [str(compute / "microsoft"), str(tmp_path / "some")]
     arguments = [
         "calibrate",
         "evaluate",
