@@ -128,8 +128,10 @@ def neighbours(rows: pd.DataFrame, axes: tuple[str, ...], values: NDArray[np.flo
 
 def _population(rows: pd.DataFrame) -> NDArray[np.intp]:
     """Return a number for each row, (rows,), of what it shares with rows that it can be held against."""
-    texts = [name for name in _POPULATION if name in rows]
-    fixed = rows[texts].astype("string").fillna("").agg("|".join, axis=1) if texts else pd.Series("", rows.index)
+    fixed = pd.Series("", rows.index, dtype="string")
+    for name in _POPULATION:
+        if name in rows:
+            fixed = fixed + rows[name].astype("string").fillna("") + "|"
     return np.asarray(pd.factorize(fixed)[0])
 
 

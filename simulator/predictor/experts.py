@@ -70,9 +70,10 @@ class Experts(RowsModel[Operator]):
     @classmethod
     def groups(cls, rows: pd.DataFrame) -> pd.Series:
         """What a rank has of a layer: hidden size, width, experts and how many a token passes."""
-        names = ("hidden_size", "expert_width", "local_experts", "top_k")
-        joined: pd.Series = rows[list(names)].astype(str).agg("x".join, axis=1)
-        return joined
+        hidden, width, experts, top_k = (
+            rows[name].astype(str) for name in ("hidden_size", "expert_width", "local_experts", "top_k")
+        )
+        return hidden + "x" + width + "x" + experts + "x" + top_k
 
     @classmethod
     def data_sheet(cls, op: Operator, site: Site, rows: Array) -> Array:
