@@ -187,7 +187,13 @@ def test_prompts_are_continued_by_the_same_replica() -> None:
 
 @pytest.mark.usefixtures("place")
 def test_groups_of_replicas_are_written_as_they_were_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"model": "tiny", "device": "cpu", **LOAD, "replicas": [{"count": 2}, {"device": "h100"}]}
+    settings = {
+        "model": "tiny",
+        "device": "cpu",
+        **LOAD,
+        "num_gpu_blocks_override": 60,
+        "replicas": [{"count": 2}, {"device": "h100"}],
+    }
     del settings["load_format"]
     Path("run.yaml").write_text(yaml.safe_dump(settings))
     assert run(["simulate", "--config", "run.yaml", "--output-dir", "out"]) == (0, "")

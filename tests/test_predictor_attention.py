@@ -209,7 +209,7 @@ def test_no_rows_is_an_error() -> None:
 @cache
 def measured() -> pd.DataFrame:
     tables = [
-        read_source("vidur", DATA / "vidur", "a100_pcie"),
+        read_source("vidur", DATA / "vidur/profiling/compute/a100/meta-llama/Llama-2-70b-hf", "a100_pcie"),
         read_source("aiconfigurator", DATA / "aiconfigurator" / "a100_sxm"),
     ]
     return pd.concat(tables, ignore_index=True)

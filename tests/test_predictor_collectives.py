@@ -147,14 +147,14 @@ def every_second_size_left_out(model: type[AllReduce] | type[Send], rows: pd.Dat
 
 @real
 @pytest.mark.parametrize(
-    ("source", "device", "model"),
+    ("source", "folder", "device", "model"),
     [
-        ("vidur", "a100_pcie", AllReduce),
-        ("vidur", "a100_pcie", Send),
-        ("vidur", "a40", AllReduce),
-        ("vidur", "a40", Send),
-        ("aiconfigurator", "a100_sxm", AllReduce),
+        ("vidur", "vidur/profiling/network", "a100_pcie", AllReduce),
+        ("vidur", "vidur/profiling/network", "a100_pcie", Send),
+        ("vidur", "vidur/profiling/network", "a40", AllReduce),
+        ("vidur", "vidur/profiling/network", "a40", Send),
+        ("aiconfigurator", "aiconfigurator/a100_sxm", "a100_sxm", AllReduce),
     ],
 )
-def test_public_sizes_left_out(source: str, device: str, model: type[AllReduce] | type[Send]) -> None:
-    assert every_second_size_left_out(model, read_source(source, DATA / source, device)) < 0.10
+def test_public_sizes_left_out(source: str, folder: str, device: str, model: type[AllReduce] | type[Send]) -> None:
+    assert every_second_size_left_out(model, read_source(source, DATA / folder, device)) < 0.10

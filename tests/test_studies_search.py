@@ -51,7 +51,7 @@ def trial(rate: float, met: bool, margin: float = 1.0) -> Trial:
 
 def test_the_capacity_of_an_m_d_1_queue() -> None:
     """Mean wait in M/D/1 is load * service / (2 (1 - load)): 7.5 ms at a load of 0.6, so 60 requests/s."""
-    spec = WorkloadSpec(lengths="fixed", input_len="1", output_len="1", request_rate=1.0, num_prompts=30_000)
+    spec = WorkloadSpec(lengths="fixed", input_len="1", output_len="1", request_rate=1.0, num_prompts=12_000)
     slos = [SLO.parse("mean_scheduling_delay<=7.5ms")]
     server = one_server()
     found = find_capacity(lambda rate: simulated_trial(at_rate(spec, rate), [server], slos, rate), 30.0, 0.01)

@@ -337,6 +337,15 @@ def supported() -> list[ModelSpec]:
     return [spec for spec in every.values() if spec.quantization == "none" and not spec.full_attention_layers]
 
 
+def shallow(spec: ModelSpec) -> ModelSpec:
+    """Its first 7 layers: those after them are alike."""
+    experts, most = spec.experts, 7
+    if experts is not None:
+        dense = tuple(layer for layer in experts.dense_layers if layer < most)
+        experts = replace(experts, dense_layers=dense)
+    return replace(spec, num_layers=min(spec.num_layers, most), experts=experts)
+
+
 def shards(spec: ModelSpec, tp: int, pp: int) -> Iterable[Decoder]:
     """The decoders of a model's ranks in 16 bits, without memory: tp rank 0 and the last, of each stage."""
     parallel = ParallelSpec(tensor_parallel_size=tp, pipeline_parallel_size=pp)
@@ -355,7 +364,7 @@ def cuts(spec: ModelSpec) -> list[tuple[int, int]]:
 def test_shards_of_published_models_are_what_profiler_and_memory_count(spec: ModelSpec) -> None:
     assert len(cuts(spec)) >= 4
     for tp, pp in cuts(spec):
-        for decoder in shards(spec, tp, pp):
+        for decoder in shards(spec if (tp, pp) == (1, 1) else shallow(spec), tp, pp):
             assert_shards(decoder)
 
 
