@@ -42,16 +42,25 @@ forkserver.set_forkserver_preload = _with_ranks
 executor.gc = SimpleNamespace(collect=lambda: 0, freeze=gc.freeze)
 
 
-# The longest first, so that all workers end together; the others follow by name.
+# The longest first, so that all workers end together; the others follow by name. One worker runs all of ENGINE: each
+# that did would import transformers' models, for 3 s, and have a fork server with torch of its own, for 2 s.
+ENGINE = (
+    "engine_executors", "engine_failures", "cli_engine", "worker_model", "cli_serve", "gpu_engine", "serve_engine",
+    "serve_simulated", "listening", "worker_weights",
+)  # fmt: skip
 LONGEST = (
-    "engine_executors", "ray", "studies_sweep", "plan", "gpu_engine", "cli_profile", "engine_failures", "cli_engine",
-    "predictor_calibration", "cli_simulate", "worker_model", "calibration_data", "simulator_oracles", "hardening",
-    "studies_experiments", "studies_selfcheck", "listening", "load_generator", "cli_serve", "project", "truth",
-    "measured", "prefix_caching_runs", "cli_report", "profiler_selection", "profiler_operators", "python_api",
-    "cli_errors", "sanity_estimates", "pages_in_a_browser", "profiler_importers", "studies_search",
+    *ENGINE, "ray", "studies_sweep", "calibration_data", "predictor_calibration", "cli_simulate", "simulator_oracles",
+    "studies_selfcheck", "studies_experiments", "truth", "python_api", "pages_in_a_browser", "prefix_caching_runs",
+    "cli_profile", "plan", "hardening", "project", "engine_scheduler", "predictor_gemm", "profiler_importers",
+    "measured", "studies_search", "studies_report", "operator_kinds", "profiler_selection", "sanity_estimates",
+    "studies_record", "vllm_reference", "profiler_operators", "load_generator",
 )  # fmt: skip
 PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: PLACES.get(item.path.name, len(PLACES)))
+    if config.pluginmanager.hasplugin("xdist"):  # for --dist loadgroup
+        for item in items:
+            of_engine = PLACES.get(item.path.name, len(PLACES)) < len(ENGINE)
+            item.add_marker(pytest.mark.xdist_group("engine" if of_engine else item.path.stem))

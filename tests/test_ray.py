@@ -22,12 +22,19 @@ from engine.runtime.executor import WorkerError
 from studies.jobs.pool import work_off, work_off_on_ray
 from windtunnel.planning import make_plan
 
-ray = pytest.importorskip("ray")
+ray: Any = None
 SWEEP = {
     "model": "mistralai/Mistral-7B-v0.1", "device": "a100", "max_model_len": 4096, "num_prompts": 60,
     "slo": ["p99_tbt<=0.1", "p50_scheduling_delay<=2"],
     "sweep": {"scheduler": ["sarathi", "vllm"]},
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> None:
+    """Import it where these tests run, and not where they are only collected: it takes half a second."""
+    global ray
+    ray = pytest.importorskip("ray")
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,18 @@
 """Our own engine behind the server, on a CPU: what it says is what transformers generates."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import checkpoints
 import httpx
 import numpy as np
-import openai
 import pytest
 import torch
 from http_serving import Running, Steady, deployment, running
@@ -30,6 +32,9 @@ from engine.server.requests import Limits
 from engine.server.text import load_tokenizer
 from engine.specs import ParallelSpec
 from simulator.predicted_executor import PredictedExecutor
+
+if TYPE_CHECKING:
+    import openai  # takes a second: only the worker that runs these tests does
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}a"
 PROMPT = [5, 17, 9, 3, 24]
@@ -70,6 +75,8 @@ def served(folder: Path) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(served: Running) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
         yield made
 

@@ -1,13 +1,15 @@
 """A simulated server as its clients see it: the openai package, httpx and a load generator."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import httpx
 import numpy as np
-import openai
 import pytest
 from http_serving import MODEL, Running, deployment, simulated
 
@@ -20,6 +22,9 @@ from engine.workload.workload import Workload
 from simulator.cluster import simulate
 from simulator.live import LiveCluster
 
+if TYPE_CHECKING:
+    import openai  # takes a second: only the worker that runs these tests does
+
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Running]:
@@ -29,6 +34,8 @@ def served() -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def client(served: Running) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
@@ -93,6 +100,8 @@ def test_it_names_its_model_and_itself(served: Running, client: openai.OpenAI) -
 
 
 def test_what_a_client_does_wrong_is_said_in_openais_words(served: Running, client: openai.OpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="other", prompt="a")
     with pytest.raises(openai.BadRequestError, match="maximum context length is 512") as error:
