@@ -2,10 +2,12 @@
 order of the files, which workers are handed whole: what a file's fixtures make is made once.
 """
 
+import contextlib
 import gc
 import os
 import signal
 import sys
+from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,17 @@ import pytest
 from hypothesis import settings
 
 from engine.runtime import executor
+
+# In a new environment no module is compiled yet. Workers that import all in one order would each compile all of it.
+FIRST = (
+    ("torch",),
+    ("scipy.stats", "pandas", "transformers", "aiohttp", "tokenizers"),
+    ("sympy", "pyarrow.parquet", "cli.main", "windtunnel.api", "simulator.cluster", "studies.pages.run"),
+)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    for name in FIRST[int(worker.removeprefix("gw")) % len(FIRST)]:
+        with contextlib.suppress(ImportError):  # who needs it will say so
+            import_module(name)
 
 sys.path.append(str(Path(__file__).parent))  # `import checkpoints`: --import-mode=importlib leaves it out
 
@@ -58,6 +71,7 @@ LONGEST = (
 PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: PLACES.get(item.path.name, len(PLACES)))
     if config.pluginmanager.hasplugin("xdist"):  # for --dist loadgroup
