@@ -11,6 +11,7 @@ from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -71,10 +72,18 @@ LONGEST = (
 PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: PLACES.get(item.path.name, len(PLACES)))
-    if config.pluginmanager.hasplugin("xdist"):  # for --dist loadgroup
-        for item in items:
-            of_engine = PLACES.get(item.path.name, len(PLACES)) < len(ENGINE)
-            item.add_marker(pytest.mark.xdist_group("engine" if of_engine else item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out whole files (--dist loadfile), and those of ENGINE as if they were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "engine" if PLACES.get(Path(file).name, len(PLACES)) < len(ENGINE) else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
