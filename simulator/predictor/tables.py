@@ -210,7 +210,7 @@ def _rising_decodes(seconds: Array) -> Array:
 
 
 def _spread(values: Array, most: int) -> Array:
-    """A table by every number of rows from 0 (0 s) to `most`, linear between ROWS and never falling."""
-    table = np.interp(np.arange(most + 1), ROWS, np.maximum.accumulate(values))
+    """A table by every number of rows from 0 (0 s) to `most`, linear between ROWS."""
+    table = np.interp(np.arange(most + 1), ROWS, values)
     table[0] = 0.0
     return table
