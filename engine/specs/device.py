@@ -29,6 +29,7 @@ class DeviceSpec:
     num_sms: int = 108  # streaming multiprocessors, over which a kernel's tiles are spread
     clock_hz: float = 1.98e9  # boost clock, in whose cycles a launch takes as long everywhere
     cache_bytes: int = 0  # of the last-level cache; 0: not known, and nothing is taken to stay in it
+    measured_as: str | None = None  # the card whose calibration serves it, too: the same but for the memory
     calibration: str | None = None  # folder of its calibration; None: what ships under its name, if anything
 
     def __post_init__(self) -> None:

@@ -273,6 +273,7 @@ class _Reader:
                 lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst"
             ),
             measured={"e2e": latency, "throughput": length * batch / latency},
+            statistic="max",  # from the call that brings all prompts until it returns
             load=f"batch {batch}",
             source=source_name,
             assumed=tuple(source.assumed),
