@@ -72,6 +72,32 @@ def test_eight_bit_products_fall_where_their_kernels_do() -> None:
     assert in_16[17] <= in_16[64] <= in_16[65]
 
 
+def test_a_slower_memory_costs_what_reads_it() -> None:
+    """The A100 with 40 GB is the other with 0.76 of its bandwidth: big reads take longer, launches and products do not."""
+    own, other = (
+        learned(catalog.model(MODELS["small"]), catalog.device(name), catalog.network("nvswitch_a100"), ParallelSpec(),
+                replace(HOST, kernels=None))
+        for name in ("a100_sxm_40gb", "a100_sxm")
+    )  # fmt: skip
+    assert "carried over from a100_sxm" in own.description and "carried" not in other.description
+    for shape, least, most in (
+        (decodes(1, 1), 1.15, 1.35),  # weights
+        (decodes(64, 2000), 1.15, 1.35),  # and KV
+        (prompts((4096, 0)), 0.97, 1.1),
+    ):
+        assert least < own.stage_time(shape, 0) / other.stage_time(shape, 0) < most
+
+
+def test_large_products_are_no_faster_than_the_card_sustains() -> None:
+    spec, chunk = catalog.model(MODELS["large"]), 16384
+    for device, dtype in (("h100_sxm", "bfloat16"), ("h100_sxm", "fp8"), ("h200_sxm", "fp8")):
+        known, tp = catalog.device(device), 4 if device == "h100_sxm" else 2
+        rate = known.sustained_fp8_flops if dtype == "fp8" else known.sustained_flops
+        assert rate is not None and rate < (known.peak_fp8_flops if dtype == "fp8" else known.peak_flops)
+        flops = 2 * (spec.matmul_parameters - spec.vocab_size * spec.hidden_size) * chunk / tp
+        assert predictor(device, "large", tp, dtype).stages[0].tokens[chunk] >= flops / rate
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_never_below_the_data_sheet(case: tuple[str, str, int, str]) -> None:
     device, model, tp, dtype = case

@@ -25,8 +25,9 @@ from engine.specs.checks import build
 
 MOST_PATH = 4096
 MIB, GIB = 1 << 20, 1 << 30
-_CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie", "H100": "h100_sxm", "H200": "h200_sxm"} | {
-    name: name.lower() for name in ("A40", "L40S", "L4")
+_CARDS = {"A100-SXM4-40GB": "a100_sxm_40gb", "A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
+    **{"H100": "h100_sxm", "H200": "h200_sxm"},
+    **{name: name.lower() for name in ("A40", "L40S", "L4")},
 }  # NVIDIA's names
 DATA = Path(__file__).parent / "data"
 DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
