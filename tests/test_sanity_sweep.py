@@ -73,7 +73,7 @@ def test_eight_bit_products_fall_where_their_kernels_do() -> None:
 
 
 def test_a_slower_memory_costs_what_reads_it() -> None:
-    """The A100 with 40 GB is the other with 0.76 of its bandwidth: big reads take longer, launches and products do not."""
+    """The A100 with 40 GB is the other with 0.76 of its bandwidth: big reads take longer, large products do not."""
     own, other = (
         learned(catalog.model(MODELS["small"]), catalog.device(name), catalog.network("nvswitch_a100"), ParallelSpec(),
                 replace(HOST, kernels=None))
