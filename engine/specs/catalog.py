@@ -83,21 +83,6 @@ DEVICES = {
             source=_SHEET,
         ),
         DeviceSpec(
-            name="a100_sxm_40gb",
-            description="NVIDIA A100 40GB SXM4",
-            peak_flops=312e12,
-            memory_bandwidth=1.555e12,
-            memory_bytes=int(39.4 * GIB),
-            clock_hz=1.41e9,
-            cache_bytes=40 * MIB,
-            matmul_efficiency=0.8,
-            attention_efficiency=0.55,
-            bandwidth_efficiency=0.85,
-            network="nvswitch_a100",
-            measured_as="a100_sxm",
-            source=_SHEET,
-        ),
-        DeviceSpec(
             name="a40",
             description="NVIDIA A40 48GB PCIe, ECC on",
             peak_flops=149.7e12,
@@ -195,6 +180,14 @@ DEVICES = {
         ),
     )
 }
+DEVICES["a100_sxm_40gb"] = replace(
+    DEVICES["a100_sxm"],
+    name="a100_sxm_40gb",
+    description="NVIDIA A100 40GB SXM4",
+    memory_bandwidth=1.555e12,
+    memory_bytes=int(39.4 * GIB),
+    measured_as="a100_sxm",
+)
 DEVICES |= {
     name: DeviceSpec(name=name, **values)
     for name, values in json.loads((DATA / "devices.json").read_text(encoding="utf-8")).items()
