@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -29,6 +29,24 @@ def unlike_sources(predictors: Iterable[str]) -> str | None:
 def statistic_name(statistic: str) -> str:
     """Return the name of a statistic: median for p50, P99 for p99; mean and max stay."""
     return {"mean": "mean", "max": "max", "p50": "median"}.get(statistic, statistic.upper())
+
+
+def capital(words: str) -> str:
+    """Return words that begin with a capital letter."""
+    return words[:1].upper() + words[1:]
+
+
+def together(names: Sequence[str]) -> str:
+    """Return names as the title of a page about them all."""
+    if len(names) > 4:
+        return f"{', '.join(names[:3])} and {len(names) - 3} others"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def listed(names: Sequence[str], most: int, between: str = "; ") -> str:
+    """Return names one after the other, and of more than `most` how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def number(value: float | None) -> str:

@@ -21,7 +21,7 @@ from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
 from engine.results.tables import Array
 from studies.pages.run_record import NOT_SET, Record, flat, read_record
-from studies.words import statistic_name
+from studies.words import capital, number, seconds, statistic_name
 
 Kind = Literal["run", "search", "sweep", "study", "validation", "plan"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
@@ -40,8 +40,8 @@ _LATENCIES = (("ttft", "p50"), ("ttft", "p99"), ("tbt", "p50"), ("tbt", "p99"), 
 
 
 def _latency(statistic: str, metric: str) -> tuple[str, str, str]:
-    name = find_metric(metric).name
-    return f"{name[0].upper()}{name[1:]}, {statistic_name(statistic)}", "s", summary_key(statistic, metric)
+    name = capital(find_metric(metric).name)
+    return f"{name}, {statistic_name(statistic)}", "s", summary_key(statistic, metric)
 
 
 # each headline number: its name, its unit (s, %, or a word), and its key in a summary (ms for the unit s)
@@ -81,12 +81,16 @@ class Headline:
     values: list[float | None]
     better: Literal["", "more", "less"] = ""  # which is better; "": neither
 
+    def words(self, value: float | None) -> str:
+        """Return a value in words, without the unit where that is not seconds."""
+        return seconds(value) if self.unit == "s" else number(value)
+
     @property
     def best(self) -> int | None:
         """The run that is better than every other by a hundredth or more; None where a run lacks the number, too."""
-        if not self.better or None in self.values or len(self.values) < 2:
-            return None
         known = [value for value in self.values if value is not None]
+        if not self.better or len(known) < max(2, len(self.values)):
+            return None
         best, second = sorted(known, reverse=self.better == "more")[:2]
         return known.index(best) if abs(second - best) >= _NEAR * max(abs(best), abs(second), 1e-12) else None
 
@@ -181,20 +185,16 @@ def _settings(record: Record) -> Iterator[tuple[str, str]]:
 def headline(sides: Sequence[Side]) -> list[Headline]:
     """Return the numbers to see first, of each run."""
     summaries = [side.record.summary for side in sides]
-    timelines = [side.record.timeline for side in sides]
     rows = []
     for name, unit, key in (*_HEADLINES, *_IF_ANY):
         found = [summary.get(key) for summary in summaries]
         if any(each is not None for each in found) or (name, unit, key) in _HEADLINES:
             values = [None if each is None else _SCALE.get(unit, 1) * each for each in found]
             rows.append(Headline(name, unit, values, _better(unit, key)))
-    devices = [num_gpus(side.record) for side in sides]
-    per_device = [
-        summary["output_throughput"] / count if count else None
-        for summary, count in zip(summaries, devices, strict=True)
-    ]
+    counts = [num_gpus(side.record) or None for side in sides]
+    per_device = [count and each["output_throughput"] / count for each, count in zip(summaries, counts, strict=True)]
     rows.insert(4, Headline("Output per device", "tokens/s", per_device, "more"))
-    seen = [timeline if timeline.batches else None for timeline in timelines]
+    seen = [side.record.timeline if side.record.timeline.batches else None for side in sides]
     stalls = [None if each is None else 100 * each.stalled_batches / each.batches for each in seen]
     rows.append(Headline("Batches that ended a stall", "%", stalls, "less"))
     peaks = [None if each is None else each.peak_kv_percent for each in seen]

@@ -16,12 +16,12 @@ from engine.results.files import write_whole
 from engine.results.folders import FULL
 from studies.pages.capacity import capacities_page, search_page
 from studies.pages.capacity_record import read_search, read_sweep
-from studies.pages.compare import runs_page, validations_page
+from studies.pages.compare import runs_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
 from studies.pages.page import Page, library_beside, with_library
 from studies.pages.plan import write_plan
 from studies.pages.run import render
-from studies.pages.validation import validation_page
+from studies.pages.validation import validation_page, validations_page
 
 COMPARISON = Path("comparison.html")  # of several folders
 _TOGETHER: tuple[frozenset[Kind], ...] = (

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from engine.results.tables import Array
-from studies.pages.figures import (
-    BAD,
-    BLUE,
-    GOOD,
-    GREY,
-    ORANGE,
-    Panel,
-    add_line,
-    faded,
-    new_figure,
-    time_unit,
-    value_axis,
-)
+from studies.pages.figures import BAD, BLUE, GOOD, GREY, ORANGE, Panel, add_line, faded, new_figure, unit_of, value_axis
 from studies.pages.run_record import Record
 from studies.pages.run_requests import MOST_DOTS
 from studies.words import number, seconds
 
 _FOUND = 0.05  # of a prompt in the prefix cache, from which a request counts as one that hit
+
+
+def over_time(figure: go.Figure, edges_s: Array, **axis: Any) -> Array:
+    """Label the axis of time in the unit that suits it; return the bins' edges (bins + 1,), each inner one twice."""
+    unit_s, unit = unit_of(float(edges_s[-1]))
+    edges = np.repeat(edges_s / unit_s, 2)[1:-1]
+    figure.update_xaxes(range=[0, edges[-1]])
+    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", **axis)
+    return edges
+
+
+def steps(values: Array) -> list[float | None]:
+    """Return each value twice, for the beginning and the end of its bin; a gap in the line for NaN."""
+    return [None if np.isnan(value) else float(value) for value in np.repeat(values, 2)]
 
 
 def batch_gantt(record: Record) -> list[Panel]:
@@ -39,7 +43,7 @@ def batch_gantt(record: Record) -> list[Panel]:
         ("decodes and prefills", ORANGE, (prefill > 0) & (rows["num_decodes"] > 0)),
         ("prefills alone", GOOD, (prefill > 0) & (rows["num_decodes"] == 0)),
     )
-    figure = new_figure()
+    figure = new_figure(barmode="overlay", bargap=0.25, hovermode="closest")
     for name, colour, mine in kinds:
         if not mine.any():
             continue
@@ -58,7 +62,6 @@ def batch_gantt(record: Record) -> list[Panel]:
     left = min(max(begin, excerpt.time_s - shown / 2), end - shown)
     if excerpt.gap_s is not None:
         figure.add_vline(x=excerpt.time_s, line={"color": BAD, "width": 1.2, "dash": "dot"})
-    figure.update_layout(barmode="overlay", bargap=0.25, hovermode="closest")
     figure.update_xaxes(
         title_text="Time since the first arrival (s)", range=[left, left + shown],
         rangeslider={"visible": True, "thickness": 0.16, "range": [begin, end]},
@@ -67,13 +70,10 @@ def batch_gantt(record: Record) -> list[Panel]:
     figure.update_yaxes(
         autorange="reversed", showgrid=False, ticksuffix="  ", categoryorder="array", categoryarray=order
     )
-    several = len(record.summary["replicas"]) > 1
-    where = f" of replica {excerpt.replica}" * several
+    where = f" of replica {excerpt.replica}" * (len(record.summary["replicas"]) > 1)
     around = f"The first batches{where}"
-    if excerpt.gap_s is not None:
-        around = (
-            f"Batches{where} around the longest gap between tokens, {seconds(excerpt.gap_s)}, which ends at the line"
-        )
+    if (gap_s := excerpt.gap_s) is not None:
+        around = f"Batches{where} around the longest gap between tokens, {seconds(gap_s)}, which ends at the line"
     count = len(rows["stage"]) // excerpt.stages
     caption = (
         f"{around}: {count:,} of {timeline.batches:,}. A bar is a batch on a stage; what is empty between is a bubble. "
@@ -88,13 +88,10 @@ def ttft_by_prompt(record: Record) -> Panel:
     positive = found.ttft_s > 0
     if not positive.any():
         return Panel(title, "No request has a first token after its arrival.", width="half")
-    figure = new_figure()
+    figure = new_figure(hovermode="closest", legend_itemsizing="constant")
     hit = found.hit_share >= _FOUND
-    for name, colour, mine in (
-        ("request", BLUE, positive & ~hit),
-        ("request, prefix in the cache", GOOD, positive & hit),
-    ):
-        if mine.any():
+    for name, colour, chosen in (("request", BLUE, ~hit), ("request, prefix in the cache", GOOD, hit)):
+        if (mine := positive & chosen).any():
             figure.add_scatter(
                 x=found.prompt_tokens[mine], y=found.ttft_s[mine], name=name, mode="markers",
                 marker={"color": faded(colour, 0.4), "size": 4}, customdata=found.ids[mine],
@@ -104,7 +101,6 @@ def ttft_by_prompt(record: Record) -> Panel:
         if len(values) > 1:
             hover = f"{name} %{{y:.3~r}} s at %{{x:,.0f}} tokens<extra></extra>"
             add_line(figure, found.band_tokens, values, name, ORANGE, hover, dash=dash)
-    figure.update_layout(hovermode="closest", legend_itemsizing="constant")
     figure.update_xaxes(title_text="Prompt (tokens)", **value_axis(found.prompt_tokens[positive]))
     figure.update_yaxes(title_text="TTFT (s)", **value_axis(found.ttft_s[positive]))
     caption = "A dot is a request; the lines are of requests with prompts about as long."
@@ -118,16 +114,12 @@ def slowest_requests(record: Record) -> Panel:
     """Draw where the time of the slowest requests went: waiting, to the first token, and to the last."""
     rows = record.requests.slowest
     names = [f"#{request}" for request in rows["id"]]
-    longest = float(rows["e2e_s"].max())
-    unit_s, unit = time_unit(longest)
-    figure = new_figure()
-    known = not np.isnan(rows["waited_s"]).any()
-    parts: list[tuple[str, str, Array]] = [("to the first token", ORANGE, rows["first_s"])]
-    if known:
-        parts = [
-            ("waiting", GREY, rows["waited_s"]),
-            ("to the first token", ORANGE, rows["first_s"] - rows["waited_s"]),
-        ]
+    unit_s, unit = unit_of(float(rows["e2e_s"].max()))
+    figure = new_figure(barmode="stack", bargap=0.3, hovermode="closest")
+    waited = rows["waited_s"]
+    parts = [("waiting", GREY, waited), ("to the first token", ORANGE, rows["first_s"] - waited)]
+    if np.isnan(waited).any():  # unknown
+        parts = [("to the first token", ORANGE, rows["first_s"])]
     parts.append(("to the last token", BLUE, rows["e2e_s"] - rows["first_s"]))
     words = [_in_words({name: values[i].item() for name, values in rows.items()}) for i in range(len(names))]
     for name, colour, values in parts:
@@ -136,7 +128,6 @@ def slowest_requests(record: Record) -> Panel:
             marker={"color": colour, "line": {"width": 0}}, customdata=words,
             hovertemplate=f"%{{customdata}}<br>{name} %{{x:.3~r}} {unit}<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(barmode="stack", bargap=0.3, hovermode="closest")
     figure.update_xaxes(title_text=f"Time since the request's arrival ({unit})", rangemode="tozero")
     figure.update_yaxes(autorange="reversed", showgrid=False, type="category", ticksuffix="  ")
     preempted = int((rows["preemptions"] > 0).sum())
@@ -159,12 +150,9 @@ def prefix_hits(record: Record) -> list[Panel]:
     found = record.requests
     if not len(found.hit_percent):
         return []
-    unit_s, unit = time_unit(float(found.hit_edges_s[-1]))
-    figure = new_figure(legend=False)
-    edges = np.repeat(found.hit_edges_s / unit_s, 2)[1:-1]
-    values = [None if np.isnan(each) else float(each) for each in np.repeat(found.hit_percent, 2)]
-    add_line(figure, edges, values, "found", GOOD, "%{y:.3~r} %", fill="tozeroy", fillcolor=faded(GOOD, 0.18))
-    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", range=[0, edges[-1]])
+    figure = new_figure(False)
+    edges, shade = over_time(figure, found.hit_edges_s), faded(GOOD, 0.18)
+    add_line(figure, edges, steps(found.hit_percent), "found", GOOD, "%{y:.3~r} %", fill="tozeroy", fillcolor=shade)
     figure.update_yaxes(title_text="Prompt tokens found (%)", range=[0, 103])
     rate, evicted = record.summary.get("prefix_hit_rate"), record.summary.get("prefix_evictions")
     caption = "Share of the prompt tokens of the requests first scheduled in each bin that the prefix cache had."

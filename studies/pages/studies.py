@@ -8,20 +8,14 @@ from math import log, log1p
 from statistics import median
 from typing import Any
 
-from studies.pages.study import HOSTS, LITTLE, judged, markdown
+from studies.pages.study import LITTLE, judged, markdown
 from studies.published import library
-from studies.published.experiment import FITTED_HOST, MODERN_HOST, PAPER_HOST, PLACEBOS, Experiment
+from studies.published.experiment import FITTED_HOST, HOSTS, PAPER_HOST, PLACEBOS, Experiment
 from studies.published.judge import KINDS, judge_all, tally
 from studies.words import percent
 
-JUDGES = (  # of the fitted host overhead: Figures 5 to 9 and Table 6
-    "capacity",
-    "iso_qps",
-    "hybrid_parallelism",
-    "chunking_overhead",
-    "chunk_size_tradeoff",
-    "scheduler_ablation",
-)
+JUDGES = ("capacity", "iso_qps", "hybrid_parallelism", "chunking_overhead", "chunk_size_tradeoff",
+          "scheduler_ablation")  # of the fitted host overhead: Figures 5 to 9 and Table 6  # fmt: skip
 FAR = 1.5  # times off: listed as an open disagreement
 _INTRO = f"""# Studies: published experiments, and ours beside them
 
@@ -67,16 +61,12 @@ def render(record: Mapping[str, Any]) -> str:
     if missing:
         lines.append(f"Not in the record yet: {', '.join(f'`{name}`' for name in missing)}.\n")
     for name in every:
-        if left := [HOSTS[host] for host in HOSTS if host not in record[name]["records"]]:
+        if left := [words for host, words in HOSTS.items() if host not in record[name]["records"]]:
             lines.append(f"`{name}` is in the record without: {', '.join(left)}.\n")
     lines += ["## What agrees", ""]
-    hosts = [
-        host for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST) if any(host in record[n]["records"] for n in every)
-    ]
-    lines += [
-        f"| study | in the paper | {' | '.join(HOSTS[host] for host in hosts)} |",
-        "|---" * (2 + len(hosts)) + "|",
-    ]
+    hosts = [host for host in HOSTS if any(host in record[n]["records"] for n in every) and host not in PLACEBOS]
+    heads = " | ".join(["study", "in the paper", *(HOSTS[host] for host in hosts)])
+    lines += [f"| {heads} |", "|---" * (2 + len(hosts)) + "|"]
     for name, experiment in every.items():
         verdicts = judged(experiment, record[name]["records"])
         cells = [", ".join(map(str, tally(verdicts.get(host, [])))) or "-" for host in hosts]
@@ -127,9 +117,7 @@ def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list
         "",
     ]
     total = scores(record, every)
-    for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST, *PLACEBOS):
-        if host in total:
-            lines.append(f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {total[host]}")
+    lines += [f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {total[host]}" for host in HOSTS if host in total]
     lines += ["", *_what_says_something(record, every)]
     lines += _far_off(record, every)
     judges = {name: each for name, each in every.items()

@@ -6,6 +6,7 @@ print(experiment.title, len(experiment.claims))
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -16,37 +17,14 @@ from engine.results.slo import SLO
 from engine.scheduling.policies import POLICIES
 from engine.specs import catalog
 from engine.workload.workload import MOST_PROMPTS
-from studies.published.experiment import (
-    CONTROLS,
-    METRICS,
-    MODERN_HOST,
-    NEEDS,
-    PAPER_HOST,
-    Block,
-    Claim,
-    Experiment,
-    Requests,
-    Scheduling,
-    Setup,
-    Strict,
-    Task,
-)
+from studies.published.experiment import CONTROLS, METRICS, MODERN_HOST, NEEDS, PAPER_HOST, SECTIONS, Experiment
 from studies.published.points import expand
 
 FOLDER = Path(__file__).with_name("experiments")
 _ORDER = (  # of the paper
-    "generation_stalls",
-    "tail_latency",
-    "batch_times",
-    "operation_split",
-    "piggybacking",
-    "capacity",
-    "iso_qps",
-    "hybrid_parallelism",
-    "chunking_overhead",
-    "chunk_size_tradeoff",
-    "scheduler_ablation",
-)
+    "generation_stalls", "tail_latency", "batch_times", "operation_split", "piggybacking", "capacity", "iso_qps",
+    "hybrid_parallelism", "chunking_overhead", "chunk_size_tradeoff", "scheduler_ablation",
+)  # fmt: skip
 
 
 def names() -> list[str]:
@@ -84,13 +62,8 @@ def _in_words(error: ValidationError, path: Path) -> InputError:
     first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        sections: dict[str, type[Strict]] = {
-            "setups": Setup,
-            "workloads": Requests,
-            "blocks": Scheduling if "schedulers" in first["loc"] else Block,
-            "claims": Claim,
-        }
-        kind = sections.get(str(first["loc"][0]), Experiment) if len(first["loc"]) > 1 else Experiment
+        above = reversed(first["loc"][:-1])
+        kind = next((SECTIONS[part] for part in above if part in SECTIONS), Experiment)
         return unknown(f"key in {path.name}, {place}:", str(first["loc"][-1]), kind.model_fields)
     given = "" if first["type"] == "missing" else f" {first['input']!r}"
     return InputError(f"{path.name}: {place}{given}: {first['msg']}")
@@ -102,18 +75,12 @@ def _check(experiment: Experiment) -> None:
         catalog.model(setup.model)
         catalog.network(setup.network or catalog.device(setup.device).network, setup.internode_network)
     for i, block in enumerate(experiment.blocks):
-        for name in block.setups:
-            if name not in experiment.setups:
-                raise unknown(f"setup in blocks.{i}", name, experiment.setups)
-        for name in block.workloads:
-            if name not in experiment.workloads:
-                raise unknown(f"workload in blocks.{i}", name, experiment.workloads)
+        _check_names(block.setups, f"setup in blocks.{i}", experiment.setups)
+        _check_names(block.workloads, f"workload in blocks.{i}", experiment.workloads)
         for name in NEEDS[block.task]:
             if not getattr(block, name):
                 raise InputError(f"blocks.{i}: a block of task {block.task!r} needs {name}")
-        for scheduling in block.schedulers.values():
-            if scheduling.policy not in POLICIES:
-                raise unknown(f"policy in blocks.{i}", scheduling.policy, POLICIES)
+        _check_names([each.policy for each in block.schedulers.values()], f"policy in blocks.{i}", POLICIES)
         for text in [text for slos in block.slos.values() for text in slos]:
             SLO.parse(text)
     _check_claims(experiment)
@@ -125,23 +92,25 @@ def _check_claims(experiment: Experiment) -> None:
         least = 1 if claim.compare == "value" else 2
         pairs = claim.compare == "up_to" and len(claim.of) % 2 == 1
         if len(claim.of) < least or pairs or (claim.published is None) != (claim.compare == "order"):
-            raise InputError(
-                f"claim {claim.says!r}: {claim.compare} needs "
-                + ("two values or more, and no published number" if claim.compare == "order" else
-                   f"{least} value{'s' * (least > 1)} and a published number")
-            )  # fmt: skip
-        for each in claim.of:
-            _check_name(each, f"claim {claim.says!r}", known)
-    for each in experiment.marks:
-        _check_name(each, "marks", known)
+            needs = f"{least} value{'s' * (least > 1)} and a published number"
+            if claim.compare == "order":
+                needs = "two values or more, and no published number"
+            raise InputError(f"claim {claim.says!r}: {claim.compare} needs {needs}")
+        _check_values(claim.of, f"claim {claim.says!r}", known)
+    _check_values(experiment.marks, "marks", known)
 
 
-def _check_name(name: str, where: str, known: dict[str, Task]) -> None:
-    point, _, metric = name.rpartition(":")
-    if point not in known:
-        raise unknown(f"point in {where}:", point, known)
-    if metric not in METRICS[known[point]]:
-        raise unknown(f"metric in {where}:", metric, METRICS[known[point]])
+def _check_values(names: Iterable[str], where: str, known: dict[str, str]) -> None:
+    for name in names:
+        point, _, metric = name.rpartition(":")
+        _check_names([point], f"point in {where}:", known)
+        _check_names([metric], f"metric in {where}:", METRICS[known[point]])
+
+
+def _check_names(names: Iterable[str], what: str, known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known)
 
 
 def hosts(given: str | None) -> list[str]:

@@ -24,7 +24,7 @@ from simulator.cluster import Deployment, simulate
 from studies.capacity.ranges import STEPS
 from studies.capacity.search import TOLERANCE, Capacity, find_capacity, fine_capacity
 from studies.capacity.trial import TimeLimit, Trial, at_rate, ending, guess, judged
-from studies.published.experiment import METRICS, Task
+from studies.published.experiment import METRICS
 from studies.published.operation_split import split
 from studies.published.points import Point
 from studies.words import seconds
@@ -204,7 +204,7 @@ def _operators(point: Point, deployment: Deployment) -> dict[str, Any]:
     return {"values": split(deployment, point.prompt, point.batch, point.context), "facts": ""}
 
 
-TASKS: dict[Task, Callable[[Point, Deployment], dict[str, Any]]] = {
+TASKS: dict[str, Callable[[Point, Deployment], dict[str, Any]]] = {
     "search": _search,
     "run": _run,
     "prefill": _prefill,
