@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,10 @@ Settings = Mapping[str, Any]
 _COLUMNS = {  # by which a CSV's format is recognised
     "silicon": {"model_path", "system", "isl", "osl", "concurrency", "silicon_ttft_ms", "silicon_tpot_ms"},
     "offline": {"Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency"},
-    "aggregates": {
-        "model",
-        "hardware",
-        "request_rate_per_s",
-        "stage_seconds",
-        "ttft_mean_ms",
-        "itl_mean_ms",
-        "e2e_mean_ms",
-        "input_tokens_about",
-        "output_tokens_about",
-    },
+    "aggregates": {"model", "hardware", "request_rate_per_s", "stage_seconds", "ttft_mean_ms", "itl_mean_ms",
+                   "e2e_mean_ms", "input_tokens_about", "output_tokens_about"},
     "requests": {"arrived_at_s", "input_tokens", "output_tokens", "ttft_s", "e2e_s"},
-}
+}  # fmt: skip
 _REQUEST_COLUMNS = {  # what --columns may name, and the columns that are looked for else
     "time": "arrived_at_s",
     "prompt": "input_tokens",
@@ -85,7 +77,8 @@ def read(
         client(client_name)  # raises InputError for an unknown one, also where the file needs none
     if warmup_requests is not None and warmup_requests < 0:
         raise InputError(f"--warmup-requests {warmup_requests}: give at least 0")
-    reader = _Reader(given, source_name, client_name, columns, warmup_requests)
+    chosen = None if source_name is None else (source_name, source(source_name))
+    reader = _Reader(given, chosen, client_name, columns, warmup_requests)
     if not path.exists():
         raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
     if not path.is_dir() or _is_run(path):
@@ -96,20 +89,54 @@ def read(
     return [reader.read(each) for each in inside]
 
 
+class _Row:
+    """A row of a table, by the name that errors call it."""
+
+    def __init__(self, path: Path, name: str, values: Settings) -> None:
+        self.path, self.name, self.values = path, name, values
+
+    def __getitem__(self, key: str) -> str:
+        return str(self.values[key])
+
+    def has(self, key: str) -> bool:
+        """Return whether there is a value."""
+        return _given(self.values.get(key))
+
+    def number(self, key: str) -> float:
+        """Return a number above 0."""
+        try:
+            value = float(self.values[key])
+        except (TypeError, ValueError, KeyError):
+            value = math.nan
+        if not 0 < value <= MOST_NUMBER:
+            raise InputError(f"{self.path}: {key} {short(self.values.get(key))} of {self.name}: give a number above 0")
+        return value
+
+    def seconds(self, key: str) -> float:
+        """Return seconds of a column of milliseconds."""
+        value = self.number(key) / 1e3
+        if value > MOST_SECONDS:
+            raise InputError(f"{self._said(key)}: give at most {MOST_SECONDS * 1e3:,.0f} ms")
+        return value
+
+    def whole(self, key: str) -> int:
+        """Return a whole number of at least 1."""
+        value = self.number(key)
+        if value != int(value) or value > 10_000_000:
+            raise InputError(f"{self._said(key)}: give a whole number of at least 1")
+        return int(value)
+
+    def _said(self, key: str) -> str:
+        return f"{self.path}: {key} {self.values.get(key)!r} of {self.name}"
+
+
+@dataclass(frozen=True)
 class _Reader:
-    def __init__(
-        self,
-        given: Settings,
-        source_name: str | None,
-        client_name: str | None,
-        columns: str | None,
-        warmup_requests: int | None,
-    ) -> None:
-        self.given = given
-        self.chosen = None if source_name is None else (source_name, source(source_name))
-        self.client_name = client_name
-        self.columns = columns
-        self.warmup_requests = warmup_requests
+    given: Settings
+    chosen: tuple[str, Source] | None
+    client_name: str | None
+    columns: str | None
+    warmup_requests: int | None
 
     def read(self, path: Path) -> Measurements:
         """Read one file, or the folder of one run. Raises InputError for what its tool has not written so."""
@@ -168,56 +195,62 @@ class _Reader:
         self._check_unused(path)
         arrived = np.sort((table["arrived_s"] - table["arrived_s"].min()).to_numpy())
         users = config.get("max_concurrency")
-        workload = Workload(
-            path.name,
-            np.zeros(len(table)) if users else arrived,
-            table["prompt_tokens"].to_numpy(np.int64),
-            table["output_tokens"].to_numpy(np.int64),
-            0,
-            client=ClientSpec(max_concurrency=users),
-        )
+        arrived = np.zeros(len(table)) if users else arrived
+        prompts, outputs = (table[name].to_numpy(np.int64) for name in ("prompt_tokens", "output_tokens"))
+        workload = Workload(path.name, arrived, prompts, outputs, 0, client=ClientSpec(max_concurrency=users))
         point = self._of_summary(path.name, summary, {**config, **self.given}, workload)
         return Measurements(name=path.name, format="run", points=[point])
 
     # -- formats ---------------------------------------------------------------------------------------------------
 
-    def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
+    def _each_row(
+        self,
+        path: Path,
+        form: str,
+        frame: pd.DataFrame,
+        name_of: Callable[[int, Settings], str],
+        point: Callable[[_Row, str, Source], Point],
+        notes: Sequence[str] = (),
+    ) -> Measurements:
+        """Read a table with a point a row; a row that can't be is refused, with the reason."""
         points: list[Point] = []
         refused: list[tuple[str, str]] = []
-        for row in _rows(frame):
-            name = str(row.get("id") or f"row {len(points) + len(refused) + 1}")
-            chosen = self.chosen or source_for("silicon", {key for key, value in row.items() if _given(value)})
-            assert chosen is not None
+        for place, record in enumerate(frame.to_dict("records")):
+            values = {str(key): value for key, value in record.items()}
+            row = _Row(path, name_of(place, values), values)
+            chosen = self._source(form, {key for key in row.values if row.has(key)})
             try:
-                points.append(self._silicon_row(path, name, row, *chosen))
+                points.append(point(row, *chosen))
             except InputError as error:
-                refused.append((name, str(error)))
-        return Measurements(name=path.name, format="silicon", points=points, refused=tuple(refused))
+                refused.append((row.name, str(error)))
+        return Measurements(name=path.name, format=form, points=points, assumed=tuple(notes), refused=tuple(refused))
 
-    def _silicon_row(self, path: Path, name: str, row: Settings, source_name: str, source: Source) -> Point:
-        if str(row.get("backend", "vllm")) != "vllm":
+    def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
+        def name_of(place: int, row: Settings) -> str:
+            return str(row.get("id") or f"row {place + 1}")
+
+        return self._each_row(path, "silicon", frame, name_of, self._silicon_row)
+
+    def _silicon_row(self, row: _Row, source_name: str, source: Source) -> Point:
+        if str(row.values.get("backend", "vllm")) != "vllm":
             raise InputError(f"backend {row['backend']}: vllm alone can be simulated")
-        isl, osl, users = (_whole(path, name, row, key) for key in ("isl", "osl", "concurrency"))
-        device = str(row["system"])
+        isl, osl, users = map(row.whole, ("isl", "osl", "concurrency"))
+        device = row["system"]
         settings = source.settings(device, isl, users)
         assumed = list(source.assumed)
-        if _given(version := row.get("backend_version")):
-            settings["engine"], note = _engine(str(version))
+        if row.has("backend_version"):
+            settings["engine"], note = _engine(row["backend_version"])
             assumed += [note] if note else []
-        settings |= {"model": str(row["model_path"]), "device": device, **_precision(row)}
-        for key, setting in (
-            ("tp_size", "tensor_parallel_size"),
-            ("pp_size", "pipeline_parallel_size"),
-            ("attention_dp_size", "data_parallel_size"),
-        ):
-            if _given(row.get(key)) and _whole(path, name, row, key) > 1:
-                settings[setting] = _whole(path, name, row, key)
-        if _given(row.get("moe_ep_size")) and _whole(path, name, row, "moe_ep_size") > 1:
+        settings |= {"model": row["model_path"], "device": device, **_precision(row.values)}
+        for key, what in (("tp_size", "tensor"), ("pp_size", "pipeline"), ("attention_dp_size", "data")):
+            if row.has(key) and (ranks := row.whole(key)) > 1:
+                settings[f"{what}_parallel_size"] = ranks
+        if row.has("moe_ep_size") and row.whole("moe_ep_size") > 1:
             settings["enable_expert_parallel"] = True
-        ttft, tpot = (_seconds(path, name, row, key) for key in ("silicon_ttft_ms", "silicon_tpot_ms"))
+        ttft, tpot = map(row.seconds, ("silicon_ttft_ms", "silicon_tpot_ms"))
         how = client(self.client_name or source.client)
         return Point(
-            id=name,
+            id=row.name,
             settings={**settings, **self.given},
             workload=_closed_loop(how, isl, osl, users),
             measured={"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (osl - 1)},
@@ -230,48 +263,31 @@ class _Reader:
         )
 
     def _offline(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        name, chosen = self._source("offline")
         keys = ["Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size"]
         repeated = len(frame) - len(frame[keys].drop_duplicates())
         frame = frame.assign(Latency=pd.to_numeric(frame["Latency"], errors="coerce"))
         frame = frame.groupby(keys, sort=False, dropna=False)["Latency"].mean().reset_index()
-        points: list[Point] = []
-        refused: list[tuple[str, str]] = []
-
-        for row in _rows(frame):
-            name_of = (
-                f"{row['Model']} TP{row['Num of Hardware']:g}" if _is_number(row["Num of Hardware"]) else row["Model"]
-            )
-            which = f"{name_of} {row['Input Output Length']} tokens x {row['Batch Size']}"
-            try:
-                points.append(self._offline_row(path, which, row, name, chosen))
-            except InputError as error:
-                refused.append((which, str(error)))
         notes = [f"{repeated} points stand more than once: averaged"] if repeated else []
-        return Measurements(
-            name=path.name, format="offline", points=points, assumed=tuple(notes), refused=tuple(refused)
-        )  # fmt: skip
 
-    def _offline_row(self, path: Path, which: str, row: Settings, source_name: str, source: Source) -> Point:
-        if str(row["Framework"]).lower() != "vllm":
+        def name_of(place: int, row: Settings) -> str:
+            gpus = row["Num of Hardware"]
+            ranks = f" TP{gpus:g}" if _is_number(gpus) else ""
+            return f"{row['Model']}{ranks} {row['Input Output Length']} tokens x {row['Batch Size']}"
+
+        return self._each_row(path, "offline", frame, name_of, self._offline_row, notes)
+
+    def _offline_row(self, row: _Row, source_name: str, source: Source) -> Point:
+        if row["Framework"].lower() != "vllm":
             raise InputError(f"framework {row['Framework']}: vllm alone can be simulated")
-        length, batch, gpus = (
-            _whole(path, which, row, key) for key in ("Input Output Length", "Batch Size", "Num of Hardware")
-        )
-        latency = _number(path, which, row, "Latency")
-        device = source.device or _device(str(row["Hardware"]))
+        length, batch, gpus = map(row.whole, ("Input Output Length", "Batch Size", "Num of Hardware"))
+        latency = row.number("Latency")
+        device = source.device or _device(row["Hardware"])
+        own = {"model": row["Model"], "device": device, "tensor_parallel_size": gpus}
+        spec = WorkloadSpec(lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst")
         return Point(
-            id=which,
-            settings={
-                **source.settings(device),
-                "model": str(row["Model"]),
-                "device": device,
-                "tensor_parallel_size": gpus,
-                **self.given,
-            },
-            workload=WorkloadSpec(
-                lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst"
-            ),
+            id=row.name,
+            settings={**source.settings(device), **own, **self.given},
+            workload=spec,
             measured={"e2e": latency, "throughput": length * batch / latency},
             load=f"batch {batch}",
             source=source_name,
@@ -291,11 +307,8 @@ class _Reader:
             if setting not in self.given:
                 raise InputError(f"{path} does not say which {setting} was measured: give --{setting}")
         ids = [f"prompt_id={columns['prompt_id']}"] if columns["prompt_id"] in frame else []
-        spec = WorkloadSpec(
-            trace=path,
-            columns=",".join([*(f"{key}={columns[key]}" for key in ("prompt", "output", "time")), *ids]),
-        )
-        workload = make_workload(spec)
+        used = ",".join([*(f"{key}={columns[key]}" for key in ("prompt", "output", "time")), *ids])
+        workload = make_workload(WorkloadSpec(trace=path, columns=used))
         times = pd.to_numeric(frame[columns["time"]], errors="coerce").to_numpy(float)
         rows = frame.iloc[np.argsort(times, kind="stable")]
         ttft, e2e = (pd.to_numeric(rows[columns[key]], errors="coerce").to_numpy(float) for key in ("ttft", "e2e"))
@@ -327,43 +340,34 @@ class _Reader:
         return Measurements(name=path.name, format="requests", points=[point], assumed=tuple(notes))
 
     def _aggregates(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        name, chosen = self._source("aggregates")
-        points: list[Point] = []
-        refused: list[tuple[str, str]] = []
-        for place, row in enumerate(_rows(frame)):
-            which = f"{row.get('exp_id', place)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}"
-            try:
-                points.append(self._aggregate(path, which, row, name, chosen))
-            except InputError as error:
-                refused.append((which, str(error)))
-        return Measurements(name=path.name, format="aggregates", points=points, refused=tuple(refused))
+        def name_of(place: int, row: Settings) -> str:
+            return f"{row.get('exp_id', place)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}"
 
-    def _aggregate(self, path: Path, which: str, row: Settings, source_name: str, source: Source) -> Point:
-        rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
-        prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
-        device = _device(str(row["hardware"]))
+        return self._each_row(path, "aggregates", frame, name_of, self._aggregate)
+
+    def _aggregate(self, row: _Row, source_name: str, source: Source) -> Point:
+        rate, seconds = map(row.number, ("request_rate_per_s", "stage_seconds"))
+        prompt, output = map(row.whole, ("input_tokens_about", "output_tokens_about"))
+        device = _device(row["hardware"])
         assumed = list(source.assumed)
         if (card := source.cards.get(device)) is not None:
             assumed.append(f"{row['hardware']} is {card}")
             device = card
-        settings = {**source.settings(device), "model": str(row["model"]), "device": device}
+        settings = {**source.settings(device), "model": row["model"], "device": device}
         for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
-            if _given(row.get(key)):
-                settings[setting] = _whole(path, which, row, key)
+            if row.has(key):
+                settings[setting] = row.whole(key)
         number = source.num_prompts_in_turn or 0
-        later = row.get("stage_index")  # the stage before filled the cache
-        if _given(later) and not _is_number(later):
-            raise InputError(f"{path}: stage_index {later!r} of {which}: give a number from 0 on")
+        later = row.values["stage_index"] if row.has("stage_index") else 0  # the stage before filled the cache
+        if not _is_number(later):
+            raise InputError(f"{row.path}: stage_index {later!r} of {row.name}: give a number from 0 on")
+        columns = {"ttft": "ttft_mean_ms", "tpot": "itl_mean_ms", "e2e": "e2e_mean_ms"}
         return Point(
-            id=which,
+            id=row.name,
             settings={**settings, **self.given},
             workload=_in_turn(rate, seconds, prompt, output, number),
-            measured={
-                "ttft": _seconds(path, which, row, "ttft_mean_ms"),
-                "tpot": _seconds(path, which, row, "itl_mean_ms"),
-                "e2e": _seconds(path, which, row, "e2e_mean_ms"),
-            },
-            warmup_requests=number if _given(later) and float(str(later)) > 0 else 0,
+            measured={name: row.seconds(key) for name, key in columns.items()},
+            warmup_requests=number if later > 0 else 0,
             load=f"{rate:g} requests/s",
             source=source_name,
             assumed=tuple(assumed),
@@ -392,29 +396,29 @@ class _Reader:
             if value is not None:
                 raise InputError(f"--{flag} {value} has no meaning with {path}, which says how it was measured")
 
-    def _source(self, form: str) -> tuple[str, Source]:
-        found = self.chosen or source_for(form, set())
+    def _source(self, form: str, has: set[str] | None = None) -> tuple[str, Source]:
+        found = self.chosen or source_for(form, has or set())
         assert found is not None, f"no source ships for {form}"
         return found
 
     def _of_summary(self, name: str, summary: Settings, settings: Settings, workload: Workload) -> Point:
+        keys = {
+            "ttft": "mean_ttft_ms",
+            "tpot": "mean_tpot_ms",
+            "e2e": "mean_e2el_ms",
+            "throughput": "output_throughput",
+        }
         measured = {}
-        for measure, key, unit in (
-            ("ttft", "mean_ttft_ms", 1e3),
-            ("tpot", "mean_tpot_ms", 1e3),
-            ("e2e", "mean_e2el_ms", 1e3),
-            ("throughput", "output_throughput", 1.0),
-        ):
+        for measure, key in keys.items():
             if (value := summary.get(key)) is not None:
                 if not _is_number(value):
                     raise InputError(f"{name}: {key} {value!r}: give a number")
-                measured[measure] = float(value) / unit
+                measured[measure] = float(value) / (1e3 if key.endswith("_ms") else 1.0)
         if not measured or not all(math.isfinite(value) and value > 0 for value in measured.values()):
             raise InputError(f"{name}: its figures {measured} are no times above 0: the run may have failed")
         if "e2e" not in measured and {"ttft", "tpot"} <= measured.keys():
             measured["e2e"] = measured["ttft"] + measured["tpot"] * (float(workload.output_tokens.mean()) - 1)
-        users = workload.client.max_concurrency
-        load = f"{users} users" if users else "open loop"
+        load = f"{users} users" if (users := workload.client.max_concurrency) else "open loop"
         return Point(id=name, settings=settings, workload=workload, measured=measured, load=load)
 
 
@@ -481,19 +485,16 @@ def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
         assumed.append("Poisson arrivals, drawn anew")
     else:
         arrived = np.zeros(len(prompt))
-    return (
-        Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)),
-        assumed,
-    )
+    return Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)), assumed
 
 
 def _means(ttft: Array, e2e: Array, output: Array) -> dict[str, float]:
     """Means of requests, TPOT over those of two tokens and more."""
     several = output > 1
-    tpot = (e2e - ttft)[several] / (output[several] - 1)
-    return {"ttft": float(ttft.mean()), "e2e": float(e2e.mean())} | (
-        {"tpot": float(tpot.mean())} if several.any() else {}
-    )
+    found = {"ttft": float(ttft.mean()), "e2e": float(e2e.mean())}
+    if several.any():
+        found["tpot"] = float(((e2e - ttft)[several] / (output[several] - 1)).mean())
+    return found
 
 
 def _engine(version: str) -> tuple[str, str | None]:
@@ -540,37 +541,9 @@ def _named(columns: str | None) -> dict[str, str]:
     return named
 
 
-def _rows(frame: pd.DataFrame) -> Iterable[dict[str, Any]]:
-    return ({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _given(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value)) and value != ""
-
-
-def _number(path: Path, row_name: str, row: Settings, key: str) -> float:
-    try:
-        value = float(row[key])
-    except (TypeError, ValueError, KeyError):
-        value = math.nan
-    if not 0 < value <= MOST_NUMBER:
-        raise InputError(f"{path}: {key} {short(row.get(key))} of {row_name}: give a number above 0")
-    return value
-
-
-def _seconds(path: Path, row_name: str, row: Settings, key: str) -> float:
-    value = _number(path, row_name, row, key) / 1e3
-    if value > MOST_SECONDS:
-        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give at most {MOST_SECONDS * 1e3:,.0f} ms")
-    return value
-
-
-def _whole(path: Path, row_name: str, row: Settings, key: str) -> int:
-    value = _number(path, row_name, row, key)
-    if value != int(value) or value > 10_000_000:
-        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give a whole number of at least 1")
-    return int(value)
