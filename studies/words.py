@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 _KINDS = {"calibrated": "calibrated", "roofline": "estimated (roofline)", "an": "estimated (carried over)"}
 
 
@@ -92,6 +93,11 @@ def size(num_bytes: float, binary: bool = False) -> str:
         if num_bytes >= scale:
             return f"{num_bytes / scale:.3g} {letter.upper() + 'i' if binary else letter}B"
     return f"{num_bytes:.0f} B"
+
+
+def error_cells(found: Mapping[str, Any]) -> list[str]:
+    """Return the figures under ERROR_HEADS of a record of errors."""
+    return [percent(found.get(name), sign=name == "bias") for name in ("mape", "p50", "p95", "bias")]
 
 
 def mean_error(error: Mapping[str, float] | None) -> str:

@@ -37,12 +37,13 @@ from studies.capacity.ranges import (
     LONGER,
     STEPS,
     curve_shares,
+    described,
     drawn_capacity,
+    errors_in_words,
     range_of_draws,
 )
 from studies.capacity.search import bracket, find_capacity
 from studies.capacity.trial import Trial, arrivals_per_request, at_rate, guess, judged, simulated_trial
-from studies.capacity.uncertainty import described, errors_in_words
 from studies.jobs.cache import Cache
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE

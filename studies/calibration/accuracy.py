@@ -20,7 +20,7 @@ from engine.specs.device_folder import CALIBRATIONS, known_devices
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration.kinds import page_of
-from studies.words import percent
+from studies.words import error_cells, percent
 
 GEMM_MEAN = {"a100_pcie": 0.035, "a40": 0.045}  # over models; what was aimed at
 GEMM_WORST = 0.07
@@ -83,14 +83,10 @@ _COLD_KINDS = {  # of the record: what the page calls it, and what is aimed at
 
 def write_accuracy(path: Path | None) -> None:
     """Write the text about the calibrations that ship, or print it."""
-    folders = known_devices()
-    if not folders:
+    if not known_devices():
         raise InputError(f"{CALIBRATIONS} holds no calibration: fit one with 'windtunnel calibrate fit'")
     text = accuracy_markdown(shipped())
-    if path is None:
-        print(text, end="")
-    else:
-        write_whole(path, text)
+    write_whole(path, text) if path is not None else print(text, end="")
 
 
 def shipped() -> list[Calibration]:
@@ -154,10 +150,10 @@ def _cold_start() -> str:
 
 
 def _targets(calibrations: Sequence[Calibration]) -> str:
-    rows = []
-    for device, kind, what, value, target in targets(calibrations):
-        met = "met" if value <= target else "**missed**"
-        rows.append([device, _kind_words(kind), what, percent(value), percent(target), met])
+    rows = [
+        [device, _kind_words(kind), what, percent(value), percent(target), "met" if value <= target else "**missed**"]
+        for device, kind, what, value, target in targets(calibrations)
+    ]
     return _table(["device", "operator", "error", "held out", "target", ""], rows, left=3)
 
 
@@ -186,22 +182,19 @@ def _kinds(calibration: Calibration) -> str:
     for kind, record in calibration.records.items():
         held_out = record["held_out"]
         groups = held_out.get("groups_over_20us", {})
-        worst = percent(groups.get("worst"))
-        rows.append(
-            [
-                _kind_words(kind) + (" \\*" if record["learned_on"] != calibration.device else ""),
-                page_of(kind).left_out(record),
-                f"{record['provenance']['rows']:,}",
-                str(held_out.get("folds", "")),
-                *(percent(held_out.get(name)) for name in ("mape", "p50", "p95")),
-                percent(held_out.get("bias"), sign=True),
-                percent(held_out.get("over_20us", {}).get("mape")),
-                percent(groups.get("mean")),
-                f"{worst} ({groups['worst_is']})" if groups.get("worst_is") else worst,
-                percent(record["interval"]["covers"]),
-                percent(record["provenance"]["median_relative_spread"]),
-            ]
-        )
+        worst = f" ({groups['worst_is']})" if groups.get("worst_is") else ""
+        rows.append([
+            _kind_words(kind) + " \\*" * (record["learned_on"] != calibration.device),
+            page_of(kind).left_out(record),
+            f"{record['provenance']['rows']:,}",
+            str(held_out.get("folds", "")),
+            *error_cells(held_out),
+            percent(held_out.get("over_20us", {}).get("mape")),
+            percent(groups.get("mean")),
+            percent(groups.get("worst")) + worst,
+            percent(record["interval"]["covers"]),
+            percent(record["provenance"]["median_relative_spread"]),
+        ])  # fmt: skip
     return _table(head, rows, left=2)
 
 
@@ -270,8 +263,7 @@ def _groups(calibration: Calibration, kind: str, held_out: str = "held_out") -> 
 def _provenance(calibration: Calibration) -> str:
     rows = []
     for kind, record in calibration.records.items():
-        facts = record["provenance"]
-        count = len(facts["sources"])
+        facts, count = record["provenance"], len(record["provenance"]["sources"])
         origins = sorted({re.split(r"[\s@]", source, maxsplit=1)[0] for source in facts["sources"]})  # repositories
         words = [", ".join(facts[name]) or "unknown" for name in ("measured_on", "software", "kernels", "dates")]
         rows.append([_kind_words(kind), *words, f"{', '.join(origins)} ({count} table{'s' * (count != 1)})"])
@@ -284,8 +276,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str
     if not rows:
         return "None of these was measured."
     marks = ["---" if i < left else "---:" for i in range(len(head))]
-    lines = [head, marks, *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (head, marks, *rows))
 
 
 def _wrap(text: str) -> str:

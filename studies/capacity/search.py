@@ -33,14 +33,9 @@ class Bracket(NamedTuple):
 
 
 def bracket(
-    met: Callable[[float], bool],
-    start: float,
-    *,
-    steps: Iterable[float],
-    far: float,
-    tolerance: float,
+    met: Callable[[float], bool], start: float, *, steps: Iterable[float], far: float, tolerance: float,
     most: int | None = None,
-) -> Bracket:
+) -> Bracket:  # fmt: skip
     """Bracket the highest rate at which `met` holds, from the rate `start` on.
 
     Each of `steps` is a factor that the rate goes up by while it is met, down while it is not, to `far` times the start
@@ -130,9 +125,8 @@ def find_capacity(
 
     low, high = bracket(met, start, steps=steps, far=FAR, tolerance=tolerance)
     if high is None:
-        return Capacity(
-            "all", arrivals_per_request * trials[-1].summary["request_throughput"], None, tolerance, tuple(trials)
-        )
+        qps = arrivals_per_request * trials[-1].summary["request_throughput"]
+        return Capacity("all", qps, None, tolerance, tuple(trials))
     if low is None:
         return Capacity("none", 0.0, trials[-1].binding, tolerance, tuple(trials))
     over = min((trial for trial in trials if not trial.met and trial.rate >= high), key=lambda trial: trial.rate)

@@ -55,20 +55,11 @@ class Trial:
 
 
 def simulated_trial(
-    workload: Workload,
-    deployments: Sequence[Deployment],
-    slos: Sequence[SLO],
-    rate: float,
-    folder: Path | None = None,
-    router: str = "round_robin",
-    seed: int = 0,
-    time_limit_s: float | None = None,
-) -> Trial:
-    """Simulate a workload that comes at `rate`; the trial is given up when an SLO can't be met any more.
-
-    With a time limit it ends there, and is judged by the requests that have finished.
-    """
-    stop = ending(slos, workload, time_limit_s)
+    workload: Workload, deployments: Sequence[Deployment], slos: Sequence[SLO], rate: float,
+    folder: Path | None = None, router: str = "round_robin", seed: int = 0,
+) -> Trial:  # fmt: skip
+    """Simulate a workload that comes at `rate`; the trial is given up when an SLO can't be met any more."""
+    stop = Hopeless(slos, workload)
     run = simulate(workload, deployments, router=router, seed=seed, slos=slos, folder=folder, stop=stop)
     return judged(run.summary, rate, folder)
 
@@ -96,11 +87,13 @@ class TimeLimit:
 
 
 def judged(summary: dict[str, Any], rate: float, folder: Path | None = None) -> Trial:
-    """Judge a run: whether every SLO is met, and which is nearest to its limit or farthest beyond it."""
+    """Judge a run: whether every SLO is met, and which is nearest to its limit or farthest beyond it.
+
+    Of one that its time limit ended, by the requests that have finished.
+    """
     if not summary["slos"]:
         raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
-    hopeless = summary.get("stopped_early")
-    hopeless = None if hopeless == TIME_LIMIT else hopeless
+    hopeless = ended if (ended := summary.get("stopped_early")) != TIME_LIMIT else None
     margins = {
         each["slo"]: inf if each["slo"] == hopeless else (each["value_s"] or 0.0) / SLO.parse(each["slo"]).threshold_s
         for each in summary["slos"]

@@ -18,8 +18,8 @@ from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration.record import CalibrationRecord, KindRecord, SizeErrors, read_calibration
 from studies.pages.figures import BAD, BLUE, GREY, SERIES, Panel, add_line, against_measured, new_figure, value_axis
-from studies.pages.page import ERROR_HEADS, Page, Tone, details, error_cells, facts_table, numbers_table, text
-from studies.words import percent
+from studies.pages.page import Page, Tone, details, facts_table, numbers_table, text
+from studies.words import ERROR_HEADS, error_cells, percent
 
 if TYPE_CHECKING:
     import pandas as pd

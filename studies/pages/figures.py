@@ -97,7 +97,7 @@ def unit_of(longest_s: float) -> tuple[float, str]:
 
 
 def add_line(
-    figure: go.Figure, x: Any, y: Any, name: str, colour: str, hover: str, *, width: float = 2, dash: str = "solid",
+    figure: go.Figure, x: Any, y: Any, name: str | None, colour: str, hover: str, *, width: float = 2, dash: str = "solid",
     mode: str = "lines", **more: Any,
 ) -> None:  # fmt: skip
     """Draw a line; `hover` is what is shown of a point, and "" shows nothing."""
@@ -132,7 +132,7 @@ def against_measured(groups: Sequence[Points], logarithmic: bool = False) -> go.
         )  # fmt: skip
         if name:  # in the legend a marker that can be seen
             figure.add_scatter(x=[None], y=[None], name=name, mode="markers", marker={"color": colour, "size": 8})
-    add_line(figure, [low, high], [low, high], "", GREY, "", width=1.2, dash="dash", showlegend=False)
+    add_line(figure, [low, high], [low, high], None, GREY, "", width=1.2, dash="dash", showlegend=False)
     figure.update_xaxes(title_text="Measured (ms)", **axis)
     figure.update_yaxes(title_text="Predicted (ms)", **axis)
     return figure

@@ -25,9 +25,8 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from engine.results.files import write_whole
 from studies.pages.figures import Panel, style_of
-from studies.words import number, percent
+from studies.words import number
 
-ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 TEMPLATE = Path(__file__).with_name("template.html")
 LIBRARY = f"plotly-{get_plotlyjs_version()}.min.js"  # beside the pages that use it
 _BESIDE = '<script src="{}"></script>'
@@ -171,11 +170,6 @@ def facts_table(rows: Iterable[tuple[str, str]], code: bool = False) -> str:
     opened, closed = ("<code>", "</code>") if code else ("", "")
     body = "".join(f"<tr><th scope='row'>{opened}{escape(k)}{closed}</th><td>{text(v)}</td></tr>" for k, v in rows)
     return f"<div class='scroll'><table><tbody>{body}</tbody></table></div>"
-
-
-def error_cells(found: Mapping[str, Any]) -> list[str]:
-    """Return the cells under ERROR_HEADS of a record of errors."""
-    return [percent(found.get(name), sign=name == "bias") for name in ("mape", "p50", "p95", "bias")]
 
 
 def about(words: str) -> str:

@@ -15,10 +15,10 @@ from engine.results.metric_table import drawn_metrics
 from studies.calibration.kinds import PAGES
 from studies.pages.compare_record import read_json, readable
 from studies.pages.figures import Panel
-from studies.pages.page import ERROR_HEADS, Cell, Page, Tone, coloured, details, error_cells, facts_table, numbers_table
+from studies.pages.page import Cell, Page, Tone, coloured, details, facts_table, numbers_table
 from studies.pages.validation_figures import panels
 from studies.validation.record import held, judge
-from studies.words import capital, number, percent, seconds, together
+from studies.words import ERROR_HEADS, capital, error_cells, number, percent, seconds, together
 
 _CPU = (
     "This ran on a CPU, whose times vary with what else it does: the errors are held to no target. Those for GPUs are "

@@ -11,10 +11,10 @@ from engine.results.metric_table import METRICS, Metric, drawn_metrics
 from engine.results.metrics import QUANTILES
 from studies.pages.figures import BLUE, GOOD, ORANGE, Panel, against_measured
 from studies.pages.latency_figures import Curve, latency_cdf
-from studies.pages.page import ERROR_HEADS, Cell, coloured, error_cells, numbers_table
+from studies.pages.page import Cell, coloured, numbers_table
 from studies.validation.compare import BATCH_KINDS, STATISTICS
 from studies.validation.record import judge
-from studies.words import number, percent, seconds
+from studies.words import ERROR_HEADS, error_cells, number, percent, seconds
 
 _NO_GAPS = "No request has more than one output token on both sides."
 _COLOURS = dict(zip(BATCH_KINDS, (BLUE, ORANGE, GOOD), strict=True))
