@@ -174,12 +174,7 @@ class CapacitySearch:
 
     def _record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what is kept by a name, or make and keep it."""
-        found = None if self._cache is None else self._cache.read(name)
-        if found is None:
-            found = json.loads(json.dumps(make()))
-            if self._cache is not None:
-                self._cache.write(name, found)
-        return found
+        return json.loads(json.dumps(make())) if self._cache is None else self._cache.kept(name, make)
 
     def _of_seed(self, seed: int, deployments: list[Deployment], rate: float) -> Trial:
         """Return the trial at a rate of a workload whose seed is that much higher, not kept."""

@@ -90,14 +90,6 @@ class Point:
         kind = self.deployment.drawn(draw) if draw else self.deployment
         return Fleet((Pool(kind, replicas),), self.settings.router)
 
-    def record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what is kept by a name, or make and keep it."""
-        found = self.cache.read(name)
-        if found is None:
-            found = json.loads(json.dumps(make()))
-            self.cache.write(name, found)
-        return found
-
     def fleet_trial(self, replicas: int, whole: bool = False) -> dict[str, Any]:
         """Simulate a fleet at the target rate; `whole` to its end, and every replica of it. Returns its record.
 
@@ -126,7 +118,7 @@ class Point:
             ended = found["summary"].get("stopped_early") is None
             if ended and found["simulated_replicas"] == replicas:  # it was whole already
                 return found
-        return self.record(f"fleet-{replicas}{'-whole' if whole else ''}", make)
+        return self.cache.kept(f"fleet-{replicas}{'-whole' if whole else ''}", make)
 
     def group_size(self, replicas: int, rate: float) -> int:
         """Return of how many replicas, of so many that carry `rate` each, the capacity is searched.
@@ -153,7 +145,7 @@ class Point:
             rate = likely * _ALONE
             return _kept(self.trial(at_rate(self.spec, rate), self.fleet(1), rate))
 
-        return bool(self.record(f"alone-{likely:.9g}", make)["met"])
+        return bool(self.cache.kept(f"alone-{likely:.9g}", make)["met"])
 
 
 @lru_cache(maxsize=64)
@@ -187,7 +179,7 @@ def bound_point(job: dict[str, Any]) -> dict[str, Any]:
             "tokens": tokens_per_arrival(point.workload),
         }
 
-    return {"status": "done", **point.record("bound", make)}
+    return {"status": "done", **point.cache.kept("bound", make)}
 
 
 def tokens_per_arrival(workload: Workload) -> list[float]:
@@ -249,7 +241,7 @@ def draw_point(job: dict[str, Any]) -> dict[str, Any]:
         qps = capacity.qps / (group if capacity.outcome == "all" else 1)
         return {"qps": qps, "outcome": capacity.outcome, "binding_slo": capacity.binding, "trials": trials}
 
-    return {"status": "done", **point.record(f"capacity-{group}-{job['draw']}-{job['start']:.9g}", make)}
+    return {"status": "done", **point.cache.kept(f"capacity-{group}-{job['draw']}-{job['start']:.9g}", make)}
 
 
 def finish_point(job: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +252,7 @@ def finish_point(job: dict[str, Any]) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         return full_batch(point.deployment)
 
-    return {"status": "done", "trial": trial, "batch": point.record("batch", make)}
+    return {"status": "done", "trial": trial, "batch": point.cache.kept("batch", make)}
 
 
 def full_batch(deployment: Deployment) -> dict[str, Any]:
@@ -290,7 +282,7 @@ def curve_point(job: dict[str, Any]) -> dict[str, Any]:
             found.append({"rate": rate, "slos": trial.summary["slos"]})
         return {"curve": found}
 
-    return {"status": "done", **point.record(f"curve-{group}-{job['start']:.9g}", make)}
+    return {"status": "done", **point.cache.kept(f"curve-{group}-{job['start']:.9g}", make)}
 
 
 def alone_point(job: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +294,7 @@ def alone_point(job: dict[str, Any]) -> dict[str, Any]:
         few = point.spec if point.spec.trace is not None else replace(point.spec, num_prompts=_FEW)
         return _kept(point.trial(at_rate(few, rate), point.fleet(1), rate, stop=False))
 
-    return {"status": "done", "trial": point.record(f"alone-few-{rate:.9g}", make)}
+    return {"status": "done", "trial": point.cache.kept(f"alone-few-{rate:.9g}", make)}
 
 
 def _kept(trial: Trial) -> dict[str, Any]:

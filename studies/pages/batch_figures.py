@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -17,9 +17,7 @@ NAMES = {
     "other": "other operators",
     "host": "added by the host",
 }
-
-
-STATISTICS = {"mean": "mean", "median": "median", "p90": "P90", "p99": "P99", "max": "max"}
+STATISTICS = {"mean": "mean", "p50": "median", "p90": "P90", "p99": "P99", "max": "max"}
 
 
 def batch_panels(summary: Mapping[str, Any]) -> list[Panel]:
@@ -27,55 +25,50 @@ def batch_panels(summary: Mapping[str, Any]) -> list[Panel]:
     requests were executed and preempted, and the time by kind of operator.
     """
     found = []
-    of_requests = {
-        name: [summary.get(f"{statistic}_{key}_ms") for statistic in STATISTICS]
-        for name, key in (("in a batch", "execution_time"), ("preempted or waiting", "preemption_time"))
-    }
     batches = summary.get("batches")
     if batches is not None:
         between = batches["between_ms"]
         gap = f" Between two batches of a replica: {seconds(between['mean'] / 1e3)} on average." if between else ""
         for what, colour in (("requests", BLUE), ("tokens", ORANGE)):
-            sizes = batches[what]
-            figure = new_figure()
-            names = list(sizes["upto"])
-            figure.add_bar(x=[_range(names, i) for i in range(len(names))], y=list(sizes["upto"].values()),
-                           marker={"color": colour}, name="batches", hovertemplate="%{y:,} batches")  # fmt: skip
-            figure.update_xaxes(title_text=f"{what.capitalize()} in a batch", type="category")
-            figure.update_yaxes(title_text="Batches", rangemode="tozero")
-            about = f"Median {number(sizes['p50'])}, mean {number(sizes['mean'])}, P99 {number(sizes['p99'])}."
-            found.append(Panel(f"{what.capitalize()} of the batches", about + gap * (what == "requests"), figure,
-                               "half", 260))  # fmt: skip
+            sizes, things = batches[what], what.capitalize()
+            names = [_range(list(sizes["upto"]), i) for i in range(len(sizes["upto"]))]
+            figure = _bars({"batches": sizes["upto"].values()}, names, "%{y:,} batches", "Batches", colour)
+            figure.update_xaxes(title_text=f"{things} in a batch")
+            words = f"Median {number(sizes['p50'])}, mean {number(sizes['mean'])}, P99 {number(sizes['p99'])}."
+            found.append(Panel(f"{things} of the batches", words + gap * (what == "requests"), figure, "half", 260))
         if between and between["max"] > 0:
-            spans = {"from the end of one to the next": [between[_short(name)] for name in STATISTICS]}
-            found.append(Panel("Time between batches", "On the first stage of a replica.", _spans(spans), "half", 260))
+            figure = _spans({"from the end of one to the next": [between[name] for name in STATISTICS]})
+            found.append(Panel("Time between batches", "On the first stage of a replica.", figure, "half", 260))
+    of_requests = {
+        name: [summary.get(f"{'median' if statistic == 'p50' else statistic}_{key}_ms") for statistic in STATISTICS]
+        for name, key in (("in a batch", "execution_time"), ("preempted or waiting", "preemption_time"))
+    }
     if all(value is not None for values in of_requests.values() for value in values):
-        about = "From a request's first scheduling to its last token: how long it was in a batch, and how long not."
-        found.append(Panel("Requests' execution and preemption time", about, _spans(of_requests), "half", 260))
-    times = [each for each in summary.get("operator_times_s", ()) if each]
-    if times:
+        words = "From a request's first scheduling to its last token: how long it was in a batch, and how long not."
+        found.append(Panel("Requests' execution and preemption time", words, _spans(of_requests), "half", 260))
+    if times := [each for each in summary.get("operator_times_s", ()) if each]:
         total = {name: sum(each[name] for each in times) for name in NAMES}
         figure = new_figure()
         figure.add_bar(x=list(total.values()), y=[NAMES[name] for name in total], orientation="h",
                        marker={"color": GREY}, name="time", hovertemplate="%{x:,.3~r} s")  # fmt: skip
         figure.update_xaxes(title_text="Seconds, over all stages")
-        about = "What depends on a batch's rows is the calibration's; attention is what is left."
-        found.append(Panel("Time by kind of operator", about, figure, "half", 260))
+        words = "What depends on a batch's rows is the calibration's; attention is what is left."
+        found.append(Panel("Time by kind of operator", words, figure, "half", 260))
     return found
-
-
-def _short(statistic: str) -> str:
-    return "p50" if statistic == "median" else statistic
 
 
 def _spans(spans: Mapping[str, Sequence[Any]]) -> go.Figure:
     """Draw bars of each name's statistics (ms)."""
-    figure = new_figure()
-    for colour, (name, values) in zip((BLUE, ORANGE), spans.items(), strict=False):
-        figure.add_bar(x=list(STATISTICS.values()), y=[value / 1e3 for value in values], name=name,
-                       marker={"color": colour}, hovertemplate="%{y:,.3~r} s")  # fmt: skip
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(title_text="Seconds", rangemode="tozero")
+    in_s = {name: [value / 1e3 for value in values] for name, values in spans.items()}
+    return _bars(in_s, list(STATISTICS.values()), "%{y:,.3~r} s", "Seconds", BLUE, ORANGE)
+
+
+def _bars(series: Mapping[str, Iterable[Any]], names: list[str], hover: str, title: str, *colours: str) -> go.Figure:
+    """Draw bars side by side for each of the names."""
+    figure = new_figure(xaxis_type="category")
+    for colour, (name, values) in zip(colours, series.items(), strict=False):
+        figure.add_bar(x=names, y=list(values), name=name, marker={"color": colour}, hovertemplate=hover)
+    figure.update_yaxes(title_text=title, rangemode="tozero")
     return figure
 
 

@@ -97,8 +97,8 @@ def unit_of(longest_s: float) -> tuple[float, str]:
 
 
 def add_line(
-    figure: go.Figure, x: Any, y: Any, name: str | None, colour: str, hover: str, *, width: float = 2, dash: str = "solid",
-    mode: str = "lines", **more: Any,
+    figure: go.Figure, x: Any, y: Any, name: str | None, colour: str, hover: str, *, width: float = 2,
+    dash: str = "solid", mode: str = "lines", **more: Any,
 ) -> None:  # fmt: skip
     """Draw a line; `hover` is what is shown of a point, and "" shows nothing."""
     how = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}

@@ -84,11 +84,10 @@ def _served(record: Record) -> str:
     if "server" in record.summary:
         (replica,) = record.summary["replicas"]
         return f"{replica['model'].rstrip('/').split('/')[-1]} at {replica['device']}"
-    parts = []
-    for count, replica in _kinds(record):
-        devices = count * replica["num_gpus"]
-        parts.append(f"{replica['model'].split('/')[-1]} on {devices} \N{MULTIPLICATION SIGN} {replica['device']}")
-    return " and ".join(parts)
+    return " and ".join(
+        f"{each['model'].split('/')[-1]} on {count * each['num_gpus']} \N{MULTIPLICATION SIGN} {each['device']}"
+        for count, each in _kinds(record)
+    )
 
 
 def _setting(record: Record) -> str:
@@ -100,9 +99,7 @@ def _setting(record: Record) -> str:
         limit = f" (token budget {budget:,})" if budget else ""
         engine = f" of {replica['engine']}" if "engine" in replica else ""
         parts.append(f"{copies}{engine}, {replica['parallel']}, under the {replica['scheduler']} scheduler{limit}")
-    asked = record.config.get("request_rate")
-    closed = record.config.get("max_concurrency")
-    users = record.config.get("users")
+    asked, closed, users = map(record.config.get, ("request_rate", "max_concurrency", "users"))
     named = str(record.config.get("columns") or "").replace(" ", "")
     things = "conversation" if record.config.get("turns") or "session=" in named else "request"
     if users:
@@ -149,11 +146,9 @@ def times_source(record: Record) -> tuple[Tone, str, str]:
         return ("bad" if server["errors"] else "good"), "Measured from outside", text
     if not timeline.predicted_batches:
         return "good", "Measured", text
-    if timeline.outside_range:
-        share = 100 * timeline.outside_range / timeline.batches
-        text += (
-            f" {timeline.outside_range:,} batches ({number(share)} %) are outside what the predictor was calibrated on."
-        )
+    if outside := timeline.outside_range:
+        share = number(100 * outside / timeline.batches)
+        text += f" {outside:,} batches ({share} %) are outside what the predictor was calibrated on."
     if any("estimate" in predictor for predictor in predictors):
         return "unsure", "An estimate", text
     return ("unsure" if timeline.outside_range else "good"), "Predicted", text
@@ -173,20 +168,16 @@ def _cards(record: Record) -> list[tuple[str, str, str]]:
         ("Throughput", f"{number(summary[steady + 'request_throughput'])} requests/s", notes[0]),
         ("Output", f"{number(summary[steady + 'output_throughput'])} tokens/s", notes[1]),
         ("Goodput", f"{number(summary['request_goodput'])} requests/s", met),
-        ("TTFT, median", _latency(summary, "p50", "ttft"), "arrival to first token"),
-        ("TTFT, P99", _latency(summary, "p99", "ttft"), "arrival to first token"),
-        ("TBT, median", _latency(summary, "p50", "tbt"), "between output tokens"),
-        ("TBT, P99", _latency(summary, "p99", "tbt"), "between output tokens"),
+        *((f"{name}, {words}", _latency(summary, statistic, name.lower()), what)
+          for name, what in (("TTFT", "arrival to first token"), ("TBT", "between output tokens"))
+          for statistic, words in (("p50", "median"), ("p99", "P99"))),
         ("E2E, P99", _latency(summary, "p99", "e2e"), "arrival to last token"),
         ("Sched. delay, median", _latency(summary, "p50", "scheduling_delay"), "arrival to first batch"),
-        (
-            "KV cache, peak use",
-            f"{number(record.timeline.peak_kv_percent)} %",
-            f"of {blocks:,} blocks" if len(summary["replicas"]) == 1 else "of the fullest replica",
-        ),
+        ("KV cache, peak use", f"{number(record.timeline.peak_kv_percent)} %",
+         f"of {blocks:,} blocks" if len(summary["replicas"]) == 1 else "of the fullest replica"),
         ("Preemptions", f"{summary['preemptions']:,}", "for want of KV blocks"),
         ("Dropped requests", f"{summary['dropped']:,}", "too long to be served"),
-    ]
+    ]  # fmt: skip
     if "prefix_hit_rate" in summary:
         found = f"{summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted"
         entries.insert(-2, ("Prefix cache hits", f"{number(100 * summary['prefix_hit_rate'])} %", found))
@@ -205,10 +196,7 @@ def _latency(summary: Mapping[str, Any], statistic: str, metric: str) -> str:
 
 def _latency_table(summary: Mapping[str, Any]) -> str:
     heads = ("", *(name.capitalize() for name in _STATISTICS))
-    rows = [
-        (metric.name, [_latency(summary, statistic, key) for statistic in _STATISTICS])
-        for key, metric in METRICS.items()
-    ]
+    rows = [(metric.name, [_latency(summary, each, key) for each in _STATISTICS]) for key, metric in METRICS.items()]
     for key, name in (("execution_time", "execution time"), ("preemption_time", "preemption time")):
         if f"mean_{key}_ms" in summary:
             values = [summary.get(f"{statistic}_{key}_ms") for statistic in _STATISTICS]

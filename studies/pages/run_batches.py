@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.results.tables import Array, Columns, open_parquet, to_numpy
+from engine.results.tables import Array, Columns, open_parquet
+from studies.pages.run_timeline import chunks
 
 MOST_BATCHES = 160  # a stage
-_CHUNK_ROWS = 1 << 17
 _COLUMNS = ["replica", "stage", "start_s", "duration_s", "num_tokens", "num_decodes", "num_prefills", "kv_blocks",
             "num_waiting", "max_tbt_s"]  # fmt: skip
 
@@ -36,9 +34,12 @@ def read_excerpt(path: Path, origin_s: float) -> Excerpt | None:
             return None
         gap, ended, replica = _longest(file)
         nearest: Columns = {}
-        for rows in _of_replica(file, replica):
-            rows = rows if not nearest else {name: np.concatenate([nearest[name], rows[name]]) for name in rows}
-            nearest = _nearest(rows, ended)
+        for chunk in chunks(file, _COLUMNS):
+            mine = chunk["replica"] == replica
+            if mine.any():
+                parts = [nearest] * bool(nearest) + [{name: values[mine] for name, values in chunk.items()}]
+                rows = {name: np.concatenate([part[name] for part in parts]) for name in chunk}
+                nearest = _nearest(rows, ended)
     order = np.lexsort((nearest["stage"], nearest["start_s"]))
     rows = {name: values[order] for name, values in nearest.items() if name not in ("replica", "max_tbt_s")}
     rows["start_s"] = rows["start_s"] - origin_s
@@ -48,7 +49,7 @@ def read_excerpt(path: Path, origin_s: float) -> Excerpt | None:
 def _longest(file: pq.ParquetFile) -> tuple[float | None, float, int]:
     """Return the longest gap, when it ended and on which replica; without a gap when the first batch did."""
     best: tuple[float | None, float, int] = (None, 0.0, 0)
-    for i, chunk in enumerate(_chunks(file, ["replica", "start_s", "duration_s", "max_tbt_s"])):
+    for i, chunk in enumerate(chunks(file, ["replica", "start_s", "duration_s", "max_tbt_s"])):
         if i == 0:
             best = (None, float(chunk["start_s"][0]), int(chunk["replica"][0]))
         gaps = np.nan_to_num(chunk["max_tbt_s"])
@@ -66,15 +67,3 @@ def _nearest(rows: Columns, time: float) -> Columns:
         away: Array = np.abs(rows["start_s"][mine] + rows["duration_s"][mine] - time)
         keep[mine[np.argsort(away, kind="stable")[:MOST_BATCHES]]] = True
     return {name: values[keep] for name, values in rows.items()}
-
-
-def _of_replica(file: pq.ParquetFile, replica: int) -> Iterator[Columns]:
-    for chunk in _chunks(file, _COLUMNS):
-        mine = chunk["replica"] == replica
-        if mine.any():
-            yield {name: values[mine] for name, values in chunk.items()}
-
-
-def _chunks(file: pq.ParquetFile, columns: list[str]) -> Iterator[Columns]:
-    for chunk in file.iter_batches(_CHUNK_ROWS, columns=columns):
-        yield to_numpy(pa.Table.from_batches([chunk]))

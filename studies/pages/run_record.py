@@ -59,8 +59,7 @@ class Record:
 def read_record(folder: Path) -> Record:
     """Read a finished run's folder. Raises FileNotFoundError where one of its files is missing."""
     hint = "is all of it there?"
-    summary = read_json(folder / "summary.json", hint)
-    config = read_yaml(folder / "config.yaml", hint)
+    summary, config = read_json(folder / "summary.json", hint), read_yaml(folder / "config.yaml", hint)
     table = pq.ParquetFile(folder / "requests.parquet")
     more = [name for name in ("request_id", "prefix_hit_tokens") if name in table.schema_arrow.names]
     requests = to_numpy(table.read([*REQUEST_COLUMNS, *more]))

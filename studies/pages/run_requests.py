@@ -30,9 +30,7 @@ class Requests:
     ids: Array
     band_tokens: Array  # (bands,) middles of bands of prompt lengths, of all requests
     band_ttft_s: Array  # (bands, 2) median and P99 in each
-    slowest: (
-        Columns  # (MOST_SLOW,) by end-to-end latency: id, arrived_s, waited_s (NaN: unknown), prefill_s, decode_s, ...
-    )
+    slowest: Columns  # (MOST_SLOW,) by end-to-end latency: id, arrived_s, waited_s (NaN: unknown), first_s, e2e_s, ...
     hit_edges_s: Array  # (bins + 1,)
     hit_percent: Array  # (bins,) of the prompt tokens of the requests that were first scheduled then; NaN for none
 

@@ -77,7 +77,7 @@ def read_timeline(
         decoded = np.zeros(OUTPUT_TIMES)
         batches = predicted = outside = stalled = 0
         peak_kv = 0.0
-        for rows in _chunks(file):
+        for rows in chunks(file, _COLUMNS):
             _check(path, rows, stages)
             begin = rows["start_s"] - start_s
             end = begin + rows["duration_s"]
@@ -139,8 +139,9 @@ def _check(path: Path, rows: Columns, stages: Array) -> None:
         )
 
 
-def _chunks(file: pq.ParquetFile) -> Iterator[Columns]:
-    for chunk in file.iter_batches(CHUNK_ROWS, columns=_COLUMNS):
+def chunks(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[Columns]:
+    """Yield some columns of a table, so many rows at a time."""
+    for chunk in file.iter_batches(CHUNK_ROWS, columns=columns):
         yield to_numpy(pa.Table.from_batches([chunk]))
 
 

@@ -34,8 +34,7 @@ def published() -> list[tuple[BatchShape, float]]:
 
 def residuals(iteration_s: float, sequence_s: float, base: Array, sequences: Array, seconds: Array) -> Array:
     """Return log(predicted / published) of batches that take `base` seconds without these two constants."""
-    errors: Array = np.log((base + iteration_s + sequence_s * sequences) / seconds)
-    return errors
+    return np.asarray(np.log((base + iteration_s + sequence_s * sequences) / seconds))
 
 
 def fit() -> tuple[float, float, dict[str, float]]:
@@ -55,18 +54,10 @@ def _without(host: HostOverhead) -> tuple[Array, Array, Array]:
     """Return of each batch the predicted seconds without the two constants, its sequences, and published seconds."""
     deployment = deploy("01-ai/Yi-34B", "a100", parallel=ParallelSpec(tensor_parallel_size=2),
                         host_overhead=host.name, num_gpu_blocks_override=1)  # fmt: skip
-    rows = [
-        (
-            deployment.predictor.stage_time(shape, 0)
-            - host.iteration_s
-            - host.sequence_s * (shape.num_decodes + len(shape.prefills)),
-            shape.num_decodes + len(shape.prefills),
-            seconds,
-        )
-        for shape, seconds in published()
-    ]
-    base, sequences, seconds = np.array(rows, dtype=float).T
-    return base, sequences, seconds
+    shapes, seconds = zip(*published(), strict=True)
+    sequences = np.array([shape.num_decodes + len(shape.prefills) for shape in shapes], dtype=float)
+    times = np.array([deployment.predictor.stage_time(shape, 0) for shape in shapes])
+    return times - host.iteration_s - host.sequence_s * sequences, sequences, np.array(seconds)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,7 @@ from studies.words import number, percent
 Records = Mapping[str, Mapping[str, Any]]  # of a host overhead, by point
 Verdict = Literal["agrees", "disagrees", "depends on the draw", "fitted", "not run"]
 
-KINDS = {  # the sections of a verdict, and the comparisons in each
-    "orders": ("order",),
-    "ratios": ("ratio", "up_to"),
-    "absolute values": ("value",),
-}
+KINDS = {"orders": ("order",), "ratios": ("ratio", "up_to"), "absolute values": ("value",)}  # by comparison
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,12 @@ class Judgement:
 def judge_all(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, list[Judgement]]:
     """Return the verdicts under each host overhead and placebo, with the placebos that pass a claim marked on it."""
     every = {host: judge(experiment, found, host) for host, found in records.items()}
-    passed = [
-        tuple(host for host in PLACEBOS if host in every and every[host][i].verdict == "agrees")
-        for i in range(len(experiment.claims))
-    ]
-    return {
-        host: [replace(each, placebos=names) for each, names in zip(judgements, passed, strict=True)]
-        for host, judgements in every.items()
-    }
+    placebos = [host for host in PLACEBOS if host in every]
+    for i in range(len(experiment.claims)):
+        passed = tuple(host for host in placebos if every[host][i].verdict == "agrees")
+        for judgements in every.values():
+            judgements[i] = replace(judgements[i], placebos=passed)
+    return every
 
 
 def judge(experiment: Experiment, records: Records, host: str = "") -> list[Judgement]:
@@ -86,7 +80,9 @@ def draws_of(records: Records, name: str) -> Array | None:
 def _judge(claim: Claim, records: Records, known: Mapping[str, float | None], on_fitted: bool) -> Judgement:
     drawn = [draws_of(records, name) for name in claim.of]
     kind = next(kind for kind, comparisons in KINDS.items() if claim.compare in comparisons)
-    published = _published(claim)
+    times = "" if claim.compare == "value" else " times"
+    read = f" ± {percent(claim.reading)}" if claim.reading else ""
+    published = "in that order" if claim.published is None else f"{number(claim.published)}{times}{read}"
     given = [draws for draws in drawn if draws is not None]
     if len(given) < len(drawn):
         return Judgement(claim.says, claim.source, kind, published, "not run", "not run")
@@ -100,7 +96,6 @@ def _judge(claim: Claim, records: Records, known: Mapping[str, float | None], on
         assert claim.published is not None
         errors = numbers / claim.published - 1
         held = np.abs(errors) <= TOLERANCE
-        times = "" if claim.compare == "value" else " times"
         middle = float(np.median(numbers))
         ours = f"{number(middle)}{times}{_spread(numbers)}" if np.isfinite(middle) else "no bound: the other is 0"
         off = float(np.median(errors)) if np.isfinite(middle) else None
@@ -122,17 +117,16 @@ def _in_order(claim: Claim, values: Array) -> str:
     width = min(map(len, parts))
     differ = [i for i in range(width) if len({part[i] for part in parts}) > 1]
     metrics = [name.rpartition(":")[2].replace("_", " ") for name in claim.of]
-    names = [" ".join([*(part[i] for i in differ), *part[width:]]) or metric
-             for part, metric in zip(parts, metrics, strict=True)]  # fmt: skip
+    places = [" ".join([*(part[i] for i in differ), *part[width:]]) for part in parts]
+    names = [place or metric for place, metric in zip(places, metrics, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} {metric}".strip() for name, metric in zip(names, metrics, strict=True)]
     medians = np.median(values, axis=1)
-    text, above = "", np.inf
+    text, above = "", None
     for place in np.argsort(-medians, kind="stable"):
-        if text:
-            text += " > " if above > medians[place] else " = "
-        above = medians[place]
-        text += f"{names[place]} {number(float(above))}{_spread(values[place])}"
+        text += "" if above is None else " > " if above > medians[place] else " = "
+        above = float(medians[place])
+        text += f"{names[place]} {number(above)}{_spread(values[place])}"
     return text
 
 
@@ -156,13 +150,6 @@ def _number(claim: Claim, values: Array) -> float:
     if claim.compare == "value":
         return float(values[0])
     return max(_ratios(values if claim.compare == "up_to" else values[:2]))
-
-
-def _published(claim: Claim) -> str:
-    if claim.published is None:
-        return "in that order"
-    read = f" ± {percent(claim.reading)}" if claim.reading else ""
-    return f"{number(claim.published)}{'' if claim.compare == 'value' else ' times'}{read}"
 
 
 def _explain(claim: Claim, values: Array, records: Records, known: Mapping[str, float | None]) -> str:
@@ -256,26 +243,14 @@ def _choice(place: str, found: Mapping[str, Mapping[str, Any]]) -> Choice:
     chosen, best = int(coarse.argmax()), int(fine.argmax())
     some = np.maximum(coarse, fine) > 0
     errors = np.abs(coarse - fine)[some] / np.maximum(coarse, fine)[some]
-    return Choice(
-        place,
-        names[chosen],
-        names[best],
-        spearman(coarse, fine),
-        float(1 - fine[chosen] / fine[best]) if fine[best] else 0.0,
-        float(errors.max(initial=0.0)),
-    )
+    regret = float(1 - fine[chosen] / fine[best]) if fine[best] else 0.0
+    return Choice(place, names[chosen], names[best], spearman(coarse, fine), regret, float(errors.max(initial=0.0)))
 
 
 def spearman(first: Array, second: Array) -> float | None:
     """Return the rank correlation (Spearman), equal values sharing their mean rank; None where either has no spread."""
-    ranks = [_ranks(values) for values in (first, second)]
-    centred = [rank - rank.mean() for rank in ranks]
-    norm = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float((centred[0] * centred[1]).sum()) / norm if norm else None
-
-
-def _ranks(values: Array) -> Array:
-    below = (values[:, None] > values).sum(axis=1)
-    alike = (values[:, None] == values).sum(axis=1)
-    mean_ranks: Array = below + (alike + 1) / 2
-    return mean_ranks
+    # a rank: how many are below, and half of those alike
+    ranks = [((each[:, None] > each).sum(axis=1) + (each[:, None] >= each).sum(axis=1)) / 2 for each in (first, second)]
+    ours, theirs = (each - each.mean() for each in ranks)
+    norm = float(np.sqrt((ours**2).sum() * (theirs**2).sum()))
+    return float((ours * theirs).sum()) / norm if norm else None

@@ -37,17 +37,15 @@ def kept(experiment: Experiment, records: Mapping[str, Records], seeds: int) -> 
 def _shortened(record: Mapping[str, Any], metrics: set[str]) -> dict[str, Any]:
     fine = {name: _digits(record[name]) for name in ("fine_qps", "coarse_qps") if name in record}
     wanted = metrics | ({"qps"} if fine else set())
-    found: dict[str, Any] = {
-        "values": {name: _digits(value) for name, value in record["values"].items() if name in wanted}
-    }
-    if "draws" in record:
-        draws = {name: [_digits(value) for value in each] for name, each in record["draws"].items() if name in wanted}
-        found["draws"] = draws
+    found = {}
+    for part in ("values", "draws"):
+        if part in record:
+            found[part] = {name: _digits(value) for name, value in record[part].items() if name in wanted}
     return found | fine
 
 
-def _digits(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def _digits(value: Any) -> Any:
+    return list(map(_digits, value)) if isinstance(value, list) else float(f"{value:.{DIGITS}g}")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -67,15 +67,14 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
         "binding": found.binding,
         "trials": len(found.trials),
         "tolerance": TOLERANCE,
+        "facts": found.describe(),
     }
     if point.seeds > 1:
         record["draws"] = {"qps": drawn}
     if found.outcome == "found":
         (run,) = best
         record["batches"] = batches(run.iterations, deployment)
-        record["facts"] = f"{found.describe()}; at it, {in_words(run.summary, record['batches'])}"
-    else:
-        record["facts"] = found.describe()
+        record["facts"] += f"; at it, {in_words(run.summary, record['batches'])}"
     if point.fine:
         whole = {found.qps: True} if found.outcome == "found" else {}  # that trial ran to its end
         stop = TimeLimit(limit_s) if limit_s is not None else None
@@ -167,29 +166,22 @@ def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
     step, took = point.chunk or point.prompt, 0.0
     for prefix in range(0, point.prompt, step):
         chunk = min(step, point.prompt - prefix)
-        took += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
+        ends = prefix + chunk == point.prompt
+        took += _latency(deployment, BatchShape(chunk, 0, 0, ((chunk, prefix),), int(ends), 0))
     return {"values": {"seconds": took}, "facts": f"{-(-point.prompt // step)} iterations"}
 
 
 def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
     """Compute a decode batch alone; with a chunk that fills the token budget; with a whole prompt."""
-    chunk = point.chunk - point.batch
-    alone = _latency(deployment, _decodes(point.batch, point.context))
+    batch = point.batch
+    decodes = BatchShape(batch, batch, batch * point.context, (), batch, batch)
 
     def beside(tokens: int) -> float:
-        shape = _decodes(point.batch, point.context)
-        both = shape._replace(num_tokens=point.batch + tokens, prefills=((tokens, 0),), num_sampled=point.batch + 1)
+        both = decodes._replace(num_tokens=batch + tokens, prefills=((tokens, 0),), num_sampled=batch + 1)
         return _latency(deployment, both)
 
-    return {"values": {"alone": alone, "with_chunk": beside(chunk), "with_prompt": beside(point.prompt)}, "facts": ""}
-
-
-def _prompt(chunk: int, prefix: int, ends: bool) -> BatchShape:
-    return BatchShape(chunk, 0, 0, ((chunk, prefix),), int(ends), 0)
-
-
-def _decodes(batch: int, context: int) -> BatchShape:
-    return BatchShape(batch, batch, batch * context, (), batch, batch)
+    alone, with_chunk = _latency(deployment, decodes), beside(point.chunk - batch)
+    return {"values": {"alone": alone, "with_chunk": with_chunk, "with_prompt": beside(point.prompt)}, "facts": ""}
 
 
 def _latency(deployment: Deployment, shape: BatchShape) -> float:

@@ -18,7 +18,7 @@ from engine.results.metric_table import METRICS, drawn_metrics
 from engine.results.recorder import Run
 from engine.results.tables import Array, Columns
 from engine.workload.workload import Workload
-from studies.validation.compare import compare_latencies, compare_summaries
+from studies.validation.compare import compare_runs
 from studies.validation.record import latency_curves
 from studies.words import percent
 
@@ -59,21 +59,12 @@ def compare_outside(
     """
     metrics = [*(metric.key for metric in drawn_metrics()), "tpot"]
     result = {
-        "load": None,
-        "requests": len(measured.requests["arrived_s"]),
-        "engine_s": measured.summary["duration"],
-        "iterations": None,
-        "batches": None,
-        "replay": None,
-        "latencies": compare_latencies(measured, simulated, metrics),
-        "throughput": compare_summaries(
-            measured, simulated, ("request_throughput", "output_throughput", "total_token_throughput")
-        ),
+        **dict.fromkeys(("load", "iterations", "batches", "replay")),
+        **compare_runs(measured, simulated, metrics),
         "gauges": compare_gauges(gauges, simulated_iterations, kv_blocks),
         "curves": latency_curves(measured, simulated),
     }
-    result["largest"] = in_words(result)
-    return result
+    return {**result, "largest": in_words(result)}
 
 
 def compare_gauges(gauges: Columns, iterations: Columns, kv_blocks: Sequence[int]) -> dict[str, Any]:
@@ -85,8 +76,7 @@ def compare_gauges(gauges: Columns, iterations: Columns, kv_blocks: Sequence[int
         return {}
     found = {}
     for name, column in GAUGES.items():
-        values = gauges[name][during]
-        if np.isnan(values).all():
+        if np.isnan(values := gauges[name][during]).all():
             continue
         ours = _at(times[during], iterations, column, kv_blocks)
         values = values / len(kv_blocks) if column == "kv" else values
