@@ -163,8 +163,9 @@ def profile_step(device: str, seconds: float, output_dir: Path) -> str:
 
     case = CASES[device]
     spec = ProfileSpec(
-        device=device_here("cuda" if device == "cuda" else "cpu"), models=(case.model,), tensor_parallel_sizes=(1,), dtype=case.dtype,
-        limits=case.limits, budget_s=max(5.0, seconds - SETTLE_S), block_size=case.scheduler.block_size,
+        device=device_here("cuda" if device == "cuda" else "cpu"), models=(case.model,), tensor_parallel_sizes=(1,),
+        dtype=case.dtype, limits=case.limits, block_size=case.scheduler.block_size,
+        budget_s=max(5.0, seconds - SETTLE_S),
     )  # fmt: skip
     session = run_profile(spec, output_dir / "profile", on_progress)
     return f"{len(session.samples):,} measurements on {session.provenance['hardware']}"

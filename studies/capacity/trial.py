@@ -64,26 +64,15 @@ def simulated_trial(
     return judged(run.summary, rate, folder)
 
 
-def ending(
-    slos: Sequence[SLO], workload: Workload, time_limit_s: float | None = None
-) -> Callable[[Request], str | None]:
-    """Return what ends a trial early: an SLO that can't be met any more, or its time limit."""
-    watch = Hopeless(slos, workload)
-    return watch if time_limit_s is None else TimeLimit(time_limit_s, watch)
-
-
 TIME_LIMIT = "time limit"
+Watch = Callable[[Request], str | None]  # takes a finished request into account and says why the run ends, if it does
 
 
-class TimeLimit:
-    """Ends a run with the first request that finishes after `seconds` of its own time, or when `watch` does."""
-
-    def __init__(self, seconds: float, watch: Callable[[Request], str | None] = lambda request: None) -> None:
-        self.seconds, self.watch = seconds, watch
-
-    def __call__(self, request: Request) -> str | None:
-        """Take a finished request into account and return why the run ends, if it does."""
-        return self.watch(request) or (TIME_LIMIT if request.token_times[-1] > self.seconds else None)
+def time_limit(seconds: float | None, watch: Watch | None = None) -> Watch | None:
+    """Return what ends a run with the first request that finishes after so many seconds of it, or when `watch` does."""
+    if seconds is None:
+        return watch
+    return lambda request: (watch and watch(request)) or (TIME_LIMIT if request.token_times[-1] > seconds else None)
 
 
 def judged(summary: dict[str, Any], rate: float, folder: Path | None = None) -> Trial:

@@ -28,13 +28,16 @@ def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
     for name, search in searches.items():
         if search.best is None:
             verdicts.append(("unsure", f"{name}: no run at a capacity ({search.words})"))
-    verdicts += _apart(searches)
+    ranked = sorted(searches, key=lambda name: -(searches[name].point.qps or 0.0))
+    if ranked and (others := [ranked[i] for i in alike([searches[name].point.range for name in ranked], 0)]):
+        words = f"The capacity of {ranked[0]} can't be told apart from {' and '.join(others)}: ranges overlap"
+        verdicts.append(("unsure", words))
     what = "Runs" if not searches else "Runs at the capacity" if len(searches) == len(sides) else "Runs and searches"
     page.header("Windtunnel · side by side", f"{what}, laid side by side.", verdicts)
     folders = {side.name: side.folder for side in sides} | {name: search.folder for name, search in searches.items()}
     if len(sides) > 1:
         page.cards(_best_cards(sides))
-    page.add(key((side.name, f"{_describe(side.record)} · {_times(side)} · {folders[side.name]}") for side in sides))
+    page.add(key((side.name, f"{_describe(side.record)} · {folders[side.name]}") for side in sides))
     if searches:
         colours = {name: style_of(order.index(name))[0] for name in searches}
         points = [search.point for search in searches.values()]
@@ -43,15 +46,6 @@ def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
     for heading, panels in run_panels(sides, searches):
         page.add_panels(heading, panels)
     return page
-
-
-def _apart(searches: Mapping[str, Search]) -> list[tuple[Tone, str]]:
-    """Say which searches' capacities can't be told apart from the highest."""
-    names = sorted(searches, key=lambda name: -(searches[name].point.qps or 0.0))
-    others = [names[i] for i in alike([searches[name].point.range for name in names], 0)] if names else []
-    if not others:
-        return []
-    return [("unsure", f"The capacity of {names[0]} can't be told apart from {' and '.join(others)}: ranges overlap")]
 
 
 def _best_cards(sides: Sequence[Side]) -> list[tuple[str, str, str]]:
@@ -85,25 +79,24 @@ def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
     return found
 
 
-def _times(side: Side) -> str:
-    """Return where a run's times came from, in a word or two."""
-    lines = dict.fromkeys(replica.get("predictor") or "" for replica in side.record.summary["replicas"])
-    return "times " + " and ".join(dict.fromkeys(map(times_kind, lines)))
-
-
 def _describe(record: Record) -> str:
-    """Return a run in a line."""
-    first = record.summary["replicas"][0]
-    if "server" in record.summary:
-        return f"{first['model']} at {first['device']}, measured from outside; {record.summary['completed']:,} requests"
-    summary, devices = record.summary, {str(each.get("device")) for each in record.summary["replicas"]}
+    """Return a run in a line, and where its times came from."""
+    summary, replicas = record.summary, record.summary["replicas"]
+    first, lines = replicas[0], dict.fromkeys(replica.get("predictor") or "" for replica in replicas)
+    times = " and ".join(dict.fromkeys(map(times_kind, lines)))
+    if "server" in summary:
+        return (
+            f"{first['model']} at {first['device']}, measured from outside; {summary['completed']:,} requests · times "
+            f"{times}"
+        )
+    devices = {str(each.get("device")) for each in replicas}
     device = "devices" if len(devices) > 1 else first["device"]
     rate = record.config.get("request_rate") or record.arrival_rate
     came = "all at once" if rate is None else f"at {number(rate)} requests/s"
     return (
         f"{str(first['model']).split('/')[-1]} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {device}, "
         f"{first['parallel']}, {first['scheduler']}; {summary['completed']:,} requests "
-        f"({summary.get('workload', 'no named workload')}) {came}"
+        f"({summary.get('workload', 'no named workload')}) {came} · times {times}"
     )
 
 

@@ -27,21 +27,10 @@ Kind = Literal["run", "search", "sweep", "study", "validation", "plan"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
 _NEAR = 0.01  # numbers nearer to each other than this share are as good as each other
 LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
-_MARKS: dict[str, Kind] = {
-    "validation.json": "validation",
-    "plan.json": "plan",
-    "sweep.json": "sweep",
-    "search.json": "search",
-    "study.json": "study",
-}
+_KINDS: tuple[Kind, ...] = ("validation", "plan", "sweep", "search", "study")  # each by its file
 _UNFINISHED = {".partial-": "half-written: what wrote it was killed", ".incomplete": "what a failed run left behind"}
 _LATENCIES = (("ttft", "p50"), ("ttft", "p99"), ("tbt", "p50"), ("tbt", "p99"), ("tbt", "max"), ("e2e", "p50"),
               ("e2e", "p99"), ("scheduling_delay", "p50"))  # fmt: skip
-
-
-def _latency(statistic: str, metric: str) -> tuple[str, str, str]:
-    name = capital(find_metric(metric).name)
-    return f"{name}, {statistic_name(statistic)}", "s", summary_key(statistic, metric)
 
 
 # each headline number: its name, its unit (s, %, or a word), and its key in a summary (ms for the unit s)
@@ -50,9 +39,10 @@ _HEADLINES = (
     ("Throughput", "requests/s", "request_throughput"),
     ("Goodput", "requests/s", "request_goodput"),
     ("Output", "tokens/s", "output_throughput"),
-    *(_latency(statistic, metric) for metric, statistic in _LATENCIES),
+    *((f"{capital(find_metric(metric).name)}, {statistic_name(statistic)}", "s", summary_key(statistic, metric))
+      for metric, statistic in _LATENCIES),
     ("Preemptions", "", "preemptions"),
-)
+)  # fmt: skip
 _IF_ANY = (  # likewise, left out where no run has it
     ("Throughput, steady window", "requests/s", "steady_request_throughput"),
     ("Output, steady window", "tokens/s", "steady_output_throughput"),
@@ -79,7 +69,7 @@ class Headline:
     name: str
     unit: str  # s, %, or a word
     values: list[float | None]
-    better: Literal["", "more", "less"] = ""  # which is better; "": neither
+    better: str = ""  # "more" or "less"; "": neither
 
     def words(self, value: float | None) -> str:
         """Return a value in words, without the unit where that is not seconds."""
@@ -95,13 +85,6 @@ class Headline:
         return known.index(best) if abs(second - best) >= _NEAR * max(abs(best), abs(second), 1e-12) else None
 
 
-def _better(unit: str, key: str) -> Literal["", "more", "less"]:
-    """Whether more or less of a headline's number is better, or neither."""
-    if key == "completed":
-        return ""
-    return "more" if unit.endswith("/s") or key == "prefix_hit_rate" else "less"
-
-
 def kind_of(folder: Path) -> Kind:
     """Return what a folder is of. Raises InputError for one that is no result of Windtunnel's, or unfinished."""
     if not folder.exists():
@@ -111,8 +94,8 @@ def kind_of(folder: Path) -> Kind:
     for mark, what in _UNFINISHED.items():
         if mark in folder.resolve().name:
             raise InputError(f"{folder} is {what}: give a finished one")
-    for mark, kind in _MARKS.items():
-        if (folder / mark).is_file():
+    for kind in _KINDS:
+        if (folder / f"{kind}.json").is_file():
             return kind
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if not missing:
@@ -168,18 +151,17 @@ def read_side(folder: Path, name: str) -> Side:
 
 def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """Return each setting that is not the same in all runs, and its value in each."""
-    every = [dict(_settings(side.record)) for side in sides]
+    every = [_settings(side.record) for side in sides]
     names = dict.fromkeys(name for settings in every for name in settings)
     rows = [(name, [settings.get(name, NOT_SET) for settings in every]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _settings(record: Record) -> Iterator[tuple[str, str]]:
-    yield from flat(record.config, number="{:.6g}".format)
-    replicas = record.summary["replicas"]
+def _settings(record: Record) -> dict[str, str]:
+    found, replicas = dict(flat(record.config, number="{:.6g}".format)), record.summary["replicas"]
     if "server" not in record.summary:
-        yield "KV blocks", f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
-    yield "times", "; ".join(dict.fromkeys(replica.get("predictor") or "measured" for replica in replicas))
+        found["KV blocks"] = f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
+    return {**found, "times": "; ".join(dict.fromkeys(each.get("predictor") or "measured" for each in replicas))}
 
 
 def headline(sides: Sequence[Side]) -> list[Headline]:
@@ -190,7 +172,8 @@ def headline(sides: Sequence[Side]) -> list[Headline]:
         found = [summary.get(key) for summary in summaries]
         if any(each is not None for each in found) or (name, unit, key) in _HEADLINES:
             values = [None if each is None else _SCALE.get(unit, 1) * each for each in found]
-            rows.append(Headline(name, unit, values, _better(unit, key)))
+            better = "more" if unit.endswith("/s") or key == "prefix_hit_rate" else "less" if key != "completed" else ""
+            rows.append(Headline(name, unit, values, better))
     counts = [num_gpus(side.record) or None for side in sides]
     per_device = [count and each["output_throughput"] / count for each, count in zip(summaries, counts, strict=True)]
     rows.insert(4, Headline("Output per device", "tokens/s", per_device, "more"))

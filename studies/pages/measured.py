@@ -39,7 +39,13 @@ def write_measured(results: Mapping[str, Any], path: Path) -> Path:
     )
     drawn = {measure: [each for each in records if measure in each["error"]] for measure in ("tpot", "ttft", "e2e")}
     page.add_panels("Predicted and measured", [_scatter(rows, measure) for measure, rows in drawn.items() if rows])
-    page.add_panels("By group", [Panel("Errors by group", _GROUPS, table=_groups(results))])
+    groups = [
+        (each["group"], [f"{each['count']:,}", *(mean_error(each[measure]) for measure in MEASURES)])
+        for each in groups_of(results)
+    ]
+    page.add_panels(
+        "By group", [Panel("Errors by group", _GROUPS, table=numbers_table(["", "points", *_NAMES.values()], groups))]
+    )
     if results["effects"]:
         rows = ((f"had it been {each['instead']}", effect_words(each)) for each in results["effects"])
         page.add(details("What other assumptions would change", facts_table(rows)))
@@ -70,14 +76,6 @@ def _scatter(drawn: Sequence[Mapping[str, Any]], measure: str) -> Panel:
     caption = "Dashed: predicted as measured."
     caption += f" {out:,} of {len(drawn):,} points have batches outside the calibrated range." * bool(out)
     return Panel(_NAMES[measure], caption, against_measured(groups, logarithmic=True), "half", 430)
-
-
-def _groups(results: Mapping[str, Any]) -> str:
-    rows = [
-        (group["group"], [f"{group['count']:,}", *(mean_error(group[measure]) for measure in MEASURES)])
-        for group in groups_of(results)
-    ]
-    return numbers_table(["", "points", *_NAMES.values()], rows)
 
 
 def _points(records: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p
 from statistics import median
@@ -11,7 +11,7 @@ from typing import Any
 from studies.pages.study import LITTLE, judged, markdown
 from studies.published import library
 from studies.published.experiment import FITTED_HOST, HOSTS, PAPER_HOST, PLACEBOS, Experiment
-from studies.published.judge import KINDS, judge_all, tally
+from studies.published.judge import Judgement, judge_all, tally
 from studies.words import percent
 
 JUDGES = ("capacity", "iso_qps", "hybrid_parallelism", "chunking_overhead", "chunk_size_tradeoff",
@@ -53,12 +53,17 @@ How to read it
 """
 
 
+_OF_THE_HOST = (
+    "What Figure 2 and Table 2 say of the host's time, held against the figures that it was not fitted to (the "
+    "preset `sarathi-osdi24` keeps the measured times):"
+)
+
+
 def render(record: Mapping[str, Any]) -> str:
     """Return the page of a record: what agrees in all, and a section for each study."""
     every = {name: library.load(name) for name in library.names() if name in record}
     lines = [_INTRO]
-    missing = [name for name in library.names() if name not in record]
-    if missing:
+    if missing := [name for name in library.names() if name not in record]:
         lines.append(f"Not in the record yet: {', '.join(f'`{name}`' for name in missing)}.\n")
     for name in every:
         if left := [words for host, words in HOSTS.items() if host not in record[name]["records"]]:
@@ -72,8 +77,7 @@ def render(record: Mapping[str, Any]) -> str:
         cells = [", ".join(map(str, tally(verdicts.get(host, [])))) or "-" for host in hosts]
         lines.append(f"| `{name}` | {experiment.source} | {' | '.join(cells)} |")
     lines += ["", *_summary(record, every), ""]
-    for name, experiment in every.items():
-        lines.append(markdown(name, experiment, record[name]["records"]))
+    lines += [markdown(name, experiment, record[name]["records"]) for name, experiment in every.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -111,49 +115,40 @@ def scores(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> dict[s
 def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
     """Return lines of how many claims hold in all, and what the figures say of the fitted host overhead."""
     seeds = max((each["seeds"] for each in record.values()), default=1)
-    lines = [
+    about = (
         f"{seeds} seeds for the engines, the first for the controls. The typical error is the median of "
-        "|ours / published - 1| over the numbers that nothing was fitted to. Of all claims that were run:",
-        "",
-    ]
-    total = scores(record, every)
+        "|ours / published - 1| over the numbers that nothing was fitted to. Of all claims that were run:"
+    )
+    lines, total = [about, ""], scores(record, every)
     lines += [f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {total[host]}" for host in HOSTS if host in total]
-    lines += ["", *_what_says_something(record, every)]
-    lines += _far_off(record, every)
+    own = {name: judged(each, record[name]["records"]).get(PAPER_HOST, []) for name, each in every.items()}
+    lines += ["", _what_says_something(own), *_far_off(own)]
     judges = {name: each for name, each in every.items()
               if name in JUDGES and {PAPER_HOST, FITTED_HOST} <= set(record[name]["records"])}  # fmt: skip
     if judges:
-        about = (
-            "What Figure 2 and Table 2 say of the host's time, held against the figures that it was not fitted to (the "
-            "preset `sarathi-osdi24` keeps the measured times):"
-        )
-        lines += ["", about, ""]
+        lines += ["", _OF_THE_HOST, ""]
         for name, experiment in judges.items():
             mine = scores(record, {name: experiment})
             lines.append(f"- {experiment.source}: measured {mine[PAPER_HOST]}. Fitted {mine[FITTED_HOST]}")
     return lines
 
 
-def _what_says_something(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
+def _what_says_something(own: Mapping[str, Sequence[Judgement]]) -> str:
     """Return a line of how many of the claims that agree, of each kind, no placebo passes."""
-    counts = {kind: [0, 0] for kind in KINDS}
-    for name, experiment in every.items():
-        for each in tally(judged(experiment, record[name]["records"]).get(PAPER_HOST, [])):
-            counts[each.kind][0] += each.agree - each.little
-            counts[each.kind][1] += each.agree
-    parts = ", ".join(f"{told} of {agree} {kind}" for kind, (told, agree) in counts.items() if agree)
-    return [
+    every = tally([each for judgements in own.values() for each in judgements])
+    parts = ", ".join(f"{each.agree - each.little} of {each.agree} {each.kind}" for each in every if each.agree)
+    return (
         f"Of the claims of the paper's engine that agree, no placebo passes {parts}. These say something of the "
         f"predictor; the others ({LITTLE}) say little."
-    ]
+    )
 
 
-def _far_off(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
+def _far_off(own: Mapping[str, Sequence[Judgement]]) -> list[str]:
     """Return a list of the numbers that the paper's engine is off by half or more, in all draws together."""
     rows = [
         (abs(log1p(each.off)), f"- `{name}`: {each.claim}: {each.published}, ours {each.ours}")
-        for name, experiment in every.items()
-        for each in judged(experiment, record[name]["records"]).get(PAPER_HOST, [])
+        for name, judgements in own.items()
+        for each in judgements
         if each.off is not None and each.verdict == "disagrees" and abs(log1p(each.off)) >= log(FAR)
     ]
     if not rows:

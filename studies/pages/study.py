@@ -75,11 +75,8 @@ def write_page(
 
 def _how_judged(records: Mapping[str, Records]) -> str:
     """Return how to read the verdicts."""
-    seeds = max(
-        (len(next(iter(record["draws"].values()))) for each in records.values() for record in each.values()
-         if record.get("draws")),
-        default=1,
-    )  # fmt: skip
+    every = [record["draws"] for each in records.values() for record in each.values() if record.get("draws")]
+    seeds = max((len(next(iter(draws.values()))) for draws in every), default=1)
     drawn = f"Numbers are medians of {seeds} draws of the requests [lowest to highest]. " if seeds > 1 else ""
     words = (
         f"{drawn}A number agrees within 20 % of the published one, its reading included; a claim depends on the draw "
@@ -92,7 +89,7 @@ def _how_judged(records: Mapping[str, Records]) -> str:
 
 
 def host_name(host: str) -> str:
-    """Return a host overhead in words."""
+    """Return a host overhead in words, with its name."""
     return f"{HOSTS[host]} ({host})" if host in HOSTS else host
 
 
@@ -108,12 +105,10 @@ def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
 
 
 def _sources(records: Mapping[str, Records], reduced: str) -> list[tuple[Tone, str, str]]:
-    lines: list[tuple[Tone, str, str]] = []
-    if reduced:
-        lines.append(("bad", "reduced", f"{reduced}: these figures are not the study's."))
     every = ", ".join(host_name(host) for host in records if host not in PLACEBOS)
-    lines.append(("unsure", "simulated", f"with the host overhead of {every}; nothing here was run on a GPU."))
-    return lines
+    simulated = f"with the host overhead of {every}; nothing here was run on a GPU."
+    less: list[tuple[Tone, str, str]] = [("bad", "reduced", f"{reduced}: these figures are not the study's.")]
+    return [*(less if reduced else []), ("unsure", "simulated", simulated)]
 
 
 def claims_table(verdicts: Judged) -> str:
@@ -166,11 +161,11 @@ def _about_choices(table: Sequence[Choice], host: str) -> str:
 
 def choices_table(table: Sequence[Choice]) -> str:
     """Return a row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
-    rows: list[tuple[str, list[Cell]]] = []
-    for choice in table:
-        correlation = "-" if choice.spearman is None else f"{choice.spearman:.2f}"
-        costs = percent(choice.regret), percent(choice.worst_error)
-        rows.append((choice.place, [choice.chosen, choice.best, correlation, *costs]))
+    rows = []
+    for each in table:
+        correlation = "-" if each.spearman is None else f"{each.spearman:.2f}"
+        costs = percent(each.regret), percent(each.worst_error)
+        rows.append((each.place, [each.chosen, each.best, correlation, *costs]))
     heads = ("Place", "Chosen", "Best", "Rank correlation", "Regret", "Largest error of a capacity")
     return numbers_table(heads, rows)
 
@@ -229,10 +224,8 @@ def to_json(experiment: Experiment, records: Mapping[str, Records]) -> dict[str,
     return {
         "title": experiment.title,
         "source": experiment.source,
-        "judgements": {
-            host: [vars(each) for each in judgements] for host, judgements in judge_all(experiment, records).items()
-        },
-        "choices": {host: [vars(each) for each in choices(found)] for host, found in records.items()},
+        "judgements": {host: list(map(vars, each)) for host, each in judge_all(experiment, records).items()},
+        "choices": {host: list(map(vars, choices(found))) for host, found in records.items()},
         "records": {host: dict(found) for host, found in records.items()},
     }
 
@@ -242,9 +235,6 @@ def summary_lines(experiment: Experiment, records: Mapping[str, Records]) -> lis
     lines = []
     for host, judgements in judged(experiment, records).items():
         lines.append(f"{host_name(host)}: {in_words(judgements)}")
-        lines += [
-            f"  {each.sentence()}"
-            for each in judgements
-            if each.explanation and host in (PAPER_HOST, *list(records)[:1])
-        ]
+        if host in (PAPER_HOST, *list(records)[:1]):
+            lines += [f"  {each.sentence()}" for each in judgements if each.explanation]
     return lines

@@ -23,7 +23,7 @@ from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 from studies.capacity.ranges import STEPS
 from studies.capacity.search import TOLERANCE, Capacity, find_capacity, fine_capacity
-from studies.capacity.trial import TimeLimit, Trial, at_rate, ending, guess, judged
+from studies.capacity.trial import Hopeless, Trial, at_rate, guess, judged, time_limit
 from studies.published.experiment import METRICS
 from studies.published.operation_split import split
 from studies.published.points import Point
@@ -47,7 +47,7 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     def search(spec: WorkloadSpec, start: float, steps: Sequence[float]) -> Capacity:
         def trial(rate: float) -> Trial:
             workload = at_rate(spec, rate)
-            run = simulate(workload, kinds, slos=slos, stop=ending(slos, workload, limit_s))
+            run = simulate(workload, kinds, slos=slos, stop=time_limit(limit_s, Hopeless(slos, workload)))
             found = judged(run.summary, rate)
             if found.met and spec.seed == point.seed:
                 best[:] = [run]
@@ -77,7 +77,7 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
         record["facts"] += f"; at it, {in_words(run.summary, record['batches'])}"
     if point.fine:
         whole = {found.qps: True} if found.outcome == "found" else {}  # that trial ran to its end
-        stop = TimeLimit(limit_s) if limit_s is not None else None
+        stop = time_limit(limit_s)
 
         def met(rate: float) -> bool:
             if rate not in whole:
@@ -91,8 +91,7 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
 
 def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
     """Return a load at a rate: its latencies and batches, and if asked when its tokens came."""
-    stop = TimeLimit(point.time_limit_s) if point.time_limit_s is not None else None
-    run = simulate(make_workload(point.workload()), [deployment], stop=stop)
+    run = simulate(make_workload(point.workload()), [deployment], stop=time_limit(point.time_limit_s))
     shown = batches(run.iterations, deployment)
     record = {"values": _latencies(run.summary), "batches": shown, "facts": in_words(run.summary, shown)}
     if point.timeline:
