@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -17,40 +18,7 @@ from studies.words import percent
 JUDGES = ("capacity", "iso_qps", "hybrid_parallelism", "chunking_overhead", "chunk_size_tradeoff",
           "scheduler_ablation")  # of the fitted host overhead: Figures 5 to 9 and Table 6  # fmt: skip
 FAR = 1.5  # times off: listed as an open disagreement
-_INTRO = f"""# Studies: published experiments, and ours beside them
-
-```bash
-windtunnel study list
-windtunnel study run capacity                      # a page in runs/studies/capacity
-windtunnel study run iso_qps --model Mistral       # some of it: --model, --num-prompts, --host-overhead, --seeds
-windtunnel study run all --record docs/studies.json    # every one, and this page
-```
-
-The experiments of the Sarathi-Serve paper (Agrawal et al., OSDI 2024) as its artifact's scripts ran them, each a YAML
-file in `studies/published/experiments` that says what is run and what was published; nothing in it is a result. A
-study runs on every core (`--workers`), keeps each finished point, resumes when it is rerun, and writes `report.html`
-(the figure again, with the published numbers where there are any) and `results.json`. A point that crashes is reported
-with its error and exit code 1; it is never taken for a missed SLO. By CPU time, two cores take about 10 minutes for all
-at three seeds, of which nearly 5 are for `capacity`. **This page is written by the studies** from `docs/studies.json`;
-a test reruns two of them and compares.
-
-How to read it
-
-- A value or a ratio agrees when it is within 20 % of the published number, the reading of a figure (± beside it)
-  included. That line is ours, the same everywhere; the difference stands beside every number. An order agrees when it
-  holds.
-- Requests are drawn anew for each seed. Numbers are medians [lowest to highest]. A claim that agrees in some draws only
-  **depends on the draw** (~); ✗ agrees in none.
-- Every claim is also run with two **placebos** in place of the predictor: times from the data sheet of another GPU
-  (H100), and the calibration's times dealt out to batches of another size. A claim that a placebo passes too **says
-  little** of the predictor, and is marked {LITTLE}: it follows from the schedulers, or from any times at all.
-- *The paper's engine* is the preset `sarathi-osdi24`: host times measured of that Python engine, Ray messages also at
-  TP1, its way to count (the first token an iteration late, in no metric) and to preempt. *Fitted to Figure 2* is the
-  same with two host constants fitted to Figure 2 and Table 2 (`studies/published/fitted_host.py`), which are no claims
-  of it; first seed only. *A modern engine* runs the same schedulers with `cuda_graphs`.
-- Trials end when the artifact's did: 30 simulated minutes (capacity, Figure 8, Table 6) or 3 hours (Figures 7, 9b).
-  Memory utilisation is 0.85 as there.
-"""
+PAGE = Path(__file__).with_suffix(".md")  # its beginning: how to read it
 
 
 _OF_THE_HOST = (
@@ -62,7 +30,7 @@ _OF_THE_HOST = (
 def render(record: Mapping[str, Any]) -> str:
     """Return the page of a record: what agrees in all, and a section for each study."""
     every = {name: library.load(name) for name in library.names() if name in record}
-    lines = [_INTRO]
+    lines = [PAGE.read_text(encoding="utf-8")]
     if missing := [name for name in library.names() if name not in record]:
         lines.append(f"Not in the record yet: {', '.join(f'`{name}`' for name in missing)}.\n")
     for name in every:
