@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 from studies.capacity.ranges import Range, alike
 from studies.pages.capacity_figures import capacity_panels, names_of_points, things_of, trials
@@ -225,63 +225,56 @@ def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
 def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
     """Return which point is the best in what."""
     things = things_of(points)
-    ranks: list[tuple[str, str, Callable[[Point], float | None]]] = [
-        ("Highest capacity", f"{things}/s", lambda point: point.qps),
-        ("Most per GPU", f"{things}/s", lambda point: point.per_gpu),
-        ("Most per dollar", things, lambda point: point.per_dollar),
-        ("Most output per GPU", "tokens/s", lambda point: point.tokens_per_gpu),
-    ]
     names = _names(points)
     entries = []
-    for title, unit, value in ranks:
-        best = max(points, key=lambda point: value(point) or 0.0)
-        if value(best):
-            entries.append((title, _with(value(best), unit), names[id(best)]))
+    for title, unit, name in (
+        ("Highest capacity", f"{things}/s", "qps"),
+        ("Most per GPU", f"{things}/s", "per_gpu"),
+        ("Most per dollar", things, "per_dollar"),
+        ("Most output per GPU", "tokens/s", "tokens_per_gpu"),
+    ):
+        best = max(points, key=lambda point: getattr(point, name) or 0.0)
+        if value := getattr(best, name):
+            entries.append((title, f"{number(value)} {unit}", names[id(best)]))
     if priced := [point for point in points if point.usd is not None]:
         point = min(priced, key=lambda point: point.usd or 0.0)
         entries.append(("Cheapest", f"${number(point.usd)} /M tokens", f"output; {names[id(point)]}"))
     return entries
 
 
-class _Column(NamedTuple):
-    head: str
-    words: Callable[[Point], str]
-    rank: Callable[[Point], float | None] | None = None  # the highest is the best
-
-
 def _tables(points: Sequence[Point]) -> list[Panel]:
     ranked = sorted((point for point in points if point.qps is not None), key=lambda point: -(point.per_gpu or 0.0))
     alone = {point.gpus for point in ranked} == {1}  # then per GPU is the same again
-    things = things_of(ranked)
-    columns = [
-        _Column(f"{capital(things)}/s", lambda point: number(point.qps), lambda point: point.qps),
-        _Column("Range", lambda point: _range(point.range)),
-        _Column("Binding SLO", lambda point: point.binding or "none"),
-        _Column("GPUs", lambda point: number(point.gpus)),
-        _Column("Per GPU", lambda point: number(point.per_gpu), lambda point: point.per_gpu),
-        _Column("Per dollar", lambda point: number(point.per_dollar), lambda point: point.per_dollar),
-        _Column("$/M output", lambda point: number(point.usd), lambda point: _negative(point.usd)),
-        _Column("$/M range", lambda point: _range(point.usd_range)),
-        _Column("Tokens/s/GPU", lambda point: number(point.tokens_per_gpu), lambda point: point.tokens_per_gpu),
-        _Column("TTFT, median", lambda point: seconds(point.ttft_s), lambda point: _negative(point.ttft_s)),
-        _Column("TBT, P99", lambda point: seconds(point.tbt_s), lambda point: _negative(point.tbt_s)),
-        _Column("TPOT, mean", lambda point: seconds(point.tpot_s), lambda point: _negative(point.tpot_s)),
-        _Column("Published", lambda point: number(point.published)),
-        _Column("Confirmed", lambda point: number(point.confirmed)),
-        _Column("Times", lambda point: times_kind(point.predictor) if point.predictor else "-"),
-    ]
-    columns = [column for column in columns if any(column.words(point) != "-" for point in ranked)]
-    columns = [column for column in columns if not alone or column.head not in ("GPUs", "Per GPU")]
     names = _names(points)
-    rows: list[tuple[str, list[Cell]]] = [(names[id(point)], []) for point in ranked]
-    for column in columns:
-        best = max(filter(None, map(column.rank, ranked)), default=None) if column.rank else None
-        for point, (_, cells) in zip(ranked, rows, strict=True):
-            words = column.words(point)
-            marked = best is not None and column.rank is not None and column.rank(point) == best and len(ranked) > 1
-            cells.append(("best", words) if marked else words)
+    heads, rows = ["Point"], [(names[id(point)], list[Cell]()) for point in ranked]
+    columns: list[tuple[str, str, Callable[[Any], str], int]] = [  # head, what of a point, in words, 1: more is better
+        (f"{capital(things_of(ranked))}/s", "qps", number, 1),
+        ("Range", "range", _range, 0),
+        ("Binding SLO", "binding", lambda slo: slo or "none", 0),
+        ("GPUs", "gpus", number, 0),
+        ("Per GPU", "per_gpu", number, 1),
+        ("Per dollar", "per_dollar", number, 1),
+        ("$/M output", "usd", number, -1),
+        ("$/M range", "usd_range", _range, 0),
+        ("Tokens/s/GPU", "tokens_per_gpu", number, 1),
+        ("TTFT, median", "ttft_s", seconds, -1),
+        ("TBT, P99", "tbt_s", seconds, -1),
+        ("TPOT, mean", "tpot_s", seconds, -1),
+        ("Published", "published", number, 0),
+        ("Confirmed", "confirmed", number, 0),
+        ("Times", "predictor", lambda line: times_kind(line) if line else "-", 0),
+    ]
+    for head, name, in_words, more in columns:
+        values = [getattr(point, name) for point in ranked]
+        words = list(map(in_words, values))
+        if set(words) <= {"-"} or (alone and head in ("GPUs", "Per GPU")):
+            continue
+        heads.append(head)
+        best = max((more * value for value in values if more and value), default=None)
+        for value, said, (_, cells) in zip(values, words, rows, strict=True):
+            marked = best is not None and value is not None and more * value == best and len(ranked) > 1
+            cells.append(("best", said) if marked else said)
     caption = "The most per GPU first; a star marks the best of a column, a click on a head sorts."
-    heads = ("Point", *(column.head for column in columns))
     found = [Panel("At the capacity", caption, table=numbers_table(heads, rows))]
     failed = [(names[id(point)], f"{point.status}: {point.error}") for point in points if point.qps is None]
     if failed:
@@ -291,7 +284,3 @@ def _tables(points: Sequence[Point]) -> list[Panel]:
 
 def _range(found: Range | None) -> str:
     return "-" if found is None else f"{number(found[0])}\N{EN DASH}{number(found[1])}"
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value

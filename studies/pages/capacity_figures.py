@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -26,9 +26,9 @@ def capacity_panels(points: Sequence[Point]) -> list[Panel]:
     panels = [capacity_bars(points)]
     things = capital(things_of(points))
     if any(point.gpus != points[0].gpus for point in points) or len({point.group for point in points}) > 1:
-        panels.append(_ranked(points, "Capacity per GPU", f"{things}/s and GPU", lambda point: point.per_gpu))
+        panels.append(_ranked(points, "Capacity per GPU", f"{things}/s and GPU", "per_gpu"))
     if any(point.per_dollar for point in points):
-        panels.append(_ranked(points, f"{things} per dollar", f"{things} per dollar", lambda point: point.per_dollar))
+        panels.append(_ranked(points, f"{things} per dollar", f"{things} per dollar", "per_dollar"))
     return panels
 
 
@@ -128,12 +128,12 @@ def _words(point: Point) -> str:
     return number(point.qps) + ", all at once" * (point.outcome == "all")
 
 
-def _ranked(points: Sequence[Point], title: str, axis: str, value: Callable[[Point], float | None]) -> Panel:
-    """Draw bars from the best to the worst."""
-    having = [point for point in points if value(point) is not None]
-    ranked = sorted(having, key=lambda point: -(value(point) or 0.0))[:MOST_BARS]
+def _ranked(points: Sequence[Point], title: str, axis: str, name: str) -> Panel:
+    """Draw bars of what each point has by a name, from the best to the worst."""
+    having = [point for point in points if getattr(point, name) is not None]
+    ranked = sorted(having, key=lambda point: -getattr(point, name))[:MOST_BARS]
     colours, own = colours_of(points), dict(zip(map(id, points), series_of(points), strict=True))
-    values = [value(point) or 0.0 for point in ranked]
+    values = [getattr(point, name) for point in ranked]
     figure = new_figure(False, bargap=0.3, hovermode="closest")
     figure.add_bar(
         y=labels(ranked), x=values, orientation="h", text=list(map(number, values)), textposition="outside",

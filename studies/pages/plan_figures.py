@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,16 @@ def dots(made: Mapping[str, Any]) -> list[Dot]:
     key = summary_key(*_shown(made))
     found = []
     for row, facts in zip(made["candidates"], made["facts"], strict=True):
-        words = layout_words(row)
-        gpus = facts["replica"]["num_gpus"]
-        _, output = facts["tokens_per_arrival"]
+        if not row["met"]:
+            continue
+        words, gpus, (_, output) = layout_words(row), facts["replica"]["num_gpus"], facts["tokens_per_arrival"]
         best = row is made["candidates"][0]
-        for rate, summary, whole in _trials(row, facts, made["rate"]):
-            tpot = summary.get(summary_key("mean", "tpot"))
-            value = summary.get(key)
+        # requests/s of a replica, the summary, and whether it is of the whole fleet
+        trials = [(made["rate"] / row["replicas"], facts["trial"]["summary"], True)]
+        more = [trial for draw in facts["draws"][:1] for trial in draw["trials"] if trial["met"]]
+        trials += [(trial["rate"], trial["summary"], False) for trial in more]
+        for rate, summary, whole in trials:
+            tpot, value = summary.get(summary_key("mean", "tpot")), summary.get(key)
             usd = gpus * facts["usd_per_gpu_hour"] * made["rate"] / rate
             fleet = f"{row['replicas']} replicas of" if whole else f"{number(rate)} requests/s each of"
             found.append(Dot(
@@ -52,19 +55,6 @@ def dots(made: Mapping[str, Any]) -> list[Dot]:
                 1e3 / tpot if tpot else None, rate * output / gpus, whole, best,
             ))  # fmt: skip
     return sorted(found, key=lambda dot: not dot.whole)
-
-
-def _trials(
-    row: Mapping[str, Any], facts: Mapping[str, Any], rate: float
-) -> Iterator[tuple[float, Mapping[str, Any], bool]]:
-    """Yield requests/s of a replica, the summary, and whether it is of the whole fleet."""
-    if not row["met"]:
-        return
-    yield rate / row["replicas"], facts["trial"]["summary"], True
-    for draw in facts["draws"][:1]:
-        for trial in draw["trials"]:
-            if trial["met"]:
-                yield trial["rate"], trial["summary"], False
 
 
 def _shown(made: Mapping[str, Any]) -> tuple[str, str]:
