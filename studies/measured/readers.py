@@ -48,6 +48,8 @@ _REQUEST_COLUMNS = {  # what --columns may name, and the columns that are looked
     "ttft": "ttft_s",
     "e2e": "e2e_s",
 }
+_SUMMARY_KEYS = {"ttft": "mean_ttft_ms", "tpot": "mean_tpot_ms", "e2e": "mean_e2el_ms",
+                 "throughput": "output_throughput"}  # fmt: skip
 _VLLM_KEYS = {"mean_ttft_ms", "mean_tpot_ms", "completed", "output_throughput"}
 WARMUP_REQUESTS = 200  # of a run with a line a request and a cache to warm, where nothing else is asked for
 _PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
@@ -89,11 +91,21 @@ def read(
     return [reader.read(each) for each in inside]
 
 
+@dataclass(frozen=True)
 class _Row:
-    """A row of a table, by the name that errors call it."""
+    """A row of a table, by the name that errors call it, and the source that fills in what it leaves open."""
 
-    def __init__(self, path: Path, name: str, values: Settings) -> None:
-        self.path, self.name, self.values = path, name, values
+    path: Path
+    name: str
+    values: Settings
+    source_name: str
+    source: Source
+    given: Settings
+
+    def point(self, settings: Settings, assumed: Sequence[str] = (), **rest: Any) -> Point:
+        """Return its point: the settings that were asked for win, and what the source assumes comes first."""
+        every = (*self.source.assumed, *assumed)
+        return Point(id=self.name, settings={**settings, **self.given}, source=self.source_name, assumed=every, **rest)
 
     def __getitem__(self, key: str) -> str:
         return str(self.values[key])
@@ -204,43 +216,35 @@ class _Reader:
     # -- formats ---------------------------------------------------------------------------------------------------
 
     def _each_row(
-        self,
-        path: Path,
-        form: str,
-        frame: pd.DataFrame,
-        name_of: Callable[[int, Settings], str],
-        point: Callable[[_Row, str, Source], Point],
-        notes: Sequence[str] = (),
-    ) -> Measurements:
+        self, path: Path, form: str, frame: pd.DataFrame, name_of: Callable[[int, Settings], str],
+        point: Callable[[_Row], Point], notes: Sequence[str] = (),
+    ) -> Measurements:  # fmt: skip
         """Read a table with a point a row; a row that can't be is refused, with the reason."""
         points: list[Point] = []
         refused: list[tuple[str, str]] = []
         for place, record in enumerate(frame.to_dict("records")):
             values = {str(key): value for key, value in record.items()}
-            row = _Row(path, name_of(place, values), values)
-            chosen = self._source(form, {key for key in row.values if row.has(key)})
+            chosen = self._source(form, {key for key, value in values.items() if _given(value)})
+            row = _Row(path, name_of(place, values), values, *chosen, self.given)
             try:
-                points.append(point(row, *chosen))
+                points.append(point(row))
             except InputError as error:
                 refused.append((row.name, str(error)))
         return Measurements(name=path.name, format=form, points=points, assumed=tuple(notes), refused=tuple(refused))
 
     def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        def name_of(place: int, row: Settings) -> str:
-            return str(row.get("id") or f"row {place + 1}")
+        return self._each_row(
+            path, "silicon", frame, lambda place, row: str(row.get("id") or f"row {place + 1}"), self._silicon_row
+        )
 
-        return self._each_row(path, "silicon", frame, name_of, self._silicon_row)
-
-    def _silicon_row(self, row: _Row, source_name: str, source: Source) -> Point:
+    def _silicon_row(self, row: _Row) -> Point:
         if str(row.values.get("backend", "vllm")) != "vllm":
             raise InputError(f"backend {row['backend']}: vllm alone can be simulated")
         isl, osl, users = map(row.whole, ("isl", "osl", "concurrency"))
-        device = row["system"]
-        settings = source.settings(device, isl, users)
-        assumed = list(source.assumed)
+        device, note = row["system"], None
+        settings = row.source.settings(device, isl, users)
         if row.has("backend_version"):
             settings["engine"], note = _engine(row["backend_version"])
-            assumed += [note] if note else []
         settings |= {"model": row["model_path"], "device": device, **_precision(row.values)}
         for key, what in (("tp_size", "tensor"), ("pp_size", "pipeline"), ("attention_dp_size", "data")):
             if row.has(key) and (ranks := row.whole(key)) > 1:
@@ -248,18 +252,16 @@ class _Reader:
         if row.has("moe_ep_size") and row.whole("moe_ep_size") > 1:
             settings["enable_expert_parallel"] = True
         ttft, tpot = map(row.seconds, ("silicon_ttft_ms", "silicon_tpot_ms"))
-        how = client(self.client_name or source.client)
-        return Point(
-            id=row.name,
-            settings={**settings, **self.given},
+        how = client(self.client_name or row.source.client)
+        return row.point(
+            settings,
+            [note] if note else [],
             workload=_closed_loop(how, isl, osl, users),
             measured={"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (osl - 1)},
             warmup_requests=how.warmup_requests,
             statistic=how.statistic,
             output_tokens=osl,
             load=f"{users} users",
-            source=source_name,
-            assumed=tuple(assumed),
         )
 
     def _offline(self, path: Path, frame: pd.DataFrame) -> Measurements:
@@ -276,23 +278,17 @@ class _Reader:
 
         return self._each_row(path, "offline", frame, name_of, self._offline_row, notes)
 
-    def _offline_row(self, row: _Row, source_name: str, source: Source) -> Point:
+    def _offline_row(self, row: _Row) -> Point:
         if row["Framework"].lower() != "vllm":
             raise InputError(f"framework {row['Framework']}: vllm alone can be simulated")
         length, batch, gpus = map(row.whole, ("Input Output Length", "Batch Size", "Num of Hardware"))
         latency = row.number("Latency")
-        device = source.device or _device(row["Hardware"])
+        device = row.source.device or _device(row["Hardware"])
         own = {"model": row["Model"], "device": device, "tensor_parallel_size": gpus}
         spec = WorkloadSpec(lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst")
-        return Point(
-            id=row.name,
-            settings={**source.settings(device), **own, **self.given},
-            workload=spec,
-            measured={"e2e": latency, "throughput": length * batch / latency},
-            load=f"batch {batch}",
-            source=source_name,
-            assumed=tuple(source.assumed),
-        )
+        measured = {"e2e": latency, "throughput": length * batch / latency}
+        settings = {**row.source.settings(device), **own}
+        return row.point(settings, workload=spec, measured=measured, load=f"batch {batch}")
 
     def _requests(self, path: Path, frame: pd.DataFrame) -> Measurements:
         name, chosen = self._source("requests")
@@ -345,32 +341,30 @@ class _Reader:
 
         return self._each_row(path, "aggregates", frame, name_of, self._aggregate)
 
-    def _aggregate(self, row: _Row, source_name: str, source: Source) -> Point:
+    def _aggregate(self, row: _Row) -> Point:
         rate, seconds = map(row.number, ("request_rate_per_s", "stage_seconds"))
         prompt, output = map(row.whole, ("input_tokens_about", "output_tokens_about"))
         device = _device(row["hardware"])
-        assumed = list(source.assumed)
-        if (card := source.cards.get(device)) is not None:
+        assumed = []
+        if (card := row.source.cards.get(device)) is not None:
             assumed.append(f"{row['hardware']} is {card}")
             device = card
-        settings = {**source.settings(device), "model": row["model"], "device": device}
+        settings = {**row.source.settings(device), "model": row["model"], "device": device}
         for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
             if row.has(key):
                 settings[setting] = row.whole(key)
-        number = source.num_prompts_in_turn or 0
+        number = row.source.num_prompts_in_turn or 0
         later = row.values["stage_index"] if row.has("stage_index") else 0  # the stage before filled the cache
         if not _is_number(later):
             raise InputError(f"{row.path}: stage_index {later!r} of {row.name}: give a number from 0 on")
         columns = {"ttft": "ttft_mean_ms", "tpot": "itl_mean_ms", "e2e": "e2e_mean_ms"}
-        return Point(
-            id=row.name,
-            settings={**settings, **self.given},
+        return row.point(
+            settings,
+            assumed,
             workload=_in_turn(rate, seconds, prompt, output, number),
             measured={name: row.seconds(key) for name, key in columns.items()},
             warmup_requests=number if later > 0 else 0,
             load=f"{rate:g} requests/s",
-            source=source_name,
-            assumed=tuple(assumed),
         )
 
     def _vllm(self, path: Path) -> Measurements:
@@ -402,14 +396,8 @@ class _Reader:
         return found
 
     def _of_summary(self, name: str, summary: Settings, settings: Settings, workload: Workload) -> Point:
-        keys = {
-            "ttft": "mean_ttft_ms",
-            "tpot": "mean_tpot_ms",
-            "e2e": "mean_e2el_ms",
-            "throughput": "output_throughput",
-        }
         measured = {}
-        for measure, key in keys.items():
+        for measure, key in _SUMMARY_KEYS.items():
             if (value := summary.get(key)) is not None:
                 if not _is_number(value):
                     raise InputError(f"{name}: {key} {value!r}: give a number")
@@ -429,29 +417,23 @@ def _is_run(path: Path) -> bool:
 def _closed_loop(how: Client, isl: int, osl: int, users: int) -> WorkloadSpec:
     """`users` requests in the system at once, all of the same lengths or drawn from a share of them on."""
 
-    def lengths(nominal: int) -> str:
-        return f"{max(1, round(how.shortest * nominal))}:{nominal}"
-
+    prompts, outputs = (f"{max(1, round(how.shortest * nominal))}:{nominal}" for nominal in (isl, osl))
     return WorkloadSpec(
-        lengths="uniform",
-        input_len=lengths(isl),
-        output_len=lengths(osl),
-        num_prompts=how.requests_per_user * users,
-        arrival="burst",
-        max_concurrency=users,
-        ramp_up_s=how.ramp_up_s,
-    )
+        lengths="uniform", input_len=prompts, output_len=outputs, num_prompts=how.requests_per_user * users,
+        arrival="burst", max_concurrency=users, ramp_up_s=how.ramp_up_s,
+    )  # fmt: skip
 
 
 def _in_turn(rate: float, seconds: float, prompt: int, output: int, number: int) -> Workload:
     """Poisson arrivals of prompts of one length, `number` different ones in turn (0: all different)."""
     count = max(2, round(rate * seconds))
-    gaps = np.random.default_rng(0).exponential(1 / rate, count - 1)
     contents = [Content.of((1 + i % number, prompt), own(i)) for i in range(count)] if number else None
-    return Workload(
-        "open loop", np.concatenate(([0.0], np.cumsum(gaps))), np.full(count, prompt), np.full(count, output), 0,
-        contents=contents,
-    )  # fmt: skip
+    lengths = np.full(count, prompt), np.full(count, output)
+    return Workload("open loop", _poisson(rate, count), *lengths, 0, contents=contents)
+
+
+def _poisson(rate: float, count: int) -> Array:
+    return np.concatenate(([0.0], np.cumsum(np.random.default_rng(0).exponential(1 / rate, count - 1))))
 
 
 def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
@@ -480,8 +462,7 @@ def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
         raise InputError(f"{path}: request_rate {rate!r}: give requests/s, or inf")
     rate = math.inf if rate in (None, "inf") else float(rate)
     if math.isfinite(rate) and rate > 0:
-        gaps = np.random.default_rng(0).exponential(1 / rate, len(prompt) - 1)
-        arrived = np.concatenate(([0.0], np.cumsum(gaps)))
+        arrived = _poisson(rate, len(prompt))
         assumed.append("Poisson arrivals, drawn anew")
     else:
         arrived = np.zeros(len(prompt))
@@ -532,13 +513,10 @@ def _device(hardware: str) -> str:
 def _named(columns: str | None) -> dict[str, str]:
     if columns is None:
         return {}
-    named = {}
-    for part in columns.split(","):
-        key, equals, column = part.partition("=")
-        if not equals or key not in _REQUEST_COLUMNS:
+    for part in (parts := columns.split(",")):
+        if "=" not in part or part.partition("=")[0] not in _REQUEST_COLUMNS:
             raise InputError(f"--columns {part!r}: give {'=..., '.join(_REQUEST_COLUMNS)}=...")
-        named[key] = column
-    return named
+    return dict(part.split("=", 1) for part in parts)
 
 
 def _is_number(value: Any) -> bool:
