@@ -18,8 +18,7 @@ from engine.specs import SchedulerSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
-from studies.capacity.confirm import confirm, gpu_hours
-from studies.capacity.search import Capacity, bracket, find_capacity
+from studies.capacity.search import Capacity, bracket, confirm, find_capacity, gpu_hours
 from studies.capacity.trial import Hopeless, Trial, at_rate, guess, judged, simulated_trial, time_limit
 
 SECONDS = 0.01  # of a batch of one token

@@ -29,7 +29,6 @@ from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment
 from simulator.cluster import simulate as simulate_run
 from simulator.router import ROUTERS
-from studies.capacity.confirm import gpu_hours
 from studies.capacity.ranges import (
     COARSE,
     DRAWS,
@@ -42,7 +41,7 @@ from studies.capacity.ranges import (
     errors_in_words,
     range_of_draws,
 )
-from studies.capacity.search import bracket, find_capacity
+from studies.capacity.search import bracket, find_capacity, gpu_hours
 from studies.capacity.trial import Trial, arrivals_per_request, at_rate, guess, judged, simulated_trial
 from studies.jobs.cache import Cache
 from windtunnel.plugins import load_plugin

@@ -52,16 +52,13 @@ def write_accuracy(path: Path | None) -> None:
 
 def shipped() -> list[Calibration]:
     """Return the calibrations that ship: of each device, and engine's version that it was measured under."""
-    return [one for name, folder in known_devices().items() for one in _of_device(name, folder)]
-
-
-def _of_device(name: str, folder: Path) -> list[Calibration]:
-    """Return a device's calibration, or those of each engine's version that it was measured under."""
-    device, versions = catalog.device(name), sorted(store.by_nearness(folder, None), key=lambda path: path.name)
-    if not versions:
-        return [store.load(folder, device)]
-    found = [(version.name, store.load(version, device)) for version in versions]
-    return [replace(one, software=dict.fromkeys(one.models, version)) for version, one in found]
+    found = []
+    for name, folder in known_devices().items():
+        device, versions = catalog.device(name), sorted(store.by_nearness(folder, None), key=lambda path: path.name)
+        for version in versions or [folder]:
+            one = store.load(version, device)
+            found.append(replace(one, software=dict.fromkeys(one.models, version.name)) if versions else one)
+    return found
 
 
 def _title(calibration: Calibration) -> str:
@@ -77,9 +74,13 @@ def _kind_words(name: str) -> str:
 
 def accuracy_markdown(calibrations: Sequence[Calibration]) -> str:
     """Return the page, from the records alone."""
+    rows = [
+        [device, _kind_words(kind), what, percent(value), percent(target), "met" if value <= target else "**missed**"]
+        for device, kind, what, value, target in targets(calibrations)
+    ]
     devices = [(f"### {_title(each)}", _kinds(each), *_notes(each)) for each in calibrations]
     text = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        targets=_targets(calibrations),
+        targets=_table(["device", "operator", "error", "held out", "target", ""], rows, left=3),
         devices="\n\n".join(part for parts in devices for part in parts),
         models="\n\n".join(_by_model(calibrations)),
         **_learners(calibrations),
@@ -102,14 +103,6 @@ def _cold_start() -> str:
     rows = [[device, *(cell(kind, device) for kind in _COLD_KINDS)] for device in errors["gemm"]]
     aims = [f"at most {percent(aim)}" for _, aim in _COLD_KINDS.values()]
     return _table(["left out", *(name for name, _ in _COLD_KINDS.values())], [*rows, ["*aimed at*", *aims]], left=1)
-
-
-def _targets(calibrations: Sequence[Calibration]) -> str:
-    rows = [
-        [device, _kind_words(kind), what, percent(value), percent(target), "met" if value <= target else "**missed**"]
-        for device, kind, what, value, target in targets(calibrations)
-    ]
-    return _table(["device", "operator", "error", "held out", "target", ""], rows, left=3)
 
 
 def targets(calibrations: Sequence[Calibration]) -> list[tuple[str, str, str, float, float]]:

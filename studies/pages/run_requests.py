@@ -78,18 +78,11 @@ def _bands(prompts: Array, ttft: Array) -> tuple[Array, Array]:
 def _slowest(columns: Columns, ids: Array, hits: Array, origin: float) -> Columns:
     took = columns["last_token_s"] - columns["arrived_s"]
     order = np.argsort(-took, kind="stable")[:MOST_SLOW]
-    row = {name: values[order] for name, values in columns.items()}
-    return {
-        "id": ids[order],
-        "arrived_s": row["arrived_s"] - origin,
-        "waited_s": row["scheduled_s"] - row["arrived_s"],
-        "first_s": row["first_token_s"] - row["arrived_s"],
-        "e2e_s": took[order],
-        "prompt_tokens": row["prompt_tokens"],
-        "output_tokens": row["output_tokens"],
-        "hits": hits[order],
-        "preemptions": row["preemptions"],
-    }
+    since = {"waited_s": "scheduled_s", "first_s": "first_token_s", "e2e_s": "last_token_s"}
+    after = {name: columns[until] - columns["arrived_s"] for name, until in since.items()}
+    every = {**columns, **after, "id": ids, "hits": hits, "arrived_s": columns["arrived_s"] - origin}
+    kept = ("id", "arrived_s", *since, "prompt_tokens", "output_tokens", "hits", "preemptions")
+    return {name: every[name][order] for name in kept}
 
 
 def _hits(scheduled: Array, prompts: Array, hits: Array) -> tuple[Array, Array]:

@@ -105,23 +105,14 @@ def read_timeline(
     decode = states["num_decodes"].over(busy, all_replicas=True)
     first_tokens = np.searchsorted(np.sort(np.asarray(first_token_s) - start_s), output_s, side="right")
     return Timeline(
-        edges_s=edges,
-        output_s=output_s,
-        output_tokens=np.cumsum(decoded) + first_tokens,
-        decode_tokens=decode,
+        edges_s=edges, output_s=output_s, output_tokens=np.cumsum(decoded) + first_tokens, decode_tokens=decode,
         prefill_tokens=np.maximum(0.0, states["num_tokens"].over(busy, all_replicas=True) - decode),
         kv_percent=100 * states["kv_blocks"].over(busy) / blocks[:, None],
-        num_running=states["num_running"].over(busy),
-        num_waiting=states["num_waiting"].over(busy),
-        max_tbt_s=gaps.longest,
-        median_tbt_s=gaps.medians(),
-        stall_threshold_s=threshold,
-        batches=batches,
-        stalled_batches=stalled,
-        peak_kv_percent=100 * peak_kv,
-        predicted_batches=predicted,
-        outside_range=outside,
-    )
+        num_running=states["num_running"].over(busy), num_waiting=states["num_waiting"].over(busy),
+        max_tbt_s=gaps.longest, median_tbt_s=gaps.medians(), stall_threshold_s=threshold,
+        batches=batches, stalled_batches=stalled, peak_kv_percent=100 * peak_kv,
+        predicted_batches=predicted, outside_range=outside,
+    )  # fmt: skip
 
 
 def _check(path: Path, rows: Columns, stages: Array) -> None:

@@ -65,8 +65,7 @@ def write_page(
     page.add_panels("Figures", [panel for row in beside.values() for panel in row])
     for host, found in records.items():
         if table := choices(found):
-            page.add("<h2>How good is the choice?</h2>", _about_choices(table, host))
-            page.add(STYLE, "<div class='claims'>", choices_table(table), "</div>")
+            _add_choices(page, table, host)
     if experiment.choices:
         page.add("<h2>What the paper leaves open</h2><ul>")
         page.add(*(f"<li>{escape(line)}</li>" for line in experiment.choices), "</ul>")
@@ -148,7 +147,8 @@ def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str
     return f"{right} of {len(table)} places", regret, error, f"{min(known):.2f}" if known else None
 
 
-def _about_choices(table: Sequence[Choice], host: str) -> str:
+def _add_choices(page: Page, table: Sequence[Choice], host: str) -> None:
+    """Add a row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
     right, regret, _, correlation = _choices_in_numbers(table)
     words = (
         f"The scheduler with the highest capacity at the search's usual tolerance, against every scheduler's capacity "
@@ -156,18 +156,14 @@ def _about_choices(table: Sequence[Choice], host: str) -> str:
         f"chosen in {right}; the largest regret is {percent(regret)}"
         + (f", the lowest rank correlation {correlation}" if correlation else "")
     )
-    return f"<p>{escape(words)}.</p>"
-
-
-def choices_table(table: Sequence[Choice]) -> str:
-    """Return a row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
     rows = []
     for each in table:
-        correlation = "-" if each.spearman is None else f"{each.spearman:.2f}"
+        rank = "-" if each.spearman is None else f"{each.spearman:.2f}"
         costs = percent(each.regret), percent(each.worst_error)
-        rows.append((each.place, [each.chosen, each.best, correlation, *costs]))
+        rows.append((each.place, [each.chosen, each.best, rank, *costs]))
     heads = ("Place", "Chosen", "Best", "Rank correlation", "Regret", "Largest error of a capacity")
-    return numbers_table(heads, rows)
+    page.add("<h2>How good is the choice?</h2>", f"<p>{escape(words)}.</p>", STYLE)
+    page.add("<div class='claims'>", numbers_table(heads, rows), "</div>")
 
 
 def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:

@@ -230,7 +230,9 @@ class Planner:
                 candidate.outcome = "open"  # unless these cost too much, it is tried again
                 candidate.fewest = max(candidate.fewest, (result["too_few"] or 0) + candidate.step)
                 candidate.ruled_out = "a simulated fleet that missed"
-                likely = candidate.fewest * (1 + NEXT * (1 - _done(result.get("missed"))))
+                missed = result.get("missed")  # how near it came: the share of its requests that were finished
+                done = missed["summary"]["completed"] / missed["requests"] if missed else 0.0
+                likely = candidate.fewest * (1 + NEXT * (1 - done))
                 candidate.likely = min(candidate.likely, self.rate / likely)
             elif result["outcome"] == "none":
                 candidate.why = "not even one request at a time meets the SLOs"
@@ -385,11 +387,6 @@ class Planner:
 def _kind(candidate: Candidate) -> tuple[Any, ...]:
     """Return a candidate's device and layout."""
     return candidate.device, *candidate.job["layout"]
-
-
-def _done(trial: Mapping[str, Any] | None) -> float:
-    """Return the share of its requests that a trial finished before it was given up: how near it came."""
-    return trial["summary"]["completed"] / trial["requests"] if trial else 0.0
 
 
 def _margin(trial: Mapping[str, Any] | None) -> float:

@@ -92,7 +92,8 @@ def _judge(claim: Claim, records: Records, known: Mapping[str, float | None], on
         held = np.all(values[:-1] > values[1:], axis=0)
         ours = _in_order(claim, values)
     else:
-        numbers = np.array([_number(claim, draw) for draw in values.T])
+        pairs = values if claim.compare == "up_to" else values[:2]
+        numbers = values[0] if claim.compare == "value" else np.array([max(_ratios(draw)) for draw in pairs.T])
         assert claim.published is not None
         errors = numbers / claim.published - 1
         held = np.abs(errors) <= TOLERANCE
@@ -145,17 +146,14 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def _number(claim: Claim, values: Array) -> float:
-    """Return what a draw's values come to."""
-    if claim.compare == "value":
-        return float(values[0])
-    return max(_ratios(values if claim.compare == "up_to" else values[:2]))
-
-
 def _explain(claim: Claim, values: Array, records: Records, known: Mapping[str, float | None]) -> str:
     """Say why ours differs, as far as the runs tell."""
+    about: Sequence[str] = claim.of
+    if claim.compare == "up_to":  # of several pairs the one with the largest ratio
+        best = int(np.argmax(_ratios(np.median(values, axis=1))))
+        about = claim.of[2 * best : 2 * best + 2]
     shown: dict[str, None] = {}
-    for name in _extreme_pair(claim, np.median(values, axis=1)):
+    for name in about:
         point, _, metric = name.rpartition(":")
         drawn, published = draws_of(records, name), known.get(name)
         assert drawn is not None
@@ -166,14 +164,6 @@ def _explain(claim: Claim, values: Array, records: Records, known: Mapping[str, 
         facts = records[point].get("facts", "")
         shown[words + (f": {facts}" if facts else "")] = None
     return ". ".join(shown)
-
-
-def _extreme_pair(claim: Claim, values: Array) -> Sequence[str]:
-    """Return the values that a verdict is about: of several pairs the one with the largest ratio."""
-    if claim.compare != "up_to":
-        return claim.of
-    best = int(np.argmax(_ratios(values)))
-    return claim.of[2 * best : 2 * best + 2]
 
 
 def _ratios(values: Array) -> list[float]:
