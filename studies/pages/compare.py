@@ -101,10 +101,7 @@ def _describe(record: Record) -> str:
 
 
 def _headline_table(sides: Sequence[Side]) -> Panel:
-    rows: list[tuple[str, list[Cell]]] = [
-        (f"{line.name} ({line.unit})" if line.unit not in ("", "s") else line.name, _cells(line))
-        for line in headline(sides)
-    ]
+    rows = [(line.name + f" ({line.unit})" * (line.unit not in ("", "s")), _cells(line)) for line in headline(sides)]
     every: dict[str, list[Cell]] = {}
     for i, side in enumerate(sides):
         for slo, value, met in side.record.slos:
@@ -128,11 +125,10 @@ def _cells(line: Headline) -> list[Cell]:
 
 
 def _settings_table(sides: Sequence[Side]) -> Panel:
-    rows = differing_settings(sides)
-    if not rows:
-        return Panel("Settings that differ", "None: the runs have the same settings.")
-    table = numbers_table(("Setting", *(side.name for side in sides)), rows, words=True, sortable=False)
-    return Panel("Settings that differ", "All others are the same.", table=table)
+    heads, rows = ("Setting", *(side.name for side in sides)), differing_settings(sides)
+    table = numbers_table(heads, rows, words=True, sortable=False) if rows else ""
+    words = "All others are the same." if rows else "None: the runs have the same settings."
+    return Panel("Settings that differ", words, table=table)
 
 
 def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tuple[str, list[Panel]]]:
@@ -147,7 +143,7 @@ def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tu
 
 def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
     curves = [
-        Curve(side.name, curve.quantiles, curve.values_s, *style_of(i))
+        Curve(side.name, *curve, *style_of(i))
         for i, side in enumerate(sides)
         if (curve := side.record.latencies.get(metric.key))
     ]
@@ -158,8 +154,8 @@ def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
 def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     """Draw median TTFT against P99 TBT: a dot for each run, lines through trials of searches, and the runs' front."""
     title = "Median TTFT against P99 TBT"
-    every = [(i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides)]
-    every = [each for each in every if each[2]]
+    found = ((i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides))
+    every = [each for each in found if each[2]]
     if not every:
         return Panel(title, NO_GAPS)
     figure = new_figure(hovermode="closest")
@@ -231,10 +227,8 @@ def stage_bubbles(sides: Sequence[Side]) -> list[Panel]:
             hovertemplate=f"{side.name}: %{{y:.3~r}} %<extra></extra>",
         )  # fmt: skip
     figure.update_yaxes(title_text="Bubbles (%)", range=[0, max(1.0, 1.08 * highest)])
-    caption = (
-        "A bubble is time that a stage idles while requests are at its replica: a share of the time that there are "
-        "any, mean over the replicas."
-    )
+    caption = "A bubble is time that a stage idles while requests are at its replica: a share of the time that there "
+    caption += "are any, mean over the replicas."
     return [Panel("Pipeline bubbles", caption, figure, "half", _height(330, sides))]
 
 

@@ -33,8 +33,7 @@ def panels(record: Record) -> list[tuple[str, list[Panel]]]:
 
 def _latency(record: Record, metric: Metric) -> Panel:
     found = record.latencies.get(metric.key)
-    curves = [] if found is None else [Curve("", found.quantiles, found.values_s, BLUE)]
-    return latency_cdf(metric, curves, record.slos)
+    return latency_cdf(metric, [Curve("", *found, BLUE)] if found else [], record.slos)
 
 
 def tbt_over_time(record: Record) -> Panel:

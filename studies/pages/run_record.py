@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,8 +29,7 @@ NOT_SET = "not set"
 _ROUNDING = 1e-6  # s
 
 
-@dataclass(frozen=True, eq=False)
-class Distribution:
+class Distribution(NamedTuple):
     """Quantiles of a latency: `values_s[i]` is the quantile `quantiles[i]`."""
 
     quantiles: Array

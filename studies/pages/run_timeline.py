@@ -88,10 +88,10 @@ def read_timeline(
             replica = rows["replica"][first_stage]
             kv = rows["kv_blocks"][first_stage] / blocks[replica]
             peak_kv = max(peak_kv, float(kv.max(initial=0.0)))
-            place = _Place(replica, begin[first_stage], end[first_stage], edges)
-            busy.add(place, np.ones(len(replica)))
+            ends = [_bins(times[first_stage], edges) for times in (begin, end)]
+            busy.add(replica, ends, np.ones(len(replica)))
             for name, state in states.items():
-                state.add(place, rows[name][first_stage])
+                state.add(replica, ends, rows[name][first_stage])
             ended = rows["max_tbt_s"] > 0  # false for NaN, which the other stages have
             gaps.add(end[ended], rows["max_tbt_s"][ended])
             last_stage = rows["stage"] == stages[rows["replica"]] - 1
@@ -143,16 +143,6 @@ def _bins(times: Array, edges: Array) -> tuple[Array, Array]:
     return index, np.clip(index + 1 - place, 0.0, 1.0)
 
 
-class _Place:
-    """Which cells (replica, bin) intervals begin and end in."""
-
-    def __init__(self, replica: Array, begin: Array, end: Array, edges: Array) -> None:
-        first, self.first_share = _bins(begin, edges)
-        last, self.last_share = _bins(end, edges)
-        self.first = replica * (len(edges) - 1) + first
-        self.last = replica * (len(edges) - 1) + last
-
-
 class _TimeMean:
     """The integral over each bin of a value that holds during intervals, for each replica, in value * bins.
 
@@ -162,15 +152,14 @@ class _TimeMean:
 
     def __init__(self, replicas: int, edges: Array) -> None:
         self.shape = (replicas, len(edges) - 1)
-        self.inside = np.zeros(replicas * (len(edges) - 1))
-        self.step = np.zeros(replicas * (len(edges) - 1))
+        self.inside, self.step = np.zeros((2, replicas * (len(edges) - 1)))
 
-    def add(self, place: _Place, values: Array) -> None:
-        size = len(self.step)
-        self.inside += np.bincount(place.first, values * place.first_share, size)
-        self.inside -= np.bincount(place.last, values * place.last_share, size)
-        self.step += np.bincount(place.first, values, size)
-        self.step -= np.bincount(place.last, values, size)
+    def add(self, replica: Array, ends: Sequence[tuple[Array, Array]], values: Array) -> None:
+        """Add intervals: their replicas, the bins and shares of their beginnings and of their ends, and values."""
+        for sign, (index, share) in zip((1, -1), ends, strict=True):
+            cells = replica * self.shape[1] + index
+            self.inside += sign * np.bincount(cells, values * share, len(self.step))
+            self.step += sign * np.bincount(cells, values, len(self.step))
 
     def integral(self) -> Array:
         """(replicas, bins)"""

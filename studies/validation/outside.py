@@ -18,12 +18,11 @@ from engine.results.metric_table import METRICS, drawn_metrics
 from engine.results.recorder import Run
 from engine.results.tables import Array, Columns
 from engine.workload.workload import Workload
-from studies.validation.compare import compare_runs
+from studies.validation.compare import STATISTICS, compare_runs
 from studies.validation.record import latency_curves
-from studies.words import percent
+from studies.words import percent, statistic_name
 
 GAUGES = {"num_requests_running": "num_running", "num_requests_waiting": "num_waiting", "kv_cache_usage_perc": "kv"}
-_NAMES = {"p50": "median", "p90": "P90", "p99": "P99", "mean": "mean"}
 
 
 def as_served(workload: Workload, requests: Columns) -> Workload:
@@ -109,10 +108,10 @@ def _at(times: Array, iterations: Columns, column: str, kv_blocks: Sequence[int]
 def in_words(result: dict[str, Any]) -> str:
     """Return the largest error, in a sentence."""
     every = [
-        (abs(found["error"]), f"the {_NAMES[statistic]} of {METRICS[key].name}", found["error"])
+        (abs(found["error"]), f"the {statistic_name(statistic)} of {METRICS[key].name}", found["error"])
         for key, statistics in result["latencies"].items()
         for statistic, found in statistics.items()
-        if statistic in _NAMES and found["error"] is not None
+        if statistic in STATISTICS and found["error"] is not None
     ]
     if not every:
         return "there is nothing to compare"
