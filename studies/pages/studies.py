@@ -1,4 +1,4 @@
-"""docs/studies.md, written from the record of the studies (`studies.published.record`) and their files."""
+"""docs/studies.md, written from the record of the studies (`studies.published.library`) and their files."""
 
 from __future__ import annotations
 

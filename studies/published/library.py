@@ -2,24 +2,29 @@
 
 experiment = load("capacity")
 print(experiment.title, len(experiment.claims))
+
+And the record of what each gave, as far as its claims are about it, which docs/studies.md is written from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from engine.documents import read_yaml
+from engine.documents import read_json, read_yaml
 from engine.errors import InputError, unknown
 from engine.results.slo import SLO
 from engine.scheduling.policies import POLICIES
 from engine.specs import catalog
 from engine.workload.workload import MOST_PROMPTS
 from studies.published.experiment import CONTROLS, METRICS, MODERN_HOST, NEEDS, PAPER_HOST, SECTIONS, Experiment
+from studies.published.judge import Records
 from studies.published.points import expand
 
+DIGITS = 5  # of a record
 FOLDER = Path(__file__).with_name("experiments")
 _ORDER = (  # of the paper
     "generation_stalls", "tail_latency", "batch_times", "operation_split", "piggybacking", "capacity", "iso_qps",
@@ -138,3 +143,44 @@ def reduced(experiment: Experiment, model: str | None, num_prompts: int | None) 
             changed = {"setups": setups, "num_prompts": num_prompts or block.num_prompts}
             blocks.append(block.model_copy(update=changed))
     return experiment.model_copy(update={"blocks": blocks})
+
+
+def kept(experiment: Experiment, records: Mapping[str, Records], seeds: int) -> dict[str, Any]:
+    """Return of a study what its section of the page needs: the values that claims are about, by host and point."""
+    asked: dict[str, set[str]] = {}
+    for claim in experiment.claims:
+        for name in claim.of:
+            point, _, metric = name.rpartition(":")
+            asked.setdefault(point, set()).add(metric)
+    return {
+        "seeds": seeds,
+        "records": {
+            host: {point: _shortened(record, asked.get(point, set())) for point, record in found.items()
+                   if point in asked or "fine_qps" in record}
+            for host, found in records.items()
+        },
+    }  # fmt: skip
+
+
+def _shortened(record: Mapping[str, Any], metrics: set[str]) -> dict[str, Any]:
+    fine = {name: _digits(record[name]) for name in ("fine_qps", "coarse_qps") if name in record}
+    wanted = metrics | ({"qps"} if fine else set())
+    found = {}
+    for part in ("values", "draws"):
+        if part in record:
+            found[part] = {name: _digits(value) for name, value in record[part].items() if name in wanted}
+    return found | fine
+
+
+def _digits(value: Any) -> Any:
+    return list(map(_digits, value)) if isinstance(value, list) else float(f"{value:.{DIGITS}g}")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record; an empty one where there is no file. Raises InputError for a file that is none."""
+    if not path.exists():
+        return {}
+    found = read_json(path, "give another --record")
+    if not isinstance(found, dict) or not all(isinstance(each, dict) and "records" in each for each in found.values()):
+        raise InputError(f"{path} is no record of studies: give another --record")
+    return found
