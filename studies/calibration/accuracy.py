@@ -47,7 +47,10 @@ def write_accuracy(path: Path | None) -> None:
     if not known_devices():
         raise InputError(f"{CALIBRATIONS} holds no calibration: fit one with 'windtunnel calibrate fit'")
     text = accuracy_markdown(shipped())
-    write_whole(path, text) if path is not None else print(text, end="")
+    if path is None:
+        print(text, end="")
+    else:
+        write_whole(path, text)
 
 
 def shipped() -> list[Calibration]:

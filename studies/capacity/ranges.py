@@ -50,7 +50,8 @@ def range_of_draws(capacity: float, drawn: Sequence[float], tolerance: float) ->
 
 def curve_shares(capacity: float, known: Sequence[float]) -> list[float]:
     """Return the shares of the capacity to simulate to their end, beside the rates where that is known."""
-    return [BELOW] * (not any(0.25 < rate / capacity < 0.75 for rate in known)) + [*BEYOND]
+    low = [] if any(0.25 < rate / capacity < 0.75 for rate in known) else [BELOW]
+    return [*low, *BEYOND]
 
 
 def range_of(row: Mapping[str, Any], key: str = "max_qps_under_slo") -> Range | None:

@@ -66,6 +66,16 @@ def bracket(
     return Bracket(low, high)
 
 
+def _noted(run: Callable[[float], Trial], trials: list[Trial]) -> Callable[[float], bool]:
+    """Return whether the trial at a rate meets the SLOs; each is added to the trials."""
+
+    def met(rate: float) -> bool:
+        trials.append(run(rate))
+        return trials[-1].met
+
+    return met
+
+
 @dataclass(frozen=True)
 class Capacity:
     """What a search found.
@@ -125,12 +135,7 @@ def find_capacity(
     """
     check_tolerance(tolerance)
     trials: list[Trial] = []
-
-    def met(rate: float) -> bool:
-        trials.append(run(rate))
-        return trials[-1].met
-
-    low, high = bracket(met, start, steps=steps, far=FAR, tolerance=tolerance)
+    low, high = bracket(_noted(run, trials), start, steps=steps, far=FAR, tolerance=tolerance)
     if high is None:
         qps = arrivals_per_request * trials[-1].summary["request_throughput"]
         return Capacity("all", qps, None, tolerance, tuple(trials))
@@ -187,13 +192,8 @@ def confirm(run: Callable[[float], Trial], predicted: float, step: float = STEP)
     within `step`.
     """
     trials: list[Trial] = []
-
-    def met(rate: float) -> bool:
-        trials.append(run(rate))
-        return trials[-1].met
-
     steps = (1 + step * 2**i for i in range(MOST_STEPS))
-    low, high = bracket(met, predicted, steps=steps, far=FAR_OFF, tolerance=step, most=MOST_STEPS)
+    low, high = bracket(_noted(run, trials), predicted, steps=steps, far=FAR_OFF, tolerance=step, most=MOST_STEPS)
     return Confirmation(predicted, low or 0.0, high, tuple(trials))
 
 

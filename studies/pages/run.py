@@ -15,8 +15,8 @@ from typing import Any
 
 from engine.results.metric_table import METRICS
 from engine.results.metrics import burst_finding, describe_slo, summary_key
-from studies.pages.batch_figures import batch_panels
 from studies.pages.page import Page, Tone, details, facts_table, numbers_table, ranges
+from studies.pages.request_figures import batch_panels
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
 from studies.words import number, percent, seconds, size

@@ -21,8 +21,7 @@ from engine.results.metrics import distributions
 from engine.results.slo import SLO
 from engine.results.tables import Array, Columns, to_numpy
 from engine.specs.checks import short
-from studies.pages.run_batches import Excerpt, read_excerpt
-from studies.pages.run_requests import Requests, read_requests
+from studies.pages.run_requests import Excerpt, Requests, read_excerpt, read_requests
 from studies.pages.run_timeline import Timeline, read_timeline
 
 NOT_SET = "not set"
