@@ -23,7 +23,7 @@ from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 from simulator.fleet import Fleet, Pool
 from studies.capacity.search import find_capacity
-from studies.capacity.trial import Trial, at_rate, judged, simulated_trial
+from studies.capacity.trial import Trial, arrivals, at_rate, judged, simulated_trial
 from studies.jobs.cache import Cache
 from studies.plan.bounds import replica_bound
 from studies.plan.smallest import smallest_fleet
@@ -81,8 +81,7 @@ class Point:
         """Return the workload that lasts so long at the target rate, at least; of a trace what it has."""
         if self.spec.trace is not None:
             return self.spec
-        arrivals = len(self.workload) if self.workload.after is None else int((self.workload.after < 0).sum())
-        enough = ceil((rate or self.rate) * seconds * len(self.workload) / arrivals)
+        enough = ceil((rate or self.rate) * seconds * len(self.workload) / arrivals(self.workload))
         return replace(self.spec, num_prompts=max(self.spec.num_prompts or 0, enough))
 
     def fleet(self, replicas: int, draw: int = 0) -> Fleet:
@@ -184,8 +183,8 @@ def bound_point(job: dict[str, Any]) -> dict[str, Any]:
 
 def tokens_per_arrival(workload: Workload) -> list[float]:
     """Return the mean prompt and output tokens of an arrival: a request, or a conversation with all its turns."""
-    arrivals = len(workload) if workload.after is None else int((workload.after < 0).sum())
-    return [float(workload.prompt_tokens.sum()) / arrivals, float(workload.output_tokens.sum()) / arrivals]
+    tokens = workload.prompt_tokens, workload.output_tokens
+    return [float(each.sum()) / arrivals(workload) for each in tokens]
 
 
 def size_point(job: dict[str, Any]) -> dict[str, Any]:

@@ -98,10 +98,14 @@ def at_rate(spec: WorkloadSpec, rate: float) -> Workload:
     return make_workload(replace(spec, request_rate=rate, arrival=arrival, rate_scale=1.0))
 
 
-def arrivals_per_request(workload: WorkloadSpec) -> float:
-    """Return how many of a workload's requests arrive by themselves: the share of conversations' first turns."""
-    after = at_rate(workload, 1.0).after if workload.has_conversations else None
-    return 1.0 if after is None else float((after < 0).mean())
+def arrivals(workload: Workload) -> int:
+    """Return how many of a workload's requests arrive by themselves: a conversation arrives once, with its first."""
+    return len(workload) if workload.after is None else int((workload.after < 0).sum())
+
+
+def arrivals_per_request(spec: WorkloadSpec) -> float:
+    """Return the share of a workload's requests that arrive by themselves."""
+    return arrivals(workload := at_rate(spec, 1.0)) / len(workload) if spec.has_conversations else 1.0
 
 
 def guess(spec: WorkloadSpec, deployments: Sequence[Deployment], router: str = "round_robin") -> float:

@@ -32,10 +32,6 @@ class Sample:
     x: float
     y: float
 
-    def words(self, things: str) -> str:
-        """Return what the load is."""
-        return f"{number(self.load.rate)} {things}/s" + ", an SLO is missed" * (not self.load.met)
-
 
 def speed_front(points: Sequence[Point]) -> Panel:
     """Draw output tokens/s of a GPU against those of a user, 1 / mean TPOT, for each load of each point."""
@@ -52,29 +48,28 @@ def _of_user(
     points: Sequence[Point], title: str, gap: str, gap_s: Callable[[Load], float | None], bound: float | None = None
 ) -> Panel:
     """Draw output tokens/s of a GPU against those of a user, 1 / a gap between tokens, which may have a bound."""
-    samples = _samples(
-        points, lambda point, load: 1 / each if (each := gap_s(load)) else None,
-        lambda point, load: load.tokens / point.gpus if point.gpus else None,
-    )  # fmt: skip
     axes = f"Tokens/s of a user (1 / {gap})", "Output tokens/s and GPU"
-    return _front(points, samples, title, axes, -1, "Upper right is better.", 1 / bound if bound else None)
+    return _front(
+        points, title, axes, lambda load: 1 / each if (each := gap_s(load)) else None,
+        lambda point, load: load.tokens / point.gpus if point.gpus else None, -1, 1 / bound if bound else None,
+    )  # fmt: skip
 
 
 def price_front(points: Sequence[Point]) -> list[Panel]:
     """Draw dollars per million output tokens against the latencies that have SLOs; nothing without prices."""
     if not any(point.usd_per_hour for point in points):
         return []
-    panels = []
-    for slo in _slos(points)[: MOST_SLOS - 1]:
-        samples = _samples(
-            points, lambda point, load, slo=slo: load.slos.get(slo) or None,  # type: ignore[misc]
-            lambda point, load: point.usd_per_million(load.tokens),
-        )  # fmt: skip
-        parsed = SLO.parse(slo)
-        axes = f"{_latency_name(parsed)} (s)", "$ per million output tokens"
-        title = f"Price against {_latency_name(parsed)}"
-        panels.append(_front(points, samples, title, axes, 1, "Lower left is better.", parsed.threshold_s))
-    return panels
+    return [_price_front(points, slo) for slo in _slos(points)[: MOST_SLOS - 1]]
+
+
+def _price_front(points: Sequence[Point], slo: str) -> Panel:
+    parsed = SLO.parse(slo)
+    name = _latency_name(parsed)
+    return _front(
+        points, f"Price against {name}", (f"{name} (s)", "$ per million output tokens"),
+        lambda load: load.slos.get(slo) or None, lambda point, load: point.usd_per_million(load.tokens), 1,
+        parsed.threshold_s,
+    )  # fmt: skip
 
 
 def _slos(points: Sequence[Point]) -> list[str]:
@@ -88,21 +83,16 @@ def _latency_name(slo: SLO) -> str:
     return f"{capital(statistic_name(slo.statistic))} {find_metric(slo.metric).name}"
 
 
-def _samples(
-    points: Sequence[Point], x: Callable[[Point, Load], float | None], y: Callable[[Point, Load], float | None]
-) -> list[Sample]:
-    every = [(i, load, x(point, load), y(point, load)) for i, point in enumerate(points) for load in point.loads]
-    return [Sample(i, load, x, y) for i, load, x, y in every if x is not None and y is not None]
-
-
 def _front(
-    points: Sequence[Point], samples: Sequence[Sample], title: str, axes: tuple[str, str], less: int, better: str,
-    bound: float | None = None,
+    points: Sequence[Point], title: str, axes: tuple[str, str], x: Callable[[Load], float | None],
+    y: Callable[[Point, Load], float | None], less: int, bound: float | None = None,
 ) -> Panel:  # fmt: skip
     """Draw each load of each point as a dot, those at the capacities large, and the front of those that meet the SLOs.
 
     `less` is 1 where less is better, -1 where more is; `bound` is where the SLO on the horizontal axis is.
     """
+    every = [(i, load, x(load), y(point, load)) for i, point in enumerate(points) for load in point.loads]
+    samples = [Sample(i, load, x, y) for i, load, x, y in every if x is not None and y is not None]
     met = [each for each in samples if each.load.met]
     if not met:
         return Panel(title, "No load that meets the SLOs is known in these.", width="half")
@@ -112,7 +102,8 @@ def _front(
         mine = [each for each in samples if series[each.point] == name]
         figure.add_scatter(
             x=[each.x for each in mine], y=[each.y for each in mine], name=name or "loads", mode="markers",
-            ids=[f"{names[each.point]}<br>{each.words(points[each.point].rate_of)}" for each in mine],
+            ids=[f"{names[each.point]}<br>{number(each.load.rate)} {points[each.point].rate_of}/s"
+                 + ", an SLO is missed" * (not each.load.met) for each in mine],
             marker={
                 "color": [colour if each.load.met else faded(colour, 0.0) for each in mine], "opacity": 1,
                 "size": [11 if each.load.rate == points[each.point].qps else 6 for each in mine],
@@ -120,7 +111,8 @@ def _front(
             },
             hovertemplate="%{id}<br>%{y:.4~r} " + axes[1] + "<br>%{x:.3~r} " + axes[0] + "<extra></extra>",
         )  # fmt: skip
-    caption = f"{better} A dot is a load of a point; large: its capacity; hollow: an SLO is missed."
+    better = "Lower left" if less > 0 else "Upper right"
+    caption = f"{better} is better. A dot is a load of a point; large: its capacity; hollow: an SLO is missed."
     on = add_front(figure, np.array([(each.x, each.y) for each in met]), less)
     if len(on) > 1:
         figure.data[-1].ids = best = [names[met[k].point] for k in on]
@@ -128,9 +120,8 @@ def _front(
     if bound is not None:
         figure.add_vline(x=bound, line=BOUND)
         caption += " Dashed: the SLO."
-    every = np.array([(each.x, each.y) for each in samples])
     low, high = min(each.x for each in met) / 3, max(each.x for each in met) * 3
-    near = every[(every[:, 0] >= low) & (every[:, 0] <= high)]
+    near = np.array([(each.x, each.y) for each in samples if low <= each.x <= high])
     figure.update_xaxes(title_text=axes[0], **value_axis(np.array([*near[:, 0], *([bound] if bound else [])])))
     figure.update_yaxes(title_text=axes[1], **value_axis(near[:, 1]))
     return Panel(title, caption, figure, "half", 400)
