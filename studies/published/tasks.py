@@ -67,14 +67,15 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
         "binding": found.binding,
         "trials": len(found.trials),
         "tolerance": TOLERANCE,
-        "facts": found.describe(),
     }
     if point.seeds > 1:
         record["draws"] = {"qps": drawn}
+    facts = found.describe()
     if found.outcome == "found":
         (run,) = best
         record["batches"] = batches(run.iterations, deployment)
-        record["facts"] += f"; at it, {in_words(run.summary, record['batches'])}"
+        facts += f"; at it, {in_words(run.summary, record['batches'])}"
+    record["facts"] = facts
     if point.fine:
         whole = {found.qps: True} if found.outcome == "found" else {}  # that trial ran to its end
         stop = time_limit(limit_s)

@@ -79,11 +79,12 @@ def compare(pair: Pair, deployment: Deployment, workload: Workload) -> dict[str,
     """Make every comparison of a pair of runs, as plain numbers (shares are fractions, times seconds)."""
     measured, simulated = pair.iterations, pair.simulated_iterations
     result = {
-        **compare_runs(pair.engine, pair.simulated, [metric.key for metric in drawn_metrics()]),
         "requests": len(workload),
+        "engine_s": pair.engine.summary["duration"],
         "iterations": _iteration_errors(pair, deployment),
         "batches": _batch_sequences(measured, simulated),
         "replay": _replay(deployment, workload, measured),
+        **compare_runs(pair.engine, pair.simulated, [metric.key for metric in drawn_metrics()]),
     }
     return {**result, "largest": in_words(result)}
 
@@ -185,12 +186,7 @@ def compare_runs(engine: Run, simulated: Run, metrics: Sequence[str]) -> dict[st
     for key in ("request_throughput", "output_throughput", "total_token_throughput"):
         real, predicted = (run.summary[key] for run in (engine, simulated))
         throughput[key] = {"engine": real, "simulated": predicted, "error": predicted / real - 1}
-    return {
-        "requests": len(engine.requests["arrived_s"]),
-        "engine_s": engine.summary["duration"],
-        "latencies": _latencies(engine, simulated, metrics),
-        "throughput": throughput,
-    }
+    return {"latencies": _latencies(engine, simulated, metrics), "throughput": throughput}
 
 
 def _latencies(engine: Run, simulated: Run, metrics: Sequence[str]) -> dict[str, Any]:

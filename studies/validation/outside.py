@@ -58,7 +58,10 @@ def compare_outside(
     """
     metrics = [*(metric.key for metric in drawn_metrics()), "tpot"]
     result = {
-        **dict.fromkeys(("load", "iterations", "batches", "replay")),
+        "load": None,
+        "requests": len(measured.requests["arrived_s"]),
+        "engine_s": measured.summary["duration"],
+        **dict.fromkeys(("iterations", "batches", "replay")),
         **compare_runs(measured, simulated, metrics),
         "gauges": compare_gauges(gauges, simulated_iterations, kv_blocks),
         "curves": latency_curves(measured, simulated),
