@@ -131,12 +131,11 @@ def _claim(judgement: Judgement) -> str:
 def _cell(judgement: Judgement) -> Cell:
     tones: dict[str, Tone] = {"agrees": "unsure" if judgement.says_little else "good", "disagrees": "bad"}
     words = {"depends on the draw": ", depends on the draw", "fitted": ", fitted"}.get(judgement.verdict, "")
-    return "-" if judgement.verdict == "not run" else (tones.get(judgement.verdict, "unsure"), _ours(judgement) + words)
-
-
-def _ours(judgement: Judgement) -> str:
-    """Return our value with how far it is off the published one."""
-    return judgement.ours + ("" if judgement.off is None else f" ({percent(judgement.off, sign=True)})")
+    return (
+        "-"
+        if judgement.verdict == "not run"
+        else (tones.get(judgement.verdict, "unsure"), judgement.ours_and_off + words)
+    )
 
 
 def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str | None]:
@@ -203,7 +202,7 @@ def little_in_words(judgements: Sequence[Judgement]) -> str:
 
 def _markdown_cell(judgement: Judgement) -> str:
     marks = {"fitted": " fitted", "disagrees": " ✗", "depends on the draw": " ~"}
-    return "-" if judgement.verdict == "not run" else _ours(judgement) + marks.get(judgement.verdict, "")
+    return "-" if judgement.verdict == "not run" else judgement.ours_and_off + marks.get(judgement.verdict, "")
 
 
 def _markdown_choices(table: Sequence[Choice], host: str) -> str:

@@ -43,12 +43,16 @@ class Judgement:
         """Whether a placebo passes it too."""
         return bool(self.placebos)
 
+    @property
+    def ours_and_off(self) -> str:
+        """Our value with how far it is off the published one."""
+        return self.ours + ("" if self.off is None else f" ({percent(self.off, sign=True)})")
+
     def sentence(self) -> str:
         """Return the verdict in words."""
         if self.verdict == "not run":
             return f"{self.claim}: not run"
-        off = "" if self.off is None else f" ({percent(self.off, sign=True)})"
-        return f"{self.claim}: published {self.published}, ours {self.ours}{off}: {self.verdict}"
+        return f"{self.claim}: published {self.published}, ours {self.ours_and_off}: {self.verdict}"
 
 
 def judge_all(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, list[Judgement]]:

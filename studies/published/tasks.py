@@ -77,13 +77,12 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
         facts += f"; at it, {in_words(run.summary, record['batches'])}"
     record["facts"] = facts
     if point.fine:
-        whole = {found.qps: True} if found.outcome == "found" else {}  # that trial ran to its end
         stop = time_limit(limit_s)
 
         def met(rate: float) -> bool:
-            if rate not in whole:
-                whole[rate] = judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met
-            return whole[rate]
+            if found.outcome == "found" and rate == found.qps:  # that trial ran to its end
+                return True
+            return judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met
 
         record["coarse_qps"] = found.qps
         record["fine_qps"] = fine_capacity(met, found.qps or start)
