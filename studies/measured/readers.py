@@ -156,11 +156,9 @@ class _Reader:
             return self.run_folder(path) if path.is_dir() else self.file(path)
         except InputError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise InputError(
-                f"{path} can't be read as measured results ({why}): is it as its tool wrote it?"
-            ) from error
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as err:
+            why = f"{type(err).__name__}: {' '.join(str(err).split())[:200]}"
+            raise InputError(f"{path} can't be read as measured results ({why}): is it as its tool wrote it?") from err
 
     def file(self, path: Path) -> Measurements:
         """Read one file."""

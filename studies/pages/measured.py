@@ -43,9 +43,8 @@ def write_measured(results: Mapping[str, Any], path: Path) -> Path:
         (each["group"], [f"{each['count']:,}", *(mean_error(each[measure]) for measure in MEASURES)])
         for each in groups_of(results)
     ]
-    page.add_panels(
-        "By group", [Panel("Errors by group", _GROUPS, table=numbers_table(["", "points", *_NAMES.values()], groups))]
-    )
+    table = numbers_table(["", "points", *_NAMES.values()], groups)
+    page.add_panels("By group", [Panel("Errors by group", _GROUPS, table=table)])
     if results["effects"]:
         rows = ((f"had it been {each['instead']}", effect_words(each)) for each in results["effects"])
         page.add(details("What other assumptions would change", facts_table(rows)))

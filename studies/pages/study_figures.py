@@ -153,9 +153,7 @@ def _over_rate(records: Records, published: Published) -> list[Panel]:
     result = []
     for place, here in _places(records, 0, 1):
         for metric, name in _TAILS:
-            ours, theirs = _sides(
-                here, published, metric, lambda setup, workload, rate, scheduler: (scheduler, float(rate))
-            )
+            ours, theirs = _sides(here, published, metric, lambda setup, load, rate, policy: (policy, float(rate)))
             figure = lines(ours, "Request rate (requests/s)", f"{name} (s)", theirs)
             result.append(_panel(f"{', '.join(place)}: {name} over the load", figure, theirs))
     return result
@@ -234,9 +232,7 @@ def _ablation(records: Records, published: Published) -> list[Panel]:
     """Draw P99 TBT and median TTFT of each scheduler, for each workload."""
     result = []
     for metric, name in _TAILS:
-        ours, theirs = _sides(
-            records, published, metric, lambda setup, workload, rate, scheduler: (scheduler, workload)
-        )
+        ours, theirs = _sides(records, published, metric, lambda setup, workload, rate, policy: (policy, workload))
         result.append(_panel(f"{name} of each scheduler", bars(ours, f"{name} (s)", theirs), theirs))
     return result
 

@@ -17,23 +17,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from engine.engine_preset import DEFAULT
 from engine.specs import ParallelSpec, catalog
 from engine.specs.device_folder import folder_of
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment, deploy
 from simulator.predictor.calibration import fingerprint
-from studies.published.experiment import (
-    CONTROLS,
-    PAPER_HOST,
-    PLACEBOS,
-    Block,
-    Experiment,
-    Requests,
-    Scheduling,
-    Setup,
-    Strict,
-)
+from studies.published.experiment import CONTROLS, PAPER_HOST, PLACEBOS, Block, Experiment, Requests, Scheduling, Setup
 from studies.published.placebo import placebo
 
 MEMORY_UTILIZATION = 0.85  # of the paper's scripts
@@ -72,7 +64,7 @@ class Point:
 
     def key(self) -> str:
         """Return a hash of all that its record depends on: the point, the calibration and the code."""
-        parts = {k: value.model_dump() if isinstance(value, Strict) else value for k, value in asdict(self).items()}
+        parts = {k: value.model_dump() if isinstance(value, BaseModel) else value for k, value in asdict(self).items()}
         calibration = folder_of(catalog.device(self.setup.device))
         text = json.dumps([parts, calibration and fingerprint(calibration), _code()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -153,11 +145,9 @@ def _combinations(block: Block, experiment: Experiment) -> Iterator[tuple[str, d
         if block.task == "run":
             loads = [(f"{rate:g}", {"rate": rate}) for rate in block.rates]
         shared = {"num_prompts": block.num_prompts}
-        for workload, (load, given), (scheduler, scheduling) in product(
-            block.workloads, loads, block.schedulers.items()
-        ):
+        for workload, (load, given), (name, scheduling) in product(block.workloads, loads, block.schedulers.items()):
             served = {"requests": experiment.workloads[workload], "scheduling": scheduling}
-            yield f"{workload}/{load}/{scheduler}", {**shared, **served, **given}
+            yield f"{workload}/{load}/{name}", {**shared, **served, **given}
     elif block.task == "prefill":
         for prompt, chunk in product(block.prompts, [0, *block.chunks]):
             if chunk < prompt:
