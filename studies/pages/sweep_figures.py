@@ -187,7 +187,7 @@ def heat_map(points: Sequence[Point]) -> list[Panel]:
     if len(across) > len(down):  # the longer way is down, which suits a phone
         across, down, cells = down, across, {(y, x): point for (x, y), point in cells.items()}
     values = [[each.per_gpu if (each := cells.get((x, y))) else None for x in across] for y in down]
-    margin = {"t": 20 + 16 * max(name.count(", ") + 1 for name in across), "b": 10}
+    margin = {"l": 44, "r": 14, "t": 20 + 16 * max(name.count(", ") + 1 for name in across), "b": 10}
     figure = new_figure(False, hovermode="closest", margin=margin)
     figure.add_heatmap(
         x=[name.replace(", ", "<br>") for name in across], y=[name.replace(", ", "<br>") for name in down], z=values,
