@@ -215,7 +215,7 @@ def page_of(kind: str) -> KindPage:
     """Return what there is to say of a kind, or of a population of it. Raises LookupError for one not in PAGES."""
     kind = kind_name(kind)
     if kind not in PAGES:
-        raise LookupError(f"nothing to say of operators of kind {kind!r}: enter it in studies.calibration_kinds.PAGES")
+        raise LookupError(f"nothing to say of operators of kind {kind!r}: enter it in studies.calibration.kinds.PAGES")
     return PAGES[kind]
 
 
