@@ -1,16 +1,17 @@
 """Does `calibrate adjust` help? Fits each public set's low-load half and predicts its high-load half.
 
     python benchmarks/adjust_halves.py DIR [PART_OF_A_SET_S_NAME ...]   # the folder of the public measurements
+    python benchmarks/adjust_halves.py DIR --engine vllm@0.15 Qwen   # from an engine that was fitted elsewhere
 
 At most twelve points of the low half are fitted to, evenly chosen: what a user would measure. The other half
-is then predicted with the engine as it ships, and with the preset that was fitted. Sets of one run have no halves;
-KV-limited points are left out, of which no constant says how many blocks there were.
+is then predicted with the engine as it ships (or the one given), and with the preset that was fitted. Sets of one run
+have no halves; KV-limited points are left out, of which no constant says how many blocks there were.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -28,11 +29,11 @@ def pattern(ids: list[str]) -> str:
     return f"^({'|'.join(re.escape(name) for name in ids)})$"
 
 
-def main(folder: Path, wanted: list[str]) -> None:
+def main(folder: Path, wanted: list[str], engine: str | None) -> None:
     for each in SETS:
         if wanted and not any(part in each["name"] for part in wanted):
             continue
-        path, given = folder / each["file"], each.get("given", {})
+        path, given = folder / each["file"], {**each.get("given", {}), **({"engine": engine} if engine else {})}
         _, ready, _ = read_points(path, given, only=each.get("only"))
         if len(ready) < 4:
             continue
@@ -50,8 +51,8 @@ def main(folder: Path, wanted: list[str]) -> None:
         with tempfile.TemporaryDirectory() as place:
             preset = Path(place) / "mine.yaml"
             preset.write_text(yaml.safe_dump(found["preset"]))
-            for words, engine in (("as it ships", {}), ("adjusted", {"engine": str(preset)})):
-                results = validate_measured(path, {**given, **engine}, only=pattern(high), workers=None)
+            for words, other in (("as it ships", {}), ("adjusted", {"engine": str(preset)})):
+                results = validate_measured(path, {**given, **other}, only=pattern(high), workers=None)
                 free, _ = by_limit(results["records"])
                 errors = errors_of(free)
                 shown = [
@@ -63,4 +64,9 @@ def main(folder: Path, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("part", nargs="*", help="of a set's name")
+    parser.add_argument("--engine", help="start from this preset instead of the set's own")
+    asked = parser.parse_intermixed_args()
+    main(asked.folder, asked.part, asked.engine)

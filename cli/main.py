@@ -47,6 +47,12 @@ app = typer.Typer(
 )
 
 
+# options that several commands have
+_Config = Annotated[Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")]
+_RunFolder = Annotated[Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")]
+_SummaryJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")]
+
+
 @app.callback(invoke_without_command=True)
 def _root(shown: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if shown:
@@ -116,13 +122,9 @@ def _type_name(annotation: Any) -> str:
 def simulate(
     *,
     flags: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
+    config: _Config = None,
+    output_dir: _RunFolder = None,
+    json_: _SummaryJson = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
     operator_times: Annotated[
         bool,
@@ -156,13 +158,9 @@ def _simulated_alone(flags: dict[str, Any]) -> None:
 def bench(
     *,
     flags: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
+    config: _Config = None,
+    output_dir: _RunFolder = None,
+    json_: _SummaryJson = False,
     chrome_trace: Annotated[bool, typer.Option("--chrome-trace", help="Also write trace.json for Perfetto.")] = False,
     url: Annotated[
         str | None,
@@ -227,13 +225,9 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(help="Number of requests that may wait; more are turned away with status 503.")
     ] = 4096,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="New folder for the results. Default: runs/ and the time.")
-    ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on the last line.")] = False,
+    config: _Config = None,
+    output_dir: _RunFolder = None,
+    json_: _SummaryJson = False,
 ) -> None:
     """Serve an OpenAI-compatible API, from this machine's engine or from simulated replicas, until SIGTERM."""
     _simulated_alone(flags)
@@ -266,9 +260,7 @@ def validate(
             "--load", help="Loads as shares of the capacity, such as 0.5,0.85,0.95, in place of --request-rate."
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
-    ] = None,
+    config: _Config = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -349,9 +341,7 @@ def search(
     *,
     flags: dict[str, Any],
     output_dir: Annotated[Path, typer.Option(help="Folder for the results; an interrupted search in it resumes.")],
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
-    ] = None,
+    config: _Config = None,
     sweep: Annotated[
         Path | None, typer.Option(help="YAML file of settings, with the varied ones under `sweep`.")
     ] = None,
@@ -415,9 +405,7 @@ def plan(
     gpu_price: Annotated[
         str | None, typer.Option(help="Price in dollars per GPU-hour: 2.5, or h100_sxm=2.5,a100_sxm=1.5.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
-    ] = None,
+    config: _Config = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Folder for the results. Default: in runs/, by the settings: the same command resumes."),

@@ -13,7 +13,7 @@ from cli.bench import only_group
 from cli.engine import engine_spec
 from engine.executors.start import start
 from engine.runtime.serve import serve
-from studies.capacity.confirm import confirm, gpu_hours
+from studies.capacity.search import confirm, gpu_hours
 from studies.capacity.trial import Trial, at_rate
 from studies.validation.run import check_machine
 from windtunnel.capacity import CapacitySearch, checked, kept

@@ -17,7 +17,6 @@ from engine.errors import InputError
 from engine.results.files import write_whole
 from studies.jobs.cache import claimed
 from studies.published import library as studies
-from studies.published import record as records_of
 from studies.published.experiment import SEEDS
 from studies.published.run import StudyCrashedError, run
 from windtunnel.settings import MOST_DRAWS
@@ -82,7 +81,7 @@ def run_study(
             raise InputError(
                 f"--record {record} is for whole studies: leave out --model, --num-prompts, --host-overhead"
             )
-        records_of.read(record)
+        studies.read_record(record)
     if name == ALL and (model or as_json):
         raise InputError("study run all takes neither --model nor --json: run a study by its name")
     for each in studies.names() if name == ALL else [name]:
@@ -133,7 +132,7 @@ def _run_one(
     console.print(f"{count} points, {time.perf_counter() - started:.0f} s", style="dim")
     console.print(f"report: {page}")
     if record is not None:
-        _write_record(record, name, records_of.kept(whole, records, options.seeds))
+        _write_record(record, name, studies.kept(whole, records, options.seeds))
         console.print(f"record: {record} and {record.with_suffix('.md')}")
     if as_markdown:
         print(markdown(name, experiment, records))
@@ -145,7 +144,7 @@ def _write_record(path: Path, name: str, entry: dict[str, Any]) -> None:
     """Put a study in the record, and write the page of the record beside it."""
     from studies.pages.studies import render
 
-    record = {**records_of.read(path), name: entry}
+    record = {**studies.read_record(path), name: entry}
     record = {each: record[each] for each in studies.names() if each in record}
     write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
     write_whole(path.with_suffix(".md"), render(record))

@@ -31,7 +31,7 @@ from engine.replica_spec import resolve
 from engine.results.folders import owned
 from engine.results.run_folder import write_summary
 from engine.runtime.engine_spec import EngineSpec
-from engine.specs import DeviceSpec, ModelSpec, SchedulerSpec, catalog
+from engine.specs import ModelSpec, SchedulerSpec, catalog
 from engine.workload.workload import WorkloadSpec, make_workload
 from profiler.points import Limits
 from profiler.session import duration
@@ -105,9 +105,9 @@ def _run_steps(device: str, budget_s: float, output_dir: Path, steps: tuple[str,
     began = time.perf_counter()
     lines: dict[str, dict[str, Any]] = {}
     for i, step in enumerate(steps):
-        left = budget_s - (time.perf_counter() - began)
-        share = STEPS[step] / sum(STEPS[each] for each in steps[i:])
         start_s = time.perf_counter()
+        left = budget_s - (start_s - began)
+        share = STEPS[step] / sum(STEPS[each] for each in steps[i:])
         print(f"{step}: {left * share:.0f} s of {left:.0f} s", flush=True)
         lines[step] = _run_step(step, device, left * share, output_dir)
         lines[step]["seconds"] = round(time.perf_counter() - start_s, 1)
@@ -128,8 +128,8 @@ def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[
     }  # fmt: skip
     own = ["-m", "studies.selfcheck", "--device", device, "--budget", f"{seconds}", "--output-dir", str(output_dir)]
     command = commands.get(step, [*own, "--step", step])
-    log = output_dir / f"{step}.txt" if step in commands else None
-    environment = _environment()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     try:
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT if step in commands else None, env=environment, text=True,
@@ -139,29 +139,19 @@ def _run_step(step: str, device: str, seconds: float, output_dir: Path) -> dict[
     except subprocess.TimeoutExpired as error:
         found = error.stdout or b""
         output, code = found.decode("utf-8", "replace") if isinstance(found, bytes) else found, -1
-    if log is not None:
-        log.write_text(output, encoding="utf-8")
+    if step in commands:
+        (output_dir / f"{step}.txt").write_text(output, encoding="utf-8")
     printed = [line.strip() for line in output.splitlines() if line.strip()]
     last = printed[-1][:200] if printed else ""
     if code == -1:
-        return {"ok": False, "result": f"out of time after {seconds:.0f} s, {_got_to(step, last)}"}
+        got = f"it got to: {last}" if last else f"while it was starting: give {step} more of a longer --budget"
+        return {"ok": False, "result": f"out of time after {seconds:.0f} s, {got}"}
     return {"ok": code == 0, "result": last if code == 0 else f"failed ({code}): {last or 'it printed nothing'}"}
-
-
-def _got_to(step: str, last: str) -> str:
-    """Return what a step had done when it was ended, by the last line it printed."""
-    return f"it got to: {last}" if last else f"while it was starting: give {step} more of a longer --budget"
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    threads = os.environ.get("OMP_NUM_THREADS", "1")
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": threads}
 
 
 def profile_step(device: str, seconds: float, output_dir: Path) -> str:
     """Profile the case's model and return a sentence on what was measured."""
-    from profiler.profile import ProfileSpec, run_profile
+    from profiler.profile import ProfileSpec, device_here, run_profile
 
     shown_at = -inf
 
@@ -173,9 +163,9 @@ def profile_step(device: str, seconds: float, output_dir: Path) -> str:
 
     case = CASES[device]
     spec = ProfileSpec(
-        device=this_device(device), models=(case.model,),
-        tensor_parallel_sizes=(1,), dtype=case.dtype, limits=case.limits,
-        budget_s=max(5.0, seconds - SETTLE_S), block_size=case.scheduler.block_size,
+        device=device_here("cuda" if device == "cuda" else "cpu"), models=(case.model,), tensor_parallel_sizes=(1,),
+        dtype=case.dtype, limits=case.limits, block_size=case.scheduler.block_size,
+        budget_s=max(5.0, seconds - SETTLE_S),
     )  # fmt: skip
     session = run_profile(spec, output_dir / "profile", on_progress)
     return f"{len(session.samples):,} measurements on {session.provenance['hardware']}"
@@ -184,6 +174,7 @@ def profile_step(device: str, seconds: float, output_dir: Path) -> str:
 def validate_step(device: str, seconds: float, output_dir: Path) -> str:
     """Fit the profile, validate it at LOADS, and return a sentence on the simulator's error."""
     from profiler.importers import read_source
+    from profiler.profile import device_here
     from simulator.cluster import Deployment, simulate
     from simulator.predictor import calibration as store
     from simulator.predictor import calibration_fit
@@ -192,7 +183,7 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
     began = time.perf_counter()
     case, profile = CASES[device], output_dir / "profile"
     with tempfile.TemporaryDirectory() as scratch:
-        found = this_device(device)
+        found = device_here("cuda" if device == "cuda" else "cpu")
         print("fitting the profile")
         fitted = calibration_fit.fit(found, [read_source("profile", profile)], on_progress=lambda line: None)
         store.save(fitted, Path(scratch), found)
@@ -202,9 +193,9 @@ def validate_step(device: str, seconds: float, output_dir: Path) -> str:
         executor = start(EngineSpec.of(replica, folder=None), "in_process")
         deployment = Deployment.of(replica.with_blocks(executor.num_blocks))
         burst = simulate(make_workload(replace(case.workload, num_prompts=64)), [deployment])
-        rate = burst.summary["request_throughput"]
         left = seconds - SETTLE_S - (time.perf_counter() - began)
-        prompts = max(16, int(left * rate / (1 + sum(1 / load for load in LOADS))))
+        served = left * burst.summary["request_throughput"]
+        prompts = max(16, int(served / (1 + sum(1 / load for load in LOADS))))
         workload = replace(case.workload, num_prompts=prompts)
         validation = Validation(deployment=deployment, workload=workload, loads=LOADS)
         print(f"serving {prompts} requests at once")
@@ -227,22 +218,13 @@ def _validated(results: Mapping[str, Any]) -> str:
     return f"capacity {results['capacity']['error']:+.1%}; " + "; ".join(errors)
 
 
-def this_device(device: str) -> DeviceSpec:
-    """Return the catalog's device for this machine."""
-    from profiler.profile import device_here
-
-    return device_here("cuda" if device == "cuda" else "cpu")
-
-
 STEP_FUNCTIONS: dict[str, Callable[[str, float, Path], str]] = {"profile": profile_step, "validate": validate_step}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 if every step went well."""
-    parser = argparse.ArgumentParser(
-        prog="windtunnel selfcheck",
-        description="Profile, validate, benchmark and test this machine within a time budget, a process for each step.",
-    )
+    about = "Profile, validate, benchmark and test this machine within a time budget, a process for each step."
+    parser = argparse.ArgumentParser(prog="windtunnel selfcheck", description=about)
     parser.add_argument("--device", choices=sorted(CASES), default="cuda", help="(default: %(default)s)")
     parser.add_argument("--budget", default="9m", help="time to spend, such as 400s or 9m (default: %(default)s)")
     parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder for the results")

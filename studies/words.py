@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+ERROR_HEADS = ("Mean", "Median", "P95", "Bias")
 _KINDS = {"calibrated": "calibrated", "roofline": "estimated (roofline)", "an": "estimated (carried over)"}
 
 
@@ -29,6 +30,24 @@ def unlike_sources(predictors: Iterable[str]) -> str | None:
 def statistic_name(statistic: str) -> str:
     """Return the name of a statistic: median for p50, P99 for p99; mean and max stay."""
     return {"mean": "mean", "max": "max", "p50": "median"}.get(statistic, statistic.upper())
+
+
+def capital(words: str) -> str:
+    """Return words that begin with a capital letter."""
+    return words[:1].upper() + words[1:]
+
+
+def together(names: Sequence[str]) -> str:
+    """Return names as the title of a page about them all."""
+    if len(names) > 4:
+        return f"{', '.join(names[:3])} and {len(names) - 3} others"
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def listed(names: Sequence[str], most: int, between: str = "; ") -> str:
+    """Return names one after the other, and of more than `most` how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
 
 
 def number(value: float | None) -> str:
@@ -74,6 +93,11 @@ def size(num_bytes: float, binary: bool = False) -> str:
         if num_bytes >= scale:
             return f"{num_bytes / scale:.3g} {letter.upper() + 'i' if binary else letter}B"
     return f"{num_bytes:.0f} B"
+
+
+def error_cells(found: Mapping[str, Any]) -> list[str]:
+    """Return the figures under ERROR_HEADS of a record of errors."""
+    return [percent(found.get(name), sign=name == "bias") for name in ("mape", "p50", "p95", "bias")]
 
 
 def mean_error(error: Mapping[str, float] | None) -> str:

@@ -14,7 +14,7 @@ from cli.main import run
 from engine.errors import InputError
 from studies.measured.readers import _device, read
 from studies.measured.sources import sources
-from windtunnel.measured import validate_measured
+from windtunnel.measured import job_of, predict_points, validate_measured
 
 DEVICE = {"model": "mistralai/Mistral-7B-v0.1", "device": "a100_sxm"}
 TRUTH = Path(__file__).parents[2] / "shared" / "data" / "truth"
@@ -173,6 +173,20 @@ def test_bad_input_is_one_line(
     Path("result.json").write_text("[1]")
     code, error = run(["validate", "--against", *arguments])
     assert code == 2 and words in error and "\n" not in error
+
+
+def test_an_offline_batch_takes_as_long_as_its_last_request(tmp_path: Path) -> None:
+    """Half of the prompts wait for blocks: their mean is no measure of the call that returns with the last one."""
+    path = tmp_path / "offline.csv"
+    head = "Hardware,Num of Hardware,Framework,Model,Input Output Length,Batch Size,Latency,Throughput"
+    path.write_text(f"{head}\nNvidia A100 GPU,1,vLLM,meta-llama/Llama-2-7b-hf,64,8,10,0\n")
+    (file,) = read(path, {"num_gpu_blocks_override": 36})  # of 16 tokens: four requests of 128
+    (point,) = file.points
+    assert point.settings["device"] == "a100_sxm_40gb"
+    (found,) = predict_points([job_of(point)])
+    assert found is not None and found["kv_limited"]
+    times = found["predicted"]
+    assert times["e2e"] == pytest.approx(8 * 64 / times["throughput"], rel=1e-3)
 
 
 def test_columns_may_be_named(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def test_an_unknown_kind_in_an_inventory_raises(cache: Path, tmp_path: Path, mon
     for maker in (Roofline, learned):
         with pytest.raises(LookupError, match=f"'experts', which simulator.predictor.kinds lacks.*{known}"):
             maker(MODEL, DEVICE, NETWORK, ParallelSpec(), HOST)
-    with pytest.raises(LookupError, match=r"'experts': enter it in studies\.calibration_kinds\.PAGES"):
+    with pytest.raises(LookupError, match=r"'experts': enter it in studies\.calibration\.kinds\.PAGES"):
         page_of("experts")
 
 

@@ -46,17 +46,56 @@ def prompts(*each: tuple[int, int]) -> BatchShape:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_more_work_never_takes_less_time(case: tuple[str, str, int, str]) -> None:
+def test_more_work_never_takes_less_time_unless_measured_so(case: tuple[str, str, int, str]) -> None:
+    """8-bit products of more rows may run in a better kernel, as all-reduces of more bytes may: both were measured."""
     time = predictor(*case).stage_time
+    least = 0.7 if case[2] > 1 else 1.0
+
+    def rising(grid: np.ndarray) -> bool:
+        return bool((grid >= least * np.maximum.accumulate(grid, axis=0)).all())
+
     counts, lengths = (1, 2, 3, 7, 8, 9, 16, 31, 64, 100, 128, 255, 300, 512, 1000), (1, 17, 100, 1000, 4097, 30000)
     grid = np.array([[time(decodes(count, length), 0) for length in lengths] for count in counts])
-    assert (np.diff(grid, axis=0) >= 0).all() and (np.diff(grid, axis=1) >= 0).all()
+    assert rising(grid) and (np.diff(grid, axis=1) >= 0).all()
     chunks, prefixes = (1, 16, 17, 100, 128, 129, 1000, 2048, 5000, 16000), (0, 16, 500, 4000, 30000, 200000)
     grid = np.array([[time(prompts((chunk, prefix)), 0) for prefix in prefixes] for chunk in chunks])
-    assert (np.diff(grid, axis=0) >= 0).all() and (np.diff(grid, axis=1) >= 0).all()
+    assert rising(grid) and (np.diff(grid, axis=1) >= 0).all()
     for chunk, prefix in ((16, 0), (128, 512), (1000, 0)):
         several = [time(prompts(*[(chunk, prefix)] * count), 0) for count in (1, 2, 3, 5, 8, 15)]
-        assert (np.diff(several) >= 0).all()
+        assert rising(np.array(several))
+
+
+def test_eight_bit_products_fall_where_their_kernels_do() -> None:
+    """Of 17 rows the kernel is that of 64, which it does not fill: measured on H100 and H200, by vLLM 0.14 and 0.19."""
+    in_8, in_16 = (predictor("h200_sxm", "large", 2, dtype).stages[0].tokens for dtype in ("fp8", "bfloat16"))
+    assert in_8[17] > 1.1 * in_8[64] and in_8[65] > 1.1 * in_8[64]
+    assert in_16[17] <= in_16[64] <= in_16[65]
+
+
+def test_a_slower_memory_costs_what_reads_it() -> None:
+    """The A100 with 40 GB is the other with 0.76 of its bandwidth: big reads take longer, large products do not."""
+    own, other = (
+        learned(catalog.model(MODELS["small"]), catalog.device(name), catalog.network("nvswitch_a100"), ParallelSpec(),
+                replace(HOST, kernels=None))
+        for name in ("a100_sxm_40gb", "a100_sxm")
+    )  # fmt: skip
+    assert "carried over from a100_sxm" in own.description and "carried" not in other.description
+    for shape, least, most in (
+        (decodes(1, 1), 1.15, 1.35),  # weights
+        (decodes(64, 2000), 1.15, 1.35),  # and KV
+        (prompts((4096, 0)), 0.97, 1.1),
+    ):
+        assert least < own.stage_time(shape, 0) / other.stage_time(shape, 0) < most
+
+
+def test_large_products_are_no_faster_than_the_card_sustains() -> None:
+    spec, chunk = catalog.model(MODELS["large"]), 16384
+    for device, dtype in (("h100_sxm", "bfloat16"), ("h100_sxm", "fp8"), ("h200_sxm", "fp8")):
+        known, tp = catalog.device(device), 4 if device == "h100_sxm" else 2
+        rate = known.sustained_fp8_flops if dtype == "fp8" else known.sustained_flops
+        assert rate is not None and rate < (known.peak_fp8_flops if dtype == "fp8" else known.peak_flops)
+        flops = 2 * (spec.matmul_parameters - spec.vocab_size * spec.hidden_size) * chunk / tp
+        assert predictor(device, "large", tp, dtype).stages[0].tokens[chunk] >= flops / rate
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

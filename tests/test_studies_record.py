@@ -14,9 +14,8 @@ from simulator.predictor.learned import learned
 from studies.pages.studies import JUDGES, render, scores
 from studies.published.experiment import FITTED_HOST, MODERN_HOST, PAPER_HOST, PLACEBOS, SEEDS
 from studies.published.fitted_host import PREFILL_MS, fit
-from studies.published.library import load, names
+from studies.published.library import kept, load, names
 from studies.published.operation_split import batch_shape
-from studies.published.record import kept
 from studies.published.run import run
 
 ROOT = Path(__file__).parents[1]

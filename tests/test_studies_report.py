@@ -22,10 +22,9 @@ from studies.pages.figures import value_axis
 from studies.pages.page import LIBRARY
 from studies.pages.report import write_page
 from studies.pages.run import times_source, verdict, write_report
-from studies.pages.run_batches import MOST_BATCHES
 from studies.pages.run_figures import panels, stage_shares
 from studies.pages.run_record import read_record
-from studies.pages.run_requests import _hits
+from studies.pages.run_requests import MOST_BATCHES, _hits
 from studies.pages.run_timeline import STALL_FACTOR, read_timeline
 
 SLOS = ("p99_tbt<=0.02", "p99_ttft<=100", "mean_e2e<=0.001", "p50_scheduling_delay<=2")

@@ -14,7 +14,7 @@ from engine.scheduling.request import BatchShape
 from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.uncertainty import covered, deviations, drawn, interval, other_software
-from studies.capacity.uncertainty import LEADING, intervals
+from studies.capacity.ranges import LEADING, intervals
 
 MODEL = "meta-llama/Llama-3.1-8B"
 LOAD = make_workload(WorkloadSpec(lengths="fixed", input_len=512, output_len=12, num_prompts=12, request_rate=12.0))

@@ -29,7 +29,6 @@ from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment
 from simulator.cluster import simulate as simulate_run
 from simulator.router import ROUTERS
-from studies.capacity.confirm import gpu_hours
 from studies.capacity.ranges import (
     COARSE,
     DRAWS,
@@ -37,12 +36,13 @@ from studies.capacity.ranges import (
     LONGER,
     STEPS,
     curve_shares,
+    described,
     drawn_capacity,
+    errors_in_words,
     range_of_draws,
 )
-from studies.capacity.search import bracket, find_capacity
+from studies.capacity.search import bracket, find_capacity, gpu_hours
 from studies.capacity.trial import Trial, arrivals_per_request, at_rate, guess, judged, simulated_trial
-from studies.capacity.uncertainty import described, errors_in_words
 from studies.jobs.cache import Cache
 from windtunnel.plugins import load_plugin
 from windtunnel.results import SEARCH_FILE
@@ -173,12 +173,7 @@ class CapacitySearch:
 
     def _record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what is kept by a name, or make and keep it."""
-        found = None if self._cache is None else self._cache.read(name)
-        if found is None:
-            found = json.loads(json.dumps(make()))
-            if self._cache is not None:
-                self._cache.write(name, found)
-        return found
+        return json.loads(json.dumps(make())) if self._cache is None else self._cache.kept(name, make)
 
     def _of_seed(self, seed: int, deployments: list[Deployment], rate: float) -> Trial:
         """Return the trial at a rate of a workload whose seed is that much higher, not kept."""

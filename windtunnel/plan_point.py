@@ -23,7 +23,7 @@ from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 from simulator.fleet import Fleet, Pool
 from studies.capacity.search import find_capacity
-from studies.capacity.trial import Trial, at_rate, judged, simulated_trial
+from studies.capacity.trial import Trial, arrivals, at_rate, judged, simulated_trial
 from studies.jobs.cache import Cache
 from studies.plan.bounds import replica_bound
 from studies.plan.smallest import smallest_fleet
@@ -81,22 +81,13 @@ class Point:
         """Return the workload that lasts so long at the target rate, at least; of a trace what it has."""
         if self.spec.trace is not None:
             return self.spec
-        arrivals = len(self.workload) if self.workload.after is None else int((self.workload.after < 0).sum())
-        enough = ceil((rate or self.rate) * seconds * len(self.workload) / arrivals)
+        enough = ceil((rate or self.rate) * seconds * len(self.workload) / arrivals(self.workload))
         return replace(self.spec, num_prompts=max(self.spec.num_prompts or 0, enough))
 
     def fleet(self, replicas: int, draw: int = 0) -> Fleet:
         """Return a fleet of the point; of a draw past 0 with errors of the predicted times, where these are known."""
         kind = self.deployment.drawn(draw) if draw else self.deployment
         return Fleet((Pool(kind, replicas),), self.settings.router)
-
-    def record(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what is kept by a name, or make and keep it."""
-        found = self.cache.read(name)
-        if found is None:
-            found = json.loads(json.dumps(make()))
-            self.cache.write(name, found)
-        return found
 
     def fleet_trial(self, replicas: int, whole: bool = False) -> dict[str, Any]:
         """Simulate a fleet at the target rate; `whole` to its end, and every replica of it. Returns its record.
@@ -126,7 +117,7 @@ class Point:
             ended = found["summary"].get("stopped_early") is None
             if ended and found["simulated_replicas"] == replicas:  # it was whole already
                 return found
-        return self.record(f"fleet-{replicas}{'-whole' if whole else ''}", make)
+        return self.cache.kept(f"fleet-{replicas}{'-whole' if whole else ''}", make)
 
     def group_size(self, replicas: int, rate: float) -> int:
         """Return of how many replicas, of so many that carry `rate` each, the capacity is searched.
@@ -153,7 +144,7 @@ class Point:
             rate = likely * _ALONE
             return _kept(self.trial(at_rate(self.spec, rate), self.fleet(1), rate))
 
-        return bool(self.record(f"alone-{likely:.9g}", make)["met"])
+        return bool(self.cache.kept(f"alone-{likely:.9g}", make)["met"])
 
 
 @lru_cache(maxsize=64)
@@ -187,13 +178,13 @@ def bound_point(job: dict[str, Any]) -> dict[str, Any]:
             "tokens": tokens_per_arrival(point.workload),
         }
 
-    return {"status": "done", **point.record("bound", make)}
+    return {"status": "done", **point.cache.kept("bound", make)}
 
 
 def tokens_per_arrival(workload: Workload) -> list[float]:
     """Return the mean prompt and output tokens of an arrival: a request, or a conversation with all its turns."""
-    arrivals = len(workload) if workload.after is None else int((workload.after < 0).sum())
-    return [float(workload.prompt_tokens.sum()) / arrivals, float(workload.output_tokens.sum()) / arrivals]
+    tokens = workload.prompt_tokens, workload.output_tokens
+    return [float(each.sum()) / arrivals(workload) for each in tokens]
 
 
 def size_point(job: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +240,7 @@ def draw_point(job: dict[str, Any]) -> dict[str, Any]:
         qps = capacity.qps / (group if capacity.outcome == "all" else 1)
         return {"qps": qps, "outcome": capacity.outcome, "binding_slo": capacity.binding, "trials": trials}
 
-    return {"status": "done", **point.record(f"capacity-{group}-{job['draw']}-{job['start']:.9g}", make)}
+    return {"status": "done", **point.cache.kept(f"capacity-{group}-{job['draw']}-{job['start']:.9g}", make)}
 
 
 def finish_point(job: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +251,7 @@ def finish_point(job: dict[str, Any]) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         return full_batch(point.deployment)
 
-    return {"status": "done", "trial": trial, "batch": point.record("batch", make)}
+    return {"status": "done", "trial": trial, "batch": point.cache.kept("batch", make)}
 
 
 def full_batch(deployment: Deployment) -> dict[str, Any]:
@@ -290,7 +281,7 @@ def curve_point(job: dict[str, Any]) -> dict[str, Any]:
             found.append({"rate": rate, "slos": trial.summary["slos"]})
         return {"curve": found}
 
-    return {"status": "done", **point.record(f"curve-{group}-{job['start']:.9g}", make)}
+    return {"status": "done", **point.cache.kept(f"curve-{group}-{job['start']:.9g}", make)}
 
 
 def alone_point(job: dict[str, Any]) -> dict[str, Any]:
@@ -302,7 +293,7 @@ def alone_point(job: dict[str, Any]) -> dict[str, Any]:
         few = point.spec if point.spec.trace is not None else replace(point.spec, num_prompts=_FEW)
         return _kept(point.trial(at_rate(few, rate), point.fleet(1), rate, stop=False))
 
-    return {"status": "done", "trial": point.record(f"alone-few-{rate:.9g}", make)}
+    return {"status": "done", "trial": point.cache.kept(f"alone-few-{rate:.9g}", make)}
 
 
 def _kept(trial: Trial) -> dict[str, Any]:

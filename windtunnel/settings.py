@@ -216,8 +216,8 @@ class ReplicaConfig(ServingSettings):
     device: str = _field(
         "",
         "Deployment",
-        "Device: a100 (a100_pcie), a100_sxm, a40, h100 (h100_sxm), h200 (h200_sxm), l40s, l4, b200, h20, rtx_pro_6000, "
-        "mi300x, cpu, a YAML file or a calibration's folder.",
+        "Device: a100 (a100_pcie), a100_sxm, a100_sxm_40gb, a40, h100 (h100_sxm), h200 (h200_sxm), l40s, l4, b200, "
+        "h20, rtx_pro_6000, mi300x, cpu, a YAML file or a calibration's folder.",
     )
     network: str | None = _field(
         _REPLICA["network"],

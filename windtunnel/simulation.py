@@ -20,7 +20,7 @@ from engine.results.run_folder import run_folder, write_chrome_trace, write_conf
 from engine.results.tables import to_numpy
 from engine.workload.workload import Workload, make_workload
 from simulator.cluster import Deployment, simulate
-from studies.capacity.uncertainty import described, errors_in_words, intervals
+from studies.capacity.ranges import described, errors_in_words, intervals
 from windtunnel.plugins import load_plugin
 from windtunnel.run_config import resolved
 from windtunnel.settings import FileConfig

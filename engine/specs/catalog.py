@@ -25,8 +25,9 @@ from engine.specs.checks import build
 
 MOST_PATH = 4096
 MIB, GIB = 1 << 20, 1 << 30
-_CARDS = {"A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie", "H100": "h100_sxm", "H200": "h200_sxm"} | {
-    name: name.lower() for name in ("A40", "L40S", "L4")
+_CARDS = {"A100-SXM4-40GB": "a100_sxm_40gb", "A100-SXM": "a100_sxm", "A100 80GB PCIe": "a100_pcie"} | {
+    **{"H100": "h100_sxm", "H200": "h200_sxm"},
+    **{name: name.lower() for name in ("A40", "L40S", "L4")},
 }  # NVIDIA's names
 DATA = Path(__file__).parent / "data"
 DEVICE_FILE = "device.json"  # in a calibration's folder: the DeviceSpec that was measured
@@ -101,6 +102,8 @@ DEVICES = {
             description="NVIDIA H100 80GB SXM5",
             peak_flops=989e12,
             peak_fp8_flops=1979e12,
+            sustained_flops=720e12,
+            sustained_fp8_flops=1280e12,
             memory_bandwidth=3.35e12,
             memory_bytes=int(79.1 * GIB),
             num_sms=132,
@@ -117,6 +120,8 @@ DEVICES = {
             description="NVIDIA H200 141GB SXM5",
             peak_flops=989e12,
             peak_fp8_flops=1979e12,
+            sustained_flops=720e12,
+            sustained_fp8_flops=1280e12,
             memory_bandwidth=4.8e12,
             memory_bytes=int(139.8 * GIB),
             num_sms=132,
@@ -175,6 +180,14 @@ DEVICES = {
         ),
     )
 }
+DEVICES["a100_sxm_40gb"] = replace(
+    DEVICES["a100_sxm"],
+    name="a100_sxm_40gb",
+    description="NVIDIA A100 40GB SXM4",
+    memory_bandwidth=1.555e12,
+    memory_bytes=int(39.4 * GIB),
+    measured_as="a100_sxm",
+)
 DEVICES |= {
     name: DeviceSpec(name=name, **values)
     for name, values in json.loads((DATA / "devices.json").read_text(encoding="utf-8")).items()

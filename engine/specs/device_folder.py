@@ -36,7 +36,9 @@ def known_devices() -> Mapping[str, Path]:
 
 def folder_of(device: DeviceSpec) -> Path | None:
     """Return the folder of a device's calibration: its own, or what ships under its name; None if there is none."""
-    return Path(device.calibration) if device.calibration is not None else known_devices().get(device.name)
+    if device.calibration is not None:
+        return Path(device.calibration)
+    return known_devices().get(device.measured_as or device.name)
 
 
 def profile_settings(folder: Path) -> dict[str, Any]:

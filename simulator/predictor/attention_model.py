@@ -65,6 +65,18 @@ class AttentionModel(KindModel[AttentionOp]):
         return "kv_fp8" if site.kv_width == 1 else ""
 
     @classmethod
+    def carried_by(cls, learned_on: DeviceSpec, device: DeviceSpec) -> DeviceSpec:
+        """Attention is mostly the multiprocessors' work: where these are alike, what was learned holds as it is.
+
+        Measured under vLLM 0.14 on both, an H200's prompts take 0.99 of the time that an H100's do. What a faster
+        memory changes for decodes is in `AttentionDecode.times`.
+        """
+        alike = all(
+            getattr(learned_on, name) == getattr(device, name) for name in ("peak_flops", "num_sms", "clock_hz")
+        )
+        return learned_on if alike else device
+
+    @classmethod
     def groups(cls, rows: pd.DataFrame) -> pd.Series:
         """Head configurations; where a kernel was measured with one alone, its chunk lengths or batch sizes."""
         heads = rows["num_heads"].astype(str) + "/" + rows["num_kv_heads"].astype(str) + " heads"

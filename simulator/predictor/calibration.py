@@ -176,7 +176,7 @@ def _load_kind(path: Path, device: DeviceSpec) -> tuple[KindModel[Any], dict[str
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:  # of a kind that a plugin brings
         raise InputError(f"{path} is no calibration ({type(error).__name__}: {error}): {hint}") from None
     model.learned_on = data["learned_on"]
-    if data["device"] != device.name:
+    if data["device"] not in (device.name, device.measured_as):
         raise InputError(f"{path} is of {data['device']}, not of {device.name}: fit it for this device")
     return model, {name: value for name, value in data.items() if name not in ("device", "kind")}
 

@@ -246,6 +246,11 @@ class AllReduce(Collective[AllReduceOperator], RowsModel[AllReduceOperator]):
 
     kind: ClassVar[str] = "all_reduce"
 
+    @property
+    def may_fall(self) -> bool:
+        """Where vLLM goes over to multicast: its own kernel takes longer just below than that just above."""
+        return HOPPER in self.networks_
+
     @classmethod
     def data_sheet(cls, op: AllReduceOperator, site: Site, rows: Array) -> Array:
         if site.network.switched and site.tp <= site.network.gpus_per_node:

@@ -103,6 +103,11 @@ class KindModel(Generic[Op]):
         self.device = device
         self.learned_on = device.name  # another device where its measurements are carried over to this one
 
+    @property
+    def may_fall(self) -> bool:
+        """Whether more rows may take less time, because they were measured to."""
+        return False
+
     # -- learning
 
     @classmethod

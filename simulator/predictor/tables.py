@@ -2,7 +2,8 @@
 
 Everything that depends on a number of rows alone becomes a table by that number; attention becomes two grids, of chunk
 and prefix for prompts and of requests and cached tokens for decodes. All are made monotone (more work never takes less
-time), for trees are not. What the calibration lacks, the roofline of its kind estimates.
+time), for trees are not, but for operators that were measured to fall. What the calibration lacks, the roofline of its
+kind estimates.
 """
 
 from __future__ import annotations
@@ -90,17 +91,22 @@ class TableMaker:
         known = self.parts(stage) if parts is None else parts
         every = self.sorted[stage]
 
-        def added(times: Array, operators: list[Any]) -> Array:
+        def added(times: Array, operators: list[Any], falling: bool = False) -> Array:
             total = np.zeros(times.shape[1])
             for seconds, op in zip(times, operators, strict=True):
-                factor = 1.0 if host is None else host.factor(self.name(op, stage))
-                total += seconds if factor == 1.0 else factor * seconds
+                name = self.name(op, stage)
+                if falling == (name in self.models and self.models[name].may_fall):
+                    factor = 1.0 if host is None else host.factor(name)
+                    total += seconds if factor == 1.0 else factor * seconds
             return total
 
-        rows = {each: [op for op, _ in every.rows if op.rows == each] for each in ROWS_OF}
+        def spread(times: Array, rows: str, most: int) -> Array:
+            operators = [op for op, _ in every.rows if op.rows == rows]
+            return _spread(added(times, operators), most, added(times, operators, falling=True))
+
         return StageTables(
-            _spread(added(known.tokens, rows["tokens"]), MOST_ROWS),
-            _spread(added(known.sampled, rows["sampled"]), MOST_REQUESTS),
+            spread(known.tokens, "tokens", MOST_ROWS),
+            spread(known.sampled, "sampled", MOST_REQUESTS),
             _rising_prompts(added(known.prefill, [op for op, _ in every.prompts])),
             _rising_decodes(added(known.decode, [op for op, _ in every.decodes])),
             _spread(added(known.send, [op for op, _ in every.sends]), MOST_ROWS),
@@ -209,8 +215,8 @@ def _rising_decodes(seconds: Array) -> Array:
     return np.stack([np.interp(every, REQUESTS, column) for column in grid.T], axis=1)
 
 
-def _spread(values: Array, most: int) -> Array:
-    """A table by every number of rows from 0 (0 s) to `most`, linear between ROWS and never falling."""
-    table = np.interp(np.arange(most + 1), ROWS, np.maximum.accumulate(values))
+def _spread(values: Array, most: int, falling: Array | float = 0.0) -> Array:
+    """A table by every number of rows from 0 (0 s) to `most`, linear between ROWS; but for `falling`, never falling."""
+    table = np.interp(np.arange(most + 1), ROWS, np.maximum.accumulate(values) + falling)
     table[0] = 0.0
     return table

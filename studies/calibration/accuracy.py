@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from engine.errors import InputError
@@ -20,7 +21,7 @@ from engine.specs.device_folder import CALIBRATIONS, known_devices
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration.kinds import page_of
-from studies.words import percent
+from studies.words import error_cells, percent
 
 GEMM_MEAN = {"a100_pcie": 0.035, "a40": 0.045}  # over models; what was aimed at
 GEMM_WORST = 0.07
@@ -30,47 +31,7 @@ MEAN = {  # of calibrations by engine version: mean error over whole shapes, hea
     **dict.fromkeys(("attention_decode", "attention_decode.kv_fp8"), 0.04),
 }
 
-_INTRO = """
-How far the learned predictor's times lie from measured ones. Every error on this page is of data that was held out: the
-rows are split into folds, each fold is left out of the fit in turn, and predicted by what was learned from the others.
-What belongs together is left out together, for a model's layers share shapes: whole models for dense layers, head
-configurations for attention (chunk lengths or batch sizes of a source that has only one), message sizes for
-collectives. What ships was then fitted to everything.
-"""
-_READING = """
-An error is |predicted - measured| / measured, the bias the same with its sign (positive: predicted too long). A group
-is what was left out together; its error counts times over 20 us alone, since shorter ones are mostly launch and the
-clock's resolution. Coverage is the share of held-out measurements within their 90 % interval, each fold judged by the
-intervals of the others. The spread is the median standard deviation of repeats over the time: what no predictor can be
-asked to explain.
-"""
-_FLOOR = """
-Two floors lie under these numbers. Llama-2-70b and Llama-3-70B have dense layers of the same shapes, and the two A100
-tables differ there by 1.9 % on average, with a bias of 1.6 %: the same shape, measured twice. And times are given to
-about 1 us, which is 5 % of 20 us.
-"""
-_LEARNERS = """
-For dense layers the choice of learner hardly matters: trees on what a model of tiles, waves, launch and cache leaves
-are within a few tenths of a point of trees on the ratio to the roofline alone{ships}. The error that is left is mostly
-which kernel the library picks for a shape that it has not been seen with: {picks}.
-"""
-_CROSS = """
-Held-out rows come from the same tables as the rest, so they share clocks, library and way of measuring. A harder
-question is another source altogether. Dense layers learned from the PCIe card's tables (Vidur's, of PyTorch) predict
-the SXM card's (AIConfigurator's, of vLLM 0.14.0) with a mean error of 10 % within the range of sizes that was measured,
-11 % over all times above 20 us, and 25 % over all rows, many of which are of small shapes that the first source never
-had. Learned from the SXM tables, the PCIe ones are predicted to 12 %. One constant factor does not close it: in range
-it makes the first error 12 % and leaves the second at 11 %. Library versions, clocks and power limits differ by shape.
-Expect errors like these, not like those above, on a card or a software version that was not measured.
-"""
-
-_COLD = """
-A GPU that was not measured is predicted by its data sheet, with floors and efficiencies carried over from those that
-were: launches in clock cycles, work at the same share of the peak rates (simulator/predictor/carried.py). The table has
-the mean error on each device's own tables of vLLM 0.14 in 16 bits (all-reduce: vLLM's own kernels and NCCL) with the
-constants fitted to the others alone, as `python benchmarks/cold_start.py DIR` recorded it. The L40S has no links that a
-data sheet knows.
-"""
+PAGE = Path(__file__).with_suffix(".md")  # what the page says, with places for the numbers
 COLD_START = Path(__file__).with_name("cold_start.json")  # written by benchmarks/cold_start.py
 _COLD_KINDS = {  # of the record: what the page calls it, and what is aimed at
     "gemm": ("dense layers", 0.15),
@@ -83,8 +44,7 @@ _COLD_KINDS = {  # of the record: what the page calls it, and what is aimed at
 
 def write_accuracy(path: Path | None) -> None:
     """Write the text about the calibrations that ship, or print it."""
-    folders = known_devices()
-    if not folders:
+    if not known_devices():
         raise InputError(f"{CALIBRATIONS} holds no calibration: fit one with 'windtunnel calibrate fit'")
     text = accuracy_markdown(shipped())
     if path is None:
@@ -95,16 +55,13 @@ def write_accuracy(path: Path | None) -> None:
 
 def shipped() -> list[Calibration]:
     """Return the calibrations that ship: of each device, and engine's version that it was measured under."""
-    return [one for name, folder in known_devices().items() for one in _of_device(name, folder)]
-
-
-def _of_device(name: str, folder: Path) -> list[Calibration]:
-    """Return a device's calibration, or those of each engine's version that it was measured under."""
-    device, versions = catalog.device(name), sorted(store.by_nearness(folder, None), key=lambda path: path.name)
-    if not versions:
-        return [store.load(folder, device)]
-    found = [(version.name, store.load(version, device)) for version in versions]
-    return [replace(one, software=dict.fromkeys(one.models, version)) for version, one in found]
+    found = []
+    for name, folder in known_devices().items():
+        device, versions = catalog.device(name), sorted(store.by_nearness(folder, None), key=lambda path: path.name)
+        for version in versions or [folder]:
+            one = store.load(version, device)
+            found.append(replace(one, software=dict.fromkeys(one.models, version.name)) if versions else one)
+    return found
 
 
 def _title(calibration: Calibration) -> str:
@@ -120,22 +77,20 @@ def _kind_words(name: str) -> str:
 
 def accuracy_markdown(calibrations: Sequence[Calibration]) -> str:
     """Return the page, from the records alone."""
-    parts = [
-        "# Accuracy of the runtime predictor",
-        "<!-- written by `windtunnel calibrate accuracy`: change studies/calibration/accuracy.py instead -->",
-        _wrap(_INTRO),
-        "## Targets",
-        _targets(calibrations),
-        "## By device",
-        _wrap(_READING),
+    rows = [
+        [device, _kind_words(kind), what, percent(value), percent(target), "met" if value <= target else "**missed**"]
+        for device, kind, what, value, target in targets(calibrations)
     ]
-    for calibration in calibrations:
-        parts += [f"### {_title(calibration)}", _kinds(calibration), *_notes(calibration)]
-    parts += ["## Dense layers by model", *_by_model(calibrations), "## What limits it", _wrap(_FLOOR)]
-    parts += [_wrap(_learners(calibrations)), "## Other sources", _wrap(_CROSS)]
-    parts += ["## Without any measurement", _wrap(_COLD), _cold_start()]
-    parts += ["## Where the measurements come from", *map(_provenance, calibrations)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    devices = [(f"### {_title(each)}", _kinds(each), *_notes(each)) for each in calibrations]
+    text = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        targets=_table(["device", "operator", "error", "held out", "target", ""], rows, left=3),
+        devices="\n\n".join(part for parts in devices for part in parts),
+        models="\n\n".join(_by_model(calibrations)),
+        **_learners(calibrations),
+        cold_start=_cold_start(),
+        sources="\n\n".join(map(_provenance, calibrations)),
+    )
+    return "\n\n".join(map(_wrap, filter(None, text.strip().split("\n\n")))) + "\n"
 
 
 def _cold_start() -> str:
@@ -151,14 +106,6 @@ def _cold_start() -> str:
     rows = [[device, *(cell(kind, device) for kind in _COLD_KINDS)] for device in errors["gemm"]]
     aims = [f"at most {percent(aim)}" for _, aim in _COLD_KINDS.values()]
     return _table(["left out", *(name for name, _ in _COLD_KINDS.values())], [*rows, ["*aimed at*", *aims]], left=1)
-
-
-def _targets(calibrations: Sequence[Calibration]) -> str:
-    rows = []
-    for device, kind, what, value, target in targets(calibrations):
-        met = "met" if value <= target else "**missed**"
-        rows.append([device, _kind_words(kind), what, percent(value), percent(target), met])
-    return _table(["device", "operator", "error", "held out", "target", ""], rows, left=3)
 
 
 def targets(calibrations: Sequence[Calibration]) -> list[tuple[str, str, str, float, float]]:
@@ -186,22 +133,19 @@ def _kinds(calibration: Calibration) -> str:
     for kind, record in calibration.records.items():
         held_out = record["held_out"]
         groups = held_out.get("groups_over_20us", {})
-        worst = percent(groups.get("worst"))
-        rows.append(
-            [
-                _kind_words(kind) + (" \\*" if record["learned_on"] != calibration.device else ""),
-                page_of(kind).left_out(record),
-                f"{record['provenance']['rows']:,}",
-                str(held_out.get("folds", "")),
-                *(percent(held_out.get(name)) for name in ("mape", "p50", "p95")),
-                percent(held_out.get("bias"), sign=True),
-                percent(held_out.get("over_20us", {}).get("mape")),
-                percent(groups.get("mean")),
-                f"{worst} ({groups['worst_is']})" if groups.get("worst_is") else worst,
-                percent(record["interval"]["covers"]),
-                percent(record["provenance"]["median_relative_spread"]),
-            ]
-        )
+        worst = f" ({groups['worst_is']})" if groups.get("worst_is") else ""
+        rows.append([
+            _kind_words(kind) + " \\*" * (record["learned_on"] != calibration.device),
+            page_of(kind).left_out(record),
+            f"{record['provenance']['rows']:,}",
+            str(held_out.get("folds", "")),
+            *error_cells(held_out),
+            percent(held_out.get("over_20us", {}).get("mape")),
+            percent(groups.get("mean")),
+            percent(groups.get("worst")) + worst,
+            percent(record["interval"]["covers"]),
+            percent(record["provenance"]["median_relative_spread"]),
+        ])  # fmt: skip
     return _table(head, rows, left=2)
 
 
@@ -213,8 +157,7 @@ def _notes(calibration: Calibration) -> list[str]:
             f"\\* Measured on {device}, and the error is of predicting that card. Here its coefficients are carried "
             "over to this card's data sheet, which no measurement checks."
         )
-    for warning in calibration.warnings(calibration.records):
-        notes.append(f"{warning}.")
+    notes += [f"{warning}." for warning in calibration.warnings(calibration.records)]
     for kind, record in calibration.records.items():
         if rule := record["provenance"].get("prefixes"):
             notes.append(f"{_kind_words(kind)}: prefixes {rule}.")
@@ -228,7 +171,7 @@ def _notes(calibration: Calibration) -> list[str]:
                 f"{_kind_words(kind)}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they "
                 f"are meant to: they are too narrow for what was left out ({page.left_out(record)})."
             )
-    return [_wrap(note) for note in notes]
+    return notes
 
 
 def _by_model(calibrations: Sequence[Calibration]) -> Iterable[str]:
@@ -242,7 +185,7 @@ def _by_model(calibrations: Sequence[Calibration]) -> Iterable[str]:
         fresh = _groups(calibration, "gemm", "held_out_new_shapes")
         if fresh.get("each"):
             worst = max(fresh["each"], key=lambda name: fresh["each"][name])
-            yield _wrap(
+            yield (
                 f"Models share weight shapes (half of CodeLlama-34b's are the 70B models' too, and those share "
                 f"all theirs), so a model left out is partly known. With its shapes out of the fit too the mean is "
                 f"{percent(fresh['mean'])}, the worst {percent(fresh['each'][worst])} ({worst}): what to expect of "
@@ -250,7 +193,7 @@ def _by_model(calibrations: Sequence[Calibration]) -> Iterable[str]:
             )
 
 
-def _learners(calibrations: Sequence[Calibration]) -> str:
+def _learners(calibrations: Sequence[Calibration]) -> dict[str, str]:
     means, picks = [], []
     for calibration in calibrations:
         groups, device = _groups(calibration, "gemm"), calibration.device
@@ -259,19 +202,17 @@ def _learners(calibrations: Sequence[Calibration]) -> str:
         if groups.get("worst") is not None:
             picks.append(f"{groups['worst_is']} is the worst on {device} with {percent(groups['worst'])}")
     ships = f" ({' and '.join(means)})" if means else ""
-    return _LEARNERS.format(ships=ships, picks="; ".join(picks) or "no model was held out")
+    return {"ships": ships, "picks": "; ".join(picks) or "no model was held out"}
 
 
 def _groups(calibration: Calibration, kind: str, held_out: str = "held_out") -> Mapping[str, Any]:
-    found: Mapping[str, Any] = calibration.records.get(kind, {}).get(held_out, {}).get("groups_over_20us", {})
-    return found
+    return dict(calibration.records.get(kind, {}).get(held_out, {}).get("groups_over_20us", {}))
 
 
 def _provenance(calibration: Calibration) -> str:
     rows = []
     for kind, record in calibration.records.items():
-        facts = record["provenance"]
-        count = len(facts["sources"])
+        facts, count = record["provenance"], len(record["provenance"]["sources"])
         origins = sorted({re.split(r"[\s@]", source, maxsplit=1)[0] for source in facts["sources"]})  # repositories
         words = [", ".join(facts[name]) or "unknown" for name in ("measured_on", "software", "kernels", "dates")]
         rows.append([_kind_words(kind), *words, f"{', '.join(origins)} ({count} table{'s' * (count != 1)})"])
@@ -284,10 +225,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str
     if not rows:
         return "None of these was measured."
     marks = ["---" if i < left else "---:" for i in range(len(head))]
-    lines = [head, marks, *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (head, marks, *rows))
 
 
 def _wrap(text: str) -> str:
+    """Wrap a paragraph; headings, tables and comments stay."""
+    if text.startswith(("#", "|", "<")):
+        return text
     joined = re.sub(r"(\d) (%|us)(?!\w)", "\\1\u00a0\\2", " ".join(text.split()))  # a number stays with its unit
     return textwrap.fill(joined, 120, break_long_words=False, break_on_hyphens=False).replace("\u00a0", " ")

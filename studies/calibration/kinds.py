@@ -6,7 +6,7 @@ page_of("gemm").range_words(calibration.models["gemm"])
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -27,16 +27,18 @@ Curves = tuple[Array, Array, Array]  # of each row: what to divide by its time, 
 class KindPage:
     """What there is to say of a kind; the methods get its estimator."""
 
-    name: ClassVar[str]
-    size: ClassVar[str]  # the title of the axis of sizes
+    name: str
+    size: str  # the title of the axis of sizes
     target: ClassVar[float | None] = None  # of the mean held-out error
     shapes: ClassVar[str] = "shape"  # what tells the curves of efficiency apart
-    moved: ClassVar[str | None] = None  # where curves are of bandwidth: the bytes over the time; else of the roofline
+    moved: str | None = None  # where curves are of bandwidth: the bytes over the time; else of the roofline
     cached: ClassVar[bool] = False  # whether times may lie below the roofline
+
+    left: ClassVar[str] = ""  # what was held out together, where that is always the same
 
     def left_out(self, record: Mapping[str, Any]) -> str:
         """Return what was held out together, in words."""
-        raise NotImplementedError
+        return self.left
 
     def comparable(self, model: Any, rows: pd.DataFrame) -> pd.DataFrame:
         """Return the rows, of those of this kind, that the model predicts as they are."""
@@ -99,14 +101,9 @@ class _Attention(KindPage):
         flops, traffic = model.work(numbers)
         limit = np.maximum(flops / model.device.peak_flops, traffic / model.device.memory_bandwidth)
         kernels = [name.split("/")[0] for name in kernel_names(rows)]
-        heads: Array = np.array(
-            [
-                f"{h:.0f}/{kv:.0f} heads, {kernel.replace('_', ' ')}"
-                for h, kv, kernel in zip(numbers["num_heads"], numbers["num_kv_heads"], kernels, strict=True)
-            ],
-            dtype=object,
-        )
-        return limit, *self.sizes_and_labels(numbers, heads)
+        both = zip(numbers["num_heads"], numbers["num_kv_heads"], kernels, strict=True)
+        heads = [f"{h:.0f}/{kv:.0f} heads, {kernel.replace('_', ' ')}" for h, kv, kernel in both]
+        return limit, *self.sizes_and_labels(numbers, np.array(heads, dtype=object))
 
     def sizes_and_labels(self, numbers: Mapping[str, Array], heads: Array) -> tuple[Array, Array]:
         """Return sizes and curves of rows with these heads."""
@@ -149,10 +146,14 @@ class _AttentionDecode(_Attention):
 
 
 class _Message(KindPage):
-    target = 0.10
+    """Messages between ranks, of which each sends `share` of so many, or the whole."""
 
-    def left_out(self, record: Mapping[str, Any]) -> str:
-        return "message sizes"
+    target, left = 0.10, "message sizes"
+
+    def __init__(
+        self, name: str, size: str, moved: str = "bytes", share: Callable[[Array], Array] = np.ones_like
+    ) -> None:
+        self.name, self.size, self.moved, self.share = name, size, moved, share
 
     def comparable(self, model: Any, rows: pd.DataFrame) -> pd.DataFrame:
         layouts = zip(rows["network"].astype(str), rows["backend"].astype(str), strict=True)
@@ -160,10 +161,6 @@ class _Message(KindPage):
 
     def columns(self, model: KindModel[Any], rows: pd.DataFrame) -> dict[str, Array]:
         return {**model.columns_of(rows), "kernel": rows["backend"].astype(str).to_numpy(object)}
-
-    def share(self, ranks: Array) -> Array:
-        """Return the share of the message that each of so many ranks sends."""
-        return np.ones(len(ranks))
 
     def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
         sizes, ranks, on_node = (np.asarray(columns[name], float) for name in model.columns if name != "network")
@@ -182,41 +179,9 @@ class _Message(KindPage):
         ]
 
 
-class _AllReduce(_Message):
-    name, size, moved = "All-reduce", "Bytes on each rank", "bytes that each rank sends in a ring"
-
-    def share(self, ranks: Array) -> Array:
-        return np.asarray(2 * (ranks - 1) / ranks)
-
-
-class _Send(_Message):
-    name, size, moved = "Send", "Bytes", "bytes"
-
-
-class _Ring(_Message):
-    size, moved = "Bytes of each rank", "bytes that each rank sends in a ring"
-
-    def share(self, ranks: Array) -> Array:
-        return np.asarray(ranks - 1)
-
-
-class _AllGather(_Ring):
-    name = "All-gather"
-
-
-class _ReduceScatter(_Ring):
-    name = "Reduce-scatter"
-
-
-class _AllToAll(_Message):
-    name, size, moved = "All-to-all", "Bytes that leave each rank", "bytes"
-
-
 class _Moe(KindPage):
     name, size, shapes, target = "Experts", "Tokens", "hidden size, width, experts of a rank and top-k; format", 0.10
-
-    def left_out(self, record: Mapping[str, Any]) -> str:
-        return "whole shapes (hidden size, width, experts of a rank, top-k)"
+    left = "whole shapes (hidden size, width, experts of a rank, top-k)"
 
     def limits(self, model: Any, rows: pd.DataFrame, columns: Mapping[str, Array]) -> Curves:
         names = ("hidden_size", "expert_width", "local_experts", "top_k", "dtype", "expert_load")
@@ -231,17 +196,18 @@ class _Moe(KindPage):
         ]
 
 
+_RING = "bytes that each rank sends in a ring"
 PAGES: dict[str, KindPage] = {
     "gemm": _Gemm(),
     "elementwise": _Elementwise(),
     "attention_prefill": _AttentionPrefill(),
     "attention_decode": _AttentionDecode(),
-    "all_reduce": _AllReduce(),
-    "send": _Send(),
+    "all_reduce": _Message("All-reduce", "Bytes on each rank", _RING, lambda ranks: 2 * (ranks - 1) / ranks),
+    "send": _Message("Send", "Bytes"),
     "moe": _Moe(),
-    "all_gather": _AllGather(),
-    "reduce_scatter": _ReduceScatter(),
-    "all_to_all": _AllToAll(),
+    "all_gather": _Message("All-gather", "Bytes of each rank", _RING, lambda ranks: ranks - 1),
+    "reduce_scatter": _Message("Reduce-scatter", "Bytes of each rank", _RING, lambda ranks: ranks - 1),
+    "all_to_all": _Message("All-to-all", "Bytes that leave each rank"),
 }
 
 
@@ -249,7 +215,7 @@ def page_of(kind: str) -> KindPage:
     """Return what there is to say of a kind, or of a population of it. Raises LookupError for one not in PAGES."""
     kind = kind_name(kind)
     if kind not in PAGES:
-        raise LookupError(f"nothing to say of operators of kind {kind!r}: enter it in studies.calibration_kinds.PAGES")
+        raise LookupError(f"nothing to say of operators of kind {kind!r}: enter it in studies.calibration.kinds.PAGES")
     return PAGES[kind]
 
 

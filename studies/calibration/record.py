@@ -96,13 +96,9 @@ def read_calibration(
             columns = page.columns(model, rows)
             measured, predicted = rows["time_ms"].to_numpy(float) / 1e3, model.seconds(columns)
             chosen = spread_evenly(measured)
-            scatter = Scatter(
-                measured[chosen],
-                predicted[chosen],
-                len(rows),
-                int(rows["source"].isin(record["provenance"]["sources"]).sum()),
-                sorted(str(name) for name in rows["device"].unique()),
-            )
+            fitted = int(rows["source"].isin(record["provenance"]["sources"]).sum())
+            devices = sorted(map(str, rows["device"].unique()))
+            scatter = Scatter(measured[chosen], predicted[chosen], len(rows), fitted, devices)
             by_size = errors_by_size(measured, predicted)
             efficiency = efficiencies(*page.limits(model, rows, columns), measured, predicted)
         carried_over = record["learned_on"] != calibration.device
@@ -117,10 +113,11 @@ def comparable(model: KindModel[Any], record: Mapping[str, Any], frames: Sequenc
     """Return the rows of `frames` that a model predicts as they are: of its kind, its devices and its networks."""
     import pandas as pd
 
-    parts = [frame[frame["kind"] == model.kind] for frame in frames]
-    parts = [part[part["dtype"].isin(record["provenance"]["dtypes"]) | part["dtype"].isna()] for part in parts]
-    parts = [part[part["device"].isin(record["provenance"]["measured_on"])] for part in parts]
-    parts = [page_of(model.kind).comparable(model, part) for part in parts]
+    facts, parts = record["provenance"], []
+    for frame in frames:
+        mine = frame[frame["kind"] == model.kind]
+        mine = mine[mine["dtype"].isin(facts["dtypes"]) | mine["dtype"].isna()]
+        parts.append(page_of(model.kind).comparable(model, mine[mine["device"].isin(facts["measured_on"])]))
     parts = [part for part in parts if len(part)]
     return pd.concat(parts, ignore_index=True) if parts else None
 
@@ -140,17 +137,12 @@ def errors_by_size(measured: Array, predicted: Array) -> SizeErrors:
     logs = np.log(measured)
     edges = np.linspace(logs.min(), logs.max() + 1e-9, MOST_BINS + 1)
     number = np.clip(np.searchsorted(edges, logs, side="right") - 1, 0, MOST_BINS - 1)
-    found = [
-        (
-            np.exp((edges[i] + edges[i + 1]) / 2),
-            np.median(np.abs(relative[mine])),
-            np.percentile(np.abs(relative[mine]), 95),
-            relative[mine].mean(),
-            mine.sum(),
-        )
-        for i in range(MOST_BINS)
-        if (mine := number == i).sum() >= min(FEWEST_IN_BIN, len(measured))
-    ]
+    found = []
+    for i in range(MOST_BINS):
+        off = relative[number == i]
+        if len(off) >= min(FEWEST_IN_BIN, len(measured)):
+            centre, (median, p95) = np.exp((edges[i] + edges[i + 1]) / 2), np.percentile(np.abs(off), [50, 95])
+            found.append((centre, median, p95, off.mean(), len(off)))
     return SizeErrors(*(np.array(column, dtype=float) for column in zip(*found, strict=True)))
 
 
@@ -159,9 +151,8 @@ def efficiencies(limit: Array, size: Array, labels: Array, measured: Array, pred
 
     All are (rows,): what to divide by a row's time, its size, and the name of its curve ("": none).
     """
-    counts: dict[str, int] = {}
-    for name in sorted({label for label in labels if label}):
-        counts[name] = len(np.unique(size[labels == name]))
+    names = sorted({label for label in labels if label})
+    counts = {name: len(np.unique(size[labels == name])) for name in names}
     enough = [name for name, count in counts.items() if count >= max(FEWEST_ON_CURVE, max(counts.values()) / 2)]
     enough.sort(key=lambda name: float(np.median((limit / size)[labels == name])))
     chosen = [enough[i] for i in np.unique(np.linspace(0, len(enough) - 1, MOST_CURVES).astype(int))] if enough else []
@@ -170,9 +161,9 @@ def efficiencies(limit: Array, size: Array, labels: Array, measured: Array, pred
         mine = labels == name
         every = np.unique(size[mine])
         points = every[spread_evenly(every, MOST_ON_CURVE)]
-        pairs = [
-            [float(np.median((limit / times)[mine & (size == point)])) for times in (measured, predicted)]
-            for point in points
-        ]
-        curves.append(Efficiency(name, points, *np.array(pairs).T))
+        sides = (
+            np.array([np.median((limit / times)[mine & (size == point)]) for point in points])
+            for times in (measured, predicted)
+        )
+        curves.append(Efficiency(name, points, *sides))
     return curves

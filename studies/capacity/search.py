@@ -4,11 +4,15 @@ A search brackets the capacity by doubling and halving, then bisects in the loga
 
     capacity = find_capacity(lambda rate: simulated_trial(workload_at(rate), deployments, slos, rate), start=1.0)
     print(capacity.qps, capacity.binding)
+
+A predicted capacity is confirmed on hardware with as few runs as the prediction's quality allows: the engine serves the
+workload at the predicted capacity, then just above it if the SLOs are met, just below if they are not; only after a
+wrong prediction does the search continue from there, in steps that double.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from math import inf, sqrt
@@ -23,6 +27,9 @@ FROM_A_GUESS = (2.0, 2.0, inf)  # steps of the bracket
 FAR = 1000.0  # a rate this many times lower or higher than the guess stands for none at all, or for all at once
 FINE = 0.005  # tolerance of the fine search that a choice is held against
 _FINE_STEP = 1.03  # of its bracket
+STEP = 0.05  # how far above and below the prediction is just above and just below
+MOST_STEPS = 12
+FAR_OFF = 4.0  # a prediction that is off by more is reported as that, and not followed
 
 
 class Bracket(NamedTuple):
@@ -33,14 +40,9 @@ class Bracket(NamedTuple):
 
 
 def bracket(
-    met: Callable[[float], bool],
-    start: float,
-    *,
-    steps: Iterable[float],
-    far: float,
-    tolerance: float,
+    met: Callable[[float], bool], start: float, *, steps: Iterable[float], far: float, tolerance: float,
     most: int | None = None,
-) -> Bracket:
+) -> Bracket:  # fmt: skip
     """Bracket the highest rate at which `met` holds, from the rate `start` on.
 
     Each of `steps` is a factor that the rate goes up by while it is met, down while it is not, to `far` times the start
@@ -62,6 +64,16 @@ def bracket(
         tried += 1
         low, high = (rate, high) if met(rate) else (low, rate)
     return Bracket(low, high)
+
+
+def _noted(run: Callable[[float], Trial], trials: list[Trial]) -> Callable[[float], bool]:
+    """Return whether the trial at a rate meets the SLOs; each is added to the trials."""
+
+    def met(rate: float) -> bool:
+        trials.append(run(rate))
+        return trials[-1].met
+
+    return met
 
 
 @dataclass(frozen=True)
@@ -123,16 +135,10 @@ def find_capacity(
     """
     check_tolerance(tolerance)
     trials: list[Trial] = []
-
-    def met(rate: float) -> bool:
-        trials.append(run(rate))
-        return trials[-1].met
-
-    low, high = bracket(met, start, steps=steps, far=FAR, tolerance=tolerance)
+    low, high = bracket(_noted(run, trials), start, steps=steps, far=FAR, tolerance=tolerance)
     if high is None:
-        return Capacity(
-            "all", arrivals_per_request * trials[-1].summary["request_throughput"], None, tolerance, tuple(trials)
-        )
+        qps = arrivals_per_request * trials[-1].summary["request_throughput"]
+        return Capacity("all", qps, None, tolerance, tuple(trials))
     if low is None:
         return Capacity("none", 0.0, trials[-1].binding, tolerance, tuple(trials))
     over = min((trial for trial in trials if not trial.met and trial.rate >= high), key=lambda trial: trial.rate)
@@ -145,3 +151,52 @@ def fine_capacity(met: Callable[[float], bool], start: float) -> float:
     Meant for trials that run to their end. The bracket is found in steps of 3 %.
     """
     return bracket(met, start, steps=repeat(_FINE_STEP), far=FAR, tolerance=FINE).low or 0.0
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """What hardware says of a predicted capacity (requests/s); `qps` is 0 if no rate that was tried meets the SLOs."""
+
+    predicted: float
+    qps: float
+    missed_at: float | None  # the lowest rate that was seen to miss an SLO
+    trials: tuple[Trial, ...]
+
+    @property
+    def settled(self) -> bool:
+        """Whether the capacity is known to a step: it lies between `qps` and `missed_at`."""
+        return bool(self.qps) and self.missed_at is not None and self.missed_at <= self.qps * (1 + STEP) * 1.001
+
+    @property
+    def error(self) -> float | None:
+        """Predicted over confirmed, less 1."""
+        return self.predicted / self.qps - 1 if self.qps else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers."""
+        return {
+            "predicted_qps": self.predicted,
+            "confirmed_qps": self.qps,
+            "missed_at_qps": self.missed_at,
+            "settled": self.settled,
+            "error": self.error,
+            "trials": [{**each.to_json(), "duration_s": each.summary["duration"]} for each in self.trials],
+        }
+
+
+def confirm(run: Callable[[float], Trial], predicted: float, step: float = STEP) -> Confirmation:
+    """Bracket the real capacity around the prediction: `run` serves the workload at a rate on hardware.
+
+    A right prediction takes two runs. A wrong one is followed in steps of `step`, 2 `step`, 4 `step`, ... as far as
+    FAR_OFF times the prediction or its FAR_OFF-th part, and what lies between the last two rates is halved until it is
+    within `step`.
+    """
+    trials: list[Trial] = []
+    steps = (1 + step * 2**i for i in range(MOST_STEPS))
+    low, high = bracket(_noted(run, trials), predicted, steps=steps, far=FAR_OFF, tolerance=step, most=MOST_STEPS)
+    return Confirmation(predicted, low or 0.0, high, tuple(trials))
+
+
+def gpu_hours(trials: Sequence[Trial], num_gpus: int) -> float:
+    """Return what running these trials takes on so many GPUs: one that was given up counts as far as it went."""
+    return float(sum(trial.summary["duration"] for trial in trials) * num_gpus / 3600)

@@ -52,11 +52,8 @@ def points(varied: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 def name_of(changed: Mapping[str, Any]) -> str:
     """Return a point's name, fit for a folder: the values that it changes."""
-    parts = []
-    for value in changed.values():
-        text = "+".join(map(str, value)) if isinstance(value, list) else str(value)
-        parts.append("".join(c if c.isalnum() or c in ".+-" else "_" for c in text.split("/")[-1]))
-    return ",".join(parts)
+    texts = ("+".join(map(str, value)) if isinstance(value, list) else str(value) for value in changed.values())
+    return ",".join("".join(c if c.isalnum() or c in ".+-" else "_" for c in text.split("/")[-1]) for text in texts)
 
 
 _WORDS = {
@@ -69,18 +66,8 @@ _SWITCHES = {
     "async_scheduling": ("asynchronous", "synchronous"),
     "enable_expert_parallel": ("expert parallel", "no expert parallel"),
 }
-_NAMED = (
-    "model",
-    "device",
-    "engine",
-    "scheduler",
-    "quantization",
-    "workload",
-    "network",
-    "predictor",
-    "router",
-    "dtype",
-)
+_NAMED = ("model", "device", "engine", "scheduler", "quantization", "workload", "network", "predictor", "router",
+          "dtype")  # fmt: skip
 
 
 def in_words(changed: Mapping[str, Any]) -> str:
@@ -107,11 +94,12 @@ def mark_pareto(rows: Sequence[dict[str, Any]], more: Sequence[str], less: Seque
 
     Rows without one of the keys are not on the front.
     """
+    for row in rows:
+        row["pareto"] = False
     known = [row for row in rows if all(row.get(key) is not None for key in (*more, *less))]
     costs = [[*(-row[key] for key in more), *(row[key] for key in less)] for row in known]
-    front = {id(row) for row, on in zip(known, not_dominated(np.array(costs)), strict=True) if on} if known else set()
-    for row in rows:
-        row["pareto"] = id(row) in front
+    for row, on in zip(known, not_dominated(np.array(costs)) if known else (), strict=True):
+        row["pareto"] = bool(on)
 
 
 def not_dominated(costs: Array) -> Array:

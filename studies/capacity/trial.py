@@ -55,52 +55,34 @@ class Trial:
 
 
 def simulated_trial(
-    workload: Workload,
-    deployments: Sequence[Deployment],
-    slos: Sequence[SLO],
-    rate: float,
-    folder: Path | None = None,
-    router: str = "round_robin",
-    seed: int = 0,
-    time_limit_s: float | None = None,
-) -> Trial:
-    """Simulate a workload that comes at `rate`; the trial is given up when an SLO can't be met any more.
-
-    With a time limit it ends there, and is judged by the requests that have finished.
-    """
-    stop = ending(slos, workload, time_limit_s)
+    workload: Workload, deployments: Sequence[Deployment], slos: Sequence[SLO], rate: float,
+    folder: Path | None = None, router: str = "round_robin", seed: int = 0,
+) -> Trial:  # fmt: skip
+    """Simulate a workload that comes at `rate`; the trial is given up when an SLO can't be met any more."""
+    stop = Hopeless(slos, workload)
     run = simulate(workload, deployments, router=router, seed=seed, slos=slos, folder=folder, stop=stop)
     return judged(run.summary, rate, folder)
 
 
-def ending(
-    slos: Sequence[SLO], workload: Workload, time_limit_s: float | None = None
-) -> Callable[[Request], str | None]:
-    """Return what ends a trial early: an SLO that can't be met any more, or its time limit."""
-    watch = Hopeless(slos, workload)
-    return watch if time_limit_s is None else TimeLimit(time_limit_s, watch)
-
-
 TIME_LIMIT = "time limit"
+Watch = Callable[[Request], str | None]  # takes a finished request into account and says why the run ends, if it does
 
 
-class TimeLimit:
-    """Ends a run with the first request that finishes after `seconds` of its own time, or when `watch` does."""
-
-    def __init__(self, seconds: float, watch: Callable[[Request], str | None] = lambda request: None) -> None:
-        self.seconds, self.watch = seconds, watch
-
-    def __call__(self, request: Request) -> str | None:
-        """Take a finished request into account and return why the run ends, if it does."""
-        return self.watch(request) or (TIME_LIMIT if request.token_times[-1] > self.seconds else None)
+def time_limit(seconds: float | None, watch: Watch | None = None) -> Watch | None:
+    """Return what ends a run with the first request that finishes after so many seconds of it, or when `watch` does."""
+    if seconds is None:
+        return watch
+    return lambda request: (watch and watch(request)) or (TIME_LIMIT if request.token_times[-1] > seconds else None)
 
 
 def judged(summary: dict[str, Any], rate: float, folder: Path | None = None) -> Trial:
-    """Judge a run: whether every SLO is met, and which is nearest to its limit or farthest beyond it."""
+    """Judge a run: whether every SLO is met, and which is nearest to its limit or farthest beyond it.
+
+    Of one that its time limit ended, by the requests that have finished.
+    """
     if not summary["slos"]:
         raise InputError("no SLO to search by: add --slo 'p99_tbt<=0.1'")
-    hopeless = summary.get("stopped_early")
-    hopeless = None if hopeless == TIME_LIMIT else hopeless
+    hopeless = ended if (ended := summary.get("stopped_early")) != TIME_LIMIT else None
     margins = {
         each["slo"]: inf if each["slo"] == hopeless else (each["value_s"] or 0.0) / SLO.parse(each["slo"]).threshold_s
         for each in summary["slos"]
@@ -116,10 +98,14 @@ def at_rate(spec: WorkloadSpec, rate: float) -> Workload:
     return make_workload(replace(spec, request_rate=rate, arrival=arrival, rate_scale=1.0))
 
 
-def arrivals_per_request(workload: WorkloadSpec) -> float:
-    """Return how many of a workload's requests arrive by themselves: the share of conversations' first turns."""
-    after = at_rate(workload, 1.0).after if workload.has_conversations else None
-    return 1.0 if after is None else float((after < 0).mean())
+def arrivals(workload: Workload) -> int:
+    """Return how many of a workload's requests arrive by themselves: a conversation arrives once, with its first."""
+    return len(workload) if workload.after is None else int((workload.after < 0).sum())
+
+
+def arrivals_per_request(spec: WorkloadSpec) -> float:
+    """Return the share of a workload's requests that arrive by themselves."""
+    return arrivals(workload := at_rate(spec, 1.0)) / len(workload) if spec.has_conversations else 1.0
 
 
 def guess(spec: WorkloadSpec, deployments: Sequence[Deployment], router: str = "round_robin") -> float:

@@ -2,12 +2,13 @@
 
 with claimed(Path("runs/capacity"), "capacity"):
     cache = Cache(Path("runs/capacity/points"))
-    record = cache.read(name) or compute()
+    record = cache.kept(name, compute)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,13 @@ class Cache:
         """Keep a record."""
         self._folder.mkdir(parents=True, exist_ok=True)
         write_json(self._file(name), record)
+
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the record of that name, as JSON has it; make and keep it where there is none."""
+        if (found := self.read(name)) is None:
+            found = json.loads(json.dumps(make()))
+            self.write(name, found)
+        return found
 
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.json"

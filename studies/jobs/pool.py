@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import count, islice, takewhile
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -109,7 +109,15 @@ def work_off(
                     worker.process.join()
                 yield number, result
     finally:
-        _end([*idle.values(), *(worker for _, worker in busy.values())])
+        left_over = [*idle.values(), *(worker for _, worker in busy.values())]
+        for worker in left_over:
+            worker.process.terminate()
+        end = time.monotonic() + ENDING_S
+        for worker in left_over:
+            worker.process.join(max(0.0, end - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
 
 
 def work_off_on_ray(work: Work[Job], jobs: Jobs[Job], address: str) -> Results:
@@ -183,22 +191,9 @@ def _serve(work: Work[Job], variables: dict[str, str], pipe: Connection) -> None
 
 def _received(worker: _Worker) -> Result:
     """Return a worker's answer, or how its process ended."""
-    try:
-        result: Result = worker.pipe.recv()
-    except (EOFError, OSError):
-        worker.process.join()
-        code = worker.process.exitcode
-        ending = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return {"status": "crashed", "error": f"its process ended with {ending}"}
-    return result
-
-
-def _end(workers: Sequence[_Worker]) -> None:
-    for worker in workers:
-        worker.process.terminate()
-    end = time.monotonic() + ENDING_S
-    for worker in workers:
-        worker.process.join(max(0.0, end - time.monotonic()))
-        worker.process.kill()
-        worker.process.join()
-        worker.pipe.close()
+    with contextlib.suppress(EOFError, OSError):
+        return dict(worker.pipe.recv())
+    worker.process.join()
+    code = worker.process.exitcode
+    ending = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+    return {"status": "crashed", "error": f"its process ended with {ending}"}

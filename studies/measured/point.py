@@ -31,7 +31,7 @@ class Point:
     workload: Workload | WorkloadSpec
     measured: Mapping[str, float]
     warmup_requests: int = 0  # the first ones, which `measured` leaves out
-    statistic: str = "mean"  # or median
+    statistic: str = "mean"  # of the requests; median, or max: the last one's
     output_tokens: int | None = None  # where E2E is said to be TTFT + TPOT x (these - 1), measured and predicted
     load: str = ""  # in words, for groups
     per_request: Mapping[str, Array] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from engine.results.tables import Array, Columns
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 
+_STATISTICS: dict[str, Callable[[Array], float]] = {"mean": np.nanmean, "median": np.nanmedian, "max": np.nanmax}
 OFTEN = 0.1  # of the batches: a replica whose requests wait for KV blocks so often is limited by them
 
 
@@ -68,9 +69,9 @@ def _figures(job: Job, run: Run) -> tuple[dict[str, Any], Columns]:
     requests = {name: column[order] for name, column in run.requests.items()}
     values = latencies(requests)
     counted = slice(job.warmup_requests, None)
-    middle = np.nanmedian if job.statistic == "median" else np.nanmean
+    statistic = _STATISTICS[job.statistic]
     found: dict[str, Any] = {
-        name: float(middle(values[key][counted]))
+        name: float(statistic(values[key][counted]))
         for name, key in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2e"))
         if np.isfinite(values[key][counted]).any()
     }

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,10 @@ Settings = Mapping[str, Any]
 _COLUMNS = {  # by which a CSV's format is recognised
     "silicon": {"model_path", "system", "isl", "osl", "concurrency", "silicon_ttft_ms", "silicon_tpot_ms"},
     "offline": {"Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size", "Latency"},
-    "aggregates": {
-        "model",
-        "hardware",
-        "request_rate_per_s",
-        "stage_seconds",
-        "ttft_mean_ms",
-        "itl_mean_ms",
-        "e2e_mean_ms",
-        "input_tokens_about",
-        "output_tokens_about",
-    },
+    "aggregates": {"model", "hardware", "request_rate_per_s", "stage_seconds", "ttft_mean_ms", "itl_mean_ms",
+                   "e2e_mean_ms", "input_tokens_about", "output_tokens_about"},
     "requests": {"arrived_at_s", "input_tokens", "output_tokens", "ttft_s", "e2e_s"},
-}
+}  # fmt: skip
 _REQUEST_COLUMNS = {  # what --columns may name, and the columns that are looked for else
     "time": "arrived_at_s",
     "prompt": "input_tokens",
@@ -56,6 +48,8 @@ _REQUEST_COLUMNS = {  # what --columns may name, and the columns that are looked
     "ttft": "ttft_s",
     "e2e": "e2e_s",
 }
+_SUMMARY_KEYS = {"ttft": "mean_ttft_ms", "tpot": "mean_tpot_ms", "e2e": "mean_e2el_ms",
+                 "throughput": "output_throughput"}  # fmt: skip
 _VLLM_KEYS = {"mean_ttft_ms", "mean_tpot_ms", "completed", "output_throughput"}
 WARMUP_REQUESTS = 200  # of a run with a line a request and a cache to warm, where nothing else is asked for
 _PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
@@ -85,7 +79,8 @@ def read(
         client(client_name)  # raises InputError for an unknown one, also where the file needs none
     if warmup_requests is not None and warmup_requests < 0:
         raise InputError(f"--warmup-requests {warmup_requests}: give at least 0")
-    reader = _Reader(given, source_name, client_name, columns, warmup_requests)
+    chosen = None if source_name is None else (source_name, source(source_name))
+    reader = _Reader(given, chosen, client_name, columns, warmup_requests)
     if not path.exists():
         raise InputError(f"{path} does not exist: give a URL (http://...), or a file or folder of measured results")
     if not path.is_dir() or _is_run(path):
@@ -96,20 +91,64 @@ def read(
     return [reader.read(each) for each in inside]
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a table, by the name that errors call it, and the source that fills in what it leaves open."""
+
+    path: Path
+    name: str
+    values: Settings
+    source_name: str
+    source: Source
+    given: Settings
+
+    def point(self, settings: Settings, assumed: Sequence[str] = (), **rest: Any) -> Point:
+        """Return its point: the settings that were asked for win, and what the source assumes comes first."""
+        every = (*self.source.assumed, *assumed)
+        return Point(id=self.name, settings={**settings, **self.given}, source=self.source_name, assumed=every, **rest)
+
+    def __getitem__(self, key: str) -> str:
+        return str(self.values[key])
+
+    def has(self, key: str) -> bool:
+        """Return whether there is a value."""
+        return _given(self.values.get(key))
+
+    def number(self, key: str) -> float:
+        """Return a number above 0."""
+        try:
+            value = float(self.values[key])
+        except (TypeError, ValueError, KeyError):
+            value = math.nan
+        if not 0 < value <= MOST_NUMBER:
+            raise InputError(f"{self.path}: {key} {short(self.values.get(key))} of {self.name}: give a number above 0")
+        return value
+
+    def seconds(self, key: str) -> float:
+        """Return seconds of a column of milliseconds."""
+        value = self.number(key) / 1e3
+        if value > MOST_SECONDS:
+            raise InputError(f"{self._said(key)}: give at most {MOST_SECONDS * 1e3:,.0f} ms")
+        return value
+
+    def whole(self, key: str) -> int:
+        """Return a whole number of at least 1."""
+        value = self.number(key)
+        if value != int(value) or value > 10_000_000:
+            raise InputError(f"{self._said(key)}: give a whole number of at least 1")
+        return int(value)
+
+    def _said(self, key: str) -> str:
+        return f"{self.path}: {key} {self.values.get(key)!r} of {self.name}"
+
+
+@dataclass(frozen=True)
 class _Reader:
-    def __init__(
-        self,
-        given: Settings,
-        source_name: str | None,
-        client_name: str | None,
-        columns: str | None,
-        warmup_requests: int | None,
-    ) -> None:
-        self.given = given
-        self.chosen = None if source_name is None else (source_name, source(source_name))
-        self.client_name = client_name
-        self.columns = columns
-        self.warmup_requests = warmup_requests
+    given: Settings
+    chosen: tuple[str, Source] | None
+    client_name: str | None
+    columns: str | None
+    warmup_requests: int | None
 
     def read(self, path: Path) -> Measurements:
         """Read one file, or the folder of one run. Raises InputError for what its tool has not written so."""
@@ -117,11 +156,9 @@ class _Reader:
             return self.run_folder(path) if path.is_dir() else self.file(path)
         except InputError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise InputError(
-                f"{path} can't be read as measured results ({why}): is it as its tool wrote it?"
-            ) from error
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as err:
+            why = f"{type(err).__name__}: {' '.join(str(err).split())[:200]}"
+            raise InputError(f"{path} can't be read as measured results ({why}): is it as its tool wrote it?") from err
 
     def file(self, path: Path) -> Measurements:
         """Read one file."""
@@ -168,115 +205,89 @@ class _Reader:
         self._check_unused(path)
         arrived = np.sort((table["arrived_s"] - table["arrived_s"].min()).to_numpy())
         users = config.get("max_concurrency")
-        workload = Workload(
-            path.name,
-            np.zeros(len(table)) if users else arrived,
-            table["prompt_tokens"].to_numpy(np.int64),
-            table["output_tokens"].to_numpy(np.int64),
-            0,
-            client=ClientSpec(max_concurrency=users),
-        )
+        arrived = np.zeros(len(table)) if users else arrived
+        prompts, outputs = (table[name].to_numpy(np.int64) for name in ("prompt_tokens", "output_tokens"))
+        workload = Workload(path.name, arrived, prompts, outputs, 0, client=ClientSpec(max_concurrency=users))
         point = self._of_summary(path.name, summary, {**config, **self.given}, workload)
         return Measurements(name=path.name, format="run", points=[point])
 
     # -- formats ---------------------------------------------------------------------------------------------------
 
-    def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
+    def _each_row(
+        self, path: Path, form: str, frame: pd.DataFrame, name_of: Callable[[int, Settings], str],
+        point: Callable[[_Row], Point], notes: Sequence[str] = (),
+    ) -> Measurements:  # fmt: skip
+        """Read a table with a point a row; a row that can't be is refused, with the reason."""
         points: list[Point] = []
         refused: list[tuple[str, str]] = []
-        for row in _rows(frame):
-            name = str(row.get("id") or f"row {len(points) + len(refused) + 1}")
-            chosen = self.chosen or source_for("silicon", {key for key, value in row.items() if _given(value)})
-            assert chosen is not None
+        for place, record in enumerate(frame.to_dict("records")):
+            values = {str(key): value for key, value in record.items()}
+            chosen = self._source(form, {key for key, value in values.items() if _given(value)})
+            row = _Row(path, name_of(place, values), values, *chosen, self.given)
             try:
-                points.append(self._silicon_row(path, name, row, *chosen))
+                points.append(point(row))
             except InputError as error:
-                refused.append((name, str(error)))
-        return Measurements(name=path.name, format="silicon", points=points, refused=tuple(refused))
+                refused.append((row.name, str(error)))
+        return Measurements(name=path.name, format=form, points=points, assumed=tuple(notes), refused=tuple(refused))
 
-    def _silicon_row(self, path: Path, name: str, row: Settings, source_name: str, source: Source) -> Point:
-        if str(row.get("backend", "vllm")) != "vllm":
+    def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
+        return self._each_row(
+            path, "silicon", frame, lambda place, row: str(row.get("id") or f"row {place + 1}"), self._silicon_row
+        )
+
+    def _silicon_row(self, row: _Row) -> Point:
+        if str(row.values.get("backend", "vllm")) != "vllm":
             raise InputError(f"backend {row['backend']}: vllm alone can be simulated")
-        isl, osl, users = (_whole(path, name, row, key) for key in ("isl", "osl", "concurrency"))
-        device = str(row["system"])
-        settings = source.settings(device, isl, users)
-        assumed = list(source.assumed)
-        if _given(version := row.get("backend_version")):
-            settings["engine"], note = _engine(str(version))
-            assumed += [note] if note else []
-        settings |= {"model": str(row["model_path"]), "device": device, **_precision(row)}
-        for key, setting in (
-            ("tp_size", "tensor_parallel_size"),
-            ("pp_size", "pipeline_parallel_size"),
-            ("attention_dp_size", "data_parallel_size"),
-        ):
-            if _given(row.get(key)) and _whole(path, name, row, key) > 1:
-                settings[setting] = _whole(path, name, row, key)
-        if _given(row.get("moe_ep_size")) and _whole(path, name, row, "moe_ep_size") > 1:
+        isl, osl, users = map(row.whole, ("isl", "osl", "concurrency"))
+        device, note = row["system"], None
+        settings = row.source.settings(device, isl, users)
+        if row.has("backend_version"):
+            settings["engine"], note = _engine(row["backend_version"])
+        settings |= {"model": row["model_path"], "device": device, **_precision(row.values)}
+        for key, what in (("tp_size", "tensor"), ("pp_size", "pipeline"), ("attention_dp_size", "data")):
+            if row.has(key) and (ranks := row.whole(key)) > 1:
+                settings[f"{what}_parallel_size"] = ranks
+        if row.has("moe_ep_size") and row.whole("moe_ep_size") > 1:
             settings["enable_expert_parallel"] = True
-        ttft, tpot = (_seconds(path, name, row, key) for key in ("silicon_ttft_ms", "silicon_tpot_ms"))
-        how = client(self.client_name or source.client)
-        return Point(
-            id=name,
-            settings={**settings, **self.given},
+        ttft, tpot = map(row.seconds, ("silicon_ttft_ms", "silicon_tpot_ms"))
+        how = client(self.client_name or row.source.client)
+        return row.point(
+            settings,
+            [note] if note else [],
             workload=_closed_loop(how, isl, osl, users),
             measured={"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (osl - 1)},
             warmup_requests=how.warmup_requests,
             statistic=how.statistic,
             output_tokens=osl,
             load=f"{users} users",
-            source=source_name,
-            assumed=tuple(assumed),
         )
 
     def _offline(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        name, chosen = self._source("offline")
         keys = ["Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size"]
         repeated = len(frame) - len(frame[keys].drop_duplicates())
         frame = frame.assign(Latency=pd.to_numeric(frame["Latency"], errors="coerce"))
         frame = frame.groupby(keys, sort=False, dropna=False)["Latency"].mean().reset_index()
-        points: list[Point] = []
-        refused: list[tuple[str, str]] = []
-
-        for row in _rows(frame):
-            name_of = (
-                f"{row['Model']} TP{row['Num of Hardware']:g}" if _is_number(row["Num of Hardware"]) else row["Model"]
-            )
-            which = f"{name_of} {row['Input Output Length']} tokens x {row['Batch Size']}"
-            try:
-                points.append(self._offline_row(path, which, row, name, chosen))
-            except InputError as error:
-                refused.append((which, str(error)))
         notes = [f"{repeated} points stand more than once: averaged"] if repeated else []
-        return Measurements(
-            name=path.name, format="offline", points=points, assumed=tuple(notes), refused=tuple(refused)
-        )  # fmt: skip
 
-    def _offline_row(self, path: Path, which: str, row: Settings, source_name: str, source: Source) -> Point:
-        if str(row["Framework"]).lower() != "vllm":
+        def name_of(place: int, row: Settings) -> str:
+            gpus = row["Num of Hardware"]
+            ranks = f" TP{gpus:g}" if _is_number(gpus) else ""
+            return f"{row['Model']}{ranks} {row['Input Output Length']} tokens x {row['Batch Size']}"
+
+        return self._each_row(path, "offline", frame, name_of, self._offline_row, notes)
+
+    def _offline_row(self, row: _Row) -> Point:
+        if row["Framework"].lower() != "vllm":
             raise InputError(f"framework {row['Framework']}: vllm alone can be simulated")
-        length, batch, gpus = (
-            _whole(path, which, row, key) for key in ("Input Output Length", "Batch Size", "Num of Hardware")
-        )
-        latency = _number(path, which, row, "Latency")
-        device = source.device or _device(str(row["Hardware"]))
-        return Point(
-            id=which,
-            settings={
-                **source.settings(device),
-                "model": str(row["Model"]),
-                "device": device,
-                "tensor_parallel_size": gpus,
-                **self.given,
-            },
-            workload=WorkloadSpec(
-                lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst"
-            ),
-            measured={"e2e": latency, "throughput": length * batch / latency},
-            load=f"batch {batch}",
-            source=source_name,
-            assumed=tuple(source.assumed),
-        )
+        length, batch, gpus = map(row.whole, ("Input Output Length", "Batch Size", "Num of Hardware"))
+        latency = row.number("Latency")
+        device = row.source.device or _device(row["Hardware"])
+        own = {"model": row["Model"], "device": device, "tensor_parallel_size": gpus}
+        spec = WorkloadSpec(lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst")
+        measured = {"e2e": latency, "throughput": length * batch / latency}
+        settings = {**row.source.settings(device), **own}
+        latest = "max"  # the call that brings all prompts returns with the last request
+        return row.point(settings, workload=spec, measured=measured, statistic=latest, load=f"batch {batch}")
 
     def _requests(self, path: Path, frame: pd.DataFrame) -> Measurements:
         name, chosen = self._source("requests")
@@ -291,11 +302,8 @@ class _Reader:
             if setting not in self.given:
                 raise InputError(f"{path} does not say which {setting} was measured: give --{setting}")
         ids = [f"prompt_id={columns['prompt_id']}"] if columns["prompt_id"] in frame else []
-        spec = WorkloadSpec(
-            trace=path,
-            columns=",".join([*(f"{key}={columns[key]}" for key in ("prompt", "output", "time")), *ids]),
-        )
-        workload = make_workload(spec)
+        used = ",".join([*(f"{key}={columns[key]}" for key in ("prompt", "output", "time")), *ids])
+        workload = make_workload(WorkloadSpec(trace=path, columns=used))
         times = pd.to_numeric(frame[columns["time"]], errors="coerce").to_numpy(float)
         rows = frame.iloc[np.argsort(times, kind="stable")]
         ttft, e2e = (pd.to_numeric(rows[columns[key]], errors="coerce").to_numpy(float) for key in ("ttft", "e2e"))
@@ -327,46 +335,35 @@ class _Reader:
         return Measurements(name=path.name, format="requests", points=[point], assumed=tuple(notes))
 
     def _aggregates(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        name, chosen = self._source("aggregates")
-        points: list[Point] = []
-        refused: list[tuple[str, str]] = []
-        for place, row in enumerate(_rows(frame)):
-            which = f"{row.get('exp_id', place)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}"
-            try:
-                points.append(self._aggregate(path, which, row, name, chosen))
-            except InputError as error:
-                refused.append((which, str(error)))
-        return Measurements(name=path.name, format="aggregates", points=points, refused=tuple(refused))
+        def name_of(place: int, row: Settings) -> str:
+            return f"{row.get('exp_id', place)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}"
 
-    def _aggregate(self, path: Path, which: str, row: Settings, source_name: str, source: Source) -> Point:
-        rate, seconds = (_number(path, which, row, key) for key in ("request_rate_per_s", "stage_seconds"))
-        prompt, output = (_whole(path, which, row, key) for key in ("input_tokens_about", "output_tokens_about"))
-        device = _device(str(row["hardware"]))
-        assumed = list(source.assumed)
-        if (card := source.cards.get(device)) is not None:
+        return self._each_row(path, "aggregates", frame, name_of, self._aggregate)
+
+    def _aggregate(self, row: _Row) -> Point:
+        rate, seconds = map(row.number, ("request_rate_per_s", "stage_seconds"))
+        prompt, output = map(row.whole, ("input_tokens_about", "output_tokens_about"))
+        device = _device(row["hardware"])
+        assumed = []
+        if (card := row.source.cards.get(device)) is not None:
             assumed.append(f"{row['hardware']} is {card}")
             device = card
-        settings = {**source.settings(device), "model": str(row["model"]), "device": device}
+        settings = {**row.source.settings(device), "model": row["model"], "device": device}
         for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
-            if _given(row.get(key)):
-                settings[setting] = _whole(path, which, row, key)
-        number = source.num_prompts_in_turn or 0
-        later = row.get("stage_index")  # the stage before filled the cache
-        if _given(later) and not _is_number(later):
-            raise InputError(f"{path}: stage_index {later!r} of {which}: give a number from 0 on")
-        return Point(
-            id=which,
-            settings={**settings, **self.given},
+            if row.has(key):
+                settings[setting] = row.whole(key)
+        number = row.source.num_prompts_in_turn or 0
+        later = row.values["stage_index"] if row.has("stage_index") else 0  # the stage before filled the cache
+        if not _is_number(later):
+            raise InputError(f"{row.path}: stage_index {later!r} of {row.name}: give a number from 0 on")
+        columns = {"ttft": "ttft_mean_ms", "tpot": "itl_mean_ms", "e2e": "e2e_mean_ms"}
+        return row.point(
+            settings,
+            assumed,
             workload=_in_turn(rate, seconds, prompt, output, number),
-            measured={
-                "ttft": _seconds(path, which, row, "ttft_mean_ms"),
-                "tpot": _seconds(path, which, row, "itl_mean_ms"),
-                "e2e": _seconds(path, which, row, "e2e_mean_ms"),
-            },
-            warmup_requests=number if _given(later) and float(str(later)) > 0 else 0,
+            measured={name: row.seconds(key) for name, key in columns.items()},
+            warmup_requests=number if later > 0 else 0,
             load=f"{rate:g} requests/s",
-            source=source_name,
-            assumed=tuple(assumed),
         )
 
     def _vllm(self, path: Path) -> Measurements:
@@ -392,29 +389,23 @@ class _Reader:
             if value is not None:
                 raise InputError(f"--{flag} {value} has no meaning with {path}, which says how it was measured")
 
-    def _source(self, form: str) -> tuple[str, Source]:
-        found = self.chosen or source_for(form, set())
+    def _source(self, form: str, has: set[str] | None = None) -> tuple[str, Source]:
+        found = self.chosen or source_for(form, has or set())
         assert found is not None, f"no source ships for {form}"
         return found
 
     def _of_summary(self, name: str, summary: Settings, settings: Settings, workload: Workload) -> Point:
         measured = {}
-        for measure, key, unit in (
-            ("ttft", "mean_ttft_ms", 1e3),
-            ("tpot", "mean_tpot_ms", 1e3),
-            ("e2e", "mean_e2el_ms", 1e3),
-            ("throughput", "output_throughput", 1.0),
-        ):
+        for measure, key in _SUMMARY_KEYS.items():
             if (value := summary.get(key)) is not None:
                 if not _is_number(value):
                     raise InputError(f"{name}: {key} {value!r}: give a number")
-                measured[measure] = float(value) / unit
+                measured[measure] = float(value) / (1e3 if key.endswith("_ms") else 1.0)
         if not measured or not all(math.isfinite(value) and value > 0 for value in measured.values()):
             raise InputError(f"{name}: its figures {measured} are no times above 0: the run may have failed")
         if "e2e" not in measured and {"ttft", "tpot"} <= measured.keys():
             measured["e2e"] = measured["ttft"] + measured["tpot"] * (float(workload.output_tokens.mean()) - 1)
-        users = workload.client.max_concurrency
-        load = f"{users} users" if users else "open loop"
+        load = f"{users} users" if (users := workload.client.max_concurrency) else "open loop"
         return Point(id=name, settings=settings, workload=workload, measured=measured, load=load)
 
 
@@ -425,29 +416,23 @@ def _is_run(path: Path) -> bool:
 def _closed_loop(how: Client, isl: int, osl: int, users: int) -> WorkloadSpec:
     """`users` requests in the system at once, all of the same lengths or drawn from a share of them on."""
 
-    def lengths(nominal: int) -> str:
-        return f"{max(1, round(how.shortest * nominal))}:{nominal}"
-
+    prompts, outputs = (f"{max(1, round(how.shortest * nominal))}:{nominal}" for nominal in (isl, osl))
     return WorkloadSpec(
-        lengths="uniform",
-        input_len=lengths(isl),
-        output_len=lengths(osl),
-        num_prompts=how.requests_per_user * users,
-        arrival="burst",
-        max_concurrency=users,
-        ramp_up_s=how.ramp_up_s,
-    )
+        lengths="uniform", input_len=prompts, output_len=outputs, num_prompts=how.requests_per_user * users,
+        arrival="burst", max_concurrency=users, ramp_up_s=how.ramp_up_s,
+    )  # fmt: skip
 
 
 def _in_turn(rate: float, seconds: float, prompt: int, output: int, number: int) -> Workload:
     """Poisson arrivals of prompts of one length, `number` different ones in turn (0: all different)."""
     count = max(2, round(rate * seconds))
-    gaps = np.random.default_rng(0).exponential(1 / rate, count - 1)
     contents = [Content.of((1 + i % number, prompt), own(i)) for i in range(count)] if number else None
-    return Workload(
-        "open loop", np.concatenate(([0.0], np.cumsum(gaps))), np.full(count, prompt), np.full(count, output), 0,
-        contents=contents,
-    )  # fmt: skip
+    lengths = np.full(count, prompt), np.full(count, output)
+    return Workload("open loop", _poisson(rate, count), *lengths, 0, contents=contents)
+
+
+def _poisson(rate: float, count: int) -> Array:
+    return np.concatenate(([0.0], np.cumsum(np.random.default_rng(0).exponential(1 / rate, count - 1))))
 
 
 def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
@@ -476,24 +461,20 @@ def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
         raise InputError(f"{path}: request_rate {rate!r}: give requests/s, or inf")
     rate = math.inf if rate in (None, "inf") else float(rate)
     if math.isfinite(rate) and rate > 0:
-        gaps = np.random.default_rng(0).exponential(1 / rate, len(prompt) - 1)
-        arrived = np.concatenate(([0.0], np.cumsum(gaps)))
+        arrived = _poisson(rate, len(prompt))
         assumed.append("Poisson arrivals, drawn anew")
     else:
         arrived = np.zeros(len(prompt))
-    return (
-        Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)),
-        assumed,
-    )
+    return Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)), assumed
 
 
 def _means(ttft: Array, e2e: Array, output: Array) -> dict[str, float]:
     """Means of requests, TPOT over those of two tokens and more."""
     several = output > 1
-    tpot = (e2e - ttft)[several] / (output[several] - 1)
-    return {"ttft": float(ttft.mean()), "e2e": float(e2e.mean())} | (
-        {"tpot": float(tpot.mean())} if several.any() else {}
-    )
+    found = {"ttft": float(ttft.mean()), "e2e": float(e2e.mean())}
+    if several.any():
+        found["tpot"] = float(((e2e - ttft)[several] / (output[several] - 1)).mean())
+    return found
 
 
 def _engine(version: str) -> tuple[str, str | None]:
@@ -531,17 +512,10 @@ def _device(hardware: str) -> str:
 def _named(columns: str | None) -> dict[str, str]:
     if columns is None:
         return {}
-    named = {}
-    for part in columns.split(","):
-        key, equals, column = part.partition("=")
-        if not equals or key not in _REQUEST_COLUMNS:
+    for part in (parts := columns.split(",")):
+        if "=" not in part or part.partition("=")[0] not in _REQUEST_COLUMNS:
             raise InputError(f"--columns {part!r}: give {'=..., '.join(_REQUEST_COLUMNS)}=...")
-        named[key] = column
-    return named
-
-
-def _rows(frame: pd.DataFrame) -> Iterable[dict[str, Any]]:
-    return ({str(key): value for key, value in row.items()} for row in frame.to_dict("records"))
+    return dict(part.split("=", 1) for part in parts)
 
 
 def _is_number(value: Any) -> bool:
@@ -550,27 +524,3 @@ def _is_number(value: Any) -> bool:
 
 def _given(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value)) and value != ""
-
-
-def _number(path: Path, row_name: str, row: Settings, key: str) -> float:
-    try:
-        value = float(row[key])
-    except (TypeError, ValueError, KeyError):
-        value = math.nan
-    if not 0 < value <= MOST_NUMBER:
-        raise InputError(f"{path}: {key} {short(row.get(key))} of {row_name}: give a number above 0")
-    return value
-
-
-def _seconds(path: Path, row_name: str, row: Settings, key: str) -> float:
-    value = _number(path, row_name, row, key) / 1e3
-    if value > MOST_SECONDS:
-        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give at most {MOST_SECONDS * 1e3:,.0f} ms")
-    return value
-
-
-def _whole(path: Path, row_name: str, row: Settings, key: str) -> int:
-    value = _number(path, row_name, row, key)
-    if value != int(value) or value > 10_000_000:
-        raise InputError(f"{path}: {key} {row.get(key)!r} of {row_name}: give a whole number of at least 1")
-    return int(value)

@@ -10,22 +10,19 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from engine.documents import read_yaml
 from engine.errors import InputError, unknown
 
-_FOLDER = Path(__file__).parent
+_SETTINGS = {"engine", "usage", "max_model_len", "quantization", "num_gpu_blocks_override", "async_scheduling",
+             "enable_prefix_caching", "gpu_memory_utilization", "max_num_batched_tokens", "max_num_seqs",
+             "kv_cache_dtype"}  # fmt: skip
 
 
-_PLAIN = ("engine", "usage", "max_model_len", "quantization", "num_gpu_blocks_override", "async_scheduling",
-          "enable_prefix_caching", "gpu_memory_utilization")  # fmt: skip
-
-
-class Client(BaseModel):
+class Client(BaseModel, extra="forbid"):
     """How a load generator sends: a closed loop of `requests_per_user` x the concurrency."""
 
-    model_config = ConfigDict(extra="forbid")
     description: str = ""
     source: str = ""
     requests_per_user: int = Field(10, ge=1, le=10_000)
@@ -35,20 +32,18 @@ class Client(BaseModel):
     statistic: Literal["mean", "median"] = "mean"
 
 
-class Alternative(BaseModel):
+class Alternative(BaseModel, extra="forbid"):
     """What rows of a source might have had instead of what is assumed."""
 
-    model_config = ConfigDict(extra="forbid")
     instead: str
     settings: dict[str, Any] = {}
     requests_per_user: int | None = Field(None, ge=1, le=10_000)
     first_wave_left_out: bool = False
 
 
-class Source(BaseModel):
+class Source(BaseModel, extra="forbid"):
     """What a kind of results file leaves open."""
 
-    model_config = ConfigDict(extra="forbid")
     description: str = ""
     format: str | None = None  # of the files it speaks of; None: any
     when: str | None = None  # of a format's rows those that have a value in this column
@@ -74,25 +69,24 @@ class Source(BaseModel):
     def settings(self, device: str, isl: int = 0, concurrency: int = 0) -> dict[str, Any]:
         """Return the settings of a replica that it decides, for a row of a device, input length and concurrency."""
         by_rule = {"isl + concurrency": isl + concurrency, "concurrency": concurrency}
-        found: dict[str, Any] = {}
-        for name in _PLAIN:
-            found[name] = getattr(self, name)
+        found = self.model_dump(include=_SETTINGS, exclude_none=True)
         for name in ("max_num_batched_tokens", "max_num_seqs"):
-            value = getattr(self, name)
-            if isinstance(value, str):
+            if isinstance(value := found.get(name), str):
                 if value not in by_rule:
                     raise unknown(f"rule for {name}", value, by_rule)
-                value = by_rule[value]
-            found[name] = value
-        found["kv_cache_dtype"] = (
-            self.kv_cache_dtype.get(device) if isinstance(self.kv_cache_dtype, dict) else self.kv_cache_dtype
-        )
+                found[name] = by_rule[value]
+        if isinstance(self.kv_cache_dtype, dict):
+            found["kv_cache_dtype"] = self.kv_cache_dtype.get(device)
         return {name: value for name, value in found.items() if value is not None}
+
+
+def _shipped(what: str) -> dict[str, Any]:
+    return dict(json.loads(Path(__file__).with_name(f"{what}.json").read_text(encoding="utf-8")))
 
 
 def client(name: str) -> Client:
     """Return a client by its name. Raises InputError for an unknown one."""
-    known = json.loads((_FOLDER / "clients.json").read_text(encoding="utf-8"))
+    known = _shipped("clients")
     if name not in known:
         raise unknown("client", name, known)
     return Client(**known[name])
@@ -100,8 +94,7 @@ def client(name: str) -> Client:
 
 def sources() -> dict[str, Source]:
     """Return the sources that ship, by name."""
-    known = json.loads((_FOLDER / "sources.json").read_text(encoding="utf-8"))
-    return {name: Source(**data) for name, data in known.items()}
+    return {name: Source(**data) for name, data in _shipped("sources").items()}
 
 
 def source(name: str) -> Source:
@@ -122,5 +115,5 @@ def source(name: str) -> Source:
 def source_for(form: str, has: set[str]) -> tuple[str, Source] | None:
     """Return the source that ships for a row of a format, with its name; `has` are the columns that have a value."""
     fitting = [(name, each) for name, each in sources().items() if each.format == form]
-    special = [(name, each) for name, each in fitting if each.when is not None and each.when in has]
+    special = [pair for pair in fitting if pair[1].when in has]
     return next(iter(special or [pair for pair in fitting if pair[1].when is None]), None)

@@ -17,34 +17,9 @@ from engine.specs import DeviceSpec, catalog
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration.record import CalibrationRecord, KindRecord, SizeErrors, read_calibration
-from studies.pages.figures import (
-    BAD,
-    BLUE,
-    GOOD,
-    GREY,
-    ORANGE,
-    Panel,
-    Points,
-    add_line,
-    new_figure,
-    predicted_by_measured,
-    value_axis,
-)
-from studies.pages.page import (
-    ERROR_HEADS,
-    Page,
-    Tone,
-    about,
-    cards,
-    details,
-    error_cells,
-    facts_table,
-    footer,
-    header,
-    numbers_table,
-    text,
-)
-from studies.words import percent
+from studies.pages.figures import BAD, BLUE, GREY, SERIES, Panel, add_line, against_measured, new_figure, value_axis
+from studies.pages.page import Page, Tone, details, facts_table, numbers_table, text
+from studies.words import ERROR_HEADS, error_cells, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,20 +44,22 @@ def write_calibration_report(
     calibration: Calibration, device: DeviceSpec, frames: Sequence[pd.DataFrame], path: Path
 ) -> Path:
     """Write the page to `path` and return it; `frames` are measured tables to draw, and may be none."""
-    return render(read_calibration(calibration, device, frames)).write(path)
-
-
-def render(record: CalibrationRecord) -> Page:
-    """Make the page."""
+    record = read_calibration(calibration, device, frames)
     page = Page(f"Calibration of {record.device.name}")
-    page.add(_header(record), _cards(record), _table(record))
+    _header(page, record)
+    page.cards(
+        (kind.page.name, percent(kind.record["held_out"].get("mape")),
+         f"mean held-out error; {kind.page.left_out(kind.record).split(';')[0]} left out")
+        for kind in record.kinds
+    )  # fmt: skip
+    page.add(_table(record))
     for kind in record.kinds:
-        page.add_panels(kind.page.name, panels(kind), _about(kind))
-    page.add(_provenance(record))
-    return page
+        page.add_panels(kind.page.name, panels(kind), *_about(kind))
+    page.add("<h2>Where the numbers come from</h2>" + "".join(map(_provenance, record.kinds)))
+    return page.write(path)
 
 
-def _header(record: CalibrationRecord) -> str:
+def _header(page: Page, record: CalibrationRecord) -> None:
     here = [kind.page.name for kind in record.kinds if not kind.carried_over]
     lines: list[tuple[Tone, str]] = [("good", f"Measured on {record.device.name}: {_lower(here)}")] if here else []
     for device in sorted({kind.record["learned_on"] for kind in record.kinds if kind.carried_over}):
@@ -99,22 +76,11 @@ def _header(record: CalibrationRecord) -> str:
     if any(kind.scatter for kind in record.kinds):
         sources.append(("unsure", "In-sample", _IN_SAMPLE))
     kicker = f"Windtunnel · calibration of {record.device.name}"
-    return header(kicker, record.device.description, setting, lines, sources)
+    page.header(kicker, setting, lines, sources, title=record.device.description)
 
 
 def _lower(names: Sequence[str]) -> str:
     return ", ".join(name[0].lower() + name[1:].replace(", ", " ") for name in names)
-
-
-def _cards(record: CalibrationRecord) -> str:
-    return cards(
-        (
-            kind.page.name,
-            percent(kind.record["held_out"].get("mape")),
-            f"mean held-out error; {kind.page.left_out(kind.record).split(';')[0]} left out",
-        )
-        for kind in record.kinds
-    )
 
 
 def _table(record: CalibrationRecord) -> str:
@@ -137,7 +103,8 @@ how many are meant to.</p>
 {numbers_table(heads, rows)}</section>"""
 
 
-def _about(kind: KindRecord) -> str:
+def _about(kind: KindRecord) -> tuple[str, str]:
+    """Return words and HTML about a kind."""
     held_out, provenance, device = kind.record["held_out"], kind.record["provenance"], kind.record["learned_on"]
     where = f"{'Carried over from' if kind.carried_over else 'Measured on'} {device}"
     others = [name for name in provenance["measured_on"] if name != device]
@@ -148,34 +115,30 @@ def _about(kind: KindRecord) -> str:
     if groups.get("worst") is not None:
         words.append(f"The worst of {groups['count']:,} is {groups['worst_is']}, with {percent(groups['worst'])}.")
     if len(kind.range_words) == 1:
-        words.append(f"Calibrated range: {kind.range_words[0]}.")
-        return about(" ".join(words))
+        return " ".join([*words, f"Calibrated range: {kind.range_words[0]}."]), ""
     lines = "".join(f"<li>{text(line)}</li>" for line in kind.range_words)
-    return (
-        f"{about(' '.join(words))}<details style='margin:0 0 12px'>"
-        f"<summary>Calibrated range</summary><ul style='margin:8px 0 0;padding-left:20px'>{lines}</ul></details>"
+    html = (
+        "<details style='margin:0 0 12px'><summary>Calibrated range</summary>"
+        f"<ul style='margin:8px 0 0;padding-left:20px'>{lines}</ul></details>"
     )
+    return " ".join(words), html
 
 
-def _provenance(record: CalibrationRecord) -> str:
-    blocks = []
-    for kind in record.kinds:
-        facts = kind.record["provenance"]
-        spread = facts["median_relative_spread"]
-        lines = [
-            ("measured on", ", ".join(facts["measured_on"])),
-            ("software", "; ".join(facts["software"]) or "unknown"),
-            ("kernels", ", ".join(facts["kernels"]) or "unknown"),
-            ("numbers", ", ".join(facts["dtypes"]) or "unknown"),
-            ("dates", ", ".join(facts["dates"]) or "unknown"),
-            ("spread of repeats", "unknown" if spread is None else f"{percent(spread)} (median)"),
-            ("sources", "; ".join(facts["sources"])),
-        ]
-        blocks.append(details(kind.page.name, facts_table(lines)))
-    return f"<h2>Where the numbers come from</h2>{''.join(blocks)}{footer()}"
+def _provenance(kind: KindRecord) -> str:
+    facts = kind.record["provenance"]
+    spread = facts["median_relative_spread"]
+    lines = [
+        ("measured on", ", ".join(facts["measured_on"])),
+        ("software", "; ".join(facts["software"]) or "unknown"),
+        *((what, ", ".join(facts[key]) or "unknown")
+          for what, key in (("kernels", "kernels"), ("numbers", "dtypes"), ("dates", "dates"))),
+        ("spread of repeats", "unknown" if spread is None else f"{percent(spread)} (median)"),
+        ("sources", "; ".join(facts["sources"])),
+    ]  # fmt: skip
+    return details(kind.page.name, facts_table(lines))
 
 
-_COLOURS = (BLUE, ORANGE, GOOD, "#8e6bbf")
+_COLOURS = (*SERIES[:3], "#8e6bbf")
 
 
 def panels(kind: KindRecord) -> list[Panel]:
@@ -189,29 +152,21 @@ def panels(kind: KindRecord) -> list[Panel]:
 def _scatter(kind: KindRecord) -> Panel:
     points = kind.scatter
     assert points is not None
-    figure = predicted_by_measured([Points("", BLUE, 1e3 * points.measured_s, 1e3 * points.predicted_s)])
+    figure = against_measured([("", BLUE, 1e3 * points.measured_s, 1e3 * points.predicted_s)])
     shown = len(points.measured_s)
     some = "" if shown == points.total else f", {shown:,} of them drawn"
     share = points.fitted / points.total
-    origin = (
-        "all in-sample"
-        if share == 1
-        else "none used in the fit" if share == 0 else f"{percent(share)} of them in-sample"
-    )  # fmt: skip
+    origin = {1.0: "all in-sample", 0.0: "none used in the fit"}.get(share, f"{percent(share)} of them in-sample")
     caption = f"{points.total:,} rows of {' and '.join(points.devices)}{some}: {origin}. Dashed: predicted as measured."
     return Panel("Measured and predicted", caption, figure, "third", 320)
 
 
 def _by_size(kind: KindRecord, errors: SizeErrors) -> Panel:
     figure = new_figure()
-    for name, values, colour in (
-        ("P95", errors.p95, GREY),
-        ("median", errors.median, BLUE),
-        ("bias", errors.bias, BAD),
-    ):
-        how: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 6}}
-        dash = "dot" if name == "bias" else "solid"
-        add_line(figure, 1e3 * errors.centre_s, 100 * values, name, colour, "%{y:.3~r} %", dash=dash, **how)
+    how: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 6}}
+    for name, values, hue in (("P95", errors.p95, GREY), ("median", errors.median, BLUE), ("bias", errors.bias, BAD)):
+        how["dash"] = "dot" if name == "bias" else "solid"
+        add_line(figure, 1e3 * errors.centre_s, 100 * values, name, hue, "%{y:.3~r} %", **how)
     figure.add_hline(y=0, line={"color": GREY, "width": 1})
     figure.update_xaxes(title_text="Measured time (ms)", **value_axis(1e3 * errors.centre_s))
     figure.update_yaxes(title_text="Error (%)", nticks=7)
@@ -226,7 +181,7 @@ def _efficiency(kind: KindRecord) -> Panel:
     page = kind.page
     collective = page.moved is not None
     scale = 1e-9 if collective else 100.0
-    figure = new_figure()
+    figure = new_figure(hovermode="closest", legend_font_size=11)
     for curve, colour in zip(kind.efficiency, _COLOURS, strict=False):
         label, hover = curve.label, "%{y:.3~r} predicted"
         add_line(figure, curve.size, scale * curve.predicted, label, colour, hover, legendgroup=label)
@@ -239,7 +194,6 @@ def _efficiency(kind: KindRecord) -> Panel:
     figure.update_xaxes(title_text=page.size, **_size_axis(every))
     title = "Bandwidth (GB/s)" if collective else "Share of the roofline (%)"
     figure.update_yaxes(title_text=title, range=[0, 1.06 * top])
-    figure.update_layout(hovermode="closest", legend={"font": {"size": 11}})
     if collective:
         title, caption = "Bandwidth by size", f"Points: measured; lines: predicted. Height: {page.moved} over the time."
     else:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
-from studies.capacity.ranges import alike
-from studies.pages.capacity_figures import capacity_panels, in_brackets, names_of_points, things_of, trials
+from studies.capacity.ranges import Range, alike
+from studies.pages.capacity_figures import capacity_panels, names_of_points, things_of, trials
 from studies.pages.capacity_record import Point, Search, Sweep
 from studies.pages.compare_record import num_gpus, read_side
 from studies.pages.figures import Panel
-from studies.pages.page import (
-    Cell,
-    Page,
-    Tone,
-    about,
-    cards,
-    coloured,
-    details,
-    facts_table,
-    footer,
-    header,
-    numbers_table,
-)
-from studies.pages.ranges import ranges
+from studies.pages.page import Cell, Page, Tone, coloured, details, facts_table, numbers_table, ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat
 from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
-from studies.words import dollars, number, percent, seconds, times_kind, unlike_sources
+from studies.words import capital, dollars, listed, number, percent, seconds, times_kind, unlike_sources
 
 _MOST_ALIKE = 4  # points that can't be told apart from the best, which are named
 
@@ -36,44 +23,45 @@ def search_page(search: Search) -> Page:
     """Make the page of a search: its capacity, its trials, and the report of the run at the capacity."""
     page = Page(f"Capacity of {search.name}")
     record = None if search.best is None else read_side(search.best, search.name).record
-    page.add(_search_header(search, record), cards(_search_cards(search)))
+    _search_header(page, search, record)
+    page.cards(_search_cards(search))
     page.add(ranges(search.ranges))
-    curves = load_curves([search.point])
-    if curves:
+    if curves := load_curves([search.point]):
         page.add_panels("Latency against load", curves)
     page.add_panels("The search", [trials([search]), _trials_table(search)])
     if record is not None:
-        words = about("From here on: the run at the capacity.")
+        words = "From here on: the run at the capacity."
         for heading, group in panels(record):
             page.add_panels(heading, group, words)
             words = ""
         page.add(details("Configuration of the run at the capacity", facts_table(flat(record.config), code=True)))
-    page.add(footer())
     return page
 
 
-def _search_header(search: Search, record: Record | None) -> str:
+def _search_header(page: Page, search: Search, record: Record | None) -> None:
     point = search.point
     tone: Tone = {"found": "good", "none": "bad"}.get(point.outcome, "unsure")  # type: ignore[assignment]
-    setting = f"The highest request rate at which {_conditions([point])}."
+    setting = f"the highest request rate at which {_conditions([point])}."
     if record is not None:
         first = record.summary["replicas"][0]
         setting = (
             f"{first['model']} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {first['device']}, {first['parallel']}, "
             f"under the {first['scheduler']} scheduler, serving {record.summary.get('workload', 'its workload')}: "
-            f"the highest request rate at which {_conditions([point])}."
+            f"{setting}"
         )
-    answer = search.words or _outcome(point)
+    found = f"no rate meets {point.binding}" if point.outcome == "none" else f"{number(point.qps)} {point.rate_of}/s"
+    answer = search.words or (point.status if point.qps is None else found)
     chips: list[tuple[Tone, str]] = [] if point.outcome == "found" else [(tone, answer)]
     if point.range is not None:
         low, high = map(number, point.range)
         answer += f". Range: {low} to {high} {point.rate_of}/s over {point.range_over}"
-    answer = f"{answer[0].upper()}{answer[1:]}."
     if point.unsteady:
         chips.append(("unsure", f"The run at the capacity: {point.unsteady}"))
     if record is None:
         chips.append(("unsure", "The run at the capacity is not there"))
-    return header("Windtunnel · capacity search", search.name, setting, chips, _sources([point]), answer)
+    setting = setting if record is not None else capital(setting)
+    page.header("Windtunnel · capacity search", setting, chips, _sources([point]),
+                title=search.name, answer=f"{capital(answer)}.")  # fmt: skip
 
 
 def _sources(points: Sequence[Point]) -> list[tuple[Tone, str, str]]:
@@ -85,7 +73,7 @@ def _sources(points: Sequence[Point]) -> list[tuple[Tone, str, str]]:
     return [
         (
             "good" if (kind := times_kind(line)) == "calibrated" else "unsure",
-            kind[0].upper() + kind[1:],
+            capital(kind),
             f"Times of {' and '.join(dict.fromkeys(of)) or 'these'}: {line}.",
         )
         for line, of in devices.items()
@@ -96,12 +84,6 @@ def _conditions(points: Sequence[Point]) -> str:
     """Return what holds at a capacity: the SLOs where they are the same for all points."""
     slos = {point.slos for point in points if point.slos}
     return " and ".join(slos.pop()) if len(slos) == 1 else "its SLOs hold"
-
-
-def _outcome(point: Point) -> str:
-    if point.qps is None:
-        return point.status
-    return f"{number(point.qps)} {point.rate_of}/s" if point.outcome != "none" else f"no rate meets {point.binding}"
 
 
 def _search_cards(search: Search) -> list[tuple[str, str, str]]:
@@ -137,15 +119,8 @@ def _trials_table(search: Search) -> Panel:
         verdict = coloured("met" if trial.met else "missed", trial.met)
         cells = [verdict, trial.binding, how, seconds(trial.ttft_s), seconds(trial.tbt_s)]
         rows.append((f"{trial.rate:.4g}", cells))
-    things = search.point.rate_of
-    heads = (
-        f"{things[0].upper()}{things[1:]}/s",
-        "SLOs",
-        "Binding SLO",
-        "Value / threshold",
-        "TTFT, median",
-        "TBT, P99",
-    )
+    rate = f"{capital(search.point.rate_of)}/s"
+    heads = (rate, "SLOs", "Binding SLO", "Value / threshold", "TTFT, median", "TBT, P99")
     return Panel("Each trial", "", table=numbers_table(heads, rows))
 
 
@@ -157,8 +132,8 @@ def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page
     page = Page(" and ".join(names) if len(names) < 5 else f"{len(names)} searches and sweeps")
     kicker = "Windtunnel · sweep" if len(names) == 1 else "Windtunnel · capacities side by side"
     setting = f"For each point the highest request rate at which {_conditions(points)}."
-    page.add(header(kicker, page.title, setting, _chips(points), _sources(points), _answer(points)))
-    page.add(cards(_best_cards(points)))
+    page.header(kicker, setting, _chips(points), _sources(points), answer=_answer(points))
+    page.cards(_best_cards(points))
     for sweep in sweeps:
         if sweep.settings:
             title = "What all points have in common" + f" in {sweep.name}" * (len(every) > 1)
@@ -174,7 +149,6 @@ def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page
     page.add_panels("Every point", _tables(points))
     if len(names) > 1:
         page.add(details("Folders", facts_table((each.name, str(each.folder)) for each in every)))
-    page.add(footer())
     return page
 
 
@@ -200,12 +174,10 @@ def _in_words(point: Point, names: Mapping[int, str]) -> str:
     if point.range_per_gpu is not None:
         low, high = map(number, point.range_per_gpu)
         words += f" ({low} to {high} over {point.range_over})"
-    price = _price(point)
-    if price is None:
+    if point.usd is None:
         return words
-    known = point.usd_range
-    between = "" if known is None else f" ({dollars(known[0])} to {dollars(known[1])})"
-    return f"{words}, ${number(price)} per million output tokens{between}"
+    between = "" if point.usd_range is None else " ({} to {})".format(*map(dollars, point.usd_range))
+    return f"{words}, ${number(point.usd)} per million output tokens{between}"
 
 
 def _ranked(points: Sequence[Point]) -> list[Point]:
@@ -228,21 +200,21 @@ def _apart(points: Sequence[Point]) -> list[tuple[Tone, str]]:
     others = [names[id(ranked[i])] for i in alike([point.range_per_gpu for point in ranked], 0)]
     if not others:
         return [("good" if drawn else "unsure", f"Its range over {ranked[0].range_over} overlaps no other's{rest}")]
-    few = "; ".join(others[:_MOST_ALIKE]) + f" and {len(others) - _MOST_ALIKE} more" * (len(others) > _MOST_ALIKE)
+    few = listed(others, _MOST_ALIKE)
     return [("unsure", f"Can't be told apart from it, for their ranges overlap: {few}{rest}")]
 
 
 def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
     chips: list[tuple[Tone, str]] = []
     if warning := unlike_sources([point.predictor for point in points if point.qps is not None]):
-        chips.append(("bad", warning[0].upper() + warning[1:]))
+        chips.append(("bad", capital(warning)))
     chips += _apart(points)
     found = sum(bool(point.qps) for point in points)
     chips.append(("good" if found else "bad", f"{found} of {len(points)} points have a capacity"))
-    for status, tone, what in (("refused", "unsure", "refused: they can't be"), ("crashed", "bad", "crashed")):
-        count = sum(point.status == status for point in points)
-        if count:
-            chips.append((tone, f"{count} {what}"))  # type: ignore[arg-type]
+    if refused := sum(point.status == "refused" for point in points):
+        chips.append(("unsure", f"{refused} refused: they can't be"))
+    if crashed := sum(point.status == "crashed" for point in points):
+        chips.append(("bad", f"{crashed} crashed"))
     if unsteady := sum(bool(point.unsteady) for point in points):
         more = "with more requests (--num-prompts) they may be lower"
         many = "1 capacity is of a run" if unsteady == 1 else f"{unsteady} capacities are of runs"
@@ -253,64 +225,56 @@ def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
 def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
     """Return which point is the best in what."""
     things = things_of(points)
-    ranks: list[tuple[str, str, Callable[[Point], float | None]]] = [
-        ("Highest capacity", f"{things}/s", lambda point: point.qps),
-        ("Most per GPU", f"{things}/s", lambda point: point.per_gpu),
-        ("Most per dollar", things, lambda point: point.per_dollar),
-        ("Most output per GPU", "tokens/s", lambda point: point.tokens_per_gpu),
-    ]
     names = _names(points)
     entries = []
-    for title, unit, value in ranks:
-        best = max(points, key=lambda point: value(point) or 0.0)
-        if value(best):
-            entries.append((title, _with(value(best), unit), names[id(best)]))
-    priced = [(price, point) for point in points if (price := point.usd_per_million(point.tokens)) is not None]
-    if priced:
-        price, point = min(priced, key=lambda each: each[0])
-        entries.append(("Cheapest", f"${number(price)} /M tokens", f"output; {names[id(point)]}"))
+    for title, unit, name in (
+        ("Highest capacity", f"{things}/s", "qps"),
+        ("Most per GPU", f"{things}/s", "per_gpu"),
+        ("Most per dollar", things, "per_dollar"),
+        ("Most output per GPU", "tokens/s", "tokens_per_gpu"),
+    ):
+        best = max(points, key=lambda point: getattr(point, name) or 0.0)
+        if value := getattr(best, name):
+            entries.append((title, f"{number(value)} {unit}", names[id(best)]))
+    if priced := [point for point in points if point.usd is not None]:
+        point = min(priced, key=lambda point: point.usd or 0.0)
+        entries.append(("Cheapest", f"${number(point.usd)} /M tokens", f"output; {names[id(point)]}"))
     return entries
-
-
-class _Column(NamedTuple):
-    head: str
-    words: Callable[[Point], str]
-    rank: Callable[[Point], float | None] | None = None  # the highest is the best
 
 
 def _tables(points: Sequence[Point]) -> list[Panel]:
     ranked = sorted((point for point in points if point.qps is not None), key=lambda point: -(point.per_gpu or 0.0))
     alone = {point.gpus for point in ranked} == {1}  # then per GPU is the same again
-    things = things_of(ranked)
-    columns = [
-        _Column(f"{things[0].upper()}{things[1:]}/s", lambda point: number(point.qps), lambda point: point.qps),
-        _Column("Range", lambda point: in_brackets(point.range).strip(" ()") or "-"),
-        _Column("Binding SLO", lambda point: point.binding or "none"),
-        _Column("GPUs", lambda point: number(point.gpus)),
-        _Column("Per GPU", lambda point: number(point.per_gpu), lambda point: point.per_gpu),
-        _Column("Per dollar", lambda point: number(point.per_dollar), lambda point: point.per_dollar),
-        _Column("$/M output", lambda point: number(_price(point)), lambda point: _negative(_price(point))),
-        _Column("$/M range", lambda point: in_brackets(point.usd_range).strip(" ()") or "-"),
-        _Column("Tokens/s/GPU", lambda point: number(point.tokens_per_gpu), lambda point: point.tokens_per_gpu),
-        _Column("TTFT, median", lambda point: seconds(point.ttft_s), lambda point: _negative(point.ttft_s)),
-        _Column("TBT, P99", lambda point: seconds(point.tbt_s), lambda point: _negative(point.tbt_s)),
-        _Column("TPOT, mean", lambda point: seconds(point.tpot_s), lambda point: _negative(point.tpot_s)),
-        _Column("Published", lambda point: number(point.published)),
-        _Column("Confirmed", lambda point: number(point.confirmed)),
-        _Column("Times", lambda point: times_kind(point.predictor) if point.predictor else "-"),
-    ]
-    columns = [column for column in columns if any(column.words(point) != "-" for point in ranked)]
-    columns = [column for column in columns if not alone or column.head not in ("GPUs", "Per GPU")]
     names = _names(points)
-    rows: list[tuple[str, list[Cell]]] = [(names[id(point)], []) for point in ranked]
-    for column in columns:
-        best = max(filter(None, map(column.rank, ranked)), default=None) if column.rank else None
-        for point, (_, cells) in zip(ranked, rows, strict=True):
-            words = column.words(point)
-            marked = best is not None and column.rank is not None and column.rank(point) == best and len(ranked) > 1
-            cells.append(("best", words) if marked else words)
+    heads, rows = ["Point"], [(names[id(point)], list[Cell]()) for point in ranked]
+    columns: list[tuple[str, str, Callable[[Any], str], int]] = [  # head, what of a point, in words, 1: more is better
+        (f"{capital(things_of(ranked))}/s", "qps", number, 1),
+        ("Range", "range", _range, 0),
+        ("Binding SLO", "binding", lambda slo: slo or "none", 0),
+        ("GPUs", "gpus", number, 0),
+        ("Per GPU", "per_gpu", number, 1),
+        ("Per dollar", "per_dollar", number, 1),
+        ("$/M output", "usd", number, -1),
+        ("$/M range", "usd_range", _range, 0),
+        ("Tokens/s/GPU", "tokens_per_gpu", number, 1),
+        ("TTFT, median", "ttft_s", seconds, -1),
+        ("TBT, P99", "tbt_s", seconds, -1),
+        ("TPOT, mean", "tpot_s", seconds, -1),
+        ("Published", "published", number, 0),
+        ("Confirmed", "confirmed", number, 0),
+        ("Times", "predictor", lambda line: times_kind(line) if line else "-", 0),
+    ]
+    for head, name, in_words, more in columns:
+        values = [getattr(point, name) for point in ranked]
+        words = list(map(in_words, values))
+        if set(words) <= {"-"} or (alone and head in ("GPUs", "Per GPU")):
+            continue
+        heads.append(head)
+        best = max((more * value for value in values if more and value), default=None)
+        for value, said, (_, cells) in zip(values, words, rows, strict=True):
+            marked = best is not None and value is not None and more * value == best and len(ranked) > 1
+            cells.append(("best", said) if marked else said)
     caption = "The most per GPU first; a star marks the best of a column, a click on a head sorts."
-    heads = ("Point", *(column.head for column in columns))
     found = [Panel("At the capacity", caption, table=numbers_table(heads, rows))]
     failed = [(names[id(point)], f"{point.status}: {point.error}") for point in points if point.qps is None]
     if failed:
@@ -318,9 +282,5 @@ def _tables(points: Sequence[Point]) -> list[Panel]:
     return found if ranked else found[1:]
 
 
-def _price(point: Point) -> float | None:
-    return point.usd_per_million(point.tokens)
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
+def _range(found: Range | None) -> str:
+    return "-" if found is None else f"{number(found[0])}\N{EN DASH}{number(found[1])}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from studies.pages.capacity_record import Point, Search, Tried
-from studies.pages.figures import GOOD, GREY, Panel, add_line, new_figure, series_style, value_axis
-from studies.words import number, times_kind
+from studies.pages.figures import GOOD, GREY, Panel, add_line, new_figure, style_of, value_axis
+from studies.words import capital, number, times_kind
 
 MOST_BARS = 40
 _FEW = 4  # bars whose binding SLOs the caption has room for
@@ -24,12 +24,11 @@ _LONGEST_NAME = 34  # where it can't
 def capacity_panels(points: Sequence[Point]) -> list[Panel]:
     """Return capacities as bars: in all, by GPU, and by dollar where a price is known."""
     panels = [capacity_bars(points)]
-    things = things_of(points)
-    things = f"{things[0].upper()}{things[1:]}"
+    things = capital(things_of(points))
     if any(point.gpus != points[0].gpus for point in points) or len({point.group for point in points}) > 1:
-        panels.append(_ranked(points, "Capacity per GPU", f"{things}/s and GPU", lambda point: point.per_gpu))
+        panels.append(_ranked(points, "Capacity per GPU", f"{things}/s and GPU", "per_gpu"))
     if any(point.per_dollar for point in points):
-        panels.append(_ranked(points, f"{things} per dollar", f"{things} per dollar", lambda point: point.per_dollar))
+        panels.append(_ranked(points, f"{things} per dollar", f"{things} per dollar", "per_dollar"))
     return panels
 
 
@@ -47,7 +46,7 @@ def series_of(points: Sequence[Point]) -> list[str]:
 
 def colours_of(points: Sequence[Point]) -> dict[str, str]:
     """Return the colour of each of `series_of`, the same on a whole page."""
-    return {name: series_style(i)[0] for i, name in enumerate(dict.fromkeys(series_of(points)))}
+    return {name: style_of(i)[0] for i, name in enumerate(dict.fromkeys(series_of(points)))}
 
 
 def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = None) -> Panel:
@@ -69,7 +68,7 @@ def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = N
         ("confirmed on hardware", GOOD, [point.confirmed for point in shown]),
     ]
     series = [each for each in series if any(value is not None for value in each[2])]
-    figure = new_figure(legend=len(series) > 1)
+    figure = new_figure(len(series) > 1, barmode="group", bargap=0.3, hovermode="closest")
     bars = len({name.partition(",")[0] for name, _, _ in series})  # of a point
     names = labels(shown)
     for name, colour, values in series:
@@ -92,13 +91,11 @@ def capacity_bars(points: Sequence[Point], colours: Mapping[str, str] | None = N
     )  # fmt: skip
     highest = max([*ends, *(value for _, _, values in series for value in values if value is not None)], default=1.0)
     things = things_of(shown)
-    ranged = any(point.range for point in shown)
-    figure.update_layout(barmode="group", bargap=0.3, hovermode="closest")
     figure.update_xaxes(title_text=f"Capacity ({things}/s)", range=[0, 1.2 * (highest or 1.0)], nticks=6)
     name_axis(figure, shown)
     caption = "The highest request rate at which every SLO holds."
-    if ranged:
-        caption += f" Whiskers: over {next(point.range_over for point in shown if point.range)}."
+    if over := next((point.range_over for point in shown if point.range), ""):
+        caption += f" Whiskers: over {over}."
     if len(shown) <= _FEW:
         beyond = [f"{point.binding} ({point.words})" for point in shown if point.binding]
         caption += f" Missed beyond it: {', '.join(beyond)}." if beyond else ""
@@ -131,24 +128,18 @@ def _words(point: Point) -> str:
     return number(point.qps) + ", all at once" * (point.outcome == "all")
 
 
-def in_brackets(found: tuple[float, float] | None) -> str:
-    """Return a range to stand behind its number; "" for none."""
-    return "" if found is None else f" ({number(found[0])}\N{EN DASH}{number(found[1])})"
-
-
-def _ranked(points: Sequence[Point], title: str, axis: str, value: Callable[[Point], float | None]) -> Panel:
-    """Draw bars from the best to the worst."""
-    having = [point for point in points if value(point) is not None]
-    ranked = sorted(having, key=lambda point: -(value(point) or 0.0))[:MOST_BARS]
+def _ranked(points: Sequence[Point], title: str, axis: str, name: str) -> Panel:
+    """Draw bars of what each point has by a name, from the best to the worst."""
+    having = [point for point in points if getattr(point, name) is not None]
+    ranked = sorted(having, key=lambda point: -getattr(point, name))[:MOST_BARS]
     colours, own = colours_of(points), dict(zip(map(id, points), series_of(points), strict=True))
-    values = [value(point) or 0.0 for point in ranked]
-    figure = new_figure(legend=False)
+    values = [getattr(point, name) for point in ranked]
+    figure = new_figure(False, bargap=0.3, hovermode="closest")
     figure.add_bar(
         y=labels(ranked), x=values, orientation="h", text=list(map(number, values)), textposition="outside",
         marker={"color": [colours[own[id(point)]] for point in ranked], "line": {"width": 0}},
         cliponaxis=False, hovertemplate="%{y}: %{x:.4~r}<extra></extra>",
     )  # fmt: skip
-    figure.update_layout(bargap=0.3, hovermode="closest")
     figure.update_xaxes(title_text=axis, range=[0, 1.35 * max([*values, 1e-9])], nticks=5)
     name_axis(figure, ranked)
     caption = "The best first." + _left_out(having, ranked)
@@ -157,19 +148,22 @@ def _ranked(points: Sequence[Point], title: str, axis: str, value: Callable[[Poi
 
 def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None) -> Panel:
     """Draw value over threshold at each rate: of each SLO for one search, of the binding one for several."""
-    figure = new_figure()
-    own = colours or {search.name: series_style(i)[0] for i, search in enumerate(searches)}
+    figure = new_figure(hovermode="closest")
+    own = colours or {search.name: style_of(i)[0] for i, search in enumerate(searches)}
     several, things = len(searches) > 1, things_of(search.point for search in searches)
-    known = [_margins(trial, search.name if several else None) for search in searches for trial in search.trials]
-    finite = [margin for margins in known for margin in margins.values() if margin]
+    known = {
+        search.name: [(trial.rate, _margins(trial, search.name if several else None)) for trial in search.trials]
+        for search in searches
+    }
+    finite = [margin for search in known.values() for _, margins in search for margin in margins.values() if margin]
     top = 1.5 * max([1.0, *finite])
     for search in searches:
         lines: dict[str, list[tuple[float, float]]] = {}
-        for trial in search.trials:
-            for slo, margin in _margins(trial, search.name if several else None).items():
-                lines.setdefault(slo, []).append((trial.rate, max(margin, top / _SPAN)))
+        for rate, margins in known[search.name]:
+            for slo, margin in margins.items():
+                lines.setdefault(slo, []).append((rate, max(margin, top / _SPAN)))
         for i, (slo, found) in enumerate(lines.items()):
-            colour = own[search.name] if several else series_style(i)[0]
+            colour = own[search.name] if several else style_of(i)[0]
             rates, values = zip(*found, strict=True)
             hover = f"%{{x:.4~r}} {things}/s: %{{y:.3~r}} times the threshold"
             marker = {"size": 7, "color": colour}
@@ -196,7 +190,6 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
     figure.add_hline(y=1, line={"color": GREY, "width": 1.2, "dash": "dot"})
     figure.update_xaxes(title_text=f"Rate ({things}/s)", **span)
     figure.update_yaxes(title_text="Value / threshold", **value_axis(shown, logarithmic=True))
-    figure.update_layout(hovermode="closest")
     caption = (
         f"{'The binding SLO of each search' if several else 'Each SLO'} at the rates that were tried; what lies above "
         "the dotted line is missed."

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from engine.errors import InputError
@@ -95,13 +94,17 @@ class Point:
         return None if self.usd_per_hour is None or not tokens else self.usd_per_hour / 3600 / tokens * 1e6
 
     @property
+    def usd(self) -> float | None:
+        """Dollars per million output tokens at the capacity; None without a price."""
+        return self.usd_per_million(self.tokens)
+
+    @property
     def usd_range(self) -> Range | None:
         """Lowest and highest dollars per million output tokens, by the range of the capacity."""
-        price = self.usd_per_million(self.tokens)
-        if price is None or self.range is None or not self.qps:
+        if self.usd is None or self.range is None or not self.qps:
             return None
-        low, high = self.range
-        return (price * self.qps / high if high else inf, price * self.qps / low if low else inf)
+        low, high = (self.usd * self.qps / end if end else inf for end in reversed(self.range))
+        return low, high
 
     @property
     def per_gpu(self) -> float | None:
@@ -172,10 +175,9 @@ def read_sweep(folder: Path, name: str) -> Sweep:
     """Read a sweep's folder. Raises InputError where it can't be read."""
     with readable(folder, "sweep"):
         values = read_json(folder / "sweep.json")
-        entries = values["points"]
         prices = values.get("gpu_price")
         prices = prices if isinstance(prices, Mapping) else {"": prices} if prices else {}
-        points = [_point(entry, str(entry["name"]), name, prices) for entry in entries]
+        points = [_point(entry, str(entry["name"]), name, prices) for entry in values["points"]]
         if not points:
             raise InputError(f"{folder / 'sweep.json'} has no point: sweep again into another folder")
         return Sweep(name, folder, points, values.get("settings") or {})
@@ -193,15 +195,13 @@ def responses(side: Side, search: Search | None) -> list[Response]:
     own = Response(side.name, tbt, ttft, is_run=True)
     if search is None:
         return [own]
-    return [
-        own
-        if trial.folder == search.best
-        else Response(
-            f"{side.name} at {trial.rate:.3g} {search.point.rate_of}/s", trial.tbt_s, trial.ttft_s, is_run=False
-        )
-        for trial in search.trials
-        if trial.tbt_s is not None and trial.ttft_s is not None
-    ]
+    found = []
+    for trial in search.trials:
+        if trial.tbt_s is not None and trial.ttft_s is not None:
+            words = f"{side.name} at {trial.rate:.3g} {search.point.rate_of}/s"
+            own_trial = trial.folder == search.best
+            found.append(own if own_trial else Response(words, trial.tbt_s, trial.ttft_s, is_run=False))
+    return found
 
 
 def threshold(points: Sequence[Point], metric: str, statistic: str) -> float | None:
@@ -215,7 +215,10 @@ def _trial(entry: Mapping[str, Any], search: Path) -> Tried:
     stopped = entry.get("stopped_early")
     margin = entry.get("margin")
     margins = {entry["binding_slo"]: inf if stopped or margin is None else float(margin)}
-    folder = _trial_folder(entry.get("folder"), search)
+    written = Path(entry.get("folder") or "")
+    # where the trial's run is, also after the search's folder was moved; None if it is gone
+    places = (search / "trials" / written.name, written) if entry.get("folder") is not None else ()
+    folder = next((place for place in places if (place / "summary.json").is_file()), None)
     summary = {} if folder is None else read_json(folder / "summary.json")
     if not stopped:
         for each in summary.get("slos", ()):
@@ -224,22 +227,9 @@ def _trial(entry: Mapping[str, Any], search: Path) -> Tried:
     return Tried(float(entry["rate"]), entry["met"], entry["binding_slo"], margins, stopped, ttft, tbt, folder)
 
 
-def _trial_folder(written: str | None, search: Path) -> Path | None:
-    """Return where a trial's run is, also after the search's folder was moved; None if it is gone."""
-    if written is None:
-        return None
-    places = (search / "trials" / Path(written).name, Path(written))
-    return next((place for place in places if (place / "summary.json").is_file()), None)
-
-
-_FREE: Mapping[str, float] = MappingProxyType({})  # no prices
-
-
-def _point(entry: Mapping[str, Any], name: str, group: str, prices: Mapping[str, float] = _FREE) -> Point:
-    done = entry["status"] == "done"
+def _point(entry: Mapping[str, Any], name: str, group: str, prices: Mapping[str, float] | None = None) -> Point:
     device, gpus = str(entry.get("device") or ""), entry.get("num_gpus")
-    price = price_of(device, prices)
-    confirmed = entry.get("confirmed") or {}
+    price = price_of(device, prices or {})
     published = entry.get("published")
     return Point(
         name=name,
@@ -247,18 +237,15 @@ def _point(entry: Mapping[str, Any], name: str, group: str, prices: Mapping[str,
         status=entry["status"],
         error=str(entry.get("error") or ""),
         settings={key: str(value) for key, value in (entry.get("settings") or {}).items()},
-        qps=float(entry["max_qps_under_slo"]) if done else None,
+        qps=float(entry["max_qps_under_slo"]) if entry["status"] == "done" else None,
         outcome=entry.get("outcome") or "",
         binding=entry.get("binding_slo") or "",
         slos=tuple(entry.get("slos") or ()),
         gpus=gpus,
         tokens=entry.get("output_throughput"),
-        ttft_s=_seconds(entry, "p50_ttft_ms"),
-        tbt_s=_seconds(entry, "p99_tbt_ms"),
-        tpot_s=_seconds(entry, "mean_tpot_ms"),
         per_dollar=entry.get("requests_per_dollar"),
         published=float(published) if isinstance(published, int | float) else None,
-        confirmed=confirmed.get("confirmed_qps"),
+        confirmed=(entry.get("confirmed") or {}).get("confirmed_qps"),
         rate_of=entry.get("rate_of", "requests"),
         device=device,
         predictor=entry.get("predictor") or "",
@@ -267,19 +254,18 @@ def _point(entry: Mapping[str, Any], name: str, group: str, prices: Mapping[str,
         usd_per_hour=price * gpus if price and gpus else None,
         loads=tuple(map(_load, entry.get("loads") or ())),
         unsteady=sustained_in_words(entry),
+        **_latencies(entry),
     )
 
 
 def _load(entry: Mapping[str, Any]) -> Load:
-    return Load(
-        rate=float(entry["rate"]),
-        met=entry["met"],
-        tokens=float(entry["output_throughput"]),
-        ttft_s=_seconds(entry, "p50_ttft_ms"),
-        tbt_s=_seconds(entry, "p99_tbt_ms"),
-        tpot_s=_seconds(entry, "mean_tpot_ms"),
-        slos=entry["slos"],
-    )
+    rate, tokens = float(entry["rate"]), float(entry["output_throughput"])
+    return Load(rate, entry["met"], tokens, slos=entry["slos"], **_latencies(entry))
+
+
+def _latencies(entry: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {"ttft_s": "p50_ttft_ms", "tbt_s": "p99_tbt_ms", "tpot_s": "mean_tpot_ms"}
+    return {name: _seconds(entry, key) for name, key in keys.items()}
 
 
 def _seconds(values: Mapping[str, Any], key: str) -> float | None:

@@ -1,44 +1,21 @@
-"""The pages of runs side by side, and of validations side by side."""
+"""The page of runs side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from engine.results.metric_table import Metric, drawn_metrics
 from studies.capacity.ranges import alike
-from studies.capacity.sweep import not_dominated
 from studies.pages.capacity_figures import capacity_bars, trials
 from studies.pages.capacity_record import Search, responses
-from studies.pages.compare_record import (
-    Headline,
-    Side,
-    bubbles,
-    differing_settings,
-    headline,
-    num_gpus,
-    read_json,
-    readable,
-    same_requests,
-)
-from studies.pages.figures import (
-    GREY,
-    SLO_LINE,
-    Panel,
-    add_line,
-    faded,
-    new_figure,
-    series_style,
-    time_unit,
-    value_axis,
-)
+from studies.pages.compare_record import Headline, Side, bubbles, differing_settings, headline, num_gpus, same_requests
+from studies.pages.figures import BOUND, Panel, add_front, add_line, faded, new_figure, style_of, unit_of, value_axis
 from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
-from studies.pages.page import Cell, Page, Tone, cards, coloured, facts_table, footer, header, key, numbers_table
+from studies.pages.page import Cell, Page, Tone, coloured, key, numbers_table
 from studies.pages.run_record import Record
-from studies.validation.record import held, judge
-from studies.words import against, number, percent, seconds, times_kind, unlike_sources
+from studies.words import against, capital, number, seconds, times_kind, together, unlike_sources
 
 _ANSWERS = ("Throughput", "Goodput", "Output per device", "TTFT, median", "TTFT, P99", "TBT, P99", "E2E, P99")
 
@@ -46,35 +23,29 @@ _ANSWERS = ("Throughput", "Goodput", "Output per device", "TTFT, median", "TTFT,
 def runs_page(sides: Sequence[Side], searches: dict[str, Search]) -> Page:
     """Runs side by side, with the capacities of those that are the best of a search."""
     order = list(dict.fromkeys([*(side.name for side in sides), *searches]))  # not every search has a run
-    page = Page(_title(order))
+    page = Page(together(order))
     verdicts = _verdicts(sides)
     for name, search in searches.items():
         if search.best is None:
             verdicts.append(("unsure", f"{name}: no run at a capacity ({search.words})"))
-    verdicts += _apart(searches)
+    ranked = sorted(searches, key=lambda name: -(searches[name].point.qps or 0.0))
+    if ranked and (others := [ranked[i] for i in alike([searches[name].point.range for name in ranked], 0)]):
+        words = f"The capacity of {ranked[0]} can't be told apart from {' and '.join(others)}: ranges overlap"
+        verdicts.append(("unsure", words))
     what = "Runs" if not searches else "Runs at the capacity" if len(searches) == len(sides) else "Runs and searches"
-    page.add(header("Windtunnel · side by side", page.title, f"{what}, laid side by side.", verdicts, []))
+    page.header("Windtunnel · side by side", f"{what}, laid side by side.", verdicts)
     folders = {side.name: side.folder for side in sides} | {name: search.folder for name, search in searches.items()}
-    page.add(cards(_best_cards(sides)) if len(sides) > 1 else "")
-    page.add(key((side.name, f"{_describe(side.record)} · {_times(side)} · {folders[side.name]}") for side in sides))
+    if len(sides) > 1:
+        page.cards(_best_cards(sides))
+    page.add(key((side.name, f"{_describe(side.record)} · {folders[side.name]}") for side in sides))
     if searches:
-        colours = {name: series_style(order.index(name))[0] for name in searches}
+        colours = {name: style_of(order.index(name))[0] for name in searches}
         points = [search.point for search in searches.values()]
         page.add_panels("Capacity", [capacity_bars(points, colours), trials(list(searches.values()), colours)])
     page.add_panels("Numbers", [_headline_table(sides), _settings_table(sides)])
     for heading, panels in run_panels(sides, searches):
         page.add_panels(heading, panels)
-    page.add(footer())
     return page
-
-
-def _apart(searches: Mapping[str, Search]) -> list[tuple[Tone, str]]:
-    """Say which searches' capacities can't be told apart from the highest."""
-    names = sorted(searches, key=lambda name: -(searches[name].point.qps or 0.0))
-    others = [names[i] for i in alike([searches[name].point.range for name in names], 0)] if names else []
-    if not others:
-        return []
-    return [("unsure", f"The capacity of {names[0]} can't be told apart from {' and '.join(others)}: ranges overlap")]
 
 
 def _best_cards(sides: Sequence[Side]) -> list[tuple[str, str, str]]:
@@ -83,76 +54,62 @@ def _best_cards(sides: Sequence[Side]) -> list[tuple[str, str, str]]:
     for line in headline(sides):
         if line.name not in _ANSWERS or line.best is None:
             continue
-        value = line.values[line.best] or 0.0
         others = [each for i, each in enumerate(line.values) if i != line.best and each is not None]
         next_best = max(others) if line.better == "more" else min(others)
-        words = seconds(value) if line.unit == "s" else f"{number(value)} {line.unit}"
-        note = f"{sides[line.best].name}; the next {seconds(next_best) if line.unit == 's' else number(next_best)}"
-        found.append((line.name, words, note))
+        words = line.words(line.values[line.best]) + (f" {line.unit}" if line.unit != "s" else "")
+        found.append((line.name, words, f"{sides[line.best].name}; the next {line.words(next_best)}"))
     return found
-
-
-def _title(names: Sequence[str]) -> str:
-    if len(names) > 4:
-        return f"{', '.join(names[:3])} and {len(names) - 3} others"
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _verdicts(sides: Sequence[Side]) -> list[tuple[Tone, str]]:
     """Say of each run whether it is sustained and meets its SLOs; then whether all served the same requests."""
     found: list[tuple[Tone, str]] = []
+    loads = {None: "", True: ", saturated", False: ", sustained"}
     for side in sides:
         missed = [str(slo) for slo, _, met in side.record.slos if not met]
         saturated = side.record.summary["saturation"]["growing"]
         words = f"misses {' and '.join(missed)}" if missed else "meets every SLO" if side.record.slos else "no SLO"
-        load = {None: "", True: ", saturated", False: ", sustained"}[saturated]
         tone: Tone = "bad" if missed or saturated else "good" if side.record.slos else "unsure"
-        found.append((tone, f"{side.name}: {words}{load}"))
+        found.append((tone, f"{side.name}: {words}{loads[saturated]}"))
     if not same_requests(sides):
         found.append(("unsure", "These did not serve the same requests"))
     every = [replica.get("predictor") for side in sides for replica in side.record.summary["replicas"]]
     if warning := unlike_sources([line for line in every if line]):
-        found.append(("bad", warning[0].upper() + warning[1:]))
+        found.append(("bad", capital(warning)))
     return found
 
 
-def _times(side: Side) -> str:
-    """Return where a run's times came from, in a word or two."""
-    lines = dict.fromkeys(replica.get("predictor") or "" for replica in side.record.summary["replicas"])
-    return "times " + " and ".join(dict.fromkeys(map(times_kind, lines)))
-
-
 def _describe(record: Record) -> str:
-    """Return a run in a line."""
-    first = record.summary["replicas"][0]
-    if "server" in record.summary:
-        return f"{first['model']} at {first['device']}, measured from outside; {record.summary['completed']:,} requests"
-    summary, others = record.summary, len({str(each.get("device")) for each in record.summary["replicas"]}) > 1
-    device = "devices" if others else first["device"]
+    """Return a run in a line, and where its times came from."""
+    summary, replicas = record.summary, record.summary["replicas"]
+    first, lines = replicas[0], dict.fromkeys(replica.get("predictor") or "" for replica in replicas)
+    times = " and ".join(dict.fromkeys(map(times_kind, lines)))
+    if "server" in summary:
+        return (
+            f"{first['model']} at {first['device']}, measured from outside; {summary['completed']:,} requests · times "
+            f"{times}"
+        )
+    devices = {str(each.get("device")) for each in replicas}
+    device = "devices" if len(devices) > 1 else first["device"]
     rate = record.config.get("request_rate") or record.arrival_rate
     came = "all at once" if rate is None else f"at {number(rate)} requests/s"
     return (
         f"{str(first['model']).split('/')[-1]} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {device}, "
         f"{first['parallel']}, {first['scheduler']}; {summary['completed']:,} requests "
-        f"({summary.get('workload', 'no named workload')}) {came}"
+        f"({summary.get('workload', 'no named workload')}) {came} · times {times}"
     )
 
 
 def _headline_table(sides: Sequence[Side]) -> Panel:
-    rows: list[tuple[str, list[Cell]]] = [
-        (f"{line.name} ({line.unit})" if line.unit not in ("", "s") else line.name, _cells(line))
-        for line in headline(sides)
-    ]
+    rows = [(line.name + f" ({line.unit})" * (line.unit not in ("", "s")), _cells(line)) for line in headline(sides)]
     every: dict[str, list[Cell]] = {}
     for i, side in enumerate(sides):
         for slo, value, met in side.record.slos:
             cells = every.setdefault(str(slo), ["-"] * len(sides))
             cells[i] = coloured("no value" if value is None else seconds(value), met)
     rows += every.items()
-    caption = "In brackets: against the first. A star: the best of its row."
-    return Panel(
-        "What came out", caption, table=numbers_table(("", *(side.name for side in sides)), rows, sortable=False)
-    )
+    table = numbers_table(("", *(side.name for side in sides)), rows, sortable=False)
+    return Panel("What came out", "In brackets: against the first. A star: the best of its row.", table=table)
 
 
 def _cells(line: Headline) -> list[Cell]:
@@ -160,45 +117,18 @@ def _cells(line: Headline) -> list[Cell]:
     base = line.values[0]
     cells: list[Cell] = []
     for i, value in enumerate(line.values):
-        words = seconds(value) if line.unit == "s" else number(value)
-        far = f" ({against(value, base)})" if i and base and value is not None and value != base else ""
-        cells.append(("best", words + far) if i == line.best else words + far)
+        words = line.words(value)
+        if i and base and value is not None and value != base:
+            words += f" ({against(value, base)})"
+        cells.append(("best", words) if i == line.best else words)
     return cells
 
 
 def _settings_table(sides: Sequence[Side]) -> Panel:
-    rows = differing_settings(sides)
-    if not rows:
-        return Panel("Settings that differ", "None: the runs have the same settings.")
-    table = numbers_table(("Setting", *(side.name for side in sides)), rows, words=True, sortable=False)
-    return Panel("Settings that differ", "All others are the same.", table=table)
-
-
-def validations_page(names: dict[Path, str]) -> Page:
-    """Make the page of the errors of each load of validations side by side, held against their targets."""
-    page = Page(_title(list(names.values())))
-    page.add(header("Windtunnel · validations side by side", page.title, "How far the simulator is off.", [], []))
-    facts: list[tuple[str, str]] = []
-    columns: list[str] = []
-    rows: dict[str, list[Cell]] = {}
-    for folder, name in names.items():
-        with readable(folder, "validation"):
-            results = read_json(folder / "validation.json")
-            facts.append((name, f"{results['model']} on {results['device']} ({results['hardware']}) · {folder}"))
-            for load in results["loads"]:
-                for each in judge(load, held(results)):
-                    cells = rows.setdefault(f"{each.what} {each.statistic}".strip(), [])
-                    cells += ["-"] * (len(columns) - len(cells))
-                    cells.append(coloured(percent(each.error, sign=each.statistic != "mean error"), each.met))
-                columns.append(name if load["load"] is None else f"{name}, {100 * load['load']:g} % load")
-    for cells in rows.values():
-        cells += ["-"] * (len(columns) - len(cells))
-    caption = "Simulated over measured, less 1; green within the target, red beyond. What ran on a CPU is held to none."
-    table = numbers_table(("Error", *columns), rows.items())
-    page.add_panels("What was validated", [Panel("Runs", "", table=facts_table(facts))])
-    page.add_panels("Errors", [Panel("Held against the targets", caption, table=table)])
-    page.add(footer())
-    return page
+    heads, rows = ("Setting", *(side.name for side in sides)), differing_settings(sides)
+    table = numbers_table(heads, rows, words=True, sortable=False) if rows else ""
+    words = "All others are the same." if rows else "None: the runs have the same settings."
+    return Panel("Settings that differ", words, table=table)
 
 
 def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tuple[str, list[Panel]]]:
@@ -213,7 +143,7 @@ def run_panels(sides: Sequence[Side], searches: Mapping[str, Search]) -> list[tu
 
 def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
     curves = [
-        Curve(side.name, curve.quantiles, curve.values_s, *series_style(i))
+        Curve(side.name, *curve, *style_of(i))
         for i, side in enumerate(sides)
         if (curve := side.record.latencies.get(metric.key))
     ]
@@ -224,13 +154,13 @@ def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
 def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     """Draw median TTFT against P99 TBT: a dot for each run, lines through trials of searches, and the runs' front."""
     title = "Median TTFT against P99 TBT"
-    every = [(i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides)]
-    every = [each for each in every if each[2]]
+    found = ((i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides))
+    every = [each for each in found if each[2]]
     if not every:
         return Panel(title, NO_GAPS)
-    figure = new_figure()
+    figure = new_figure(hovermode="closest")
     for i, side, points in every:
-        colour, dash = series_style(i)
+        colour, dash = style_of(i)
         sizes = [11 if point.is_run else 6 for point in points]
         figure.add_scatter(
             x=[point.tbt_s for point in points], y=[point.ttft_s for point in points], name=side.name,
@@ -242,10 +172,8 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
         )  # fmt: skip
     caption = "Lower left is better."
     runs = np.array([(point.tbt_s, point.ttft_s) for _, _, points in every for point in points if point.is_run])
-    front = runs[not_dominated(runs)]
+    front = add_front(figure, runs)
     if len(front) > 1:
-        front = front[np.argsort(front[:, 0])]
-        add_line(figure, front[:, 0], front[:, 1], "front", GREY, "", width=1.5, dash="dot", line_shape="hv")
         caption += " Dotted: the runs that none of the others beats in both."
     if searches:
         caption += " Large: the run at the capacity; small: the other trials that ran to their end."
@@ -254,11 +182,11 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     figure.update_xaxes(title_text="P99 TBT (s)", **value_axis(np.array([*values[:, 0], *bounds[0]])))
     figure.update_yaxes(title_text="Median TTFT (s)", **value_axis(np.array([*values[:, 1], *bounds[1]])))
     for slo_s in bounds[0]:
-        figure.add_vline(x=slo_s, line=SLO_LINE)
+        figure.add_vline(x=slo_s, line=BOUND)
     for slo_s in bounds[1]:
-        figure.add_hline(y=slo_s, line=SLO_LINE)
+        figure.add_hline(y=slo_s, line=BOUND)
     caption += " Dashed: SLOs." * any(bounds)
-    figure.update_layout(hovermode="closest", showlegend=len(front) > 1 or bool(searches))
+    figure.update_layout(showlegend=len(front) > 1 or bool(searches))
     return Panel(title, caption, figure, height_px=_height(380, sides))
 
 
@@ -273,21 +201,12 @@ def output_over_time(sides: Sequence[Side]) -> list[Panel]:
     sides = [side for side in sides if side.record.timeline.batches]
     if not sides:
         return []
-    timelines = [side.record.timeline for side in sides]
-    longest = max(float(timeline.output_s[-1]) for timeline in timelines)
-    unit_s, unit = time_unit(longest)
+    unit_s, unit = unit_of(max(float(side.record.timeline.output_s[-1]) for side in sides))
     figure = new_figure()
-    for i, (side, timeline) in enumerate(zip(sides, timelines, strict=True)):
-        colour, dash = series_style(i)
-        add_line(
-            figure,
-            timeline.output_s / unit_s,
-            timeline.output_tokens,
-            side.name,
-            colour,
-            "%{y:,.4~r} tokens",
-            dash=dash,
-        )
+    for i, side in enumerate(sides):
+        (colour, dash), timeline = style_of(i), side.record.timeline
+        times = timeline.output_s / unit_s
+        add_line(figure, times, timeline.output_tokens, side.name, colour, "%{y:,.4~r} tokens", dash=dash)
     figure.update_yaxes(title_text="Output tokens", rangemode="tozero")
     figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", rangemode="tozero")
     caption = "First tokens and decoded ones, added up. A flat piece is a time in which no request went on."
@@ -296,25 +215,20 @@ def output_over_time(sides: Sequence[Side]) -> list[Panel]:
 
 def stage_bubbles(sides: Sequence[Side]) -> list[Panel]:
     """Draw the share of the time with requests that each pipeline stage idled, of each run; nothing without one."""
-    figure = new_figure()
-    highest = 0.0
-    for i, side in enumerate(sides):
-        colour, _ = series_style(i)
-        shares = 100 * bubbles(side.record)
-        highest = max(highest, float(shares.max(initial=0.0)))
-        figure.add_bar(
-            x=[f"stage {j}" for j in range(len(shares))], y=shares, name=side.name,
-            marker={"color": colour, "line": {"width": 0}},
-            hovertemplate=f"{side.name}: %{{y:.3~r}} %<extra></extra>",
-        )  # fmt: skip
+    figure = new_figure(barmode="group", bargap=0.3, hovermode="closest")
+    every = [100 * bubbles(side.record) for side in sides]
+    highest = max(float(shares.max(initial=0.0)) for shares in every)
     if not highest:
         return []
-    figure.update_layout(barmode="group", bargap=0.3, hovermode="closest")
+    for i, (side, shares) in enumerate(zip(sides, every, strict=True)):
+        figure.add_bar(
+            x=[f"stage {j}" for j in range(len(shares))], y=shares, name=side.name,
+            marker={"color": style_of(i)[0], "line": {"width": 0}},
+            hovertemplate=f"{side.name}: %{{y:.3~r}} %<extra></extra>",
+        )  # fmt: skip
     figure.update_yaxes(title_text="Bubbles (%)", range=[0, max(1.0, 1.08 * highest)])
-    caption = (
-        "A bubble is time that a stage idles while requests are at its replica: a share of the time that there are "
-        "any, mean over the replicas."
-    )
+    caption = "A bubble is time that a stage idles while requests are at its replica: a share of the time that there "
+    caption += "are any, mean over the replicas."
     return [Panel("Pipeline bubbles", caption, figure, "half", _height(330, sides))]
 
 

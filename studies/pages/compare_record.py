@@ -21,27 +21,16 @@ from engine.results.metric_table import find_metric
 from engine.results.metrics import summary_key
 from engine.results.tables import Array
 from studies.pages.run_record import NOT_SET, Record, flat, read_record
-from studies.words import statistic_name
+from studies.words import capital, number, seconds, statistic_name
 
 Kind = Literal["run", "search", "sweep", "study", "validation", "plan"]
 RUN_FILES = ("config.yaml", "summary.json", "requests.parquet", "iterations.parquet")
 _NEAR = 0.01  # numbers nearer to each other than this share are as good as each other
 LONGEST_NAME = 28  # characters, beyond which folders are called A, B, C
-_MARKS: dict[str, Kind] = {
-    "validation.json": "validation",
-    "plan.json": "plan",
-    "sweep.json": "sweep",
-    "search.json": "search",
-    "study.json": "study",
-}
+_KINDS: tuple[Kind, ...] = ("validation", "plan", "sweep", "search", "study")  # each by its file
 _UNFINISHED = {".partial-": "half-written: what wrote it was killed", ".incomplete": "what a failed run left behind"}
 _LATENCIES = (("ttft", "p50"), ("ttft", "p99"), ("tbt", "p50"), ("tbt", "p99"), ("tbt", "max"), ("e2e", "p50"),
               ("e2e", "p99"), ("scheduling_delay", "p50"))  # fmt: skip
-
-
-def _latency(statistic: str, metric: str) -> tuple[str, str, str]:
-    name = find_metric(metric).name
-    return f"{name[0].upper()}{name[1:]}, {statistic_name(statistic)}", "s", summary_key(statistic, metric)
 
 
 # each headline number: its name, its unit (s, %, or a word), and its key in a summary (ms for the unit s)
@@ -50,9 +39,10 @@ _HEADLINES = (
     ("Throughput", "requests/s", "request_throughput"),
     ("Goodput", "requests/s", "request_goodput"),
     ("Output", "tokens/s", "output_throughput"),
-    *(_latency(statistic, metric) for metric, statistic in _LATENCIES),
+    *((f"{capital(find_metric(metric).name)}, {statistic_name(statistic)}", "s", summary_key(statistic, metric))
+      for metric, statistic in _LATENCIES),
     ("Preemptions", "", "preemptions"),
-)
+)  # fmt: skip
 _IF_ANY = (  # likewise, left out where no run has it
     ("Throughput, steady window", "requests/s", "steady_request_throughput"),
     ("Output, steady window", "tokens/s", "steady_output_throughput"),
@@ -79,23 +69,20 @@ class Headline:
     name: str
     unit: str  # s, %, or a word
     values: list[float | None]
-    better: Literal["", "more", "less"] = ""  # which is better; "": neither
+    better: str = ""  # "more" or "less"; "": neither
+
+    def words(self, value: float | None) -> str:
+        """Return a value in words, without the unit where that is not seconds."""
+        return seconds(value) if self.unit == "s" else number(value)
 
     @property
     def best(self) -> int | None:
         """The run that is better than every other by a hundredth or more; None where a run lacks the number, too."""
-        if not self.better or None in self.values or len(self.values) < 2:
-            return None
         known = [value for value in self.values if value is not None]
+        if not self.better or len(known) < max(2, len(self.values)):
+            return None
         best, second = sorted(known, reverse=self.better == "more")[:2]
         return known.index(best) if abs(second - best) >= _NEAR * max(abs(best), abs(second), 1e-12) else None
-
-
-def _better(unit: str, key: str) -> Literal["", "more", "less"]:
-    """Whether more or less of a headline's number is better, or neither."""
-    if key == "completed":
-        return ""
-    return "more" if unit.endswith("/s") or key == "prefix_hit_rate" else "less"
 
 
 def kind_of(folder: Path) -> Kind:
@@ -107,8 +94,8 @@ def kind_of(folder: Path) -> Kind:
     for mark, what in _UNFINISHED.items():
         if mark in folder.resolve().name:
             raise InputError(f"{folder} is {what}: give a finished one")
-    for mark, kind in _MARKS.items():
-        if (folder / mark).is_file():
+    for kind in _KINDS:
+        if (folder / f"{kind}.json").is_file():
             return kind
     missing = [name for name in RUN_FILES if not (folder / name).is_file()]
     if not missing:
@@ -164,37 +151,33 @@ def read_side(folder: Path, name: str) -> Side:
 
 def differing_settings(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """Return each setting that is not the same in all runs, and its value in each."""
-    every = [dict(_settings(side.record)) for side in sides]
+    every = [_settings(side.record) for side in sides]
     names = dict.fromkeys(name for settings in every for name in settings)
     rows = [(name, [settings.get(name, NOT_SET) for settings in every]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _settings(record: Record) -> Iterator[tuple[str, str]]:
-    yield from flat(record.config, number="{:.6g}".format)
-    replicas = record.summary["replicas"]
+def _settings(record: Record) -> dict[str, str]:
+    found, replicas = dict(flat(record.config, number="{:.6g}".format)), record.summary["replicas"]
     if "server" not in record.summary:
-        yield "KV blocks", f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
-    yield "times", "; ".join(dict.fromkeys(replica.get("predictor") or "measured" for replica in replicas))
+        found["KV blocks"] = f"{sum(replica['num_gpu_blocks'] for replica in replicas):,}"
+    return {**found, "times": "; ".join(dict.fromkeys(each.get("predictor") or "measured" for each in replicas))}
 
 
 def headline(sides: Sequence[Side]) -> list[Headline]:
     """Return the numbers to see first, of each run."""
     summaries = [side.record.summary for side in sides]
-    timelines = [side.record.timeline for side in sides]
     rows = []
     for name, unit, key in (*_HEADLINES, *_IF_ANY):
         found = [summary.get(key) for summary in summaries]
         if any(each is not None for each in found) or (name, unit, key) in _HEADLINES:
             values = [None if each is None else _SCALE.get(unit, 1) * each for each in found]
-            rows.append(Headline(name, unit, values, _better(unit, key)))
-    devices = [num_gpus(side.record) for side in sides]
-    per_device = [
-        summary["output_throughput"] / count if count else None
-        for summary, count in zip(summaries, devices, strict=True)
-    ]
+            better = "more" if unit.endswith("/s") or key == "prefix_hit_rate" else "less" if key != "completed" else ""
+            rows.append(Headline(name, unit, values, better))
+    counts = [num_gpus(side.record) or None for side in sides]
+    per_device = [count and each["output_throughput"] / count for each, count in zip(summaries, counts, strict=True)]
     rows.insert(4, Headline("Output per device", "tokens/s", per_device, "more"))
-    seen = [timeline if timeline.batches else None for timeline in timelines]
+    seen = [side.record.timeline if side.record.timeline.batches else None for side in sides]
     stalls = [None if each is None else 100 * each.stalled_batches / each.batches for each in seen]
     rows.append(Headline("Batches that ended a stall", "%", stalls, "less"))
     peaks = [None if each is None else each.peak_kv_percent for each in seen]

@@ -13,13 +13,14 @@ import numpy as np
 import plotly.graph_objects as go
 
 from engine.results.tables import Array
+from studies.capacity.sweep import not_dominated
 
 # told apart with any colour vision, and on a light ground as on a dark one
 BLUE, ORANGE, GREY = "#3f88c5", "#e07b20", "#8a94a0"
 GOOD, BAD = "#1f9e77", "#d6453d"
 # of several runs, one after the other; when they are used up, the next dash
 SERIES = (BLUE, ORANGE, GOOD, "#b0559b", "#b8960c", "#7a6ad8")
-SLO_LINE = {"color": GREY, "width": 1.3, "dash": "dash"}
+BOUND = {"color": GREY, "width": 1.3, "dash": "dash"}  # the line of an SLO
 LEAST_TICKS = 4  # of a logarithmic axis
 TICK_STEPS = (  # in a decade
     (1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.7, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9),
@@ -43,40 +44,25 @@ class Panel:
     table: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class Points:
-    """A group of measured values (ms), the predicted ones beside them, and how they are drawn ("": without a name)."""
-
-    name: str
-    colour: str
-    measured_ms: Array
-    predicted_ms: Array
+Points = tuple[str, str, Array, Array]  # of a group: name ("": none), colour, measured and predicted values (ms)
 
 
-def new_figure(legend: bool = True) -> go.Figure:
-    """Return a figure without data in the pages' style."""
+def new_figure(legend: bool = True, **more: Any) -> go.Figure:
+    """Return a figure without data in the pages' style, with more of a layout."""
     layout = {  # all at once: a figure takes ten times as long to update as to make
         "template": "none",
         "margin": {"l": 44, "r": 14, "t": 34 if legend else 10, "b": 46},
         "showlegend": legend,
-        "legend": {
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.02,
-            "yanchor": "bottom",
-            "itemclick": False,
-            "itemdoubleclick": False,
-            "traceorder": "normal",
-        },
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "itemclick": False,
+                   "itemdoubleclick": False, "traceorder": "normal"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "hovermode": "x unified",
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12.5},
         "xaxis": X_AXIS,
         "yaxis": Y_AXIS,
-    }
-    return go.Figure(layout=layout)
+    }  # fmt: skip
+    return go.Figure(layout={**layout, **more})
 
 
 def style_axes(figure: go.Figure) -> None:
@@ -106,14 +92,14 @@ def value_axis(values: Array, logarithmic: bool = False) -> dict[str, Any]:
     }
 
 
-def time_unit(longest_s: float) -> tuple[float, str]:
+def unit_of(longest_s: float) -> tuple[float, str]:
     """Return seconds and name of the unit that suits an axis of time."""
     return next((each for each in ((3600.0, "h"), (60.0, "min")) if longest_s >= 10 * each[0]), (1.0, "s"))
 
 
 def add_line(
-    figure: go.Figure, x: Any, y: Any, name: str, colour: str, hover: str, *, width: float = 2, dash: str = "solid",
-    mode: str = "lines", **more: Any,
+    figure: go.Figure, x: Any, y: Any, name: str | None, colour: str, hover: str, *, width: float = 2,
+    dash: str = "solid", mode: str = "lines", **more: Any,
 ) -> None:  # fmt: skip
     """Draw a line; `hover` is what is shown of a point, and "" shows nothing."""
     how = {"hovertemplate": hover} if hover else {"hoverinfo": "skip"}
@@ -121,32 +107,39 @@ def add_line(
     figure.add_scatter(x=x, y=y, name=name, mode=mode, line=line, **how, **more)
 
 
-def predicted_by_measured(groups: Sequence[Points], logarithmic: bool = False) -> go.Figure:
+def add_front(figure: go.Figure, values: Array, less: int = 1, name: str = "front") -> list[int]:
+    """Draw the front of points (n, 2), which none beats in both, and return its points from left to right.
+
+    `less` is 1 where less is better, -1 where more is. A front of a single point is not drawn.
+    """
+    on = not_dominated(less * values)
+    front = [i for i in np.argsort(values[:, 0], kind="stable").tolist() if on[i]]
+    if len(front) > 1:
+        shape = "hv" if less > 0 else "vh"
+        add_line(figure, values[front, 0], values[front, 1], name, GREY, "", width=1.5, dash="dot", line_shape=shape)
+    return front
+
+
+def against_measured(groups: Sequence[Points], logarithmic: bool = False) -> go.Figure:
     """Return each group's predicted values over the measured ones, with the line on which they are the same."""
-    axis = value_axis(np.concatenate([each for g in groups for each in (g.measured_ms, g.predicted_ms)]), logarithmic)
+    axis = value_axis(np.concatenate([each for group in groups for each in group[2:]]), logarithmic)
     low, high = (10.0**edge if axis.get("type") == "log" else edge for edge in axis["range"])
-    figure = new_figure(legend=any(group.name for group in groups))
-    for group in groups:
+    figure = new_figure(any(name for name, *_ in groups), hovermode="closest")
+    for name, colour, measured_ms, predicted_ms in groups:
         figure.add_scatter(
-            x=group.measured_ms, y=group.predicted_ms, mode="markers", showlegend=False,
-            marker={"color": faded(group.colour, 0.45), "size": 4},
+            x=measured_ms, y=predicted_ms, mode="markers", showlegend=False,
+            marker={"color": faded(colour, 0.45), "size": 4},
             hovertemplate="measured %{x:.3~r} ms<br>predicted %{y:.3~r} ms<extra></extra>",
         )  # fmt: skip
-        if group.name:  # in the legend a marker that can be seen
-            figure.add_scatter(
-                x=[None], y=[None], name=group.name, mode="markers", marker={"color": group.colour, "size": 8}
-            )
-    figure.add_scatter(
-        x=[low, high], y=[low, high], mode="lines", line={"color": GREY, "width": 1.2, "dash": "dash"},
-        hoverinfo="skip", showlegend=False,
-    )  # fmt: skip
-    figure.update_layout(hovermode="closest")
+        if name:  # in the legend a marker that can be seen
+            figure.add_scatter(x=[None], y=[None], name=name, mode="markers", marker={"color": colour, "size": 8})
+    add_line(figure, [low, high], [low, high], None, GREY, "", width=1.2, dash="dash", showlegend=False)
     figure.update_xaxes(title_text="Measured (ms)", **axis)
     figure.update_yaxes(title_text="Predicted (ms)", **axis)
     return figure
 
 
-def series_style(index: int) -> tuple[str, str]:
+def style_of(index: int) -> tuple[str, str]:
     """Return colour and dash of one of several runs."""
     return SERIES[index % len(SERIES)], DASHES[index // len(SERIES) % len(DASHES)]
 

@@ -30,11 +30,7 @@ class Curve:
 
 
 def latency_cdf(
-    metric: Metric,
-    curves: Sequence[Curve],
-    slos: Sequence[Judged] = (),
-    nothing: str = NO_GAPS,
-    height_px: int = 270,
+    metric: Metric, curves: Sequence[Curve], slos: Sequence[Judged] = (), nothing: str = NO_GAPS, height_px: int = 270
 ) -> Panel:
     """Draw the share of requests (or token gaps) within each latency.
 
@@ -48,7 +44,7 @@ def latency_cdf(
     slos = [each for each in slos if each[0].metric == metric.key]
     every = np.concatenate([curve.values_s for curve in curves])
     scale, unit = (1.0, "s") if not several or every.max() >= 1 else (1e3, "ms")
-    figure = new_figure(legend=several)
+    figure = new_figure(several, hovermode="closest")
     for curve in curves:
         hover = f"{curve.name}: " * several + f"%{{y:.4~r}} % within %{{x:.3~r}} {unit}<extra></extra>"
         x, y = scale * curve.values_s, 100 * curve.quantiles
@@ -57,15 +53,12 @@ def latency_cdf(
     figure.update_xaxes(title_text=f"{metric.name} ({unit})", **value_axis(scale * shown[shown > 0]))
     if several:
         for slo in sorted({slo for slo, _, _ in slos}, key=lambda slo: slo.threshold_s):
-            add_line(
-                figure, [scale * slo.threshold_s] * 2, [0, 100], f"SLO {slo}", GREY, f"SLO {slo}<extra></extra>",
-                width=1.3, dash="dash", showlegend=False,
-            )  # fmt: skip
+            add_line(figure, [scale * slo.threshold_s] * 2, [0, 100], f"SLO {slo}", GREY, f"SLO {slo}<extra></extra>",
+                     width=1.3, dash="dash", showlegend=False)  # fmt: skip
     else:
         for row, judged in enumerate(slos):
             _verdict(figure, curves[0], judged, row)
     figure.update_yaxes(title_text="Share (%)", range=[0, 102], tickvals=[0, 25, 50, 75, 100])
-    figure.update_layout(hovermode="closest")
     caption = f"Height: share of {metric.things} within this time."
     if slos:
         one = " Dashed: SLO; the dot is what the run had, and must lie left of its line."

@@ -13,50 +13,44 @@ import numpy as np
 
 from studies.measured.judge import groups_of
 from studies.measured.point import MEASURES
-from studies.pages.figures import BAD, SERIES, Panel, Points, predicted_by_measured
-from studies.pages.page import Page, cards, details, facts_table, footer, header, numbers_table
+from studies.pages.figures import BAD, GREY, SERIES, Panel, against_measured
+from studies.pages.page import Page, details, facts_table, numbers_table
 from studies.words import effect_words, mean_error, percent
 
 _NAMES = {"tpot": "TPOT", "ttft": "TTFT", "e2e": "E2E", "throughput": "Throughput"}
-_MOST_GROUPS = len(SERIES)
+_LIMITED = "KV-limited"
 
 
 def write_measured(results: Mapping[str, Any], path: Path) -> Path:
     """Write the page to `path` and return it; `results` is what `windtunnel.measured.validate_measured` gives."""
     records = results["records"]
-    page = Page(f"Predictions of {results['file']}")
-    page.add(
-        header(
-            "Windtunnel · validation",
-            f"Predictions of {results['file']}",
-            f"{results['predicted']:,} of {results['points']:,} measured points, each simulated under its own load"
-            + (f" (source: {' and '.join(results['sources'])})." if results["sources"] else "."),
-            [],
-            [("unsure", "Assumed", f"{text}.") for text in results["assumed"]]
-            + [("unsure", "Times", f"{text}.") for text in results["predictors"]],
-        ),
-        cards(
-            (f"Mean error of {_NAMES[measure]}", percent(error["mape"]), f"bias {percent(error['bias'], sign=True)}")
-            for measure in MEASURES
-            if (error := results[measure]) is not None
-        ),
+    page = Page(f"Predictions of {results['file']}", f" {results['version']}")
+    of = f" (source: {' and '.join(results['sources'])})" if results["sources"] else ""
+    page.header(
+        "Windtunnel · validation",
+        f"{results['predicted']:,} of {results['points']:,} measured points, each simulated under its own load{of}.",
+        sources=[("unsure", "Assumed", f"{text}.") for text in results["assumed"]]
+        + [("unsure", "Times", f"{text}.") for text in results["predictors"]],
     )
-    page.add_panels(
-        "Predicted and measured", [_scatter(records, measure) for measure in MEASURES if _has(records, measure)]
+    page.cards(
+        (f"Mean error of {_NAMES[measure]}", percent(error["mape"]), f"bias {percent(error['bias'], sign=True)}")
+        for measure in MEASURES
+        if (error := results[measure]) is not None
     )
-    page.add_panels("By group", [Panel("Errors by group", _GROUPS, table=_groups(results))])
+    drawn = {measure: [each for each in records if measure in each["error"]] for measure in ("tpot", "ttft", "e2e")}
+    page.add_panels("Predicted and measured", [_scatter(rows, measure) for measure, rows in drawn.items() if rows])
+    groups = [
+        (each["group"], [f"{each['count']:,}", *(mean_error(each[measure]) for measure in MEASURES)])
+        for each in groups_of(results)
+    ]
+    table = numbers_table(["", "points", *_NAMES.values()], groups)
+    page.add_panels("By group", [Panel("Errors by group", _GROUPS, table=table)])
     if results["effects"]:
         rows = ((f"had it been {each['instead']}", effect_words(each)) for each in results["effects"])
         page.add(details("What other assumptions would change", facts_table(rows)))
     page.add(details(f"All {len(records):,} points", _points(records)))
-    if results["refused"]:
-        page.add(
-            details(
-                f"{len(results['refused']):,} rows that could not be run",
-                facts_table((row["id"], row["why"]) for row in results["refused"]),
-            )
-        )
-    page.add(footer(f" {results['version']}"))
+    if refused := [(row["id"], row["why"]) for row in results["refused"]]:
+        page.add(details(f"{len(refused):,} rows that could not be run", facts_table(refused)))
     return page.write(path)
 
 
@@ -66,42 +60,21 @@ _GROUPS = (
 )
 
 
-def _has(records: Sequence[Mapping[str, Any]], measure: str) -> bool:
-    return measure != "throughput" and any(measure in record["error"] for record in records)
-
-
-def _scatter(records: Sequence[Mapping[str, Any]], measure: str) -> Panel:
+def _scatter(drawn: Sequence[Mapping[str, Any]], measure: str) -> Panel:
     """Draw predicted over measured, a colour a group; KV-limited points in one of their own."""
-    drawn = [record for record in records if measure in record["error"]]
-    names = list(dict.fromkeys("KV-limited" if record["kv_limited"] else record["group"] for record in drawn))
-    shown = [name for name in names if name != "KV-limited"][:_MOST_GROUPS]
+    names = [_LIMITED if record["kv_limited"] else record["group"] for record in drawn]
+    shown = [name for name in dict.fromkeys(names) if name != _LIMITED][: len(SERIES)]
+    colours = {**dict(zip(shown, SERIES, strict=False)), "others": GREY, _LIMITED: BAD}
+    names = [name if name in colours else "others" for name in names]
     groups = []
-    for name in [*shown, "others", "KV-limited"]:
-        mine = [
-            record
-            for record in drawn
-            if name
-            == ("KV-limited" if record["kv_limited"] else record["group"] if record["group"] in shown else "others")
-        ]
-        if mine:
-            colour = BAD if name == "KV-limited" else SERIES[shown.index(name)] if name in shown else "#8a94a0"
-            ours, theirs = (
-                np.array([1e3 * each[side][measure] for each in mine]) for side in ("predicted", "measured")
-            )
-            groups.append(Points(name, colour, theirs, ours))
+    for name, colour in colours.items():
+        if mine := [each for each, group in zip(drawn, names, strict=True) if group == name]:
+            ours, theirs = ([1e3 * each[side][measure] for each in mine] for side in ("predicted", "measured"))
+            groups.append((name, colour, np.array(theirs), np.array(ours)))
     out = sum(record["in_range"] < 1 for record in drawn)
-    caption = "Dashed: predicted as measured." + (
-        f" {out:,} of {len(drawn):,} points have batches outside the calibrated range." if out else ""
-    )
-    return Panel(_NAMES[measure], caption, predicted_by_measured(groups, logarithmic=True), "half", 430)
-
-
-def _groups(results: Mapping[str, Any]) -> str:
-    rows = [
-        (group["group"], [f"{group['count']:,}", *(mean_error(group[measure]) for measure in MEASURES)])
-        for group in groups_of(results)
-    ]
-    return numbers_table(["", "points", *_NAMES.values()], rows)
+    caption = "Dashed: predicted as measured."
+    caption += f" {out:,} of {len(drawn):,} points have batches outside the calibrated range." * bool(out)
+    return Panel(_NAMES[measure], caption, against_measured(groups, logarithmic=True), "half", 430)
 
 
 def _points(records: Sequence[Mapping[str, Any]]) -> str:
@@ -110,10 +83,9 @@ def _points(records: Sequence[Mapping[str, Any]]) -> str:
     for record in records:
         cells = [record["load"] + (", KV-limited" if record["kv_limited"] else "")]
         for measure, scale in (("tpot", 1e3), ("ttft", 1e3), ("e2e", 1.0)):
-            ours, theirs = (record[side].get(measure) for side in ("predicted", "measured"))
-            cells.append(
-                "-" if ours is None else f"{scale * ours:.4g}" + ("" if theirs is None else f" / {scale * theirs:.4g}")
-            )
+            both = [record[side].get(measure) for side in ("predicted", "measured")]
+            known = [f"{scale * each:.4g}" for each in both if each is not None]
+            cells.append("-" if both[0] is None else " / ".join(known))
             cells.append(percent(record["error"][measure], sign=True) if measure in record["error"] else "-")
         cells += [percent(record["where"]["prompts"]), percent(record["in_range"])]
         rows.append((record["id"], cells))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.pages.compare_record import read_json, readable
-from studies.pages.page import Page, Tone, about, cards, details, facts_table, footer, header, numbers_table
+from studies.pages.page import Page, Tone, about, coloured, details, facts_table, numbers_table
 from studies.pages.plan_figures import load_panel, price_panel, speed_panel
 from studies.plan.answer import HELD, layout_words, price_range
 from studies.words import number, percent, seconds, times_kind
@@ -27,26 +27,24 @@ def plan_page(made: Mapping[str, Any]) -> Page:
     """Make the page of what `plan.json` holds."""
     best = made["best"]
     fleet = f"{best['replicas']} \N{MULTIPLICATION SIGN} {layout_words(best)}"
-    page = Page(f"Plan: {fleet}")
+    page = Page(f"Plan: {fleet}", f" {made['version']}")
     settings = made["settings"]
     load = settings.get("trace") or settings.get("workload") or "openchat_sharegpt4"
     setting = (
         f"{settings['model']} under {made['rate']:g} requests/s of {load}, within {' and '.join(made['slos'])}: the "
         f"cheapest fleet behind a {made['fleet']['summary']['router']} router."
     )
-    page.add(header("Windtunnel · plan", fleet, setting, _chips(made), _sources(made)), cards(_cards(made)))
+    page.header("Windtunnel · plan", setting, _chips(made), _sources(made), title=fleet)
+    page.cards(_cards(made))
     page.add("<h2>Why this one</h2>", *(about(words) for words in made["words"]))
-    panels = [price_panel(made), speed_panel(made)]
-    if made["curve"]:
-        panels.append(load_panel(made))
-    page.add_panels("What it was chosen from", panels)
+    curve = [load_panel(made)] if made["curve"] else []
+    page.add_panels("What it was chosen from", [price_panel(made), speed_panel(made), *curve])
     page.add("<h2>Every candidate</h2>", about(_ABOUT), _table(made))
     for status, title in (("crashed", "crashed"), ("refused", "that can't be")):
         rows = [(each["name"], each["why"]) for each in made["refused"] if each["status"] == status]
         if rows:
             page.add(details(f"{len(rows)} {title}", facts_table(rows)))
     page.add(details("Settings", facts_table(_settings(made), code=True)))
-    page.add(footer(f" {made['version']}"))
     return page
 
 
@@ -90,19 +88,15 @@ def _cards(made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     best, expected = made["best"], made["expected"]
     (low, mid, high), draws = best["capacity_per_replica"], made["draws"]
     gpus = best["gpus"] // best["replicas"]
+    tokens = {}
+    for what, note in (("output", "if these alone pay"), ("total", "prompts and outputs alike")):
+        between = price_range(best, made["facts"][0], what)
+        tokens[what] = f"${number(best[f'usd_per_million_{what}_tokens'])}", f"{between}, {note}" if between else note
     entries = [
         ("Replicas", f"{best['replicas']:,}", f"of {gpus} GPU{'s' * (gpus > 1)}: {best['gpus']:,} {best['device']}"),
         ("Price", f"${number(best['usd_per_hour'])} /h", "of all GPUs"),
-        (
-            "Million output tokens",
-            f"${number(best['usd_per_million_output_tokens'])}",
-            f"{_between(made, 'output')}if these alone pay",
-        ),
-        (
-            "Million tokens",
-            f"${number(best['usd_per_million_total_tokens'])}",
-            f"{_between(made, 'total')}prompts and outputs alike",
-        ),
+        ("Million output tokens", *tokens["output"]),
+        ("Million tokens", *tokens["total"]),
         ("TTFT, P99", seconds(expected["p99_ttft"]), f"median {seconds(expected['p50_ttft'])}"),
         ("TBT, P99", seconds(expected["p99_tbt"]), f"median {seconds(expected['p50_tbt'])}"),
     ]
@@ -114,11 +108,6 @@ def _cards(made: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return entries
 
 
-def _between(made: Mapping[str, Any], what: str) -> str:
-    words = price_range(made["best"], made["facts"][0], what)
-    return f"{words}, " if words else ""
-
-
 def _table(made: Mapping[str, Any]) -> str:
     heads = ("Replica", "Objectives", "Replicas", "GPUs", "$/h", "$/M output", "$/M range", "Requests/s a replica",
              "low", "high", "TTFT, P99", "TBT, P99", "Times", "Engine", "Sequences", "Why")  # fmt: skip
@@ -127,11 +116,11 @@ def _table(made: Mapping[str, Any]) -> str:
         open_end = "+" if facts["outcome"] == "dismissed" else ""
         low, mid, high = map(number, row["capacity_per_replica"])
         expected = facts["expected"] if row["met"] else {}
-        held: Any = HELD.get(facts["outcome"], facts["outcome"])
-        tone = {"met": "good", "missed": "bad"}.get(held)
+        held = HELD.get(facts["outcome"], facts["outcome"])
+        met = {"met": True, "missed": False}.get(held)
         chosen = row is made["candidates"][0] and row["met"]
         cells = [
-            (tone, held) if tone else held,
+            coloured(held, met),
             f"{row['replicas']:,}{open_end}",
             f"{row['gpus']:,}{open_end}",
             ("best", number(row["usd_per_hour"])) if chosen else f"{number(row['usd_per_hour'])}{open_end}",
@@ -155,6 +144,5 @@ def _settings(made: Mapping[str, Any]) -> list[tuple[str, str]]:
     prices = ", ".join(f"{device} ${price:g}" for device, price in made["gpu_price"].items())
     own = {name: made["best"][name] for name in ("engine", "max_num_batched_tokens", "max_num_seqs", "quantization")}
     shared = {key: value for key, value in made["settings"].items() if key not in own}
-    rows = [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for key, value in
-            {**shared, **own}.items()]  # fmt: skip
-    return [*rows, ("gpu_price", prices), ("draws", str(made["draws"]))]
+    rows = {**shared, **own, "gpu_price": prices, "draws": made["draws"]}
+    return [(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for key, value in rows.items()]

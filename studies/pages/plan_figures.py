@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,7 @@ import numpy as np
 from engine.results.metric_table import METRICS
 from engine.results.metrics import summary_key
 from engine.results.slo import SLO
-from studies.capacity.sweep import not_dominated
-from studies.pages.figures import GREY, SLO_LINE, Panel, add_line, new_figure, series_style, value_axis
+from studies.pages.figures import BOUND, GREY, Panel, add_front, add_line, new_figure, style_of, value_axis
 from studies.plan.answer import layout_words
 from studies.words import number, statistic_name
 
@@ -39,13 +38,16 @@ def dots(made: Mapping[str, Any]) -> list[Dot]:
     key = summary_key(*_shown(made))
     found = []
     for row, facts in zip(made["candidates"], made["facts"], strict=True):
-        words = layout_words(row)
-        gpus = facts["replica"]["num_gpus"]
-        _, output = facts["tokens_per_arrival"]
+        if not row["met"]:
+            continue
+        words, gpus, (_, output) = layout_words(row), facts["replica"]["num_gpus"], facts["tokens_per_arrival"]
         best = row is made["candidates"][0]
-        for rate, summary, whole in _trials(row, facts, made["rate"]):
-            tpot = summary.get(summary_key("mean", "tpot"))
-            value = summary.get(key)
+        # requests/s of a replica, the summary, and whether it is of the whole fleet
+        trials = [(made["rate"] / row["replicas"], facts["trial"]["summary"], True)]
+        more = [trial for draw in facts["draws"][:1] for trial in draw["trials"] if trial["met"]]
+        trials += [(trial["rate"], trial["summary"], False) for trial in more]
+        for rate, summary, whole in trials:
+            tpot, value = summary.get(summary_key("mean", "tpot")), summary.get(key)
             usd = gpus * facts["usd_per_gpu_hour"] * made["rate"] / rate
             fleet = f"{row['replicas']} replicas of" if whole else f"{number(rate)} requests/s each of"
             found.append(Dot(
@@ -55,25 +57,11 @@ def dots(made: Mapping[str, Any]) -> list[Dot]:
     return sorted(found, key=lambda dot: not dot.whole)
 
 
-def _trials(
-    row: Mapping[str, Any], facts: Mapping[str, Any], rate: float
-) -> Iterator[tuple[float, Mapping[str, Any], bool]]:
-    """Yield requests/s of a replica, the summary, and whether it is of the whole fleet."""
-    if not row["met"]:
-        return
-    yield rate / row["replicas"], facts["trial"]["summary"], True
-    for draw in facts["draws"][:1]:
-        for trial in draw["trials"]:
-            if trial["met"]:
-                yield trial["rate"], trial["summary"], False
-
-
 def _shown(made: Mapping[str, Any]) -> tuple[str, str]:
     """Return statistic and metric of the latency that is drawn: the first SLO's, TTFT's if there is one."""
     slos = [SLO.parse(text) for text in made["slos"]]
     chosen = next((slo for slo in slos if slo.metric == "ttft"), slos[0])
-    kept = chosen.statistic if chosen.statistic in ("mean", "p50", "p90", "p99") else "p99"
-    return kept, chosen.metric
+    return chosen.statistic if chosen.statistic in ("mean", "p50", "p90", "p99") else "p99", chosen.metric
 
 
 def price_panel(made: Mapping[str, Any]) -> Panel:
@@ -89,8 +77,7 @@ def price_panel(made: Mapping[str, Any]) -> Panel:
     )
     return _scatter(
         "Price against latency", caption, known, "Price of the load ($/h)", f"{name} (s)",
-        [dot.usd for dot in known], [dot.latency_s or 0.0 for dot in known], (1, 1),
-        threshold,
+        [dot.usd for dot in known], [dot.latency_s or 0.0 for dot in known], 1, threshold,
     )  # fmt: skip
 
 
@@ -101,42 +88,35 @@ def speed_panel(made: Mapping[str, Any]) -> Panel:
     return _scatter(
         "Throughput against a user's speed", caption, known, "Tokens/s of a user, 1 / mean TPOT",
         "Output tokens/s and GPU", [dot.user_tokens or 0.0 for dot in known], [dot.gpu_tokens for dot in known],
-        (-1, -1), None,
+        -1,
     )  # fmt: skip
 
 
 def _scatter(
     title: str, caption: str, known: list[Dot], x_title: str, y_title: str, x: list[float], y: list[float],
-    less: tuple[int, int], threshold: float | None,
+    less: int, threshold: float | None = None,
 ) -> Panel:  # fmt: skip
     if not known:
         return Panel(title, "No fleet that was simulated meets the objectives.", width="half")
-    devices = list(dict.fromkeys(dot.device for dot in known))
-    figure = new_figure()
+    figure = new_figure(hovermode="closest")
     values = np.column_stack([x, y])
-    for number_of, device in enumerate(devices):
+    for number_of, device in enumerate(dict.fromkeys(dot.device for dot in known)):
         mine = [i for i, dot in enumerate(known) if dot.device == device]
         figure.add_scatter(
             x=values[mine, 0], y=values[mine, 1], ids=[known[i].words for i in mine], mode="markers", name=device,
             marker={
-                "color": series_style(number_of)[0], "opacity": [1 if known[i].whole else 0.55 for i in mine],
+                "color": style_of(number_of)[0], "opacity": [1 if known[i].whole else 0.55 for i in mine],
                 "size": [(17 if known[i].best else 12) if known[i].whole else 6 for i in mine],
                 "symbol": ["star" if known[i].whole and known[i].best else "circle" for i in mine],
                 "line": {"color": "white", "width": 1},
             },
             hovertemplate=f"%{{id}}<br>{x_title}: %{{x:.4~r}}<br>{y_title}: %{{y:.4~r}}<extra></extra>",
         )  # fmt: skip
-    front = np.flatnonzero(not_dominated(values * np.array(less))).tolist()
-    if len(front) > 1:
-        steps = sorted(front, key=lambda i: values[i, 0])
-        shape = "hv" if less[0] > 0 else "vh"
-        add_line(figure, values[steps, 0], values[steps, 1], "none beats these", GREY, "", width=1.5, dash="dot",
-                 line_shape=shape)  # fmt: skip
+    add_front(figure, values, less, "none beats these")
     high = values[:, 1].max() * 1.15
     if threshold is not None:
-        figure.add_hline(y=threshold, line=SLO_LINE)
+        figure.add_hline(y=threshold, line=BOUND)
         high = max(high, 1.1 * threshold)
-    figure.update_layout(hovermode="closest")
     low, most = values[:, 0].min(), values[:, 0].max()
     room = 0.12 * max(most - low, 0.3 * most)
     figure.update_xaxes(title_text=x_title, range=[max(0.0, low - room), most + room], nticks=6)
@@ -146,27 +126,21 @@ def _scatter(
 
 def load_panel(made: Mapping[str, Any]) -> Panel:
     """Draw the best replica's latencies against its load, beyond its capacity too, over their SLOs' thresholds."""
-    figure = new_figure()
+    figure = new_figure(hovermode="closest")
     rates = [each["rate"] for each in made["curve"]]
     top = 1.0
     for i, text in enumerate(made["slos"]):
         slo = SLO.parse(text)
-        values = [
-            next((each["value_s"] for each in point["slos"] if each["slo"] == str(slo)), None)
-            for point in made["curve"]
-        ]
+        values = [{each["slo"]: each["value_s"] for each in point["slos"]}.get(str(slo)) for point in made["curve"]]
         shares = [None if value is None else value / slo.threshold_s for value in values]
         top = max(top, *(share for share in shares if share is not None), 1.0)
         hover = f"%{{x:.3~r}} requests/s: %{{y:.3~r}} times {slo.threshold_s:g} s<extra>{text}</extra>"
-        marker = {"size": 7, "color": series_style(i)[0]}
-        add_line(figure, rates, shares, text, series_style(i)[0], hover, mode="lines+markers", marker=marker)
-    figure.add_hline(y=1, line=SLO_LINE)
+        marker = {"size": 7, "color": style_of(i)[0]}
+        add_line(figure, rates, shares, text, style_of(i)[0], hover, mode="lines+markers", marker=marker)
+    figure.add_hline(y=1, line=BOUND)
     held = made["rate"] / made["best"]["replicas"]
     figure.add_vline(x=held, line={"color": GREY, "width": 1.2, "dash": "dot"})
-    axis = value_axis(np.array([1.0, 0.9 * top, top]))
-    if top > 20:
-        axis = value_axis(np.array([0.1, top]), logarithmic=True)
-    figure.update_layout(hovermode="closest")
+    axis = value_axis(np.array([0.1, top])) if top > 20 else value_axis(np.array([1.0, 0.9 * top, top]))
     figure.update_xaxes(title_text="Requests/s of a replica", range=[0, 1.06 * max(rates)], nticks=6)
     figure.update_yaxes(title_text="Value / threshold", **axis)
     caption = (

@@ -16,19 +16,15 @@ from engine.results.files import write_whole
 from engine.results.folders import FULL
 from studies.pages.capacity import capacities_page, search_page
 from studies.pages.capacity_record import read_search, read_sweep
-from studies.pages.compare import runs_page, validations_page
+from studies.pages.compare import runs_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
 from studies.pages.page import Page, library_beside, with_library
 from studies.pages.plan import write_plan
 from studies.pages.run import render
-from studies.pages.validation import validation_page
+from studies.pages.validation import validation_page, validations_page
 
 COMPARISON = Path("comparison.html")  # of several folders
-_TOGETHER: tuple[frozenset[Kind], ...] = (
-    frozenset({"run", "search"}),
-    frozenset({"search", "sweep"}),
-    frozenset({"validation"}),
-)
+_TOGETHER: tuple[set[Kind], ...] = ({"run", "search"}, {"search", "sweep"}, {"validation"})
 
 
 def write_page(folders: Sequence[Path], output: Path | None = None, standalone: bool = False) -> Path:
@@ -44,7 +40,8 @@ def write_page(folders: Sequence[Path], output: Path | None = None, standalone: 
     if len(folders) > 1:
         _check_together(kinds)
     own = _own_page(folders[0], kinds[folders[0]]) if len(folders) == 1 else None
-    if output is None and own is None and _is_page(COMPARISON):
+    of_ours = COMPARISON.is_file() and b"\xc2\xb7 Windtunnel</title>" in COMPARISON.read_bytes()
+    if output is None and own is None and of_ours:
         own = COMPARISON  # made again
     path = _checked(output or own or COMPARISON, own)
     try:
@@ -63,10 +60,8 @@ def _check_together(kinds: dict[Path, Kind]) -> None:
         if kind in ("study", "plan"):
             raise InputError(f"{folder} is a {kind}, whose page stands alone ({_own_page(folder, kind)}): leave it out")
     if not any(set(kinds.values()) <= together for together in _TOGETHER):
-        first: dict[Kind, Path] = {}
-        for folder, kind in kinds.items():
-            first.setdefault(kind, folder)
-        what = ", ".join(f"{folder} (a {kind})" for kind, folder in first.items())
+        first = {kind: folder for folder, kind in reversed(kinds.items())}
+        what = ", ".join(f"{first[kind]} (a {kind})" for kind in dict.fromkeys(kinds.values()))
         raise InputError(
             f"these can't be laid side by side: {what}. Runs go with runs and searches, sweeps with sweeps and "
             "searches, validations with validations"
@@ -81,18 +76,12 @@ def _own_page(folder: Path, kind: Kind) -> Path:
     return page
 
 
-def _is_page(path: Path) -> bool:
-    """Return whether a file is a page of ours."""
-    return path.is_file() and b"\xc2\xb7 Windtunnel</title>" in path.read_bytes()
-
-
 def _checked(path: Path, own: Path | None) -> Path:
     if not path.absolute().parent.is_dir():
         raise InputError(f"there is no folder {path.parent} to write {path.name} to: make it, or give another --output")
     if path.is_dir():
         raise InputError(f"{path} is a folder: give an --output file such as {path / 'report.html'}")
-    is_own = own is not None and path.resolve() == own.resolve()
-    if path.exists() and not is_own:
+    if path.exists() and (own is None or path.resolve() != own.resolve()):
         raise InputError(f"{path} exists: give another --output")
     return path
 
@@ -100,9 +89,6 @@ def _checked(path: Path, own: Path | None) -> Path:
 def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
     if kind == "study":
         return _copy(_own_page(folder, kind), path, standalone)
-    if kind == "validation":
-        with readable(folder, kind):
-            return validation_page(read_json(folder / "validation.json")).write(path, standalone)
     if kind == "plan":
         return write_plan(folder, path, standalone)
     name = folder.resolve().name
@@ -111,6 +97,8 @@ def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
             page = search_page(read_search(folder, name))
         elif kind == "sweep":
             page = capacities_page([read_sweep(folder, name)], [])
+        elif kind == "validation":
+            page = validation_page(read_json(folder / "validation.json"))
         else:
             page = render(read_side(folder, name).record)
     return page.write(path, standalone)

@@ -15,9 +15,8 @@ from typing import Any
 
 from engine.results.metric_table import METRICS
 from engine.results.metrics import burst_finding, describe_slo, summary_key
-from studies.pages.batch_figures import batch_panels
-from studies.pages.page import Page, Tone, cards, details, facts_table, footer, header, numbers_table
-from studies.pages.ranges import ranges
+from studies.pages.page import Page, Tone, details, facts_table, numbers_table, ranges
+from studies.pages.request_figures import batch_panels
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
 from studies.words import number, percent, seconds, size
@@ -47,28 +46,26 @@ def write_report(folder: Path) -> Path:
 
 def render(record: Record) -> Page:
     """Make the page."""
-    page = Page(_served(record))
-    page.add(_header(record), _cards(record), ranges(record.summary))
+    simulator, version = record.summary.get("simulator"), record.summary.get("version")
+    ending = f" {version}" if version else ""
+    if simulator:
+        ending += f" · {simulator['batches']:,} batches simulated in {seconds(simulator['loop_seconds'])}"
+    page = Page(_served(record), ending)
+    chips = verdict(record.summary)
+    # a warning where much of the run is outside what its predictor was calibrated on
+    if (share := record.timeline.outside_range / max(record.timeline.batches, 1)) >= OUTSIDE:
+        chips.append(("unsure", f"{percent(share)} of the batches are outside the calibrated range"))
+    page.header("Windtunnel · report of a run", _setting(record), chips, [times_source(record)])
+    page.cards(_cards(record))
+    page.add(ranges(record.summary))
     for heading, group in panels(record):
         page.add_panels(heading, group)
         if heading == "Latency":
             page.add(_latency_table(record.summary))
     if batches := batch_panels(record.summary):
         page.add_panels("Batches", batches)
-    page.add(_about(record))
+    page.add(*_about(record))
     return page
-
-
-def _header(record: Record) -> str:
-    kicker = "Windtunnel · report of a run"
-    chips = [*verdict(record.summary), *_outside(record)]
-    return header(kicker, _served(record), _setting(record), chips, [times_source(record)])
-
-
-def _outside(record: Record) -> list[tuple[Tone, str]]:
-    """Return a warning where much of the run is outside what its predictor was calibrated on."""
-    share = record.timeline.outside_range / max(record.timeline.batches, 1)
-    return [("unsure", f"{percent(share)} of the batches are outside the calibrated range")] if share >= OUTSIDE else []
 
 
 def _kinds(record: Record) -> list[tuple[int, dict[str, Any]]]:
@@ -87,11 +84,10 @@ def _served(record: Record) -> str:
     if "server" in record.summary:
         (replica,) = record.summary["replicas"]
         return f"{replica['model'].rstrip('/').split('/')[-1]} at {replica['device']}"
-    parts = []
-    for count, replica in _kinds(record):
-        devices = count * replica["num_gpus"]
-        parts.append(f"{replica['model'].split('/')[-1]} on {devices} \N{MULTIPLICATION SIGN} {replica['device']}")
-    return " and ".join(parts)
+    return " and ".join(
+        f"{each['model'].split('/')[-1]} on {count * each['num_gpus']} \N{MULTIPLICATION SIGN} {each['device']}"
+        for count, each in _kinds(record)
+    )
 
 
 def _setting(record: Record) -> str:
@@ -103,9 +99,7 @@ def _setting(record: Record) -> str:
         limit = f" (token budget {budget:,})" if budget else ""
         engine = f" of {replica['engine']}" if "engine" in replica else ""
         parts.append(f"{copies}{engine}, {replica['parallel']}, under the {replica['scheduler']} scheduler{limit}")
-    asked = record.config.get("request_rate")
-    closed = record.config.get("max_concurrency")
-    users = record.config.get("users")
+    asked, closed, users = map(record.config.get, ("request_rate", "max_concurrency", "users"))
     named = str(record.config.get("columns") or "").replace(" ", "")
     things = "conversation" if record.config.get("turns") or "session=" in named else "request"
     if users:
@@ -152,48 +146,38 @@ def times_source(record: Record) -> tuple[Tone, str, str]:
         return ("bad" if server["errors"] else "good"), "Measured from outside", text
     if not timeline.predicted_batches:
         return "good", "Measured", text
-    if timeline.outside_range:
-        share = 100 * timeline.outside_range / timeline.batches
-        text += (
-            f" {timeline.outside_range:,} batches ({number(share)} %) are outside what the predictor was calibrated on."
-        )
+    if outside := timeline.outside_range:
+        share = number(100 * outside / timeline.batches)
+        text += f" {outside:,} batches ({share} %) are outside what the predictor was calibrated on."
     if any("estimate" in predictor for predictor in predictors):
         return "unsure", "An estimate", text
     return ("unsure" if timeline.outside_range else "good"), "Predicted", text
 
 
-def _cards(record: Record) -> str:
+def _cards(record: Record) -> list[tuple[str, str, str]]:
     summary = record.summary
     finished = f"{summary['completed']:,} finished in {seconds(summary['duration'])}"
     share = 100 * summary["requests_meeting_slos"] / summary["completed"]
     met = f"{number(share)} % met every SLO" if summary["slos"] else "no SLO set"
     blocks = sum(replica.get("num_gpu_blocks", 0) for replica in summary["replicas"])
-    many = len(summary["replicas"]) > 1
-    steady = "steady_" if "steady_window_s" in summary else ""
-    whole = [f"{number(summary[key])} over the whole run" for key in ("request_throughput", "output_throughput")]
-    notes = (
-        [f"steady window; {text}" for text in whole]
-        if steady
-        else [finished, f"{summary['total_output_tokens']:,} tokens"]
-    )
+    steady, notes = "", [finished, f"{summary['total_output_tokens']:,} tokens"]
+    if "steady_window_s" in summary:
+        steady, whole = "steady_", (number(summary[key]) for key in ("request_throughput", "output_throughput"))
+        notes = [f"steady window; {value} over the whole run" for value in whole]
     entries = [
         ("Throughput", f"{number(summary[steady + 'request_throughput'])} requests/s", notes[0]),
         ("Output", f"{number(summary[steady + 'output_throughput'])} tokens/s", notes[1]),
         ("Goodput", f"{number(summary['request_goodput'])} requests/s", met),
-        ("TTFT, median", _latency(summary, "p50", "ttft"), "arrival to first token"),
-        ("TTFT, P99", _latency(summary, "p99", "ttft"), "arrival to first token"),
-        ("TBT, median", _latency(summary, "p50", "tbt"), "between output tokens"),
-        ("TBT, P99", _latency(summary, "p99", "tbt"), "between output tokens"),
+        *((f"{name}, {words}", _latency(summary, statistic, name.lower()), what)
+          for name, what in (("TTFT", "arrival to first token"), ("TBT", "between output tokens"))
+          for statistic, words in (("p50", "median"), ("p99", "P99"))),
         ("E2E, P99", _latency(summary, "p99", "e2e"), "arrival to last token"),
         ("Sched. delay, median", _latency(summary, "p50", "scheduling_delay"), "arrival to first batch"),
-        (
-            "KV cache, peak use",
-            f"{number(record.timeline.peak_kv_percent)} %",
-            f"of {blocks:,} blocks" if not many else "of the fullest replica",
-        ),
+        ("KV cache, peak use", f"{number(record.timeline.peak_kv_percent)} %",
+         f"of {blocks:,} blocks" if len(summary["replicas"]) == 1 else "of the fullest replica"),
         ("Preemptions", f"{summary['preemptions']:,}", "for want of KV blocks"),
         ("Dropped requests", f"{summary['dropped']:,}", "too long to be served"),
-    ]
+    ]  # fmt: skip
     if "prefix_hit_rate" in summary:
         found = f"{summary['prefix_hit_tokens']:,} tokens; {summary['prefix_evictions']:,} blocks evicted"
         entries.insert(-2, ("Prefix cache hits", f"{number(100 * summary['prefix_hit_rate'])} %", found))
@@ -202,7 +186,7 @@ def _cards(record: Record) -> str:
         entries = [entry for entry in entries if entry[0] not in inside]
     if summary["failed"]:
         entries.append(("Failed requests", f"{summary['failed']:,}", "never finished"))
-    return cards(entries)
+    return entries
 
 
 def _latency(summary: Mapping[str, Any], statistic: str, metric: str) -> str:
@@ -212,10 +196,7 @@ def _latency(summary: Mapping[str, Any], statistic: str, metric: str) -> str:
 
 def _latency_table(summary: Mapping[str, Any]) -> str:
     heads = ("", *(name.capitalize() for name in _STATISTICS))
-    rows = [
-        (metric.name, [_latency(summary, statistic, key) for statistic in _STATISTICS])
-        for key, metric in METRICS.items()
-    ]
+    rows = [(metric.name, [_latency(summary, each, key) for each in _STATISTICS]) for key, metric in METRICS.items()]
     for key, name in (("execution_time", "execution time"), ("preemption_time", "preemption time")):
         if f"mean_{key}_ms" in summary:
             values = [summary.get(f"{statistic}_{key}_ms") for statistic in _STATISTICS]
@@ -225,32 +206,21 @@ def _latency_table(summary: Mapping[str, Any]) -> str:
     return details("Every latency in numbers", numbers_table(heads, rows) + note)
 
 
-def _about(record: Record) -> str:
-    simulator = record.summary.get("simulator", {})
-    took = ""
-    if simulator:
-        took = f" · {simulator['batches']:,} batches simulated in {seconds(simulator['loop_seconds'])}"
-    version = record.summary.get("version")
+def _about(record: Record) -> list[str]:
     files = [(name, f"{size(length)} · {_FILES[name]}") for name, length in record.files.items() if name in _FILES]
     if "server" in record.summary:
-        again = """
-<p style='margin-top:12px'>In the run's folder, the same requests go to a simulated deployment:</p>
-<pre>windtunnel simulate --config config.yaml --device NAME --output-dir ../simulated</pre>"""
-    elif simulator:
-        again = """
-<p style='margin-top:12px'>In the run's folder, the same configuration gives the same run:</p>
-<pre>windtunnel simulate --config config.yaml --output-dir ../again</pre>"""
+        says = "the same requests go to a simulated deployment"
+        commands = "windtunnel simulate --config config.yaml --device NAME --output-dir ../simulated"
+    elif record.summary.get("simulator"):
+        says = "the same configuration gives the same run"
+        commands = "windtunnel simulate --config config.yaml --output-dir ../again"
     else:
-        again = """
-<p style='margin-top:12px'>In the run's folder, the same configuration runs on this machine's engine again, or in the
-simulator:</p>
-<pre>windtunnel bench --config config.yaml --output-dir ../again
-windtunnel simulate --config config.yaml --output-dir ../simulated</pre>"""
-    return "\n".join(
-        [
-            "<h2>The run</h2>",
-            details("Configuration", facts_table(flat(record.config), code=True)),
-            details("Files and how to reproduce", facts_table(files, code=True) + again),
-            footer(f"{f' {version}' if version else ''}{took}"),
-        ]
-    )
+        says = "the same configuration runs on this machine's engine again, or in the simulator"
+        commands = """windtunnel bench --config config.yaml --output-dir ../again
+windtunnel simulate --config config.yaml --output-dir ../simulated"""
+    again = f"\n<p style='margin-top:12px'>In the run's folder, {says}:</p>\n<pre>{commands}</pre>"
+    return [
+        "<h2>The run</h2>",
+        details("Configuration", facts_table(flat(record.config), code=True)),
+        details("Files and how to reproduce", facts_table(files, code=True) + again),
+    ]

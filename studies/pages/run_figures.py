@@ -9,23 +9,11 @@ import plotly.graph_objects as go
 
 from engine.results.metric_table import Metric, drawn_metrics
 from engine.results.tables import Array
-from studies.pages.figures import (
-    BAD,
-    BLUE,
-    GREY,
-    ORANGE,
-    Panel,
-    add_line,
-    faded,
-    new_figure,
-    style_axes,
-    time_unit,
-    value_axis,
-)
+from studies.pages.figures import BAD, BLUE, GREY, ORANGE, Panel, add_line, faded, new_figure, style_axes, value_axis
 from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
-from studies.pages.request_figures import batch_gantt, prefix_hits, slowest_requests, ttft_by_prompt
+from studies.pages.request_figures import batch_gantt, over_time, prefix_hits, slowest_requests, steps, ttft_by_prompt
 from studies.pages.run_record import Record
-from studies.pages.run_timeline import STALL_FACTOR, Timeline
+from studies.pages.run_timeline import STALL_FACTOR
 from studies.words import number, seconds
 
 
@@ -45,8 +33,7 @@ def panels(record: Record) -> list[tuple[str, list[Panel]]]:
 
 def _latency(record: Record, metric: Metric) -> Panel:
     found = record.latencies.get(metric.key)
-    curves = [] if found is None else [Curve("", found.quantiles, found.values_s, BLUE)]
-    return latency_cdf(metric, curves, record.slos)
+    return latency_cdf(metric, [Curve("", *found, BLUE)] if found else [], record.slos)
 
 
 def tbt_over_time(record: Record) -> Panel:
@@ -57,33 +44,30 @@ def tbt_over_time(record: Record) -> Panel:
     if not some.any() or threshold is None:
         return Panel(title, NO_GAPS, None)
     figure = new_figure()
-    edges = _time_axis(figure, timeline)
+    edges = over_time(figure, timeline.edges_s)
     centres = (edges[::2] + edges[1::2]) / 2
     longest = timeline.max_tbt_s
     stalled = some & (longest > threshold)
     hover = "%{y:.3~r} s, longest %{customdata:.3~r} s"
-    add_line(figure, edges, _steps(timeline.median_tbt_s), "median", BLUE, hover, customdata=_steps(longest))
+    add_line(figure, edges, steps(timeline.median_tbt_s), "median", BLUE, hover, customdata=steps(longest))
     for name, points, marker in (
         ("longest", some & ~stalled, {"color": GREY, "size": 4.5}),
         ("longest, a stall", stalled, {"color": BAD, "size": 6.5, "symbol": "diamond"}),
     ):
         if points.any():
-            figure.add_scatter(
-                x=centres[points], y=longest[points], name=name, mode="markers", marker=marker, hoverinfo="skip"
-            )
+            dots = {"x": centres[points], "y": longest[points], "name": name, "mode": "markers", "marker": marker}
+            figure.add_scatter(**dots, hoverinfo="skip")
     if stalled.any():
         figure.add_hline(y=threshold, line={"color": BAD, "width": 1, "dash": "dot"})
     shown = np.concatenate([longest[some], timeline.median_tbt_s[some], [threshold] if stalled.any() else []])
     figure.update_yaxes(title_text="TBT (s)", **value_axis(shown))
     stalls = f"a gap over {seconds(threshold)}, {STALL_FACTOR:g} times the run's median"
-    if timeline.stalled_batches:
-        count = timeline.stalled_batches
+    found = f"No generation stall: none had {stalls}."
+    if count := timeline.stalled_batches:
         found = (
             f"Generation stalls (red, above the dotted line: {stalls}, mostly waiting for other requests' prefills): "
             f"{count:,} of {timeline.batches:,} batches ({number(100 * count / timeline.batches)} %) ended one."
         )
-    else:
-        found = f"No generation stall: none had {stalls}."
     caption = (
         f"Longest gap that a token ended in each {seconds(timeline.edges_s[1])} bin, and the median of the "
         f"batches' longest gaps. {found}"
@@ -97,15 +81,13 @@ def batch_composition(record: Record) -> Panel:
     figure = new_figure()
     figure.set_subplots(rows=2, shared_xaxes=True, row_heights=[0.64, 0.36], vertical_spacing=0.09)
     style_axes(figure)
-    edges = _time_axis(figure, timeline, row=2)
-    for name, colour, tokens in (
-        ("decode tokens", BLUE, timeline.decode_tokens),
-        ("prefill tokens", ORANGE, timeline.prefill_tokens),
-    ):
+    edges = over_time(figure, timeline.edges_s, row=2)
+    both = (("decode tokens", BLUE, timeline.decode_tokens), ("prefill tokens", ORANGE, timeline.prefill_tokens))
+    for name, colour, tokens in both:
         area: dict[str, Any] = {"stackgroup": "tokens", "fillcolor": faded(colour, 0.75), "row": 1, "col": 1}
-        add_line(figure, edges, _steps(tokens), name, colour, "%{y:,.3~r}", width=0.5, **area)
+        add_line(figure, edges, steps(tokens), name, colour, "%{y:,.3~r}", width=0.5, **area)
     area = {"fill": "tozeroy", "fillcolor": faded(BLUE, 0.75), "showlegend": False, "row": 2, "col": 1}
-    add_line(figure, edges, _steps(timeline.decode_tokens), "decode tokens", BLUE, "%{y:,.3~r}", width=0.5, **area)
+    add_line(figure, edges, steps(timeline.decode_tokens), "decode tokens", BLUE, "%{y:,.3~r}", width=0.5, **area)
     highest = float((timeline.decode_tokens + timeline.prefill_tokens).max())
     budgets = sorted({replica.get("max_num_batched_tokens") or 0 for replica in record.summary["replicas"]} - {0})
     caption = (
@@ -129,8 +111,8 @@ def kv_use(record: Record) -> Panel:
     """Draw KV blocks in use, as a share of the replica's."""
     timeline = record.timeline
     several = len(timeline.kv_percent) > 1
-    figure = new_figure(legend=several)
-    edges = _time_axis(figure, timeline)
+    figure = new_figure(several)
+    edges = over_time(figure, timeline.edges_s)
     _mean_and_range(figure, edges, timeline.kv_percent, "", BLUE, "%{y:.3~r} %")
     top = 105.0 if timeline.peak_kv_percent > 25 else None
     figure.update_yaxes(title_text="KV blocks in use (%)", range=[0, top], rangemode="tozero")
@@ -144,7 +126,7 @@ def queue(record: Record) -> Panel:
     timeline = record.timeline
     several = len(timeline.kv_percent) > 1
     figure = new_figure()
-    edges = _time_axis(figure, timeline)
+    edges = over_time(figure, timeline.edges_s)
     _mean_and_range(figure, edges, timeline.num_running, "running", BLUE, "%{y:.3~r}")
     _mean_and_range(figure, edges, timeline.num_waiting, "waiting", ORANGE, "%{y:.3~r}")
     figure.update_yaxes(title_text="Requests per replica" if several else "Requests", rangemode="tozero")
@@ -156,28 +138,15 @@ def queue(record: Record) -> Panel:
 def _mean_and_range(figure: go.Figure, edges: Array, values: Array, name: str, colour: str, hover: str) -> None:
     """Draw the mean of `values` (replicas, bins); of several also a band from the lowest to the highest."""
     several = len(values) > 1
+    shade: dict[str, Any] = {"fill": "tozeroy", "fillcolor": faded(colour, 0.18)}
     if several:
         common: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"}
-        figure.add_scatter(x=edges, y=_steps(values.min(axis=0)), name="lowest", **common)
-        fill: dict[str, Any] = {"fill": "tonexty", "fillcolor": faded(colour, 0.25)}
-        figure.add_scatter(x=edges, y=_steps(values.max(axis=0)), name="highest", **fill, **common)
-    shade: dict[str, Any] = {} if several else {"fill": "tozeroy", "fillcolor": faded(colour, 0.18)}
+        figure.add_scatter(x=edges, y=steps(values.min(axis=0)), name="lowest", **common)
+        common |= {"fill": "tonexty", "fillcolor": faded(colour, 0.25)}
+        figure.add_scatter(x=edges, y=steps(values.max(axis=0)), name="highest", **common)
+        shade = {}
     label = ", ".join(filter(None, [name, "mean of replicas" * several]))
-    add_line(figure, edges, _steps(values.mean(axis=0)), label, colour, hover, **shade)
-
-
-def _time_axis(figure: go.Figure, timeline: Timeline, **axis: Any) -> Array:
-    """Label the axis of time in the unit that suits the run; return the bins' edges, each inner one twice."""
-    unit_s, unit = time_unit(timeline.edges_s[-1])
-    edges = np.repeat(timeline.edges_s / unit_s, 2)[1:-1]
-    figure.update_xaxes(range=[0, edges[-1]])
-    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", **axis)
-    return edges
-
-
-def _steps(values: Array) -> list[float | None]:
-    """Return each value twice, for the beginning and the end of its bin; a gap in the line for NaN."""
-    return [None if np.isnan(value) else float(value) for value in np.repeat(values, 2)]
+    add_line(figure, edges, steps(values.mean(axis=0)), label, colour, hover, **shade)
 
 
 _MOST_BARS = 16
@@ -201,14 +170,11 @@ def stage_shares(record: Record) -> list[tuple[str, Array]]:
             for i, stages in enumerate(shares)
             for j, share in enumerate(stages)
         ]
-    entries = []
-    for j in range(max(map(len, shares))):
-        having = [stages[j] for stages in shares if len(stages) > j]
-        label = f"{len(having)} replicas"
-        if max(map(len, shares)) > 1:
-            label = f"stage {j}, {label}"
-        entries.append((label, np.stack(having, axis=1)))
-    return entries
+    every = [[stages[j] for stages in shares if len(stages) > j] for j in range(max(map(len, shares)))]
+    return [
+        (f"stage {j}, " * (len(every) > 1) + f"{len(having)} replicas", np.stack(having, axis=1))
+        for j, having in enumerate(every)
+    ]
 
 
 def stage_use(record: Record) -> Panel:
@@ -216,21 +182,17 @@ def stage_use(record: Record) -> Panel:
     entries = stage_shares(record)
     labels = [label for label, _ in entries]
     together = any(shares.shape[1] > 1 for _, shares in entries)
-    figure = new_figure()
+    figure = new_figure(barmode="stack", bargap=0.35, hovermode="closest")
     for i, (name, colour) in enumerate([("working", BLUE), ("bubble", ORANGE), ("no request", faded(GREY, 0.3))]):
         means = [100 * float(shares[i].mean()) for _, shares in entries]
         ranges = [f" ({100 * shares[i].min():.0f} to {100 * shares[i].max():.0f})" * together for _, shares in entries]
-        words = [
-            "" if mean < 11 else f"{mean:.0f} %" + (span if mean > 40 else "")
-            for mean, span in zip(means, ranges, strict=True)
-        ]
+        words = [f"{mean:.0f} %" * (mean >= 11) + span * (mean > 40) for mean, span in zip(means, ranges, strict=True)]
         figure.add_bar(
             x=means, y=labels, name=name, orientation="h", marker={"color": colour, "line": {"width": 0}},
             text=words, textposition="inside", insidetextanchor="middle", textangle=0, constraintext="none",
             **({"textfont": {"color": "white"}} if i < 2 else {}),
             customdata=ranges, hovertemplate="%{x:.3~r} %%{customdata}",
         )  # fmt: skip
-    figure.update_layout(barmode="stack", bargap=0.35, hovermode="closest")
     figure.update_xaxes(title_text="Share of the run (%)", range=[0, 100])
     figure.update_yaxes(autorange="reversed", showgrid=False, ticksuffix="  ")
     caption = "A bubble is time that a stage idles while requests are at its replica."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,16 +21,14 @@ from engine.results.metrics import distributions
 from engine.results.slo import SLO
 from engine.results.tables import Array, Columns, to_numpy
 from engine.specs.checks import short
-from studies.pages.run_batches import Excerpt, read_excerpt
-from studies.pages.run_requests import Requests, read_requests
+from studies.pages.run_requests import Excerpt, Requests, read_excerpt, read_requests
 from studies.pages.run_timeline import Timeline, read_timeline
 
 NOT_SET = "not set"
 _ROUNDING = 1e-6  # s
 
 
-@dataclass(frozen=True, eq=False)
-class Distribution:
+class Distribution(NamedTuple):
     """Quantiles of a latency: `values_s[i]` is the quantile `quantiles[i]`."""
 
     quantiles: Array
@@ -59,8 +57,7 @@ class Record:
 def read_record(folder: Path) -> Record:
     """Read a finished run's folder. Raises FileNotFoundError where one of its files is missing."""
     hint = "is all of it there?"
-    summary = read_json(folder / "summary.json", hint)
-    config = read_yaml(folder / "config.yaml", hint)
+    summary, config = read_json(folder / "summary.json", hint), read_yaml(folder / "config.yaml", hint)
     table = pq.ParquetFile(folder / "requests.parquet")
     more = [name for name in ("request_id", "prefix_hit_tokens") if name in table.schema_arrow.names]
     requests = to_numpy(table.read([*REQUEST_COLUMNS, *more]))

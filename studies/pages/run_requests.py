@@ -1,4 +1,4 @@
-"""The requests of a run as a report shows them: a sample by prompt length, the slowest, and hits of the prefix cache.
+"""Single requests and batches of a run as a report shows them: samples, the slowest, those around the longest gap.
 
 found = read_requests(columns)
 print(found.slowest["e2e_s"], found.hit_percent)
@@ -7,16 +7,22 @@ print(found.slowest["e2e_s"], found.hit_percent)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 
-from engine.results.tables import Array, Columns
+from engine.results.tables import Array, Columns, open_parquet
+from studies.pages.run_timeline import chunks
 
 MOST_DOTS = 2000  # requests that are drawn one by one
 MOST_SLOW = 20
 BANDS = 12  # of prompt lengths
 FEWEST_IN_BAND = 5
 HIT_BINS = 60
+MOST_BATCHES = 160  # a stage
+_COLUMNS = ["replica", "stage", "start_s", "duration_s", "num_tokens", "num_decodes", "num_prefills", "kv_blocks",
+            "num_waiting", "max_tbt_s"]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +36,7 @@ class Requests:
     ids: Array
     band_tokens: Array  # (bands,) middles of bands of prompt lengths, of all requests
     band_ttft_s: Array  # (bands, 2) median and P99 in each
-    slowest: (
-        Columns  # (MOST_SLOW,) by end-to-end latency: id, arrived_s, waited_s (NaN: unknown), prefill_s, decode_s, ...
-    )
+    slowest: Columns  # (MOST_SLOW,) by end-to-end latency: id, arrived_s, waited_s (NaN: unknown), first_s, e2e_s, ...
     hit_edges_s: Array  # (bins + 1,)
     hit_percent: Array  # (bins,) of the prompt tokens of the requests that were first scheduled then; NaN for none
 
@@ -80,18 +84,11 @@ def _bands(prompts: Array, ttft: Array) -> tuple[Array, Array]:
 def _slowest(columns: Columns, ids: Array, hits: Array, origin: float) -> Columns:
     took = columns["last_token_s"] - columns["arrived_s"]
     order = np.argsort(-took, kind="stable")[:MOST_SLOW]
-    row = {name: values[order] for name, values in columns.items()}
-    return {
-        "id": ids[order],
-        "arrived_s": row["arrived_s"] - origin,
-        "waited_s": row["scheduled_s"] - row["arrived_s"],
-        "first_s": row["first_token_s"] - row["arrived_s"],
-        "e2e_s": took[order],
-        "prompt_tokens": row["prompt_tokens"],
-        "output_tokens": row["output_tokens"],
-        "hits": hits[order],
-        "preemptions": row["preemptions"],
-    }
+    since = {"waited_s": "scheduled_s", "first_s": "first_token_s", "e2e_s": "last_token_s"}
+    after = {name: columns[until] - columns["arrived_s"] for name, until in since.items()}
+    every = {**columns, **after, "id": ids, "hits": hits, "arrived_s": columns["arrived_s"] - origin}
+    kept = ("id", "arrived_s", *since, "prompt_tokens", "output_tokens", "hits", "preemptions")
+    return {name: every[name][order] for name in kept}
 
 
 def _hits(scheduled: Array, prompts: Array, hits: Array) -> tuple[Array, Array]:
@@ -105,3 +102,56 @@ def _hits(scheduled: Array, prompts: Array, hits: Array) -> tuple[Array, Array]:
     tokens = np.bincount(place, prompts[known], bins)
     found = np.bincount(place, hits[known], bins)
     return edges, np.where(tokens > 0, 100 * found / np.maximum(tokens, 1), np.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Excerpt:
+    """Batches of one replica, one row for each on each stage; times are seconds from the run's first arrival."""
+
+    replica: int
+    stages: int
+    gap_s: float | None  # the longest between tokens, which these are around; None where no gap ended
+    time_s: float  # when it ended, or of the first batch
+    rows: Columns  # stage, start_s, duration_s, num_tokens, num_decodes, num_prefills, kv_blocks, num_waiting
+
+
+def read_excerpt(path: Path, origin_s: float) -> Excerpt | None:
+    """Return the batches around the longest gap between output tokens, or the first ones; None without a batch."""
+    with open_parquet(path) as file:
+        if not file.metadata.num_rows:
+            return None
+        gap, ended, replica = _longest(file)
+        nearest: Columns = {}
+        for chunk in chunks(file, _COLUMNS):
+            mine = chunk["replica"] == replica
+            if mine.any():
+                parts = [nearest] * bool(nearest) + [{name: values[mine] for name, values in chunk.items()}]
+                rows = {name: np.concatenate([part[name] for part in parts]) for name in chunk}
+                nearest = _nearest(rows, ended)
+    order = np.lexsort((nearest["stage"], nearest["start_s"]))
+    rows = {name: values[order] for name, values in nearest.items() if name not in ("replica", "max_tbt_s")}
+    rows["start_s"] = rows["start_s"] - origin_s
+    return Excerpt(replica, int(rows["stage"].max()) + 1, gap, ended - origin_s, rows)
+
+
+def _longest(file: pq.ParquetFile) -> tuple[float | None, float, int]:
+    """Return the longest gap, when it ended and on which replica; without a gap when the first batch did."""
+    best: tuple[float | None, float, int] = (None, 0.0, 0)
+    for i, chunk in enumerate(chunks(file, ["replica", "start_s", "duration_s", "max_tbt_s"])):
+        if i == 0:
+            best = (None, float(chunk["start_s"][0]), int(chunk["replica"][0]))
+        gaps = np.nan_to_num(chunk["max_tbt_s"])
+        at = int(np.argmax(gaps))
+        if gaps[at] > (best[0] or 0.0):
+            best = (float(gaps[at]), float(chunk["start_s"][at] + chunk["duration_s"][at]), int(chunk["replica"][at]))
+    return best
+
+
+def _nearest(rows: Columns, time: float) -> Columns:
+    """Keep of each stage the batches that are nearest to a time."""
+    keep = np.zeros(len(rows["stage"]), dtype=bool)
+    for stage in np.unique(rows["stage"]):
+        mine = np.flatnonzero(rows["stage"] == stage)
+        away: Array = np.abs(rows["start_s"][mine] + rows["duration_s"][mine] - time)
+        keep[mine[np.argsort(away, kind="stable")[:MOST_BATCHES]]] = True
+    return {name: values[keep] for name, values in rows.items()}

@@ -77,7 +77,7 @@ def read_timeline(
         decoded = np.zeros(OUTPUT_TIMES)
         batches = predicted = outside = stalled = 0
         peak_kv = 0.0
-        for rows in _chunks(file):
+        for rows in chunks(file, _COLUMNS):
             _check(path, rows, stages)
             begin = rows["start_s"] - start_s
             end = begin + rows["duration_s"]
@@ -88,10 +88,10 @@ def read_timeline(
             replica = rows["replica"][first_stage]
             kv = rows["kv_blocks"][first_stage] / blocks[replica]
             peak_kv = max(peak_kv, float(kv.max(initial=0.0)))
-            place = _Place(replica, begin[first_stage], end[first_stage], edges)
-            busy.add(place, np.ones(len(replica)))
+            ends = [_bins(times[first_stage], edges) for times in (begin, end)]
+            busy.add(replica, ends, np.ones(len(replica)))
             for name, state in states.items():
-                state.add(place, rows[name][first_stage])
+                state.add(replica, ends, rows[name][first_stage])
             ended = rows["max_tbt_s"] > 0  # false for NaN, which the other stages have
             gaps.add(end[ended], rows["max_tbt_s"][ended])
             last_stage = rows["stage"] == stages[rows["replica"]] - 1
@@ -105,23 +105,14 @@ def read_timeline(
     decode = states["num_decodes"].over(busy, all_replicas=True)
     first_tokens = np.searchsorted(np.sort(np.asarray(first_token_s) - start_s), output_s, side="right")
     return Timeline(
-        edges_s=edges,
-        output_s=output_s,
-        output_tokens=np.cumsum(decoded) + first_tokens,
-        decode_tokens=decode,
+        edges_s=edges, output_s=output_s, output_tokens=np.cumsum(decoded) + first_tokens, decode_tokens=decode,
         prefill_tokens=np.maximum(0.0, states["num_tokens"].over(busy, all_replicas=True) - decode),
         kv_percent=100 * states["kv_blocks"].over(busy) / blocks[:, None],
-        num_running=states["num_running"].over(busy),
-        num_waiting=states["num_waiting"].over(busy),
-        max_tbt_s=gaps.longest,
-        median_tbt_s=gaps.medians(),
-        stall_threshold_s=threshold,
-        batches=batches,
-        stalled_batches=stalled,
-        peak_kv_percent=100 * peak_kv,
-        predicted_batches=predicted,
-        outside_range=outside,
-    )
+        num_running=states["num_running"].over(busy), num_waiting=states["num_waiting"].over(busy),
+        max_tbt_s=gaps.longest, median_tbt_s=gaps.medians(), stall_threshold_s=threshold,
+        batches=batches, stalled_batches=stalled, peak_kv_percent=100 * peak_kv,
+        predicted_batches=predicted, outside_range=outside,
+    )  # fmt: skip
 
 
 def _check(path: Path, rows: Columns, stages: Array) -> None:
@@ -139,8 +130,9 @@ def _check(path: Path, rows: Columns, stages: Array) -> None:
         )
 
 
-def _chunks(file: pq.ParquetFile) -> Iterator[Columns]:
-    for chunk in file.iter_batches(CHUNK_ROWS, columns=_COLUMNS):
+def chunks(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[Columns]:
+    """Yield some columns of a table, so many rows at a time."""
+    for chunk in file.iter_batches(CHUNK_ROWS, columns=columns):
         yield to_numpy(pa.Table.from_batches([chunk]))
 
 
@@ -149,16 +141,6 @@ def _bins(times: Array, edges: Array) -> tuple[Array, Array]:
     place = times * ((len(edges) - 1) / edges[-1])
     index = np.clip(place, 0, len(edges) - 2).astype(np.int64)
     return index, np.clip(index + 1 - place, 0.0, 1.0)
-
-
-class _Place:
-    """Which cells (replica, bin) intervals begin and end in."""
-
-    def __init__(self, replica: Array, begin: Array, end: Array, edges: Array) -> None:
-        first, self.first_share = _bins(begin, edges)
-        last, self.last_share = _bins(end, edges)
-        self.first = replica * (len(edges) - 1) + first
-        self.last = replica * (len(edges) - 1) + last
 
 
 class _TimeMean:
@@ -170,15 +152,14 @@ class _TimeMean:
 
     def __init__(self, replicas: int, edges: Array) -> None:
         self.shape = (replicas, len(edges) - 1)
-        self.inside = np.zeros(replicas * (len(edges) - 1))
-        self.step = np.zeros(replicas * (len(edges) - 1))
+        self.inside, self.step = np.zeros((2, replicas * (len(edges) - 1)))
 
-    def add(self, place: _Place, values: Array) -> None:
-        size = len(self.step)
-        self.inside += np.bincount(place.first, values * place.first_share, size)
-        self.inside -= np.bincount(place.last, values * place.last_share, size)
-        self.step += np.bincount(place.first, values, size)
-        self.step -= np.bincount(place.last, values, size)
+    def add(self, replica: Array, ends: Sequence[tuple[Array, Array]], values: Array) -> None:
+        """Add intervals: their replicas, the bins and shares of their beginnings and of their ends, and values."""
+        for sign, (index, share) in zip((1, -1), ends, strict=True):
+            cells = replica * self.shape[1] + index
+            self.inside += sign * np.bincount(cells, values * share, len(self.step))
+            self.step += sign * np.bincount(cells, values, len(self.step))
 
     def integral(self) -> Array:
         """(replicas, bins)"""

@@ -1,89 +1,51 @@
-"""docs/studies.md, written from the record of the studies (`studies.published.record`) and their files."""
+"""docs/studies.md, written from the record of the studies (`studies.published.library`) and their files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log, log1p
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from studies.pages.study import HOSTS, LITTLE, judged, markdown
+from studies.pages.study import LITTLE, judged, markdown
 from studies.published import library
-from studies.published.experiment import FITTED_HOST, MODERN_HOST, PAPER_HOST, PLACEBOS, Experiment
-from studies.published.judge import KINDS, judge_all, tally
+from studies.published.experiment import FITTED_HOST, HOSTS, PAPER_HOST, PLACEBOS, Experiment
+from studies.published.judge import Judgement, judge_all, tally
 from studies.words import percent
 
-JUDGES = (  # of the fitted host overhead: Figures 5 to 9 and Table 6
-    "capacity",
-    "iso_qps",
-    "hybrid_parallelism",
-    "chunking_overhead",
-    "chunk_size_tradeoff",
-    "scheduler_ablation",
-)
+JUDGES = ("capacity", "iso_qps", "hybrid_parallelism", "chunking_overhead", "chunk_size_tradeoff",
+          "scheduler_ablation")  # of the fitted host overhead: Figures 5 to 9 and Table 6  # fmt: skip
 FAR = 1.5  # times off: listed as an open disagreement
-_INTRO = f"""# Studies: published experiments, and ours beside them
+PAGE = Path(__file__).with_suffix(".md")  # its beginning: how to read it
 
-```bash
-windtunnel study list
-windtunnel study run capacity                      # a page in runs/studies/capacity
-windtunnel study run iso_qps --model Mistral       # some of it: --model, --num-prompts, --host-overhead, --seeds
-windtunnel study run all --record docs/studies.json    # every one, and this page
-```
 
-The experiments of the Sarathi-Serve paper (Agrawal et al., OSDI 2024) as its artifact's scripts ran them, each a YAML
-file in `studies/published/experiments` that says what is run and what was published; nothing in it is a result. A
-study runs on every core (`--workers`), keeps each finished point, resumes when it is rerun, and writes `report.html`
-(the figure again, with the published numbers where there are any) and `results.json`. A point that crashes is reported
-with its error and exit code 1; it is never taken for a missed SLO. By CPU time, two cores take about 10 minutes for all
-at three seeds, of which nearly 5 are for `capacity`. **This page is written by the studies** from `docs/studies.json`;
-a test reruns two of them and compares.
-
-How to read it
-
-- A value or a ratio agrees when it is within 20 % of the published number, the reading of a figure (± beside it)
-  included. That line is ours, the same everywhere; the difference stands beside every number. An order agrees when it
-  holds.
-- Requests are drawn anew for each seed. Numbers are medians [lowest to highest]. A claim that agrees in some draws only
-  **depends on the draw** (~); ✗ agrees in none.
-- Every claim is also run with two **placebos** in place of the predictor: times from the data sheet of another GPU
-  (H100), and the calibration's times dealt out to batches of another size. A claim that a placebo passes too **says
-  little** of the predictor, and is marked {LITTLE}: it follows from the schedulers, or from any times at all.
-- *The paper's engine* is the preset `sarathi-osdi24`: host times measured of that Python engine, Ray messages also at
-  TP1, its way to count (the first token an iteration late, in no metric) and to preempt. *Fitted to Figure 2* is the
-  same with two host constants fitted to Figure 2 and Table 2 (`studies/published/fitted_host.py`), which are no claims
-  of it; first seed only. *A modern engine* runs the same schedulers with `cuda_graphs`.
-- Trials end when the artifact's did: 30 simulated minutes (capacity, Figure 8, Table 6) or 3 hours (Figures 7, 9b).
-  Memory utilisation is 0.85 as there.
-"""
+_OF_THE_HOST = (
+    "What Figure 2 and Table 2 say of the host's time, held against the figures that it was not fitted to (the "
+    "preset `sarathi-osdi24` keeps the measured times):"
+)
 
 
 def render(record: Mapping[str, Any]) -> str:
     """Return the page of a record: what agrees in all, and a section for each study."""
     every = {name: library.load(name) for name in library.names() if name in record}
-    lines = [_INTRO]
-    missing = [name for name in library.names() if name not in record]
-    if missing:
+    lines = [PAGE.read_text(encoding="utf-8")]
+    if missing := [name for name in library.names() if name not in record]:
         lines.append(f"Not in the record yet: {', '.join(f'`{name}`' for name in missing)}.\n")
     for name in every:
-        if left := [HOSTS[host] for host in HOSTS if host not in record[name]["records"]]:
+        if left := [words for host, words in HOSTS.items() if host not in record[name]["records"]]:
             lines.append(f"`{name}` is in the record without: {', '.join(left)}.\n")
     lines += ["## What agrees", ""]
-    hosts = [
-        host for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST) if any(host in record[n]["records"] for n in every)
-    ]
-    lines += [
-        f"| study | in the paper | {' | '.join(HOSTS[host] for host in hosts)} |",
-        "|---" * (2 + len(hosts)) + "|",
-    ]
+    hosts = [host for host in HOSTS if any(host in record[n]["records"] for n in every) and host not in PLACEBOS]
+    heads = " | ".join(["study", "in the paper", *(HOSTS[host] for host in hosts)])
+    lines += [f"| {heads} |", "|---" * (2 + len(hosts)) + "|"]
     for name, experiment in every.items():
         verdicts = judged(experiment, record[name]["records"])
         cells = [", ".join(map(str, tally(verdicts.get(host, [])))) or "-" for host in hosts]
         lines.append(f"| `{name}` | {experiment.source} | {' | '.join(cells)} |")
     lines += ["", *_summary(record, every), ""]
-    for name, experiment in every.items():
-        lines.append(markdown(name, experiment, record[name]["records"]))
+    lines += [markdown(name, experiment, record[name]["records"]) for name, experiment in every.items()]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
@@ -121,51 +83,40 @@ def scores(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> dict[s
 def _summary(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
     """Return lines of how many claims hold in all, and what the figures say of the fitted host overhead."""
     seeds = max((each["seeds"] for each in record.values()), default=1)
-    lines = [
+    about = (
         f"{seeds} seeds for the engines, the first for the controls. The typical error is the median of "
-        "|ours / published - 1| over the numbers that nothing was fitted to. Of all claims that were run:",
-        "",
-    ]
-    total = scores(record, every)
-    for host in (PAPER_HOST, FITTED_HOST, MODERN_HOST, *PLACEBOS):
-        if host in total:
-            lines.append(f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {total[host]}")
-    lines += ["", *_what_says_something(record, every)]
-    lines += _far_off(record, every)
+        "|ours / published - 1| over the numbers that nothing was fitted to. Of all claims that were run:"
+    )
+    lines, total = [about, ""], scores(record, every)
+    lines += [f"- {'placebo: ' * (host in PLACEBOS)}{HOSTS[host]}: {total[host]}" for host in HOSTS if host in total]
+    own = {name: judged(each, record[name]["records"]).get(PAPER_HOST, []) for name, each in every.items()}
+    lines += ["", _what_says_something(own), *_far_off(own)]
     judges = {name: each for name, each in every.items()
               if name in JUDGES and {PAPER_HOST, FITTED_HOST} <= set(record[name]["records"])}  # fmt: skip
     if judges:
-        about = (
-            "What Figure 2 and Table 2 say of the host's time, held against the figures that it was not fitted to (the "
-            "preset `sarathi-osdi24` keeps the measured times):"
-        )
-        lines += ["", about, ""]
+        lines += ["", _OF_THE_HOST, ""]
         for name, experiment in judges.items():
             mine = scores(record, {name: experiment})
             lines.append(f"- {experiment.source}: measured {mine[PAPER_HOST]}. Fitted {mine[FITTED_HOST]}")
     return lines
 
 
-def _what_says_something(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
+def _what_says_something(own: Mapping[str, Sequence[Judgement]]) -> str:
     """Return a line of how many of the claims that agree, of each kind, no placebo passes."""
-    counts = {kind: [0, 0] for kind in KINDS}
-    for name, experiment in every.items():
-        for each in tally(judged(experiment, record[name]["records"]).get(PAPER_HOST, [])):
-            counts[each.kind][0] += each.agree - each.little
-            counts[each.kind][1] += each.agree
-    parts = ", ".join(f"{told} of {agree} {kind}" for kind, (told, agree) in counts.items() if agree)
-    return [
+    every = tally([each for judgements in own.values() for each in judgements])
+    parts = ", ".join(f"{each.agree - each.little} of {each.agree} {each.kind}" for each in every if each.agree)
+    return (
         f"Of the claims of the paper's engine that agree, no placebo passes {parts}. These say something of the "
         f"predictor; the others ({LITTLE}) say little."
-    ]
+    )
 
 
-def _far_off(record: Mapping[str, Any], every: Mapping[str, Experiment]) -> list[str]:
+def _far_off(own: Mapping[str, Sequence[Judgement]]) -> list[str]:
     """Return a list of the numbers that the paper's engine is off by half or more, in all draws together."""
     rows = [
         (abs(log1p(each.off)), f"- `{name}`: {each.claim}: {each.published}, ours {each.ours}")
-        for name, experiment in every.items()
-        for each in judged(experiment, record[name]["records"]).get(PAPER_HOST, [])
+        for name, judgements in own.items()
+        for each in judgements
         if each.off is not None and each.verdict == "disagrees" and abs(log1p(each.off)) >= log(FAR)
     ]
     if not rows:

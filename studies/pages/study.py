@@ -12,30 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from studies.pages.figures import Panel
-from studies.pages.page import Cell, Page, Tone, details, facts_table, footer, header, numbers_table
+from studies.pages.page import Cell, Page, Tone, details, facts_table, numbers_table
 from studies.pages.study_figures import panels
-from studies.published.experiment import (
-    FITTED_HOST,
-    MODERN_HOST,
-    PAPER_HOST,
-    PLACEBOS,
-    ROOFLINE_PLACEBO,
-    SHUFFLED_PLACEBO,
-    Experiment,
-)
+from studies.published.experiment import HOSTS, MODERN_HOST, PAPER_HOST, PLACEBOS, Experiment
 from studies.published.judge import KINDS, Choice, Judgement, Records, choices, judge_all, tally
-from studies.words import percent
+from studies.words import capital, percent
 
-HOSTS = {
-    PAPER_HOST: "the paper's engine",
-    FITTED_HOST: "fitted to Figure 2",
-    MODERN_HOST: "a modern engine",
-    ROOFLINE_PLACEBO: "roofline of an H100",
-    SHUFFLED_PLACEBO: "shuffled predictor",
-}
 DRAWN = (PAPER_HOST, MODERN_HOST)  # whose figures the page of a whole study shows
 LITTLE = "†"
-MARKS = {"disagrees": " ✗", "depends on the draw": " ~"}
 STYLE = (
     "<style>.claims th[scope=row] { min-width: 10rem; background: var(--page); } .claims td { min-width: 6em; } "
     ".claims + p { margin-top: 1rem; }</style>"
@@ -56,28 +40,20 @@ def write_page(
 ) -> Path:
     """Write the page; `reduced` says what was left out of the study, if anything was."""
     verdicts = judged(experiment, records)
-    page = Page(experiment.title)
-    page.add(
-        header(
-            f"Study {name} · Sarathi-Serve (OSDI 2024), {experiment.source[0].lower()}{experiment.source[1:]}",
-            experiment.title,
-            experiment.shows,
-            _chips(verdicts),
-            _sources(records, reduced),
-        )
-    )
+    page = Page(experiment.title, f" · study {name}")
+    kicker = f"Study {name} · Sarathi-Serve (OSDI 2024), {experiment.source[0].lower()}{experiment.source[1:]}"
+    page.header(kicker, experiment.shows, _chips(verdicts), _sources(records, reduced))
     if experiment.claims:
         page.add("<h2>Published, and ours</h2>", STYLE, "<div class='claims'>", claims_table(verdicts), "</div>")
         page.add(f"<p>{escape(_how_judged(records))}</p>")
         if words := little_in_words(verdicts.get(PAPER_HOST, [])):
-            page.add(f"<p>{escape(_begun(HOSTS[PAPER_HOST]))}: {escape(words)}.</p>")
+            page.add(f"<p>{escape(capital(HOSTS[PAPER_HOST]))}: {escape(words)}.</p>")
     for host, judgements in verdicts.items():
         missed = [each for each in judgements if each.explanation]
         if missed and host in DRAWN:
-            rows = [
-                (each.claim, f"{each.ours} for {each.published} ({each.verdict}): {each.explanation}")
-                for each in missed
-            ]
+            rows = []
+            for each in missed:
+                rows.append((each.claim, f"{each.ours} for {each.published} ({each.verdict}): {each.explanation}"))
             count = f"{len(missed)} claim{'s' * (len(missed) > 1)}"
             page.add(details(f"Why ours differs as {host_name(host)}: {count}", facts_table(rows)))
     beside: dict[str, list[Panel]] = {}  # by figure, under each host overhead
@@ -89,38 +65,30 @@ def write_page(
     page.add_panels("Figures", [panel for row in beside.values() for panel in row])
     for host, found in records.items():
         if table := choices(found):
-            page.add("<h2>How good is the choice?</h2>", _about_choices(table, host))
-            page.add(STYLE, "<div class='claims'>", choices_table(table), "</div>")
+            _add_choices(page, table, host)
     if experiment.choices:
         page.add("<h2>What the paper leaves open</h2><ul>")
         page.add(*(f"<li>{escape(line)}</li>" for line in experiment.choices), "</ul>")
-    page.add(footer(f" · study {name}"))
     return page.write(path)
 
 
 def _how_judged(records: Mapping[str, Records]) -> str:
     """Return how to read the verdicts."""
-    seeds = max(
-        (len(next(iter(record["draws"].values()))) for each in records.values() for record in each.values()
-         if record.get("draws")),
-        default=1,
-    )  # fmt: skip
+    every = [record["draws"] for each in records.values() for record in each.values() if record.get("draws")]
+    seeds = max((len(next(iter(draws.values()))) for draws in every), default=1)
     drawn = f"Numbers are medians of {seeds} draws of the requests [lowest to highest]. " if seeds > 1 else ""
-    placebos = [HOSTS[host] for host in records if host in PLACEBOS]
-    little = (
-        f" {LITTLE}: it agrees with a placebo's times too ({' or '.join(placebos)}), so that it says little of the "
-        "predictor."
-        if placebos
-        else ""
-    )
-    return (
+    words = (
         f"{drawn}A number agrees within 20 % of the published one, its reading included; a claim depends on the draw "
-        f"where it agrees in some draws only.{little}"
+        "where it agrees in some draws only."
     )
+    if placebos := [HOSTS[host] for host in records if host in PLACEBOS]:
+        words += f" {LITTLE}: it agrees with a placebo's times too ({' or '.join(placebos)}), "
+        words += "so that it says little of the predictor."
+    return words
 
 
 def host_name(host: str) -> str:
-    """Return a host overhead in words."""
+    """Return a host overhead in words, with its name."""
     return f"{HOSTS[host]} ({host})" if host in HOSTS else host
 
 
@@ -136,41 +104,38 @@ def _chips(verdicts: Judged) -> list[tuple[Tone, str]]:
 
 
 def _sources(records: Mapping[str, Records], reduced: str) -> list[tuple[Tone, str, str]]:
-    lines: list[tuple[Tone, str, str]] = []
-    if reduced:
-        lines.append(("bad", "reduced", f"{reduced}: these figures are not the study's."))
     every = ", ".join(host_name(host) for host in records if host not in PLACEBOS)
-    lines.append(("unsure", "simulated", f"with the host overhead of {every}; nothing here was run on a GPU."))
-    return lines
+    simulated = f"with the host overhead of {every}; nothing here was run on a GPU."
+    less: list[tuple[Tone, str, str]] = [("bad", "reduced", f"{reduced}: these figures are not the study's.")]
+    return [*(less if reduced else []), ("unsure", "simulated", simulated)]
 
 
 def claims_table(verdicts: Judged) -> str:
     """Return a row for each claim: published, and ours under each host overhead."""
-    hosts = list(verdicts)
+    heads = ("Published", *(capital(HOSTS.get(host, host)) for host in verdicts))
     parts = []
     for kind in KINDS:
         rows: list[tuple[str, list[Cell]]] = []
         for judgements in zip(*verdicts.values(), strict=True):
             if judgements[0].kind == kind:
-                little = f" {LITTLE}" * judgements[0].says_little
-                rows.append((judgements[0].claim + little, [judgements[0].published, *map(_cell, judgements)]))
+                rows.append((_claim(judgements[0]), [judgements[0].published, *map(_cell, judgements)]))
         if rows:
-            heads = (kind.capitalize(), "Published", *(_begun(HOSTS.get(host, host)) for host in hosts))
-            parts.append(numbers_table(heads, rows, words=True))
+            parts.append(numbers_table((kind.capitalize(), *heads), rows, words=True))
     return "".join(parts)
 
 
-def _begun(words: str) -> str:
-    return words[:1].upper() + words[1:]
+def _claim(judgement: Judgement) -> str:
+    return judgement.claim + f" {LITTLE}" * judgement.says_little
 
 
 def _cell(judgement: Judgement) -> Cell:
-    if judgement.verdict == "not run":
-        return "-"
-    off = "" if judgement.off is None else f" ({percent(judgement.off, sign=True)})"
     tones: dict[str, Tone] = {"agrees": "unsure" if judgement.says_little else "good", "disagrees": "bad"}
     words = {"depends on the draw": ", depends on the draw", "fitted": ", fitted"}.get(judgement.verdict, "")
-    return (tones.get(judgement.verdict, "unsure"), f"{judgement.ours}{off}{words}")
+    return (
+        "-"
+        if judgement.verdict == "not run"
+        else (tones.get(judgement.verdict, "unsure"), judgement.ours_and_off + words)
+    )
 
 
 def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str | None]:
@@ -181,26 +146,23 @@ def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str
     return f"{right} of {len(table)} places", regret, error, f"{min(known):.2f}" if known else None
 
 
-def _about_choices(table: Sequence[Choice], host: str) -> str:
+def _add_choices(page: Page, table: Sequence[Choice], host: str) -> None:
+    """Add a row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
     right, regret, _, correlation = _choices_in_numbers(table)
     words = (
         f"The scheduler with the highest capacity at the search's usual tolerance, against every scheduler's capacity "
         f"to 0.5 % with each trial run to its end, as {host_name(host)}: the best one is "
         f"chosen in {right}; the largest regret is {percent(regret)}"
+        + (f", the lowest rank correlation {correlation}" if correlation else "")
     )
-    lowest = f", the lowest rank correlation {correlation}" if correlation else ""
-    return f"<p>{escape(words + lowest)}.</p>"
-
-
-def choices_table(table: Sequence[Choice]) -> str:
-    """Return a row for each place: the choice, the best, how the ranks agree, and what the choice costs."""
-    rows: list[tuple[str, list[Cell]]] = []
-    for choice in table:
-        correlation = "-" if choice.spearman is None else f"{choice.spearman:.2f}"
-        costs = percent(choice.regret), percent(choice.worst_error)
-        rows.append((choice.place, [choice.chosen, choice.best, correlation, *costs]))
+    rows = []
+    for each in table:
+        rank = "-" if each.spearman is None else f"{each.spearman:.2f}"
+        costs = percent(each.regret), percent(each.worst_error)
+        rows.append((each.place, [each.chosen, each.best, rank, *costs]))
     heads = ("Place", "Chosen", "Best", "Rank correlation", "Regret", "Largest error of a capacity")
-    return numbers_table(heads, rows)
+    page.add("<h2>How good is the choice?</h2>", f"<p>{escape(words)}.</p>", STYLE)
+    page.add("<div class='claims'>", numbers_table(heads, rows), "</div>")
 
 
 def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) -> str:
@@ -211,12 +173,11 @@ def markdown(name: str, experiment: Experiment, records: Mapping[str, Records]) 
     lines += [experiment.shows.strip(), ""]
     lines += [f"- {host_name(host)}: {in_words(verdicts[host])}" for host in hosts]
     if words := little_in_words(verdicts.get(PAPER_HOST, [])):
-        lines += [f"- {words}"]
+        lines.append(f"- {words}")
     heads = ["claim", "published", *(HOSTS.get(host, host) for host in hosts)]
-    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in zip(*(verdicts[host] for host in hosts), strict=True):
-        cells = [_markdown_cell(judgement) for judgement in row]
-        lines.append(f"| {' | '.join([row[0].claim + f' {LITTLE}' * row[0].says_little, row[0].published, *cells])} |")
+    every = zip(*verdicts.values(), strict=True)
+    rows = [[_claim(row[0]), row[0].published, *map(_markdown_cell, row)] for row in every]
+    lines += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
     for host in hosts:
         if table := choices(records[host]):
             lines += ["", _markdown_choices(table, host)]
@@ -240,11 +201,8 @@ def little_in_words(judgements: Sequence[Judgement]) -> str:
 
 
 def _markdown_cell(judgement: Judgement) -> str:
-    if judgement.verdict == "not run":
-        return "-"
-    off = "" if judgement.off is None else f" ({percent(judgement.off, sign=True)})"
-    fitted = " fitted" * (judgement.verdict == "fitted")
-    return f"{judgement.ours}{off}{fitted}{MARKS.get(judgement.verdict, '')}"
+    marks = {"fitted": " fitted", "disagrees": " ✗", "depends on the draw": " ~"}
+    return "-" if judgement.verdict == "not run" else judgement.ours_and_off + marks.get(judgement.verdict, "")
 
 
 def _markdown_choices(table: Sequence[Choice], host: str) -> str:
@@ -261,10 +219,8 @@ def to_json(experiment: Experiment, records: Mapping[str, Records]) -> dict[str,
     return {
         "title": experiment.title,
         "source": experiment.source,
-        "judgements": {
-            host: [vars(each) for each in judgements] for host, judgements in judge_all(experiment, records).items()
-        },
-        "choices": {host: [vars(each) for each in choices(found)] for host, found in records.items()},
+        "judgements": {host: list(map(vars, each)) for host, each in judge_all(experiment, records).items()},
+        "choices": {host: list(map(vars, choices(found))) for host, found in records.items()},
         "records": {host: dict(found) for host, found in records.items()},
     }
 
@@ -274,9 +230,6 @@ def summary_lines(experiment: Experiment, records: Mapping[str, Records]) -> lis
     lines = []
     for host, judgements in judged(experiment, records).items():
         lines.append(f"{host_name(host)}: {in_words(judgements)}")
-        lines += [
-            f"  {each.sentence()}"
-            for each in judgements
-            if each.explanation and host in (PAPER_HOST, *list(records)[:1])
-        ]
+        if host in (PAPER_HOST, *list(records)[:1]):
+            lines += [f"  {each.sentence()}" for each in judgements if each.explanation]
     return lines

@@ -5,7 +5,7 @@ The published numbers that a claim, or `marks`, states for a point's value stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,44 +36,46 @@ def panels(experiment: Experiment, records: Records) -> list[Panel]:
     return _DRAWINGS[experiment.drawing](records, published)
 
 
-def lines(series: Series, x_title: str, y_title: str, published: Series | None = None) -> go.Figure:
+def lines(series: Series, x_title: str, y_title: str, published: Series) -> go.Figure:
     """Draw a line with markers for each name, with its published values as diamonds; every x is a tick if few."""
     figure = new_figure()
     for i, (name, (xs, ys)) in enumerate(series.items()):
         colour = _colour(name, i)
         add_line(figure, xs, ys, name, colour, "%{y:.3~r}", width=2.2, mode="lines+markers", marker={"size": 6})
-    values = np.array([y for _, ys in series.values() for y in ys])
-    for i, (name, (xs, ys)) in enumerate((published or {}).items()):
-        figure.add_scatter(
-            x=list(xs), y=list(ys), mode="markers", name="published", legendgroup="published", showlegend=not i,
-            hovertemplate="%{y:.3~r} published", marker=_diamond(_colour(name, list(series).index(name))),
-        )  # fmt: skip
-        values = np.concatenate([values, ys])
-    figure.update_yaxes(title_text=y_title, **value_axis(values))
-    categories = any(isinstance(x, str) for xs, _ in series.values() for x in xs)
-    ticks = sorted({x for xs, _ in series.values() for x in xs}) if not categories else []
-    every = {"tickvals": ticks} if 1 < len(ticks) <= 8 else {}
-    figure.update_xaxes(title_text=x_title, **({"type": "category"} if categories else every))
+    _diamonds(figure, series, published)
+    values = [y for each in (series, published) for _, ys in each.values() for y in ys]
+    figure.update_yaxes(title_text=y_title, **value_axis(np.array(values)))
+    every = {x for xs, _ in series.values() for x in xs}
+    figure.update_xaxes(title_text=x_title)
+    if any(isinstance(x, str) for x in every):
+        figure.update_xaxes(type="category")
+    elif 1 < len(every) <= 8:
+        figure.update_xaxes(tickvals=sorted(every))
     return figure
 
 
-def bars(series: Series, y_title: str, published: Series | None = None, stacked: bool = False) -> go.Figure:
+def bars(series: Series, y_title: str, published: Series, stacked: bool = False) -> go.Figure:
     """Draw bars side by side (or on top of each other) for each name, with the published values as diamonds."""
-    figure = new_figure()
+    figure = new_figure(barmode="stack" if stacked else "group", scattermode="group", bargap=0.25)
     for i, (name, (xs, ys)) in enumerate(series.items()):
         figure.add_bar(
             x=list(xs), y=list(ys), name=name, marker={"color": _colour(name, i)}, hovertemplate="%{y:.3~r}",
             offsetgroup=None if stacked else name,
         )  # fmt: skip
-    for i, (name, (xs, ys)) in enumerate((published or {}).items()):
-        figure.add_scatter(
-            x=list(xs), y=list(ys), mode="markers", name="published", legendgroup="published", showlegend=not i,
-            offsetgroup=name, hovertemplate="%{y:.3~r} published", marker=_diamond(_colour(name, i)),
-        )  # fmt: skip
-    figure.update_layout(barmode="stack" if stacked else "group", scattermode="group", bargap=0.25)
+    _diamonds(figure, series, published, beside=True)
     figure.update_yaxes(title_text=y_title, rangemode="tozero")
     figure.update_xaxes(type="category")
     return figure
+
+
+def _diamonds(figure: go.Figure, series: Series, published: Series, beside: bool = False) -> None:
+    """Draw published values in the colours of their series; `beside` each other, as bars are."""
+    for i, (name, (xs, ys)) in enumerate(published.items()):
+        figure.add_scatter(
+            x=list(xs), y=list(ys), mode="markers", name="published", legendgroup="published", showlegend=not i,
+            hovertemplate="%{y:.3~r} published", marker=_diamond(_colour(name, list(series).index(name))),
+            offsetgroup=name if beside else None,
+        )  # fmt: skip
 
 
 def _colour(name: str, i: int) -> str:
@@ -84,43 +86,44 @@ def _diamond(colour: str) -> dict[str, Any]:
     return {"symbol": "diamond", "size": 10, "color": colour, "line": {"color": "white", "width": 1.5}}
 
 
-def _series(rows: Iterable[tuple[str, Any, float]]) -> Series:
-    """Collect the x and y of each name."""
-    found: dict[str, tuple[list[Any], list[float]]] = {}
-    for name, x, y in rows:
-        xs, ys = found.setdefault(name, ([], []))
-        xs.append(x)
-        ys.append(y)
-    return found
-
-
-def _places(records: Records, depth: int) -> list[tuple[tuple[str, ...], list[tuple[list[str], Mapping[str, float]]]]]:
-    """Group the points by the first `depth` parts of their names: the other parts, and the values."""
-    found: dict[tuple[str, ...], list[tuple[list[str], Mapping[str, float]]]] = {}
+def _places(records: Records, *parts: int) -> list[tuple[tuple[str, ...], Records]]:
+    """Group the points by some parts of their names."""
+    found: dict[tuple[str, ...], dict[str, Mapping[str, Any]]] = {}
     for point, record in records.items():
-        parts = point.split("/")
-        found.setdefault(tuple(parts[:depth]), []).append((parts[depth:], record["values"]))
+        names = point.split("/")
+        found.setdefault(tuple(names[i] for i in parts), {})[point] = record
     return list(found.items())
+
+
+def _sides(
+    records: Records, published: Published, metric: str, place: Callable[..., tuple[str, Any]]
+) -> tuple[Series, Series]:
+    """Return our values and the published ones of a metric; `place` gives series and x of a point's parts."""
+    ours: dict[str, tuple[list[Any], list[float]]] = {}
+    theirs: dict[str, tuple[list[Any], list[float]]] = {}
+    for point, record in records.items():
+        name, x = place(*point.split("/"))
+        for found, value in ((ours, record["values"][metric]), (theirs, published.get(f"{point}:{metric}"))):
+            if value is not None:
+                xs, ys = found.setdefault(name, ([], []))
+                xs.append(x)
+                ys.append(value)
+    return ours, theirs
+
+
+def _panel(title: str, figure: go.Figure, theirs: Series, words: str = "The median of the draws.") -> Panel:
+    marks = "Diamonds: published." if theirs else "The paper gives no numbers to mark."
+    return Panel(title, f"{words} {marks}", figure, "half", 300)
 
 
 def _capacity(records: Records, published: Published) -> list[Panel]:
     """Draw the capacity of each model's schedulers, for each workload and objective."""
-    found = [
-        (point.split("/"), record["values"]["qps"], published.get(f"{point}:qps"))
-        for point, record in records.items()
-        if "qps" in record["values"]
-    ]
+    found = {point: record for point, record in records.items() if "qps" in record["values"]}
+    words = "Highest request rate within the objectives: the median of the draws; the first where nothing was claimed."
     result = []
-    for place in dict.fromkeys((parts[1], parts[2]) for parts, _, _ in found):
-        here = [(parts[3], parts[0], *qps) for parts, *qps in found if (parts[1], parts[2]) == place]
-        ours = _series((scheduler, setup, qps) for scheduler, setup, qps, _ in here)
-        theirs = _series((scheduler, setup, qps) for scheduler, setup, _, qps in here if qps is not None)
-        figure = bars(ours, "Capacity (requests/s)", theirs)
-        caption = (
-            "Highest request rate within the objectives: the median of the draws; the first where nothing was claimed. "
-            + _marks(theirs)
-        )
-        result.append(Panel(", ".join(place), caption, figure, "half", 300))
+    for place, here in _places(found, 1, 2):
+        ours, theirs = _sides(here, published, "qps", lambda setup, workload, slo, scheduler: (scheduler, setup))
+        result.append(_panel(", ".join(place), bars(ours, "Capacity (requests/s)", theirs), theirs, words))
     return result
 
 
@@ -134,43 +137,25 @@ def _completions(records: Records, published: Published) -> list[Panel]:
         gaps.append(f"{scheduler} {record['values']['max_tbt']:.3g} s")
     figure.update_xaxes(title_text="Time since the first arrival (s)")
     figure.update_yaxes(title_text="Decodes completed", rangemode="tozero")
-    ends = [f"{point.split('/')[-1]} {published[f'{point}:duration']:g} s" for point in records
-            if f"{point}:duration" in published]  # fmt: skip
     longest = f"Of the first draw. The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
-    longest += f" Dashed: the published ends, {'; '.join(ends)}." * bool(ends)
+    ends = []
     for i, point in enumerate(records):
         if (end := published.get(f"{point}:duration")) is not None:
-            figure.add_vline(x=end, line={"color": _colour(point.split("/")[-1], i), "width": 1, "dash": "dash"})
+            scheduler = point.split("/")[-1]
+            ends.append(f"{scheduler} {end:g} s")
+            figure.add_vline(x=end, line={"color": _colour(scheduler, i), "width": 1, "dash": "dash"})
+    longest += f" Dashed: the published ends, {'; '.join(ends)}." * bool(ends)
     return [Panel("Decodes completed over time", f"A flat step is a stall. {longest}", figure, "half", 340)]
-
-
-def _of(metric: str, rows: Iterable[tuple[str, str, Any]], published: Published) -> Series | None:
-    """Return the published values of rows (point, name, x) as series."""
-    theirs = _series(
-        (name, x, published[f"{point}:{metric}"]) for point, name, x in rows if f"{point}:{metric}" in published
-    )
-    return theirs or None
-
-
-def _about(theirs: Series | None) -> str:
-    return f"The median of the draws. {_marks(theirs)}"
-
-
-def _marks(theirs: Series | None) -> str:
-    return "Diamonds: published." if theirs else "The paper gives no numbers to mark."
 
 
 def _over_rate(records: Records, published: Published) -> list[Panel]:
     """Draw P99 TBT and median TTFT over the request rate, for each setup and workload."""
     result = []
-    for place, rows in _places(records, 2):
+    for place, here in _places(records, 0, 1):
         for metric, name in _TAILS:
-            series = _series((scheduler, float(rate), values[metric]) for (rate, scheduler), values in rows)
-            points = [("/".join((*place, rate, scheduler)), scheduler, float(rate)) for (rate, scheduler), _ in rows]
-            theirs = _of(metric, points, published)
-            figure = lines(series, "Request rate (requests/s)", f"{name} (s)", published=theirs)
-            title = f"{', '.join(place)}: {name} over the load"
-            result.append(Panel(title, _about(theirs), figure, "half", 300))
+            ours, theirs = _sides(here, published, metric, lambda setup, load, rate, policy: (policy, float(rate)))
+            figure = lines(ours, "Request rate (requests/s)", f"{name} (s)", theirs)
+            result.append(_panel(f"{', '.join(place)}: {name} over the load", figure, theirs))
     return result
 
 
@@ -178,43 +163,33 @@ def _over_chunk(records: Records, published: Published) -> list[Panel]:
     """Draw P99 TBT and median TTFT over the chunk size, a line for each model and rate."""
     result = []
     for metric, name in _TAILS:
-        series = _series(
-            (f"{setup}, {rate}/s", chunk, values[metric])
-            for (setup, _, rate), rows in _places(records, 3)
-            for (chunk,), values in rows
-        )
-        figure = lines(series, "Token budget (tokens)", f"{name} (s)")
-        result.append(Panel(f"{name} by token budget", _about(None), figure, "half", 300))
+        ours, _ = _sides(records, {}, metric, lambda setup, workload, rate, chunk: (f"{setup}, {rate}/s", chunk))
+        result.append(_panel(f"{name} by token budget", lines(ours, "Token budget (tokens)", f"{name} (s)", {}), {}))
     return result
 
 
 def _over_batch(records: Records, published: Published) -> list[Panel]:
     """Draw the median TBT over the most requests in a batch, and the capacities."""
     runs = {point: record for point, record in records.items() if "p50_tbt" in record["values"]}
-    rows = [(point, point.split("/")[0], int(point.split("/")[-1])) for point in runs]
-    if not rows:
-        return _capacity(records, published)
-    series = _series((setup, batch, runs[point]["values"]["p50_tbt"]) for point, setup, batch in rows)
-    theirs = _of("p50_tbt", rows, published)
-    figure = lines(series, "Largest batch (requests)", "Median TBT (s)", published=theirs)
-    figure.update_xaxes(type="log")
-    return [
-        Panel("Median TBT by the largest batch", _about(theirs), figure, "half", 300),
-        *_capacity(records, published),
-    ]
+    capacities = _capacity(records, published)
+    if not runs:
+        return capacities
+    ours, theirs = _sides(runs, published, "p50_tbt", lambda setup, *others: (setup, int(others[-1])))
+    figure = lines(ours, "Largest batch (requests)", "Median TBT (s)", theirs).update_xaxes(type="log")
+    return [_panel("Median TBT by the largest batch", figure, theirs), *capacities]
 
 
 def _chunking(records: Records, published: Published) -> list[Panel]:
     """Draw the time of prompts in chunks and whole."""
+
+    def place(setup: str, prompt: str, chunk: str) -> tuple[str, str]:
+        return "whole" if chunk == "whole" else f"chunks of {chunk}", _size(prompt)
+
     result = []
-    for (setup,), rows in _places(records, 1):
-        names = {chunk: "whole" if chunk == "whole" else f"chunks of {chunk}" for (_, chunk), _ in rows}
-        series = _series((names[chunk], f"{int(prompt):,}", values["seconds"]) for (prompt, chunk), values in rows)
-        points = [(f"{setup}/{prompt}/{chunk}", names[chunk], f"{int(prompt):,}") for (prompt, chunk), _ in rows]
-        theirs = _of("seconds", points, published)
-        figure = bars(series, "Time (s)", theirs)
-        figure.update_xaxes(title_text="Prompt (tokens)")
-        result.append(Panel(f"{setup}: a prompt in chunks, and whole", _about(theirs), figure, "half", 300))
+    for (setup,), here in _places(records, 0):
+        ours, theirs = _sides(here, published, "seconds", place)
+        figure = bars(ours, "Time (s)", theirs).update_xaxes(title_text="Prompt (tokens)")
+        result.append(_panel(f"{setup}: a prompt in chunks, and whole", figure, theirs))
     return result
 
 
@@ -224,32 +199,32 @@ def _size(size: str) -> str:
 
 def _operators(records: Records, published: Published) -> list[Panel]:
     """Draw the time of prompts and of decode batches by kind of operator."""
+    names = {"prefill": ("Prompt (tokens)", "a whole prompt"), "decode": ("Decodes", "a batch of decodes")}
+    words = "By kind of operator; the host's share is what is not hidden."
     result = []
-    for (setup, phase), rows in _places(records, 2):
-        series = _series((part, _size(size), 1e3 * values[part]) for part in PARTS for (size,), values in rows)
-        figure = bars({name: points for name, points in series.items() if any(points[1])}, "Time (ms)", stacked=True)
-        theirs = _of("total", [(f"{setup}/{phase}/{size}", "host", _size(size)) for (size,), _ in rows], published)
-        for xs, ys in (theirs or {}).values():
+    for (setup, phase), here in _places(records, 0, 1):
+        sizes = [_size(point.split("/")[2]) for point in here]
+        series = {part: (sizes, [1e3 * record["values"][part] for record in here.values()]) for part in PARTS}
+        figure = bars({name: each for name, each in series.items() if any(each[1])}, "Time (ms)", {}, stacked=True)
+        _, theirs = _sides(here, published, "total", lambda setup, phase, size: ("host", _size(size)))
+        for xs, ys in theirs.values():
             figure.add_scatter(x=list(xs), y=[1e3 * y for y in ys], mode="markers", name="published",
                                hovertemplate="%{y:.3~r} published", marker=_diamond(GREY))  # fmt: skip
-        names = {"prefill": ("Prompt (tokens)", "a whole prompt"), "decode": ("Decodes", "a batch of decodes")}
         axis, what = names.get(phase, ("Prompt tokens + decodes", "decodes beside a chunk"))
         figure.update_xaxes(title_text=axis)
-        about = f"By kind of operator; the host's share is what is not hidden. {_marks(theirs)}"
-        result.append(Panel(f"{setup}: {what}", about, figure, "half", 300))
+        result.append(_panel(f"{setup}: {what}", figure, theirs, words))
     return result
 
 
 def _piggyback(records: Records, published: Published) -> list[Panel]:
     """Draw the time of decode batches alone, with a chunk and with a whole prompt."""
-    result = []
     words = {"with_prompt": "with a whole prompt", "with_chunk": "with a chunk", "alone": "decodes alone"}
-    for (setup,), rows in _places(records, 1):
-        series = _series((words[name], size, 1e3 * values[name]) for name in words for (size,), values in rows)
-        figure = lines(series, "Decodes in the batch", "Iteration (ms)")
-        result.append(
-            Panel(f"{setup}: an iteration of decodes", f"What its company costs. {_marks(None)}", figure, "half", 300)
-        )
+    result = []
+    for (setup,), here in _places(records, 0):
+        sizes = [point.split("/")[1] for point in here]
+        series = {words[name]: (sizes, [1e3 * each["values"][name] for each in here.values()]) for name in words}
+        figure = lines(series, "Decodes in the batch", "Iteration (ms)", {})
+        result.append(_panel(f"{setup}: an iteration of decodes", figure, {}, "What its company costs."))
     return result
 
 
@@ -257,19 +232,8 @@ def _ablation(records: Records, published: Published) -> list[Panel]:
     """Draw P99 TBT and median TTFT of each scheduler, for each workload."""
     result = []
     for metric, name in _TAILS:
-        ours, theirs = (
-            _series(
-                (point.split("/")[3], point.split("/")[1], value)
-                for point, value in values.items()
-                if value is not None
-            )
-            for values in (
-                {point: record["values"][metric] for point, record in records.items()},
-                {point: published.get(f"{point}:{metric}") for point in records},
-            )
-        )
-        figure = bars(ours, f"{name} (s)", theirs)
-        result.append(Panel(f"{name} of each scheduler", _about(theirs), figure, "half", 300))
+        ours, theirs = _sides(records, published, metric, lambda setup, workload, rate, policy: (policy, workload))
+        result.append(_panel(f"{name} of each scheduler", bars(ours, f"{name} (s)", theirs), theirs))
     return result
 
 

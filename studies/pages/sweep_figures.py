@@ -10,11 +10,11 @@ import numpy as np
 
 from engine.results.metric_table import find_metric
 from engine.results.slo import SLO
-from studies.capacity.sweep import in_words, not_dominated
+from studies.capacity.sweep import in_words
 from studies.pages.capacity_figures import colours_of, names_of_points, series_of, things_of
 from studies.pages.capacity_record import Load, Point, threshold
-from studies.pages.figures import DASHES, GOOD, GREY, SLO_LINE, Panel, add_line, faded, new_figure, value_axis
-from studies.words import number, seconds, statistic_name
+from studies.pages.figures import BOUND, DASHES, GOOD, GREY, Panel, add_front, add_line, faded, new_figure, value_axis
+from studies.words import capital, listed, number, seconds, statistic_name
 
 MOST_CURVES = 6  # points whose latency is drawn against load, the best per GPU
 MOST_SLOS = 3
@@ -32,49 +32,44 @@ class Sample:
     x: float
     y: float
 
-    def words(self, things: str) -> str:
-        """Return what the load is."""
-        return f"{number(self.load.rate)} {things}/s" + ("" if self.load.met else ", an SLO is missed")
-
 
 def speed_front(points: Sequence[Point]) -> Panel:
     """Draw output tokens/s of a GPU against those of a user, 1 / mean TPOT, for each load of each point."""
-    samples = _samples(
-        points, lambda point, load: 1 / load.tpot_s if load.tpot_s else None,
-        lambda point, load: load.tokens / point.gpus if point.gpus else None,
-    )  # fmt: skip
-    title = "Tokens/s of a GPU against tokens/s of a user"
-    axes = "Tokens/s of a user (1 / mean TPOT)", "Output tokens/s and GPU"
-    return _front(points, samples, title, axes, (True, True), "Upper right is better.")
+    return _of_user(points, "Tokens/s of a GPU against tokens/s of a user", "mean TPOT", lambda load: load.tpot_s)
 
 
 def slow_front(points: Sequence[Point]) -> Panel:
     """Draw output tokens/s of a GPU against a user's in the slowest gaps, 1 / P99 TBT, with the SLO on that."""
-    samples = _samples(
-        points, lambda point, load: 1 / load.tbt_s if load.tbt_s else None,
-        lambda point, load: load.tokens / point.gpus if point.gpus else None,
-    )  # fmt: skip
     bound = threshold(points, "tbt", "p99")
-    title = "The same in a user's slowest gaps"
-    axes = "Tokens/s of a user (1 / P99 TBT)", "Output tokens/s and GPU"
-    return _front(points, samples, title, axes, (True, True), "Upper right is better.", 1 / bound if bound else None)
+    return _of_user(points, "The same in a user's slowest gaps", "P99 TBT", lambda load: load.tbt_s, bound)
+
+
+def _of_user(
+    points: Sequence[Point], title: str, gap: str, gap_s: Callable[[Load], float | None], bound: float | None = None
+) -> Panel:
+    """Draw output tokens/s of a GPU against those of a user, 1 / a gap between tokens, which may have a bound."""
+    axes = f"Tokens/s of a user (1 / {gap})", "Output tokens/s and GPU"
+    return _front(
+        points, title, axes, lambda load: 1 / each if (each := gap_s(load)) else None,
+        lambda point, load: load.tokens / point.gpus if point.gpus else None, -1, 1 / bound if bound else None,
+    )  # fmt: skip
 
 
 def price_front(points: Sequence[Point]) -> list[Panel]:
     """Draw dollars per million output tokens against the latencies that have SLOs; nothing without prices."""
     if not any(point.usd_per_hour for point in points):
         return []
-    panels = []
-    for slo in _slos(points)[: MOST_SLOS - 1]:
-        samples = _samples(
-            points, lambda point, load, slo=slo: load.slos.get(slo) or None,  # type: ignore[misc]
-            lambda point, load: point.usd_per_million(load.tokens),
-        )  # fmt: skip
-        parsed = SLO.parse(slo)
-        axes = f"{_latency_name(parsed)} (s)", "$ per million output tokens"
-        title = f"Price against {_latency_name(parsed)}"
-        panels.append(_front(points, samples, title, axes, (False, False), "Lower left is better.", parsed.threshold_s))
-    return panels
+    return [_price_front(points, slo) for slo in _slos(points)[: MOST_SLOS - 1]]
+
+
+def _price_front(points: Sequence[Point], slo: str) -> Panel:
+    parsed = SLO.parse(slo)
+    name = _latency_name(parsed)
+    return _front(
+        points, f"Price against {name}", (f"{name} (s)", "$ per million output tokens"),
+        lambda load: load.slos.get(slo) or None, lambda point, load: point.usd_per_million(load.tokens), 1,
+        parsed.threshold_s,
+    )  # fmt: skip
 
 
 def _slos(points: Sequence[Point]) -> list[str]:
@@ -85,45 +80,30 @@ def _slos(points: Sequence[Point]) -> list[str]:
 
 
 def _latency_name(slo: SLO) -> str:
-    name = statistic_name(slo.statistic)
-    return f"{name[0].upper()}{name[1:]} {find_metric(slo.metric).name}"
-
-
-def _samples(
-    points: Sequence[Point], x: Callable[[Point, Load], float | None], y: Callable[[Point, Load], float | None]
-) -> list[Sample]:
-    found = []
-    for i, point in enumerate(points):
-        for load in point.loads:
-            at = x(point, load), y(point, load)
-            if at[0] is not None and at[1] is not None:
-                found.append(Sample(i, load, at[0], at[1]))
-    return found
+    return f"{capital(statistic_name(slo.statistic))} {find_metric(slo.metric).name}"
 
 
 def _front(
-    points: Sequence[Point],
-    samples: Sequence[Sample],
-    title: str,
-    axes: tuple[str, str],
-    more: tuple[bool, bool],
-    better: str,
-    bound: float | None = None,
-) -> Panel:
+    points: Sequence[Point], title: str, axes: tuple[str, str], x: Callable[[Load], float | None],
+    y: Callable[[Point, Load], float | None], less: int, bound: float | None = None,
+) -> Panel:  # fmt: skip
     """Draw each load of each point as a dot, those at the capacities large, and the front of those that meet the SLOs.
 
-    `more` says of each axis whether more is better, `bound` where the SLO on the horizontal one is.
+    `less` is 1 where less is better, -1 where more is; `bound` is where the SLO on the horizontal axis is.
     """
+    every = [(i, load, x(load), y(point, load)) for i, point in enumerate(points) for load in point.loads]
+    samples = [Sample(i, load, x, y) for i, load, x, y in every if x is not None and y is not None]
     met = [each for each in samples if each.load.met]
     if not met:
         return Panel(title, "No load that meets the SLOs is known in these.", width="half")
     names, series = names_of_points(points), series_of(points)
-    figure = new_figure()
+    figure = new_figure(hovermode="closest")
     for name, colour in colours_of(points).items():
         mine = [each for each in samples if series[each.point] == name]
         figure.add_scatter(
             x=[each.x for each in mine], y=[each.y for each in mine], name=name or "loads", mode="markers",
-            ids=[f"{names[each.point]}<br>{each.words(points[each.point].rate_of)}" for each in mine],
+            ids=[f"{names[each.point]}<br>{number(each.load.rate)} {points[each.point].rate_of}/s"
+                 + ", an SLO is missed" * (not each.load.met) for each in mine],
             marker={
                 "color": [colour if each.load.met else faded(colour, 0.0) for each in mine], "opacity": 1,
                 "size": [11 if each.load.rate == points[each.point].qps else 6 for each in mine],
@@ -131,33 +111,20 @@ def _front(
             },
             hovertemplate="%{id}<br>%{y:.4~r} " + axes[1] + "<br>%{x:.3~r} " + axes[0] + "<extra></extra>",
         )  # fmt: skip
-    signs = np.array([-1 if each else 1 for each in more])
-    values = np.array([(each.x, each.y) for each in met])
-    on = [met[k] for k in np.argsort(values[:, 0], kind="stable") if not_dominated(values * signs)[k]]
-    caption = f"{better} A dot is a load of a point; large: its capacity; hollow: an SLO is missed."
+    better = "Lower left" if less > 0 else "Upper right"
+    caption = f"{better} is better. A dot is a load of a point; large: its capacity; hollow: an SLO is missed."
+    on = add_front(figure, np.array([(each.x, each.y) for each in met]), less)
     if len(on) > 1:
-        shape = "vh" if more[0] == more[1] and more[0] else "hv"
-        add_line(
-            figure, [each.x for each in on], [each.y for each in on], "front", GREY, "", width=1.5, dash="dot",
-            line_shape=shape, ids=[names[each.point] for each in on],
-        )  # fmt: skip
-        best = list(dict.fromkeys(names[each.point] for each in on))
-        caption += f" Dotted: those that no other beats in both, of {_listed(best)}."
+        figure.data[-1].ids = best = [names[met[k].point] for k in on]
+        caption += f" Dotted: those that no other beats in both, of {listed(list(dict.fromkeys(best)), 3)}."
     if bound is not None:
-        figure.add_vline(x=bound, line=SLO_LINE)
+        figure.add_vline(x=bound, line=BOUND)
         caption += " Dashed: the SLO."
-    every = np.array([(each.x, each.y) for each in samples])
-    low = min(met, key=lambda each: each.x).x / 3, max(met, key=lambda each: each.x).x * 3
-    near = every[(every[:, 0] >= low[0]) & (every[:, 0] <= low[1])]
-    figure.update_layout(hovermode="closest")
+    low, high = min(each.x for each in met) / 3, max(each.x for each in met) * 3
+    near = np.array([(each.x, each.y) for each in samples if low <= each.x <= high])
     figure.update_xaxes(title_text=axes[0], **value_axis(np.array([*near[:, 0], *([bound] if bound else [])])))
     figure.update_yaxes(title_text=axes[1], **value_axis(near[:, 1]))
     return Panel(title, caption, figure, "half", 400)
-
-
-def _listed(names: Sequence[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
 
 
 def load_curves(points: Sequence[Point]) -> list[Panel]:
@@ -172,7 +139,7 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
     panels = []
     for slo in _slos(shown)[:MOST_SLOS]:
         parsed = SLO.parse(slo)
-        figure = new_figure(legend=many)
+        figure = new_figure(many, hovermode="closest")
         drawn = []
         for i, point in enumerate(shown):
             of = [(load, value) for load in point.loads if (value := load.slos.get(slo)) is not None and value > 0]
@@ -194,8 +161,7 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
                 figure.add_vline(x=point.qps, line={"color": GOOD, "width": 1.3, "dash": "dot"})
         if not drawn:
             continue
-        figure.add_hline(y=parsed.threshold_s, line=SLO_LINE)
-        figure.update_layout(hovermode="closest")
+        figure.add_hline(y=parsed.threshold_s, line=BOUND)
         figure.update_xaxes(title_text=f"Load ({things}/s{' and GPU' if many else ''})", rangemode="tozero")
         name = _latency_name(parsed)
         figure.update_yaxes(title_text=f"{name} (s)", **value_axis(np.array([*drawn, parsed.threshold_s])))
@@ -221,17 +187,15 @@ def heat_map(points: Sequence[Point]) -> list[Panel]:
     if len(across) > len(down):  # the longer way is down, which suits a phone
         across, down, cells = down, across, {(y, x): point for (x, y), point in cells.items()}
     values = [[each.per_gpu if (each := cells.get((x, y))) else None for x in across] for y in down]
-    figure = new_figure(legend=False)
-    figure.update_layout(margin={"t": 20 + 16 * max(name.count(", ") + 1 for name in across), "b": 10})
+    margin = {"l": 44, "r": 14, "t": 20 + 16 * max(name.count(", ") + 1 for name in across), "b": 10}
+    figure = new_figure(False, hovermode="closest", margin=margin)
     figure.add_heatmap(
         x=[name.replace(", ", "<br>") for name in across], y=[name.replace(", ", "<br>") for name in down], z=values,
         colorscale=_BLUES, showscale=False, xgap=2, ygap=2,
         text=[["" if value is None else number(value) for value in row] for row in values], texttemplate="%{text}",
         hovertemplate="%{y}, %{x}: %{z:.4~r} a second and GPU<extra></extra>",
     )  # fmt: skip
-    figure.update_layout(hovermode="closest")
     figure.update_xaxes(ticks="", showline=False, type="category", side="top", tickangle=0)
     figure.update_yaxes(autorange="reversed", ticks="", showgrid=False, type="category")
-    things = things_of(points)
-    caption = f"Capacity ({things}/s and GPU) of each device and layout with each of the other settings."
+    caption = f"Capacity ({things_of(points)}/s and GPU) of each device and layout with each of the other settings."
     return [Panel("The sweep at a glance", caption, figure, "half", 80 + 54 * len(down))]

@@ -13,25 +13,12 @@ from typing import Any
 
 from engine.results.metric_table import drawn_metrics
 from studies.calibration.kinds import PAGES
+from studies.pages.compare_record import read_json, readable
 from studies.pages.figures import Panel
-from studies.pages.page import (
-    ERROR_HEADS,
-    Cell,
-    Page,
-    Tone,
-    about,
-    cards,
-    coloured,
-    details,
-    error_cells,
-    facts_table,
-    footer,
-    header,
-    numbers_table,
-)
+from studies.pages.page import Cell, Page, Tone, coloured, details, facts_table, numbers_table
 from studies.pages.validation_figures import panels
-from studies.validation.record import Judgement, held, judge
-from studies.words import number, percent, seconds
+from studies.validation.record import held, judge
+from studies.words import ERROR_HEADS, capital, error_cells, number, percent, seconds, together
 
 _CPU = (
     "This ran on a CPU, whose times vary with what else it does: the errors are held to no target. Those for GPUs are "
@@ -60,30 +47,60 @@ def validation_page(results: Mapping[str, Any]) -> Page:
             the `curves` of `validation_record`.
     """
     loads = results["loads"]
-    page = Page(f"Validation of {_short_name(results)} on {results['device']}")
-    page.add(_header(results), _cards(results))
+    name = f"{str(results['model']).rstrip('/').split('/')[-1]} on {results['device']}"
+    page = Page(f"Validation of {name}", f" {results['version']}" if "version" in results else "")
+    page.header("Windtunnel · validation", *_header(results), title=name)
+    page.cards(_cards(results))
     page.add_panels("Errors by load", [_by_load(loads, held(results))])
     for load in loads:
-        page.add_panels(_capital(_where(load)), panels(load, held(results)), _about(load))
+        words = f"{load['requests']:,} requests in {seconds(load['engine_s'])}. {capital(load['largest'])}."
+        page.add_panels(capital(_where(load)), panels(load, held(results)), words)
     if "against" in results:
-        page.add_panels("What was assumed", [_assumed(results)])
+        said = ", ".join(f"{name} {value}" for name, value in results["said"].items())
+        words = f"The server says {f'of itself: {said}' if said else 'nothing of itself'}. "
+        words += f"Assumed: {'; '.join(results['assumed'])}."
+        page.add_panels("What was assumed", [Panel("Taken for granted", words)])
     else:
         page.add_panels("Operators", [_operators(results["operators"])])
     page.add(details("What ran", facts_table(_facts(results))))
-    page.add(footer(f" {results['version']}" if "version" in results else ""))
     return page
 
 
-def _header(results: Mapping[str, Any]) -> str:
+def validations_page(names: dict[Path, str]) -> Page:
+    """Make the page of the errors of each load of validations side by side, held against their targets."""
+    page = Page(together(list(names.values())))
+    page.header("Windtunnel · validations side by side", "How far the simulator is off.")
+    facts: list[tuple[str, str]] = []
+    columns: list[str] = []
+    rows: dict[str, list[Cell]] = {}
+    for folder, name in names.items():
+        with readable(folder, "validation"):
+            results = read_json(folder / "validation.json")
+            facts.append((name, f"{results['model']} on {results['device']} ({results['hardware']}) · {folder}"))
+            for load in results["loads"]:
+                for each in judge(load, held(results)):
+                    cells = rows.setdefault(f"{each.what} {each.statistic}".strip(), [])
+                    cells += ["-"] * (len(columns) - len(cells))
+                    cells.append(coloured(percent(each.error, sign=each.statistic != "mean error"), each.met))
+                columns.append(name if load["load"] is None else f"{name}, {100 * load['load']:g} % load")
+    for cells in rows.values():
+        cells += ["-"] * (len(columns) - len(cells))
+    caption = "Simulated over measured, less 1; green within the target, red beyond. What ran on a CPU is held to none."
+    table = numbers_table(("Error", *columns), rows.items())
+    page.add_panels("What was validated", [Panel("Runs", "", table=facts_table(facts))])
+    page.add_panels("Errors", [Panel("Held against the targets", caption, table=table)])
+    return page
+
+
+def _header(results: Mapping[str, Any]) -> tuple[str, list[tuple[Tone, str]], list[tuple[Tone, str, str]]]:
+    """Return the setting, the verdicts and the sources."""
     budget = results.get("max_num_batched_tokens")
     limit = f" (token budget {budget:,})" if budget else ""
     setting = (
         f"The engine ({results['engine']}, on {results['hardware']}) and the simulator served the same requests "
         f"({results['workload']}) under the {results['scheduler']} scheduler{limit}."
     )
-    source: tuple[Tone, str, str] = ("good", "Targets", _TARGETS)
-    if not held(results):
-        source = ("unsure", "A CPU", _CPU)
+    source: tuple[Tone, str, str] = ("good", "Targets", _TARGETS) if held(results) else ("unsure", "A CPU", _CPU)
     if "against" in results:
         setting = (
             f"A server at {results['against']}, measured from outside, and the simulator ({results['engine']} on "
@@ -92,15 +109,14 @@ def _header(results: Mapping[str, Any]) -> str:
         worst = results["loads"][0]
     else:
         worst = max(results["loads"], key=lambda load: abs(load["iterations"]["bias_of_time"]))
-    largest: tuple[Tone, str, str] = ("unsure", "Largest", _largest(worst, results["loads"]))
-    title = f"{_short_name(results)} on {results['device']}"
-    return header("Windtunnel · validation", title, setting, verdicts(results), [source, largest])
+    largest = capital(", ".join(filter(None, [_among(worst, results["loads"]), worst["largest"]])))
+    return setting, verdicts(results), [source, ("unsure", "Largest", f"{largest}.")]
 
 
 def verdicts(results: Mapping[str, Any]) -> list[tuple[Tone, str]]:
     """Say for each target which load is furthest from it, and whether a replay forms the same batches."""
     loads = results["loads"]
-    chips: list[tuple[Tone, str]] = _outside(loads)
+    chips = _outside(loads)
     if not held(results):
         chips.append(("unsure", "On a CPU: held to no target"))
     found = [(each, load) for load in loads for each in judge(load, held(results))]
@@ -109,7 +125,7 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[Tone, str]]:
         if not known:
             chips.append(("unsure", f"{what}: nothing to compare"))
             continue
-        worst, load = max(known, key=lambda pair: _share_of_target(pair[0]))
+        worst, load = max(known, key=lambda pair: abs(pair[0].error or 0.0) / (pair[0].target or 1.0))
         error = percent(worst.error, sign=what != "Iterations")
         words = " ".join(filter(None, [worst.statistic, error, _among(load, loads)]))
         if worst.target is None:
@@ -118,15 +134,10 @@ def verdicts(results: Mapping[str, Any]) -> list[tuple[Tone, str]]:
             chips.append(("good" if worst.met else "bad", f"{what}: {words} (target {100 * worst.target:.0f} %)"))
     if "against" in results:
         return chips
-    other = [load for load in loads if not load["replay"]["same"]]
-    if other:
+    if other := [load for load in loads if not load["replay"]["same"]]:
         where = " and ".join(filter(None, [_among(load, loads) for load in other]))
-        return [*chips, ("bad", " ".join(filter(None, ["Replay: other batches", where])))]
+        return [*chips, ("bad", f"Replay: other batches {where}".strip())]
     return [*chips, ("good", "Replay: the same batches")]
-
-
-def _share_of_target(judgement: Judgement) -> float:
-    return abs(judgement.error or 0.0) / (judgement.target or 1.0)
 
 
 def _outside(loads: Sequence[Mapping[str, Any]]) -> list[tuple[Tone, str]]:
@@ -140,27 +151,12 @@ def _outside(loads: Sequence[Mapping[str, Any]]) -> list[tuple[Tone, str]]:
     return [("bad" if share >= _MOSTLY_OUTSIDE else "unsure", words)]
 
 
-def _largest(load: Mapping[str, Any], loads: Sequence[Mapping[str, Any]]) -> str:
-    where = _among(load, loads)
-    return _capital(f"{where}, {load['largest']}." if where else f"{load['largest']}.")
-
-
-def _short_name(results: Mapping[str, Any]) -> str:
-    return str(results["model"]).rstrip("/").split("/")[-1]
-
-
-def _capital(words: str) -> str:
-    return words[:1].upper() + words[1:]
-
-
 def _where(load: Mapping[str, Any]) -> str:
     """Return which load it is, in words."""
     rate = load["request_rate"]
-    parts = [
-        "" if load["load"] is None else f"{100 * load['load']:g} % load",
-        "" if rate is None else f"{number(rate)} requests/s",
-    ]
-    return "at " + ", ".join(filter(None, parts)) if any(parts) else "the run"
+    parts = [] if load["load"] is None else [f"{100 * load['load']:g} % load"]
+    parts += [] if rate is None else [f"{number(rate)} requests/s"]
+    return "at " + ", ".join(parts) if parts else "the run"
 
 
 def _among(load: Mapping[str, Any], loads: Sequence[Mapping[str, Any]]) -> str:
@@ -170,10 +166,10 @@ def _among(load: Mapping[str, Any], loads: Sequence[Mapping[str, Any]]) -> str:
     return _where(load) if load["load"] is None else f"at {100 * load['load']:g} % load"
 
 
-def _cards(results: Mapping[str, Any]) -> str:
+def _cards(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     loads, capacity = results["loads"], results["capacity"]
     if "against" in results:
-        return cards(_outside_cards(results))
+        return _outside_cards(results)
     iterations = [load["iterations"] for load in loads]
     count = sum(each["count"] for each in iterations)
     mean, inside = (sum(each["count"] * each[name] for each in iterations) / count for name in ("mape", "in_range"))
@@ -189,7 +185,7 @@ def _cards(results: Mapping[str, Any]) -> str:
     if capacity is not None:
         sides = f"{number(capacity['engine'])} requests/s on the engine, {number(capacity['simulated'])} simulated"
         entries.insert(0, ("Capacity", percent(capacity["error"], sign=True), sides))
-    return cards(entries)
+    return entries
 
 
 def _outside_cards(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -203,12 +199,6 @@ def _outside_cards(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _assumed(results: Mapping[str, Any]) -> Panel:
-    said = [f"{name} {value}" for name, value in results["said"].items()]
-    words = f"The server says of itself: {', '.join(said)}. " if said else "The server says nothing of itself. "
-    return Panel("Taken for granted", f"{words}Assumed: {'; '.join(results['assumed'])}.")
-
-
 def _by_load(loads: Sequence[Mapping[str, Any]], held: bool) -> Panel:
     columns = [f"{e.what} {e.statistic}" if e.statistic in ("P50", "P99") else e.what for e in judge(loads[0])]
     rows: list[tuple[str, list[Cell]]] = []
@@ -217,7 +207,7 @@ def _by_load(loads: Sequence[Mapping[str, Any]], held: bool) -> Panel:
         if load["replay"] is not None:
             same = load["replay"]["same"]
             errors.append(coloured("same" if same else "others", same))
-        rows.append((_capital(_where(load)), errors))
+        rows.append((capital(_where(load)), errors))
     caption = (
         "Simulated over measured, less 1. Iterations: mean error of the engine's own batches, predicted. Throughput: "
         "the furthest off of requests and tokens a second. Replay: the batches that the simulator forms when it is "
@@ -228,38 +218,21 @@ def _by_load(loads: Sequence[Mapping[str, Any]], held: bool) -> Panel:
     return Panel(title, caption, table=numbers_table(("Load", *columns, *replayed), rows))
 
 
-def _about(load: Mapping[str, Any]) -> str:
-    words = f"{load['requests']:,} requests in {seconds(load['engine_s'])}. {_capital(load['largest'])}."
-    return about(words)
-
-
 def _operators(operators: Mapping[str, Mapping[str, Any]]) -> Panel:
     title = "Errors on held-out measurements"
     if not operators:
         return Panel(title, "No calibration: the times are estimated from a data sheet.")
-    rows = [
-        (PAGES[kind].name if kind in PAGES else kind, [f"{found['count']:,}", *error_cells(found)])
-        for kind, found in operators.items()
-    ]  # fmt: skip
+    names = {kind: PAGES[kind].name if kind in PAGES else kind for kind in operators}
+    rows = [(names[kind], [f"{found['count']:,}", *error_cells(found)]) for kind, found in operators.items()]
     caption = "Of the calibration that predicts the batches: each part predicted by what was learned from the others."
     return Panel(title, caption, table=numbers_table(("Operator", "Rows", *ERROR_HEADS), rows))
 
 
 def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    host = results.get("host_overhead")
-    named = {
-        "model": results["model"],
-        "device": results["device"],
-        "hardware": results["hardware"],
-        "engine": results["engine"],
-        "predictor": results.get("predictor"),
-        "scheduler": results["scheduler"],
-        "KV blocks": results.get("num_gpu_blocks"),
-        "workload": results["workload"],
-        "host overhead": _host(host) if isinstance(host, Mapping) else host,
-    }
-    return [(name, str(value)) for name, value in named.items() if value is not None]
-
-
-def _host(host: Mapping[str, float]) -> str:
-    return f"{seconds(host['iteration_s'])} an iteration and {seconds(host['sequence_s'])} a sequence"
+    found = {**results, "KV blocks": results.get("num_gpu_blocks"), "host overhead": results.get("host_overhead")}
+    if isinstance(host := found["host overhead"], Mapping):
+        times = seconds(host["iteration_s"]), seconds(host["sequence_s"])
+        found["host overhead"] = f"{times[0]} an iteration and {times[1]} a sequence"
+    names = ("model", "device", "hardware", "engine", "predictor", "scheduler", "KV blocks", "workload",
+             "host overhead")  # fmt: skip
+    return [(name, str(found[name])) for name in names if found.get(name) is not None]

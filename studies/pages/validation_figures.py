@@ -9,12 +9,12 @@ import numpy as np
 
 from engine.results.metric_table import METRICS, Metric, drawn_metrics
 from engine.results.metrics import QUANTILES
-from studies.pages.figures import BLUE, GOOD, ORANGE, Panel, Points, predicted_by_measured
+from studies.pages.figures import BLUE, GOOD, ORANGE, Panel, against_measured
 from studies.pages.latency_figures import Curve, latency_cdf
-from studies.pages.page import ERROR_HEADS, Cell, coloured, error_cells, numbers_table
+from studies.pages.page import Cell, coloured, numbers_table
 from studies.validation.compare import BATCH_KINDS, STATISTICS
 from studies.validation.record import judge
-from studies.words import number, percent, seconds
+from studies.words import ERROR_HEADS, error_cells, number, percent, seconds
 
 _NO_GAPS = "No request has more than one output token on both sides."
 _COLOURS = dict(zip(BATCH_KINDS, (BLUE, ORANGE, GOOD), strict=True))
@@ -31,16 +31,15 @@ def panels(load: Mapping[str, Any], held: bool = True) -> list[Panel]:
     distributions = [_latency(load, metric) for metric in drawn_metrics()]
     if load["iterations"] is None:  # measured from outside
         return [*distributions, latency_table(load, held), *gauge_table(load)]
-    return [*distributions, iteration_times(load), latency_table(load, held), iteration_table(load), batch_order(load)]
+    order = Panel("Order of the batches", f"{_order(load['batches'])} {_replay(load['replay'])}", width="half")
+    return [*distributions, iteration_times(load), latency_table(load, held), iteration_table(load), order]
 
 
 def _latency(load: Mapping[str, Any], metric: Metric) -> Panel:
-    drawn = load["curves"].get(metric.key, {})
-    curves = [
-        Curve(run, QUANTILES, np.array(drawn[run]), colour, dash)
-        for run, colour, dash in (("engine", BLUE, "solid"), ("simulated", ORANGE, "dash"))
-        if drawn
-    ]
+    curves = []
+    if drawn := load["curves"].get(metric.key):
+        for run, colour, dash in (("engine", BLUE, "solid"), ("simulated", ORANGE, "dash")):
+            curves.append(Curve(run, QUANTILES, np.array(drawn[run]), colour, dash))
     return latency_cdf(metric, curves, nothing=_NO_GAPS, height_px=290)
 
 
@@ -50,7 +49,7 @@ def iteration_times(load: Mapping[str, Any]) -> Panel:
     measured, predicted = np.array(drawn["measured_ms"]), np.array(drawn["predicted_ms"])
     kinds = np.array(drawn["kind"])
     groups = [
-        Points(kind, colour, measured[kinds == kind], predicted[kinds == kind])
+        (kind, colour, measured[kinds == kind], predicted[kinds == kind])
         for kind, colour in _COLOURS.items()
         if (kinds == kind).any()
     ]
@@ -60,27 +59,22 @@ def iteration_times(load: Mapping[str, Any]) -> Panel:
         f"{count:,} of the engine's batches (a batch counts on each stage){some}; "
         f"{percent(load['iterations']['in_range'])} within the calibrated range. Dashed: predicted as measured."
     )
-    figure = predicted_by_measured(groups, logarithmic=True)
-    return Panel("Times of the batches", caption, figure, "half", 430)
+    return Panel("Times of the batches", caption, against_measured(groups, logarithmic=True), "half", 430)
 
 
 def latency_table(load: Mapping[str, Any], held: bool = True) -> Panel:
     """Draw each statistic of each latency on both sides; those that have a target are coloured."""
     met = {(each.what, each.statistic): each.met for each in judge(load, held)}
     rows: list[tuple[str, list[Cell]]] = []
-    for metric in [METRICS[key] for key in load["latencies"]]:
+    together = []
+    for key, statistics in load["latencies"].items():
+        name = METRICS[key].name
         for statistic, words in _STATISTICS.items():
-            found = load["latencies"][metric.key].get(statistic)
-            if found is None:
-                continue
-            error = coloured(percent(found["error"], sign=True), met.get((metric.name, words)))
-            sides = seconds(found["engine_s"]), seconds(found["simulated_s"])
-            rows.append((f"{metric.name}, {words}", [*sides, error]))
-    together = [
-        f"{METRICS[key].name} {found['pearson_r']:.3f}"
-        for key, found in load["latencies"].items()
-        if "pearson_r" in found
-    ]
+            if (found := statistics.get(statistic)) is not None:
+                error = coloured(percent(found["error"], sign=True), met.get((name, words)))
+                rows.append((f"{name}, {words}", [seconds(found["engine_s"]), seconds(found["simulated_s"]), error]))
+        if "pearson_r" in statistics:
+            together.append(f"{name} {statistics['pearson_r']:.3f}")
     caption = "Of all requests, or of all gaps between tokens."
     if together:
         caption += f" How the requests' own values go together (Pearson's r): {', '.join(together)}."
@@ -90,11 +84,11 @@ def latency_table(load: Mapping[str, Any], held: bool = True) -> Panel:
 
 def gauge_table(load: Mapping[str, Any]) -> list[Panel]:
     """Draw the server's own gauges and the simulation's at the same times; no panel where it has none."""
-    rows: list[tuple[str, list[Cell]]] = []
+    rows = []
     for name, found in load["gauges"].items():
         form = percent if name == "kv_cache_usage_perc" else number
         cells = [form(found[f"{side}_{what}"]) for what in ("mean", "max") for side in ("engine", "simulated")]
-        rows.append((_GAUGE_NAMES[name], list(cells)))
+        rows.append((_GAUGE_NAMES[name], cells))
     if not rows:
         return []
     count = max(found["samples"] for found in load["gauges"].values())
@@ -107,7 +101,7 @@ def iteration_table(load: Mapping[str, Any]) -> Panel:
     """Draw errors of the batches' times by kind, and what each kind adds to the error of their sum."""
     iterations = load["iterations"]
     parts = iterations["contributions"]
-    rows: list[tuple[str, list[Cell]]] = [
+    rows = [
         (name.capitalize(), [f"{found['count']:,}", *error_cells(found), percent(parts[name], sign=True)])
         for name, found in iterations["by_kind"].items()
     ]
@@ -119,11 +113,6 @@ def iteration_table(load: Mapping[str, Any]) -> Panel:
     caption += "Of the sum: what each part adds to the error of the time that all batches took together."
     table = numbers_table(("Batches", "Count", *ERROR_HEADS, "Of the sum"), rows)
     return Panel("Errors of the batches' times", caption, width="half", table=table)
-
-
-def batch_order(load: Mapping[str, Any]) -> Panel:
-    """Draw where the two runs' batches first differ, in words."""
-    return Panel("Order of the batches", f"{_order(load['batches'])} {_replay(load['replay'])}", width="half")
 
 
 def _order(batches: Mapping[str, Any]) -> str:

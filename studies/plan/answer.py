@@ -18,28 +18,23 @@ from studies.words import dollars, number, percent, seconds
 
 FULL = 0.95  # share of the KV cache from which it is taken to be full
 HELD = {"holds": "met", "none": "missed", "dismissed": "costs more"}  # an outcome in a table: other names stay
+_LAYOUT = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 LATENCIES = ("p50_ttft", "p99_ttft", "p50_tbt", "p99_tbt", "p50_e2e", "p99_e2e")
 
 
 def row_of(candidate: Candidate, rate: float) -> dict[str, Any]:
     """Return a candidate as `--json` prints it: settings, fleet, prices in dollars, capacity in requests/s."""
     replica = candidate.replica
-    layout = dict(zip(("tp", "pp", "dp"), candidate.job["layout"], strict=True))
     prompt, output = candidate.bound["tokens"]
-    usd = candidate.usd_per_hour
-    per_million = 1e6 * usd / (3600 * rate)
+    per_million = 1e6 * candidate.usd_per_hour / (3600 * rate)
+    own = ("engine", "max_num_batched_tokens", "max_num_seqs", "quantization")
     return {
         "device": replica["device"],
-        "tensor_parallel_size": layout["tp"],
-        "pipeline_parallel_size": layout["pp"],
-        "data_parallel_size": layout["dp"],
-        "engine": replica["engine"],
-        "max_num_batched_tokens": replica["max_num_batched_tokens"],
-        "max_num_seqs": replica["max_num_seqs"],
-        "quantization": replica["quantization"],
+        **dict(zip(_LAYOUT, candidate.job["layout"], strict=True)),
+        **{name: replica[name] for name in own},
         "replicas": candidate.count,
         "gpus": candidate.count * candidate.gpus,
-        "usd_per_hour": usd,
+        "usd_per_hour": candidate.usd_per_hour,
         "usd_per_million_output_tokens": per_million / output,
         "usd_per_million_total_tokens": per_million / (prompt + output),
         "capacity_per_replica": candidate.capacity(rate),
@@ -62,7 +57,7 @@ def price_range(row: dict[str, Any], facts: dict[str, Any], what: str = "output"
 
 def layout_words(row: dict[str, Any]) -> str:
     """Return a replica in words: "4 x h100_sxm (TP4), 512 tokens a batch"."""
-    tp, pp, dp = (row[f"{each}_parallel_size"] for each in ("tensor", "pipeline", "data"))
+    tp, pp, dp = (row[name] for name in _LAYOUT)
     cut = f"TP{tp}" + f"-PP{pp}" * (pp > 1) + f"-DP{dp}" * (dp > 1)
     gpus = f"{tp * pp} \N{MULTIPLICATION SIGN} " if tp * pp > 1 else ""
     budget = row["max_num_batched_tokens"]
@@ -74,12 +69,8 @@ def layout_words(row: dict[str, Any]) -> str:
 def expected(candidate: Candidate) -> dict[str, float | None]:
     """Return the latencies (s) of the whole fleet at the target rate, by the names of LATENCIES."""
     summary = (candidate.whole or candidate.trial or {"summary": {}})["summary"]
-    found = {}
-    for name in LATENCIES:
-        statistic, key = name.split("_")
-        value = summary.get(summary_key(statistic, key))
-        found[name] = None if value is None else value / 1e3
-    return found
+    values = {name: summary.get(summary_key(*name.split("_"))) for name in LATENCIES}
+    return {name: None if value is None else value / 1e3 for name, value in values.items()}
 
 
 def headroom(candidate: Candidate, rate: float) -> float | None:
@@ -93,20 +84,21 @@ def limits(candidate: Candidate) -> str:
     """Return what keeps a candidate from more load, in a sentence, with what to change."""
     trial, alone = candidate.whole or candidate.trial or candidate.alone, candidate.alone
     if candidate.outcome != "holds" and alone is not None:
-        margin = inf if alone["margin"] is None else alone["margin"]
-        if margin > 1:
-            times = f", {number(margin)} times over" if margin < inf else ""
+        margin = alone["margin"]
+        if margin is None or margin > 1:
+            times = "" if margin is None else f", {number(margin)} times over"
             return (
                 f"{alone['binding_slo']} is missed even by requests that are alone{times}: a faster GPU, more tensor "
                 "parallelism or a looser SLO is needed."
             )
-    draw = candidate.draws.get(0)
-    binding = (draw or {}).get("binding_slo") or (trial or {}).get("binding_slo")
+    draw = candidate.draws.get(0) or {}
+    binding = draw.get("binding_slo") or (trial or {}).get("binding_slo")
     if binding is None:
         return "Nothing was seen to limit it."
     slo = SLO.parse(binding)
     name = METRICS[slo.metric].name
-    beyond = _beyond(draw)
+    missed = [each for each in draw.get("trials", ()) if not each["holds"]]
+    beyond: dict[str, Any] = min(missed, key=lambda each: each["rate"], default={})
     summary = {**(trial or {}).get("summary", {}), **beyond.get("summary", {})}
     seats, budget = candidate.replica["max_num_seqs"], candidate.replica["max_num_batched_tokens"]
     full_s = candidate.batch.get("full_s", 0.0)
@@ -141,12 +133,6 @@ def limits(candidate: Candidate) -> str:
     )
 
 
-def _beyond(draw: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the trial of the lowest rate that was seen not to hold, if there is one."""
-    missed = [trial for trial in (draw or {}).get("trials", ()) if not trial["holds"]]
-    return min(missed, key=lambda trial: trial["rate"]) if missed else {}
-
-
 def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     """Return how a runner-up compares: its price, whether they can be told apart, and what would change the choice."""
     row = row_of(other, rate)
@@ -171,8 +157,8 @@ def against(best: Candidate, other: Candidate, rate: float) -> list[str]:
     else:
         fewer = floor(best.usd_per_hour / other.usd_per_replica * (1 + 1e-9)) // other.step * other.step
         if other.step <= fewer < other.count:
-            many = f"{fewer} replica{'s' * (fewer > 1)}"
-            words.append(f"It would have to hold with {many}, {number(rate / fewer)} requests/s each.")
+            each = f"{number(rate / fewer)} requests/s each"
+            words.append(f"It would have to hold with {fewer} replica{'s' * (fewer > 1)}, {each}.")
     return words
 
 
@@ -181,13 +167,12 @@ def elsewhere(best: Candidate, second: Candidate | None, known: Sequence[Candida
     words = []
     told = {best.device, "" if second is None else second.device}
     for device in dict.fromkeys(each.device for each in known if each.device not in told):
-        held = [each for each in known if each.device == device and each.outcome == "holds"]
-        dismissed = [each for each in known if each.device == device and each.outcome == "dismissed"]
-        if held:
+        mine = [each for each in known if each.device == device]
+        if held := [each for each in mine if each.outcome == "holds"]:
             least = min(held, key=lambda each: each.usd_per_hour)
             gpus = least.count * least.gpus
             says = f"at ${number(least.usd_per_hour)}/h; it would be the cheaper one below"
-        elif dismissed:
+        elif dismissed := [each for each in mine if each.outcome == "dismissed"]:
             least = min(dismissed, key=lambda each: each.fewest_usd)
             gpus = least.fewest * least.gpus
             says = "or more, so it can only win below"
@@ -213,11 +198,8 @@ def summary_of(planner: Planner) -> dict[str, Any]:
     ranked = sorted(others, key=lambda each: (each.outcome != "holds", each.usd_per_hour))
     second = planner.runner_up
     prompt, _ = best.bound["tokens"]
-    words = [limits(best)]
-    if second is not None:
-        words += against(best, second, rate)
-    if best.outcome == "holds":
-        words += elsewhere(best, second, known)
+    words = [limits(best), *(against(best, second, rate) if second is not None else [])]
+    words += elsewhere(best, second, known) if best.outcome == "holds" else []
     return {
         "rate": rate,
         "best": row_of(best, rate),

@@ -25,6 +25,7 @@ from engine.scheduling.request import BatchShape
 from engine.workload.workload import Workload
 from simulator.cluster import Deployment
 from simulator.predictor.learned import Learned
+from studies.capacity.trial import arrivals
 
 NOTHING = 1e-6  # requests/s: the solver's zero
 SLACK = 1.15  # of the bound: shapes between those that are looked at, and runs that end before their queue does
@@ -56,12 +57,12 @@ class Demand:
         A conversation arrives once and brings all its turns.
         """
         prompts, decodes = workload.prompt_tokens, workload.output_tokens - 1
-        arrivals = len(workload) if workload.after is None else int((workload.after < 0).sum())
+        count = arrivals(workload)
         computed = float(prompts.sum())
         if block_size is not None and workload.contents is not None:
             computed = float(_never_cached(workload, block_size))
         cached = decodes * prompts + decodes * (decodes + 1) / 2
-        return cls(computed / arrivals, float(decodes.sum()) / arrivals, float(cached.sum()) / arrivals)
+        return cls(computed / count, float(decodes.sum()) / count, float(cached.sum()) / count)
 
 
 def replica_bound(deployment: Deployment, workload: Workload, slos: Sequence[SLO]) -> Bound:

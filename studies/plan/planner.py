@@ -95,6 +95,10 @@ class Candidate:
         rate = self.bound["rate"]
         return self.usd_per_replica * max(self.fewest, rate / self.likely if self.likely else self.fewest)
 
+    def dismiss(self) -> None:
+        """Take it out of the search: it costs too much."""
+        self.outcome, self.why = "dismissed", f"{self.fewest} replicas or more, by {self.ruled_out}"
+
     def capacity(self, rate: float) -> list[float]:
         """Return requests/s of a replica: low, expected and high.
 
@@ -107,8 +111,8 @@ class Candidate:
         if 0 in self.draws and holds:
             base = self.draws[0]["qps"] or held
             mid = min(max(base, held), missed)  # the fleet itself was seen to hold, and one with fewer to miss
-            drawn = [result["qps"] for draw, result in self.draws.items() if draw] or [base]
-            low, high = (mid * value / base for value in ends(drawn))
+            drawn = interval([result["qps"] for draw, result in self.draws.items() if draw] or [base])
+            low, high = (mid * drawn[end] / base for end in ("low", "high"))
             return [min(low, mid), mid, max(high, mid)]
         most = self.bound.get("most")
         most = min(inf if most is None else most, missed)
@@ -123,7 +127,8 @@ class Candidate:
     def usd_range(self, rate: float) -> tuple[float, float]:
         """Return what the load costs by this point's range of capacities (dollars per hour, not of whole replicas)."""
         low, _, high = self.capacity(rate)
-        return (self.usd_per_replica * rate / high if high else inf, self.usd_per_replica * rate / low if low else inf)
+        cheap, dear = (self.usd_per_replica * rate / end if end else inf for end in (high, low))
+        return cheap, dear
 
 
 class Planner:
@@ -207,8 +212,8 @@ class Planner:
                 candidate.outcome, candidate.why = result["status"], str(result["error"])
             return
         if what == "bound":
-            candidate.bound = {"most": result["most"], "likely": result["likely"], "rate": self.rate,
-                               "tokens": result["tokens"], "notes": result["notes"]}  # fmt: skip
+            kept = {name: result[name] for name in ("most", "likely", "tokens", "notes")}
+            candidate.bound = {**kept, "rate": self.rate}
             candidate.replica, candidate.step = result["replica"], result["step"]
             candidate.likely = result["likely"] if result["likely"] < inf else 0.0
             most = inf if result["most"] is None else result["most"]
@@ -225,7 +230,9 @@ class Planner:
                 candidate.outcome = "open"  # unless these cost too much, it is tried again
                 candidate.fewest = max(candidate.fewest, (result["too_few"] or 0) + candidate.step)
                 candidate.ruled_out = "a simulated fleet that missed"
-                likely = candidate.fewest * (1 + NEXT * (1 - _done(result.get("missed"))))
+                missed = result.get("missed")  # how near it came: the share of its requests that were finished
+                done = missed["summary"]["completed"] / missed["requests"] if missed else 0.0
+                likely = candidate.fewest * (1 + NEXT * (1 - done))
                 candidate.likely = min(candidate.likely, self.rate / likely)
             elif result["outcome"] == "none":
                 candidate.why = "not even one request at a time meets the SLOs"
@@ -241,10 +248,8 @@ class Planner:
                 candidate.too_few = candidate.replicas
                 candidate.grown += 1
                 if candidate.grown > MOST_GROWN:
-                    candidate.outcome, candidate.why = (
-                        "none",
-                        f"whole fleets of up to {candidate.too_few} replicas miss",
-                    )
+                    candidate.outcome = "none"
+                    candidate.why = f"whole fleets of up to {candidate.too_few} replicas miss"
                 candidate.replicas = (candidate.replicas or 0) + candidate.step
                 candidate.trial = candidate.whole = None  # of a fleet that missed; the larger one is simulated in turn
 
@@ -268,7 +273,7 @@ class Planner:
             waiting = [each for each in self.candidates if each.outcome == "open" and not each.asked]
             for each in waiting if self.bounds else ():
                 if each.fewest_usd > self._limit(each):
-                    each.outcome, each.why = "dismissed", f"{each.fewest} replicas or more, by {each.ruled_out}"
+                    each.dismiss()
             waiting = [each for each in waiting if each.outcome == "open"]
             if under_way and (not waiting or len(under_way) == self._ahead):
                 yield from self._result(under_way.popleft())
@@ -315,7 +320,7 @@ class Planner:
             yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
             yield from self._result(number)
             if chosen.outcome == "open":
-                chosen.outcome, chosen.why = "dismissed", f"{chosen.fewest} replicas or more, by {chosen.ruled_out}"
+                chosen.dismiss()
 
     def _limit(self, candidate: Candidate) -> float:
         """Return the price above which a candidate is of no interest."""
@@ -379,20 +384,9 @@ class Planner:
             yield from self._wait()
 
 
-def ends(values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the range that drawn values are meant to cover."""
-    found = interval(values)
-    return found["low"], found["high"]
-
-
 def _kind(candidate: Candidate) -> tuple[Any, ...]:
     """Return a candidate's device and layout."""
     return candidate.device, *candidate.job["layout"]
-
-
-def _done(trial: Mapping[str, Any] | None) -> float:
-    """Return the share of its requests that a trial finished before it was given up: how near it came."""
-    return trial["summary"]["completed"] / trial["requests"] if trial else 0.0
 
 
 def _margin(trial: Mapping[str, Any] | None) -> float:

@@ -18,7 +18,13 @@ MODERN_HOST = "cuda_graphs"  # and of an engine of today
 ROOFLINE_PLACEBO = "placebo_roofline"  # the paper's engine with times from another GPU's data sheet
 SHUFFLED_PLACEBO = "placebo_shuffled"  # and with the calibration's times dealt out to the wrong batches
 PLACEBOS = (ROOFLINE_PLACEBO, SHUFFLED_PLACEBO)
-PAPER_ENGINE = "sarathi-osdi24"  # the preset that all of these but the modern one run
+HOSTS = {  # in words, in the order of pages
+    PAPER_HOST: "the paper's engine",
+    FITTED_HOST: "fitted to Figure 2",
+    MODERN_HOST: "a modern engine",
+    ROOFLINE_PLACEBO: "roofline of an H100",
+    SHUFFLED_PLACEBO: "shuffled predictor",
+}
 CONTROLS = (FITTED_HOST, *PLACEBOS)  # run beside, at the first seed
 SEEDS = 3
 
@@ -122,6 +128,11 @@ class Claim(Strict):
     fitted: bool = False
 
 
+SECTIONS: dict[str, type[Strict]] = {  # what is under a key of a study's file
+    "setups": Setup, "workloads": Requests, "blocks": Block, "schedulers": Scheduling, "claims": Claim,
+}  # fmt: skip
+
+
 class Experiment(Strict):
     """A study: what it asks, what it runs, what was published."""
 
@@ -133,7 +144,5 @@ class Experiment(Strict):
     workloads: dict[str, Requests] = {}
     blocks: list[Block]
     claims: list[Claim] = []
-    marks: dict[
-        str, float
-    ] = {}  # published values POINT:METRIC that a figure marks, and another study has the claim of
+    marks: dict[str, float] = {}  # values POINT:METRIC that a figure marks, and another study has the claim of
     choices: list[str] = []  # what the paper leaves open, and how it is settled here; no result of ours

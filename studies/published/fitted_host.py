@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.results.tables import Array
 from engine.scheduling.request import BatchShape
-from engine.specs import HostOverhead, ParallelSpec, catalog
+from engine.specs import ParallelSpec, catalog
 from simulator.cluster import deploy
 from studies.published.operation_split import batch_shape
 
@@ -34,8 +34,7 @@ def published() -> list[tuple[BatchShape, float]]:
 
 def residuals(iteration_s: float, sequence_s: float, base: Array, sequences: Array, seconds: Array) -> Array:
     """Return log(predicted / published) of batches that take `base` seconds without these two constants."""
-    errors: Array = np.log((base + iteration_s + sequence_s * sequences) / seconds)
-    return errors
+    return np.asarray(np.log((base + iteration_s + sequence_s * sequences) / seconds))
 
 
 def fit() -> tuple[float, float, dict[str, float]]:
@@ -43,30 +42,18 @@ def fit() -> tuple[float, float, dict[str, float]]:
     from scipy.optimize import least_squares
 
     host = catalog.host_overhead(MEASURED)
-    base, sequences, seconds = _without(host)
+    deployment = deploy("01-ai/Yi-34B", "a100", parallel=ParallelSpec(tensor_parallel_size=2),
+                        host_overhead=host.name, num_gpu_blocks_override=1)  # fmt: skip
+    shapes, took = zip(*published(), strict=True)
+    seconds = np.array(took)
+    sequences = np.array([shape.num_decodes + len(shape.prefills) for shape in shapes], dtype=float)
+    times = np.array([deployment.predictor.stage_time(shape, 0) for shape in shapes])
+    base = times - host.iteration_s - host.sequence_s * sequences  # without the two constants
     found = least_squares(lambda x: residuals(x[0], x[1], base, sequences, seconds), [0.01, 1e-4], bounds=(0, np.inf),
                           x_scale=[1e-2, 1e-4])  # fmt: skip
     before = residuals(host.iteration_s, host.sequence_s, base, sequences, seconds)
     errors = {name: float(np.sqrt(np.mean(each**2))) for name, each in (("before", before), ("after", found.fun))}
     return float(found.x[0]), float(found.x[1]), errors
-
-
-def _without(host: HostOverhead) -> tuple[Array, Array, Array]:
-    """Return of each batch the predicted seconds without the two constants, its sequences, and published seconds."""
-    deployment = deploy("01-ai/Yi-34B", "a100", parallel=ParallelSpec(tensor_parallel_size=2),
-                        host_overhead=host.name, num_gpu_blocks_override=1)  # fmt: skip
-    rows = [
-        (
-            deployment.predictor.stage_time(shape, 0)
-            - host.iteration_s
-            - host.sequence_s * (shape.num_decodes + len(shape.prefills)),
-            shape.num_decodes + len(shape.prefills),
-            seconds,
-        )
-        for shape, seconds in published()
-    ]
-    base, sequences, seconds = np.array(rows, dtype=float).T
-    return base, sequences, seconds
 
 
 if __name__ == "__main__":

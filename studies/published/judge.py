@@ -21,11 +21,7 @@ from studies.words import number, percent
 Records = Mapping[str, Mapping[str, Any]]  # of a host overhead, by point
 Verdict = Literal["agrees", "disagrees", "depends on the draw", "fitted", "not run"]
 
-KINDS = {  # the sections of a verdict, and the comparisons in each
-    "orders": ("order",),
-    "ratios": ("ratio", "up_to"),
-    "absolute values": ("value",),
-}
+KINDS = {"orders": ("order",), "ratios": ("ratio", "up_to"), "absolute values": ("value",)}  # by comparison
 
 
 @dataclass(frozen=True)
@@ -47,25 +43,27 @@ class Judgement:
         """Whether a placebo passes it too."""
         return bool(self.placebos)
 
+    @property
+    def ours_and_off(self) -> str:
+        """Our value with how far it is off the published one."""
+        return self.ours + ("" if self.off is None else f" ({percent(self.off, sign=True)})")
+
     def sentence(self) -> str:
         """Return the verdict in words."""
         if self.verdict == "not run":
             return f"{self.claim}: not run"
-        off = "" if self.off is None else f" ({percent(self.off, sign=True)})"
-        return f"{self.claim}: published {self.published}, ours {self.ours}{off}: {self.verdict}"
+        return f"{self.claim}: published {self.published}, ours {self.ours_and_off}: {self.verdict}"
 
 
 def judge_all(experiment: Experiment, records: Mapping[str, Records]) -> dict[str, list[Judgement]]:
     """Return the verdicts under each host overhead and placebo, with the placebos that pass a claim marked on it."""
     every = {host: judge(experiment, found, host) for host, found in records.items()}
-    passed = [
-        tuple(host for host in PLACEBOS if host in every and every[host][i].verdict == "agrees")
-        for i in range(len(experiment.claims))
-    ]
-    return {
-        host: [replace(each, placebos=names) for each, names in zip(judgements, passed, strict=True)]
-        for host, judgements in every.items()
-    }
+    placebos = [host for host in PLACEBOS if host in every]
+    for i in range(len(experiment.claims)):
+        passed = tuple(host for host in placebos if every[host][i].verdict == "agrees")
+        for judgements in every.values():
+            judgements[i] = replace(judgements[i], placebos=passed)
+    return every
 
 
 def judge(experiment: Experiment, records: Records, host: str = "") -> list[Judgement]:
@@ -86,7 +84,9 @@ def draws_of(records: Records, name: str) -> Array | None:
 def _judge(claim: Claim, records: Records, known: Mapping[str, float | None], on_fitted: bool) -> Judgement:
     drawn = [draws_of(records, name) for name in claim.of]
     kind = next(kind for kind, comparisons in KINDS.items() if claim.compare in comparisons)
-    published = _published(claim)
+    times = "" if claim.compare == "value" else " times"
+    read = f" ± {percent(claim.reading)}" if claim.reading else ""
+    published = "in that order" if claim.published is None else f"{number(claim.published)}{times}{read}"
     given = [draws for draws in drawn if draws is not None]
     if len(given) < len(drawn):
         return Judgement(claim.says, claim.source, kind, published, "not run", "not run")
@@ -96,11 +96,11 @@ def _judge(claim: Claim, records: Records, known: Mapping[str, float | None], on
         held = np.all(values[:-1] > values[1:], axis=0)
         ours = _in_order(claim, values)
     else:
-        numbers = np.array([_number(claim, draw) for draw in values.T])
+        pairs = values if claim.compare == "up_to" else values[:2]
+        numbers = values[0] if claim.compare == "value" else np.array([max(_ratios(draw)) for draw in pairs.T])
         assert claim.published is not None
         errors = numbers / claim.published - 1
         held = np.abs(errors) <= TOLERANCE
-        times = "" if claim.compare == "value" else " times"
         middle = float(np.median(numbers))
         ours = f"{number(middle)}{times}{_spread(numbers)}" if np.isfinite(middle) else "no bound: the other is 0"
         off = float(np.median(errors)) if np.isfinite(middle) else None
@@ -122,17 +122,16 @@ def _in_order(claim: Claim, values: Array) -> str:
     width = min(map(len, parts))
     differ = [i for i in range(width) if len({part[i] for part in parts}) > 1]
     metrics = [name.rpartition(":")[2].replace("_", " ") for name in claim.of]
-    names = [" ".join([*(part[i] for i in differ), *part[width:]]) or metric
-             for part, metric in zip(parts, metrics, strict=True)]  # fmt: skip
+    places = [" ".join([*(part[i] for i in differ), *part[width:]]) for part in parts]
+    names = [place or metric for place, metric in zip(places, metrics, strict=True)]
     if len(set(names)) < len(names):
         names = [f"{name} {metric}".strip() for name, metric in zip(names, metrics, strict=True)]
     medians = np.median(values, axis=1)
-    text, above = "", np.inf
+    text, above = "", None
     for place in np.argsort(-medians, kind="stable"):
-        if text:
-            text += " > " if above > medians[place] else " = "
-        above = medians[place]
-        text += f"{names[place]} {number(float(above))}{_spread(values[place])}"
+        text += "" if above is None else " > " if above > medians[place] else " = "
+        above = float(medians[place])
+        text += f"{names[place]} {number(above)}{_spread(values[place])}"
     return text
 
 
@@ -151,24 +150,14 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).isdigit()
 
 
-def _number(claim: Claim, values: Array) -> float:
-    """Return what a draw's values come to."""
-    if claim.compare == "value":
-        return float(values[0])
-    return max(_ratios(values if claim.compare == "up_to" else values[:2]))
-
-
-def _published(claim: Claim) -> str:
-    if claim.published is None:
-        return "in that order"
-    read = f" ± {percent(claim.reading)}" if claim.reading else ""
-    return f"{number(claim.published)}{'' if claim.compare == 'value' else ' times'}{read}"
-
-
 def _explain(claim: Claim, values: Array, records: Records, known: Mapping[str, float | None]) -> str:
     """Say why ours differs, as far as the runs tell."""
+    about: Sequence[str] = claim.of
+    if claim.compare == "up_to":  # of several pairs the one with the largest ratio
+        best = int(np.argmax(_ratios(np.median(values, axis=1))))
+        about = claim.of[2 * best : 2 * best + 2]
     shown: dict[str, None] = {}
-    for name in _extreme_pair(claim, np.median(values, axis=1)):
+    for name in about:
         point, _, metric = name.rpartition(":")
         drawn, published = draws_of(records, name), known.get(name)
         assert drawn is not None
@@ -179,14 +168,6 @@ def _explain(claim: Claim, values: Array, records: Records, known: Mapping[str, 
         facts = records[point].get("facts", "")
         shown[words + (f": {facts}" if facts else "")] = None
     return ". ".join(shown)
-
-
-def _extreme_pair(claim: Claim, values: Array) -> Sequence[str]:
-    """Return the values that a verdict is about: of several pairs the one with the largest ratio."""
-    if claim.compare != "up_to":
-        return claim.of
-    best = int(np.argmax(_ratios(values)))
-    return claim.of[2 * best : 2 * best + 2]
 
 
 def _ratios(values: Array) -> list[float]:
@@ -256,26 +237,14 @@ def _choice(place: str, found: Mapping[str, Mapping[str, Any]]) -> Choice:
     chosen, best = int(coarse.argmax()), int(fine.argmax())
     some = np.maximum(coarse, fine) > 0
     errors = np.abs(coarse - fine)[some] / np.maximum(coarse, fine)[some]
-    return Choice(
-        place,
-        names[chosen],
-        names[best],
-        spearman(coarse, fine),
-        float(1 - fine[chosen] / fine[best]) if fine[best] else 0.0,
-        float(errors.max(initial=0.0)),
-    )
+    regret = float(1 - fine[chosen] / fine[best]) if fine[best] else 0.0
+    return Choice(place, names[chosen], names[best], spearman(coarse, fine), regret, float(errors.max(initial=0.0)))
 
 
 def spearman(first: Array, second: Array) -> float | None:
     """Return the rank correlation (Spearman), equal values sharing their mean rank; None where either has no spread."""
-    ranks = [_ranks(values) for values in (first, second)]
-    centred = [rank - rank.mean() for rank in ranks]
-    norm = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
-    return float((centred[0] * centred[1]).sum()) / norm if norm else None
-
-
-def _ranks(values: Array) -> Array:
-    below = (values[:, None] > values).sum(axis=1)
-    alike = (values[:, None] == values).sum(axis=1)
-    mean_ranks: Array = below + (alike + 1) / 2
-    return mean_ranks
+    # a rank: how many are below, and half of those alike
+    ranks = [((each[:, None] > each).sum(axis=1) + (each[:, None] >= each).sum(axis=1)) / 2 for each in (first, second)]
+    ours, theirs = (each - each.mean() for each in ranks)
+    norm = float(np.sqrt((ours**2).sum() * (theirs**2).sum()))
+    return float((ours * theirs).sum()) / norm if norm else None

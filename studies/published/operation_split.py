@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
 from engine.errors import InputError
 from engine.results.tables import Array
 from engine.scheduling.request import BatchShape
-from engine.specs import DeviceSpec, HostOverhead
+from engine.specs import HostOverhead
 from engine.specs.device_folder import folder_of
 from simulator.cluster import Deployment
+from simulator.predictor import calibration
 from simulator.predictor.base import RuntimePredictor
-from simulator.predictor.calibration import Calibration, load
 from simulator.predictor.learned import learned
 from simulator.predictor.roofline import Roofline
 from simulator.predictor.tables import TableMaker
 from studies.published.placebo import CONTEXT, Shuffled
 
 FAMILIES = ("linear", "communication")
+_load = cache(calibration.load)
 
 
 def split(deployment: Deployment, prompt: int, batch: int, context: int) -> dict[str, float]:
@@ -64,9 +64,8 @@ def _learned(deployment: Deployment, shape: BatchShape) -> tuple[RuntimePredicto
     folder, overhead = folder_of(device), deployment.host
     if folder is None or overhead is None:
         raise InputError(f"operators of {model.name} on {device.name}: give a calibrated device")
-    maker = TableMaker(
-        _calibration(folder, device), model, device, network, parallel, overhead.attention_kernel, overhead.kernels
-    )
+    kernels = overhead.attention_kernel, overhead.kernels
+    maker = TableMaker(_load(folder, device), model, device, network, parallel, *kernels)
     families = dict.fromkeys(FAMILIES, 0.0)
     for op, kind in maker.sorted[0].rows:
         if kind.family in families:
@@ -97,8 +96,3 @@ def batch_shape(prompt: int, batch: int, context: int) -> BatchShape:
     """Return the batch of a whole prompt (tokens; 0: none) and `batch` decodes of `context` tokens each."""
     prefills = ((prompt, 0),) if prompt else ()
     return BatchShape(prompt + batch, batch, batch * context, prefills, batch + len(prefills), 0)
-
-
-@cache
-def _calibration(folder: Path, device: DeviceSpec) -> Calibration:
-    return load(folder, device)

@@ -26,13 +26,11 @@ CONTEXT = 1024
 
 def placebo(deployment: Deployment, name: str) -> Deployment:
     """Return the deployment with the times of a placebo."""
-    if name == ROOFLINE_PLACEBO:
-        other, host = catalog.device(OTHER_DEVICE), catalog.host_overhead(MODERN_HOST)
-        times: RuntimePredictor = Roofline(
-            deployment.model, other, deployment.network, deployment.parallel, host
-        )  # of that device alone, on an engine of today
-    else:
-        times = Shuffled(deployment.predictor)
+    if name != ROOFLINE_PLACEBO:
+        return replace(deployment, predictor=Shuffled(deployment.predictor))
+    # of that device alone, on an engine of today
+    other, host = catalog.device(OTHER_DEVICE), catalog.host_overhead(MODERN_HOST)
+    times = Roofline(deployment.model, other, deployment.network, deployment.parallel, host)
     return replace(deployment, predictor=times)
 
 

@@ -17,25 +17,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from engine.engine_preset import DEFAULT
 from engine.specs import ParallelSpec, catalog
 from engine.specs.device_folder import folder_of
 from engine.workload.workload import WorkloadSpec
 from simulator.cluster import Deployment, deploy
 from simulator.predictor.calibration import fingerprint
-from studies.published.experiment import (
-    CONTROLS,
-    FITTED_HOST,
-    PAPER_ENGINE,
-    PAPER_HOST,
-    PLACEBOS,
-    Block,
-    Experiment,
-    Requests,
-    Scheduling,
-    Setup,
-    Task,
-)
+from studies.published.experiment import CONTROLS, PAPER_HOST, PLACEBOS, Block, Experiment, Requests, Scheduling, Setup
 from studies.published.placebo import placebo
 
 MEMORY_UTILIZATION = 0.85  # of the paper's scripts
@@ -54,7 +44,7 @@ class Point:
     """One thing to compute. `id` is its place in the study, `SETUP/WORKLOAD/...`; the rest is what it depends on."""
 
     id: str
-    task: Task
+    task: str
     host: str
     setup: Setup
     requests: Requests | None = None
@@ -74,7 +64,7 @@ class Point:
 
     def key(self) -> str:
         """Return a hash of all that its record depends on: the point, the calibration and the code."""
-        parts = {name: _plain(value) for name, value in asdict(self).items()}
+        parts = {k: value.model_dump() if isinstance(value, BaseModel) else value for k, value in asdict(self).items()}
         calibration = folder_of(catalog.device(self.setup.device))
         text = json.dumps([parts, calibration and fingerprint(calibration), _code()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -85,7 +75,7 @@ class Point:
         scheduler = {} if scheduling is None else scheduling.model_dump(exclude_none=True)
         if requests is not None:
             scheduler["max_model_len"] = requests.max_model_len
-        theirs = self.host in (PAPER_HOST, FITTED_HOST, *PLACEBOS)
+        theirs = self.host in (PAPER_HOST, *CONTROLS)
         deployment = deploy(
             setup.model,
             setup.device,
@@ -94,7 +84,7 @@ class Point:
             parallel=ParallelSpec(
                 tensor_parallel_size=setup.tensor_parallel_size, pipeline_parallel_size=setup.pipeline_parallel_size
             ),
-            engine=PAPER_ENGINE if theirs else DEFAULT,
+            engine="sarathi-osdi24" if theirs else DEFAULT,
             scheduler=scheduler,
             host_overhead=PAPER_HOST if self.host in PLACEBOS else self.host,
             gpu_memory_utilization=MEMORY_UTILIZATION,
@@ -115,10 +105,6 @@ class Point:
         )
 
 
-def _plain(value: Any) -> Any:
-    return value.model_dump() if isinstance(value, Setup | Requests | Scheduling) else value
-
-
 @cache
 def _code() -> str:
     places = [ROOT / place for place in CODE]
@@ -136,25 +122,20 @@ def expand(experiment: Experiment, host: str, seeds: int = 1) -> list[Point]:
     asked = {name.rpartition(":")[0] for claim in experiment.claims for name in claim.of}
     found: dict[tuple[str, int], Point] = {}
     for block in experiment.blocks:
-        for name in block.setups:
-            for point in _of_block(block, name, experiment, host):
-                claimed = point.id in asked
-                if not claimed and (host in CONTROLS or (point.task == "search" and host != PAPER_HOST)):
-                    continue
-                point = replace(point, fine=point.fine and claimed and host == PAPER_HOST)
-                if point.task == "search":
-                    found[point.id, 0] = replace(point, seeds=seeds if claimed else 1)
-                else:
-                    drawn = range(seeds if point.requests is not None else 1)
-                    found |= {(point.id, seed): replace(point, seed=seed) for seed in drawn}
+        common = {name: getattr(block, name) for name in ("task", "timeline", "context", "time_limit_s")}
+        for name, (place, given) in product(block.setups, list(_combinations(block, experiment))):
+            id, setup = f"{name}/{place}", experiment.setups[name]
+            claimed, is_search = id in asked, block.task == "search"
+            if not claimed and (host in CONTROLS or (is_search and host != PAPER_HOST)):
+                continue
+            fine = block.fine and claimed and host == PAPER_HOST
+            point = Point(id, host=host, setup=setup, fine=fine, **common, **given)
+            if is_search:
+                found[id, 0] = replace(point, seeds=seeds if claimed else 1)
+            else:
+                drawn = range(seeds if point.requests is not None else 1)
+                found |= {(id, seed): replace(point, seed=seed) for seed in drawn}
     return list(found.values())
-
-
-def _of_block(block: Block, name: str, experiment: Experiment, host: str) -> list[Point]:
-    """Return the points of a block on one of its setups."""
-    common = Point(name, block.task, host, experiment.setups[name], fine=block.fine, timeline=block.timeline,
-                   context=block.context, time_limit_s=block.time_limit_s)  # fmt: skip
-    return [replace(common, id=f"{name}/{place}", **given) for place, given in _combinations(block, experiment)]
 
 
 def _combinations(block: Block, experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -164,11 +145,9 @@ def _combinations(block: Block, experiment: Experiment) -> Iterator[tuple[str, d
         if block.task == "run":
             loads = [(f"{rate:g}", {"rate": rate}) for rate in block.rates]
         shared = {"num_prompts": block.num_prompts}
-        for workload, (load, given), (scheduler, scheduling) in product(
-            block.workloads, loads, block.schedulers.items()
-        ):
+        for workload, (load, given), (name, scheduling) in product(block.workloads, loads, block.schedulers.items()):
             served = {"requests": experiment.workloads[workload], "scheduling": scheduling}
-            yield f"{workload}/{load}/{scheduler}", {**shared, **served, **given}
+            yield f"{workload}/{load}/{name}", {**shared, **served, **given}
     elif block.task == "prefill":
         for prompt, chunk in product(block.prompts, [0, *block.chunks]):
             if chunk < prompt:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from studies.jobs.cache import Cache
 from studies.jobs.pool import in_turn, work_off
@@ -24,8 +23,7 @@ from studies.published.points import Point, expand
 from studies.published.tasks import compute
 
 
-@dataclass(frozen=True)
-class Crash:
+class Crash(NamedTuple):
     """A point that raised: its place, the error in a line, and the traceback."""
 
     point: str

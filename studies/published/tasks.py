@@ -23,8 +23,8 @@ from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 from studies.capacity.ranges import STEPS
 from studies.capacity.search import TOLERANCE, Capacity, find_capacity, fine_capacity
-from studies.capacity.trial import TimeLimit, Trial, at_rate, ending, guess, judged
-from studies.published.experiment import METRICS, Task
+from studies.capacity.trial import Hopeless, Trial, at_rate, guess, judged, time_limit
+from studies.published.experiment import METRICS
 from studies.published.operation_split import split
 from studies.published.points import Point
 from studies.words import seconds
@@ -47,7 +47,7 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     def search(spec: WorkloadSpec, start: float, steps: Sequence[float]) -> Capacity:
         def trial(rate: float) -> Trial:
             workload = at_rate(spec, rate)
-            run = simulate(workload, kinds, slos=slos, stop=ending(slos, workload, limit_s))
+            run = simulate(workload, kinds, slos=slos, stop=time_limit(limit_s, Hopeless(slos, workload)))
             found = judged(run.summary, rate)
             if found.met and spec.seed == point.seed:
                 best[:] = [run]
@@ -70,20 +70,19 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     }
     if point.seeds > 1:
         record["draws"] = {"qps": drawn}
+    facts = found.describe()
     if found.outcome == "found":
         (run,) = best
         record["batches"] = batches(run.iterations, deployment)
-        record["facts"] = f"{found.describe()}; at it, {in_words(run.summary, record['batches'])}"
-    else:
-        record["facts"] = found.describe()
+        facts += f"; at it, {in_words(run.summary, record['batches'])}"
+    record["facts"] = facts
     if point.fine:
-        whole = {found.qps: True} if found.outcome == "found" else {}  # that trial ran to its end
-        stop = TimeLimit(limit_s) if limit_s is not None else None
+        stop = time_limit(limit_s)
 
         def met(rate: float) -> bool:
-            if rate not in whole:
-                whole[rate] = judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met
-            return whole[rate]
+            if found.outcome == "found" and rate == found.qps:  # that trial ran to its end
+                return True
+            return judged(simulate(at_rate(spec, rate), kinds, slos=slos, stop=stop).summary, rate).met
 
         record["coarse_qps"] = found.qps
         record["fine_qps"] = fine_capacity(met, found.qps or start)
@@ -92,8 +91,7 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
 
 def _run(point: Point, deployment: Deployment) -> dict[str, Any]:
     """Return a load at a rate: its latencies and batches, and if asked when its tokens came."""
-    stop = TimeLimit(point.time_limit_s) if point.time_limit_s is not None else None
-    run = simulate(make_workload(point.workload()), [deployment], stop=stop)
+    run = simulate(make_workload(point.workload()), [deployment], stop=time_limit(point.time_limit_s))
     shown = batches(run.iterations, deployment)
     record = {"values": _latencies(run.summary), "batches": shown, "facts": in_words(run.summary, shown)}
     if point.timeline:
@@ -167,29 +165,22 @@ def _prefill(point: Point, deployment: Deployment) -> dict[str, Any]:
     step, took = point.chunk or point.prompt, 0.0
     for prefix in range(0, point.prompt, step):
         chunk = min(step, point.prompt - prefix)
-        took += _latency(deployment, _prompt(chunk, prefix, ends=prefix + chunk == point.prompt))
+        ends = prefix + chunk == point.prompt
+        took += _latency(deployment, BatchShape(chunk, 0, 0, ((chunk, prefix),), int(ends), 0))
     return {"values": {"seconds": took}, "facts": f"{-(-point.prompt // step)} iterations"}
 
 
 def _piggyback(point: Point, deployment: Deployment) -> dict[str, Any]:
     """Compute a decode batch alone; with a chunk that fills the token budget; with a whole prompt."""
-    chunk = point.chunk - point.batch
-    alone = _latency(deployment, _decodes(point.batch, point.context))
+    batch = point.batch
+    decodes = BatchShape(batch, batch, batch * point.context, (), batch, batch)
 
     def beside(tokens: int) -> float:
-        shape = _decodes(point.batch, point.context)
-        both = shape._replace(num_tokens=point.batch + tokens, prefills=((tokens, 0),), num_sampled=point.batch + 1)
+        both = decodes._replace(num_tokens=batch + tokens, prefills=((tokens, 0),), num_sampled=batch + 1)
         return _latency(deployment, both)
 
-    return {"values": {"alone": alone, "with_chunk": beside(chunk), "with_prompt": beside(point.prompt)}, "facts": ""}
-
-
-def _prompt(chunk: int, prefix: int, ends: bool) -> BatchShape:
-    return BatchShape(chunk, 0, 0, ((chunk, prefix),), int(ends), 0)
-
-
-def _decodes(batch: int, context: int) -> BatchShape:
-    return BatchShape(batch, batch, batch * context, (), batch, batch)
+    alone, with_chunk = _latency(deployment, decodes), beside(point.chunk - batch)
+    return {"values": {"alone": alone, "with_chunk": with_chunk, "with_prompt": beside(point.prompt)}, "facts": ""}
 
 
 def _latency(deployment: Deployment, shape: BatchShape) -> float:
@@ -204,7 +195,7 @@ def _operators(point: Point, deployment: Deployment) -> dict[str, Any]:
     return {"values": split(deployment, point.prompt, point.batch, point.context), "facts": ""}
 
 
-TASKS: dict[Task, Callable[[Point, Deployment], dict[str, Any]]] = {
+TASKS: dict[str, Callable[[Point, Deployment], dict[str, Any]]] = {
     "search": _search,
     "run": _run,
     "prefill": _prefill,

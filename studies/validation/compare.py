@@ -23,7 +23,6 @@ from engine.runtime.driver import Clock
 from engine.runtime.executor import Executor, RankTime
 from engine.runtime.serve import serve
 from engine.scheduling.request import Batch, BatchShape
-from engine.specs import HostOverhead
 from engine.workload.workload import Workload
 from simulator.cluster import Deployment, simulate
 from simulator.predictor.calibration_errors import errors
@@ -32,7 +31,6 @@ from studies.words import percent
 
 STATISTICS = ("mean", "p50", "p90", "p99")
 BATCH_KINDS = ("decodes alone", "prompts alone", "hybrid")
-_SEQUENCE = ("num_tokens", "num_decodes", "num_prefills")
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,14 @@ def run_pair(
         shapes.append(batch.shape)
         compute.append(max(time.end - time.start for time in times))
 
-    folders = [None if folder is None else folder / name for name in ("engine", "simulated")]
-    for each in folders:
-        if each is not None:
-            each.mkdir(parents=True)
-    engine = serve(workload, deployment.replica, executor, seed=seed, slos=slos, folder=folders[0],
+    ours, theirs = (None if folder is None else folder / name for name in ("engine", "simulated"))
+    if ours is not None and theirs is not None:
+        ours.mkdir(parents=True)
+        theirs.mkdir(parents=True)
+    engine = serve(workload, deployment.replica, executor, seed=seed, slos=slos, folder=ours,
                    on_progress=on_progress, on_batch=on_batch, clock=clock)  # fmt: skip
-    simulated = simulate(workload, [deployment], seed=seed, slos=slos, folder=folders[1])
-    measured, predicted = (_iterations(run, place) for run, place in zip((engine, simulated), folders, strict=True))
+    simulated = simulate(workload, [deployment], seed=seed, slos=slos, folder=theirs)
+    measured, predicted = _iterations(engine, ours), _iterations(simulated, theirs)
     return Pair(engine, simulated, measured, predicted, shapes, np.array(compute))
 
 
@@ -86,27 +84,22 @@ def compare(pair: Pair, deployment: Deployment, workload: Workload) -> dict[str,
         "iterations": _iteration_errors(pair, deployment),
         "batches": _batch_sequences(measured, simulated),
         "replay": _replay(deployment, workload, measured),
-        "latencies": compare_latencies(pair.engine, pair.simulated, [metric.key for metric in drawn_metrics()]),
-        "throughput": compare_summaries(
-            pair.engine, pair.simulated, ("request_throughput", "output_throughput", "total_token_throughput")
-        ),
+        **compare_runs(pair.engine, pair.simulated, [metric.key for metric in drawn_metrics()]),
     }
-    result["largest"] = in_words(result)
-    return result
+    return {**result, "largest": in_words(result)}
 
 
 def in_words(result: dict[str, Any]) -> str:
     """Return what contributes most to the error of the iterations' time, in a sentence."""
     parts = result["iterations"]["contributions"]
     name = max(parts, key=lambda each: abs(parts[each]))
-    total = result["iterations"]["bias_of_time"]
     how = "too short" if parts[name] < 0 else "too long"
     batches = "hybrid batches" if name == "hybrid" else f"batches of {name}"
     what = f"the ranks' work in {batches}" if "host" in parts else f"the time of {batches}"
     what = "the host's part of iterations" if name == "host" else what
     return (
         f"{what} is predicted {how} by {percent(abs(parts[name]))} of the time that all batches took together, the "
-        f"largest part of an error of {percent(total, sign=True)}"
+        f"largest part of an error of {percent(result['iterations']['bias_of_time'], sign=True)}"
     )
 
 
@@ -139,7 +132,9 @@ def _iteration_errors(pair: Pair, deployment: Deployment) -> dict[str, Any]:
     host = deployment.host
     off, of_host = (predicted - actual).sum(axis=0), {}
     if stages == 1 and host is not None:
-        added = _added(host, shapes, deployment)
+        ranks, layers = deployment.parallel.world_size, deployment.model.num_layers
+        # what the host is predicted to add to each batch
+        added = np.array([host.times(layers, each.num_decodes + len(each.prefills), ranks, 0)[1] for each in shapes])
         off = predicted[0] - added - pair.compute_s
         of_host = {"host": float((added - (actual[0] - pair.compute_s)).sum()) / total}
     contributions = {name: float(off[kinds == name].sum()) / total for name in by_kind} | of_host
@@ -158,17 +153,10 @@ def _kind(shape: BatchShape) -> str:
     return "hybrid" if shape.num_decodes else "prompts alone"
 
 
-def _added(host: HostOverhead, shapes: list[BatchShape], deployment: Deployment) -> Array:
-    """Return what the host is predicted to add to each batch."""
-    ranks, layers = deployment.parallel.world_size, deployment.model.num_layers
-    return np.array([host.times(layers, shape.num_decodes + len(shape.prefills), ranks, 0)[1] for shape in shapes])
-
-
 def _batch_sequences(measured: Columns, simulated: Columns) -> dict[str, Any]:
     """Find where the two runs' batches first differ: an earlier or later end may let another request in."""
-    ours, theirs = (
-        np.stack([table[name][table["stage"] == 0] for name in _SEQUENCE]) for table in (measured, simulated)
-    )
+    names = ("num_tokens", "num_decodes", "num_prefills")
+    ours, theirs = (np.stack([table[name][table["stage"] == 0] for name in names]) for table in (measured, simulated))
     count = min(ours.shape[1], theirs.shape[1])
     differ = (ours[:, :count] != theirs[:, :count]).any(axis=0)
     first = int(differ.argmax()) if differ.any() else count
@@ -192,7 +180,16 @@ def _replay(deployment: Deployment, workload: Workload, measured: Columns) -> di
     return _batch_sequences(measured, _iterations(run, None))
 
 
-def compare_latencies(engine: Run, simulated: Run, metrics: Sequence[str]) -> dict[str, Any]:
+def compare_runs(engine: Run, simulated: Run, metrics: Sequence[str]) -> dict[str, Any]:
+    """Return the latencies and the throughput of two runs on both sides, with the simulated ones' errors."""
+    throughput = {}
+    for key in ("request_throughput", "output_throughput", "total_token_throughput"):
+        real, predicted = (run.summary[key] for run in (engine, simulated))
+        throughput[key] = {"engine": real, "simulated": predicted, "error": predicted / real - 1}
+    return {"latencies": _latencies(engine, simulated, metrics), "throughput": throughput}
+
+
+def _latencies(engine: Run, simulated: Run, metrics: Sequence[str]) -> dict[str, Any]:
     """Return each metric's statistics on both sides (s), and how the requests' own values go together."""
     ours, theirs = (latencies(_by_id(run.requests)) for run in (engine, simulated))
     same = len(engine.requests["request_id"]) == len(simulated.requests["request_id"])
@@ -214,12 +211,3 @@ def compare_latencies(engine: Run, simulated: Run, metrics: Sequence[str]) -> di
 def _by_id(requests: Columns) -> Columns:
     order = np.argsort(requests["request_id"])
     return {name: column[order] for name, column in requests.items()}
-
-
-def compare_summaries(engine: Run, simulated: Run, keys: Sequence[str]) -> dict[str, Any]:
-    """Return keys of the summaries on both sides, and the simulated one's error."""
-    found = {}
-    for key in keys:
-        real, predicted = (run.summary[key] for run in (engine, simulated))
-        found[key] = {"engine": real, "simulated": predicted, "error": predicted / real - 1}
-    return found

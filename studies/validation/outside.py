@@ -18,12 +18,11 @@ from engine.results.metric_table import METRICS, drawn_metrics
 from engine.results.recorder import Run
 from engine.results.tables import Array, Columns
 from engine.workload.workload import Workload
-from studies.validation.compare import compare_latencies, compare_summaries
+from studies.validation.compare import STATISTICS, compare_runs
 from studies.validation.record import latency_curves
-from studies.words import percent
+from studies.words import percent, statistic_name
 
 GAUGES = {"num_requests_running": "num_running", "num_requests_waiting": "num_waiting", "kv_cache_usage_perc": "kv"}
-_NAMES = {"p50": "median", "p90": "P90", "p99": "P99", "mean": "mean"}
 
 
 def as_served(workload: Workload, requests: Columns) -> Workload:
@@ -62,18 +61,12 @@ def compare_outside(
         "load": None,
         "requests": len(measured.requests["arrived_s"]),
         "engine_s": measured.summary["duration"],
-        "iterations": None,
-        "batches": None,
-        "replay": None,
-        "latencies": compare_latencies(measured, simulated, metrics),
-        "throughput": compare_summaries(
-            measured, simulated, ("request_throughput", "output_throughput", "total_token_throughput")
-        ),
+        **dict.fromkeys(("iterations", "batches", "replay")),
+        **compare_runs(measured, simulated, metrics),
         "gauges": compare_gauges(gauges, simulated_iterations, kv_blocks),
         "curves": latency_curves(measured, simulated),
     }
-    result["largest"] = in_words(result)
-    return result
+    return {**result, "largest": in_words(result)}
 
 
 def compare_gauges(gauges: Columns, iterations: Columns, kv_blocks: Sequence[int]) -> dict[str, Any]:
@@ -85,8 +78,7 @@ def compare_gauges(gauges: Columns, iterations: Columns, kv_blocks: Sequence[int
         return {}
     found = {}
     for name, column in GAUGES.items():
-        values = gauges[name][during]
-        if np.isnan(values).all():
+        if np.isnan(values := gauges[name][during]).all():
             continue
         ours = _at(times[during], iterations, column, kv_blocks)
         values = values / len(kv_blocks) if column == "kv" else values
@@ -119,10 +111,10 @@ def _at(times: Array, iterations: Columns, column: str, kv_blocks: Sequence[int]
 def in_words(result: dict[str, Any]) -> str:
     """Return the largest error, in a sentence."""
     every = [
-        (abs(found["error"]), f"the {_NAMES[statistic]} of {METRICS[key].name}", found["error"])
+        (abs(found["error"]), f"the {statistic_name(statistic)} of {METRICS[key].name}", found["error"])
         for key, statistics in result["latencies"].items()
         for statistic, found in statistics.items()
-        if statistic in _NAMES and found["error"] is not None
+        if statistic in STATISTICS and found["error"] is not None
     ]
     if not every:
         return "there is nothing to compare"

@@ -53,10 +53,6 @@ def judge(load: Mapping[str, Any], held: bool = True) -> list[Judgement]:
     A server that was measured from outside has none of iterations, whose batches nobody saw. What is not `held` to
     the targets has none.
     """
-    return [each if held else replace(each, target=None) for each in _judged(load)]
-
-
-def _judged(load: Mapping[str, Any]) -> list[Judgement]:
     near = load["load"] is not None and load["load"] >= NEAR_CAPACITY
     target = NEAR_CAPACITY_TARGET if near else LATENCY_TARGET
     found = []
@@ -67,7 +63,8 @@ def _judged(load: Mapping[str, Any]) -> list[Judgement]:
             error = load["latencies"][metric.key].get(statistic, {}).get("error")
             found.append(Judgement(metric.name, statistic.upper(), error, target))
     worst = max((each["error"] for each in load["throughput"].values()), key=abs)
-    return [*found, Judgement("Throughput", "", worst, THROUGHPUT_TARGET)]
+    found.append(Judgement("Throughput", "", worst, THROUGHPUT_TARGET))
+    return [each if held else replace(each, target=None) for each in found]
 
 
 def curves(pair: Pair, deployment: Deployment) -> dict[str, Any]:

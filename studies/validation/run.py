@@ -112,12 +112,8 @@ def check_machine(replica: ReplicaSpec, executor: Executor) -> None:
             raise InputError(f"the device is {name}, and this machine has {executor.hardware}: give --device {found}")
         return
     measured = profile_settings(folder)["identity"]
-    here = {
-        "hardware": executor.hardware,
-        "dtype": replica.model.dtype,
-        "attention_backend": executor.attention_backend,
-    }
-    for name, value in here.items():
+    own = {"hardware": executor.hardware, "dtype": replica.model.dtype, "attention_backend": executor.attention_backend}
+    for name, value in own.items():
         if measured[name] != value:
             raise InputError(
                 f"the calibration in {folder} was measured with {name} {measured[name]!r}, and this engine has "
