@@ -192,7 +192,8 @@ DEVICES |= {
     name: DeviceSpec(name=name, **values)
     for name, values in json.loads((DATA / "devices.json").read_text(encoding="utf-8")).items()
 }
-_DEVICE_ALIASES = {"a100": "a100_pcie", "h100": "h100_sxm", "h200": "h200_sxm"}  # a100 as in the Sarathi-Serve paper
+_DEVICE_ALIASES = {"a100": "a100_pcie", "a100_sxm_80gb": "a100_sxm", "h100": "h100_sxm", "h200": "h200_sxm"}
+# a100 as in the Sarathi-Serve paper
 _SEVERAL_CARDS = {  # aliases that leave open which card is meant, and the others that may be
     "a100": "a100_sxm",
 }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.documents import read_json
-from engine.errors import InputError
+from engine.errors import InputError, unknown
 from engine.specs import DeviceSpec, HostOverhead
 from engine.specs.checks import build, short
 
@@ -35,10 +35,16 @@ def known_devices() -> Mapping[str, Path]:
 
 
 def folder_of(device: DeviceSpec) -> Path | None:
-    """Return the folder of a device's calibration: its own, or what ships under its name; None if there is none."""
+    """Return the folder of a device's calibration: its own, or what ships under its name; None if there is none.
+
+    Raises InputError where it is said to be measured as a device that has none.
+    """
     if device.calibration is not None:
         return Path(device.calibration)
-    return known_devices().get(device.measured_as or device.name)
+    known = known_devices()
+    if device.measured_as is not None and device.measured_as not in known:
+        raise unknown("measured_as", device.measured_as, known)
+    return known.get(device.measured_as or device.name)
 
 
 def profile_settings(folder: Path) -> dict[str, Any]:

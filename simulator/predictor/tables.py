@@ -164,7 +164,10 @@ class TableMaker:
     def describe(self, host: HostOverhead) -> str:
         """Return one line for reports: what was measured, what was carried over or estimated."""
         device, network = self.sites[0].device, self.sites[0].network
-        text = f"calibrated on measurements of {device.name} ({network.name}, host overhead {host.name})"
+        measured = device.measured_as or device.name
+        text = f"calibrated on measurements of {measured} ({network.name}, host overhead {host.name})"
+        if measured != device.name:
+            text += f", by the memory of {device.name}"
         if not self.calibration.records:
             return (
                 f"an estimate for {device.name} ({network.name}, host overhead {host.name}) by its data sheet, with "
@@ -175,7 +178,7 @@ class TableMaker:
         if software := self.calibration.software_of(used):
             text += f"; operators of {software}"
         carried = {name: self.calibration.learned_on(name) for name in used}
-        carried = {name: where for name, where in carried.items() if where != device.name}
+        carried = {name: where for name, where in carried.items() if where != measured}
         if carried:
             families = " and ".join(sorted({self.models[name].family for name in carried}))
             text += f"; {families} carried over from {', '.join(sorted(set(carried.values())))}"

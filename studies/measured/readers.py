@@ -110,6 +110,14 @@ class _Row:
     def __getitem__(self, key: str) -> str:
         return str(self.values[key])
 
+    def card(self, key: str) -> tuple[str, list[str]]:
+        """Return the device that a column names, and what had to be assumed where the name leaves open which card."""
+        if self.source.device is not None:
+            return self.source.device, []
+        device = _device(self[key])
+        card = self.source.cards.get(device)
+        return (device, []) if card is None else (card, [f"{self[key]} is {card}"])
+
     def has(self, key: str) -> bool:
         """Return whether there is a value."""
         return _given(self.values.get(key))
@@ -281,13 +289,13 @@ class _Reader:
             raise InputError(f"framework {row['Framework']}: vllm alone can be simulated")
         length, batch, gpus = map(row.whole, ("Input Output Length", "Batch Size", "Num of Hardware"))
         latency = row.number("Latency")
-        device = row.source.device or _device(row["Hardware"])
+        device, assumed = row.card("Hardware")
         own = {"model": row["Model"], "device": device, "tensor_parallel_size": gpus}
         spec = WorkloadSpec(lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst")
         measured = {"e2e": latency, "throughput": length * batch / latency}
         settings = {**row.source.settings(device), **own}
         latest = "max"  # the call that brings all prompts returns with the last request
-        return row.point(settings, workload=spec, measured=measured, statistic=latest, load=f"batch {batch}")
+        return row.point(settings, assumed, workload=spec, measured=measured, statistic=latest, load=f"batch {batch}")
 
     def _requests(self, path: Path, frame: pd.DataFrame) -> Measurements:
         name, chosen = self._source("requests")
@@ -343,11 +351,7 @@ class _Reader:
     def _aggregate(self, row: _Row) -> Point:
         rate, seconds = map(row.number, ("request_rate_per_s", "stage_seconds"))
         prompt, output = map(row.whole, ("input_tokens_about", "output_tokens_about"))
-        device = _device(row["hardware"])
-        assumed = []
-        if (card := row.source.cards.get(device)) is not None:
-            assumed.append(f"{row['hardware']} is {card}")
-            device = card
+        device, assumed = row.card("hardware")
         settings = {**row.source.settings(device), "model": row["model"], "device": device}
         for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
             if row.has(key):

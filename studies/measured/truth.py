@@ -37,7 +37,7 @@ No constant is fitted to a row that the first table counts. But choices were mad
 kept aside would judge more strictly: which public table of decode attention to believe, which kernel reduces among
 eight ranks, how clients sent (ten requests a user), that large products go no faster than one public benchmark of such
 has it, that products in 8 bits may take less time with more rows, and which A100s Argonne's benchmark ran on. They are
-named below; the front end's constants were fitted before all of these, the others after. Most points have batches
+named below; vLLM 0.12's front end was fitted before all of these, the other constants after. Most points have batches
 outside what the operators were measured over, above all for prompts after a prefix and where a device has no table of
 elementwise operators.
 """
