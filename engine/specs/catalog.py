@@ -51,6 +51,7 @@ def _models() -> dict[str, ModelSpec]:
 MODELS = _models()
 
 _SHEET = "NVIDIA data sheet for the peaks, CUDA's total for the memory; efficiencies are estimates"
+_SUSTAINED = f"{_SHEET}; sustained rates as SemiAnalysis measured them on H100 and H200 (December 2024)"
 DEVICES = {
     spec.name: spec
     for spec in (
@@ -113,7 +114,7 @@ DEVICES = {
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
             network="nvswitch_h100",
-            source=_SHEET,
+            source=_SUSTAINED,
         ),
         DeviceSpec(
             name="h200_sxm",
@@ -131,7 +132,7 @@ DEVICES = {
             attention_efficiency=0.55,
             bandwidth_efficiency=0.85,
             network="nvswitch_h100",
-            source=_SHEET,
+            source=_SUSTAINED,
         ),
         DeviceSpec(
             name="l4",
@@ -192,8 +193,9 @@ DEVICES |= {
     name: DeviceSpec(name=name, **values)
     for name, values in json.loads((DATA / "devices.json").read_text(encoding="utf-8")).items()
 }
-_DEVICE_ALIASES = {"a100": "a100_pcie", "a100_sxm_80gb": "a100_sxm", "h100": "h100_sxm", "h200": "h200_sxm"}
-# a100 as in the Sarathi-Serve paper
+_DEVICE_ALIASES = {  # a100 as in the Sarathi-Serve paper
+    "a100": "a100_pcie", "a100_sxm_80gb": "a100_sxm", "h100": "h100_sxm", "h200": "h200_sxm",
+}  # fmt: skip
 _SEVERAL_CARDS = {  # aliases that leave open which card is meant, and the others that may be
     "a100": "a100_sxm",
 }
