@@ -64,7 +64,7 @@ _UNUSED_KEYS: dict[str, dict[str, Any]] = {
 }
 
 
-def write(folder: Path, name: str, **save: Any) -> transformers.PreTrainedModel:
+def write(folder: Path, name: str, **save: Any) -> "transformers.PreTrainedModel":  # by name: read when it is used
     """Save the checkpoint of that name and return its model. `save`: for save_pretrained, max_shard_size="20kB" say.
 
     Every number is random, norms and biases too, and large enough for logits to differ by units. Biases are around 0,
