@@ -113,7 +113,7 @@ def test_a_calibration_of_another_machine_is_refused(folder: Path) -> None:
 
 
 def test_an_interrupted_profile_goes_on(folder: Path) -> None:
-    command = ["profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "5s", "--output-dir", "begun"]
+    command = ["profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "3s", "--output-dir", "begun"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", *command], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """The simulator against closed forms: queueing formulas, pipelines worked out on paper, and roofline bounds."""
 
 from dataclasses import replace
+from functools import cache
 from math import ceil
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def assert_mean(samples: Array, expected: float, within: float) -> None:
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_equal_requests_one_at_a_time_wait_as_in_m_d_1(load: float) -> None:
     """Pollaczek-Khinchine with a constant service time D: W = load * D / (2 (1 - load))."""
-    assert_mean(mean_waits(load, "one", seeds=12, count=6000), load * SECONDS / (2 * (1 - load)), within=0.15)
+    assert_mean(mean_waits(load, "one", seeds=12, count=3000), load * SECONDS / (2 * (1 - load)), within=0.2)
 
 
 @pytest.mark.parametrize("load", [0.5, 0.7])
@@ -103,12 +104,13 @@ def test_random_lengths_one_at_a_time_wait_as_in_m_g_1(load: float) -> None:
     p = 1 / 8
     rate = load * p / SECONDS
     expected = rate * SECONDS**2 * (2 - p) / p**2 / (2 * (1 - load))
-    assert_mean(mean_waits(load, "geometric", seeds=12, count=6000), expected, within=0.2)
+    assert_mean(mean_waits(load, "geometric", seeds=12, count=3000), expected, within=0.3)
 
 
 # -- replicas and routers ----------------------------------------------------------------------------------------------
 
 
+@cache
 def routed(router: str, load: float = 0.9, replicas: int = 3, count: int = 9000) -> tuple[Array, Array, Array]:
     """Arrivals, replica and delay of each of `count` requests."""
     arrived = poisson(replicas * load / SECONDS, count, seed=5)
