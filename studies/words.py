@@ -113,3 +113,12 @@ def effect_words(effect: Mapping[str, Any]) -> str:
     else:
         parts = [f"{name.upper()} {percent(effect[name], sign=True)}" for name in names]
     return f"{', '.join(parts)} (mean of {effect['points']:,} points)"
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table whose first `left` columns are aligned to the left."""
+    if not rows:
+        return "None of these was measured."
+    marks = ["---" if i < left else "---:" for i in range(len(heads))]
+    lines = [[cell.replace("|", "/") for cell in line] for line in (heads, marks, *rows)]
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)
