@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from engine.workload.workload import WorkloadSpec
-from studies.measured.point import Point
+from studies.measured.point import LATENCIES, Point
 from studies.measured.sources import Alternative, source
 
 MOST = 4  # points of a source that are predicted again, for each alternative
 DELAYS_S = (0.0002, 0.0005, 0.001)  # that a client takes between an answer and the next request
 LOCK_IN = "a client that takes 0.2, 0.5 or 1 ms to send the next request"
-_MEASURES = ("tpot", "ttft", "e2e")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def effects(
         if not pairs:
             continue
         changes: dict[str, float] = {}
-        for measure in _MEASURES:
+        for measure in LATENCIES:
             ratios: dict[int, list[float]] = {}
             for number, result in pairs:
                 if measure in result and measure in before[number]:

@@ -19,11 +19,10 @@ from typing import Any
 
 from engine.workload.workload import WorkloadSpec
 from studies.measured.judge import OF_REQUESTS
-from studies.measured.point import Point
+from studies.measured.point import LATENCIES, Point
 from studies.words import markdown_table, mean_error, percent
 
 SETS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "truth_sets.json").read_text(encoding="utf-8"))
-SHOWN = ("tpot", "ttft", "e2e")
 PAGE = Path(__file__).with_suffix(".md")  # what the page says, with places for what the record has
 
 
@@ -58,7 +57,9 @@ def _table(sets: Sequence[Mapping[str, Any]]) -> str:
     for each in sets:
         for row in each["rows"]:
             name = f"({row['name']})" if row.get("fitted") else row["name"]
-            cells = [_cell(row["errors"].get(key), target) for key, target in zip(SHOWN, row["targets"], strict=True)]
+            cells = [
+                _cell(row["errors"].get(key), target) for key, target in zip(LATENCIES, row["targets"], strict=True)
+            ]
             rows.append([name, str(row["points"]), *cells, " / ".join(map(percent, row["targets"]))])
         rows += [[f"*{who}*", "", *map(percent, errors), ""] for who, *errors in each["peers"]]
     return markdown_table(["set", "points", "TPOT", "TTFT", "E2E", "targets"], rows)
@@ -84,6 +85,8 @@ def _section(each: Mapping[str, Any]) -> list[str]:
             rows.append([text, *(percent(each["requests"][name][key], sign=sign) for key in ("ttft", "e2e"))])
         parts.append(markdown_table(["", "TTFT", "E2E"], rows))
     if len(each["groups"]) > 1:
-        rows = [[of["group"], str(of["count"]), *(mean_error(of.get(key)) for key in SHOWN)] for of in each["groups"]]
+        rows = [
+            [of["group"], str(of["count"]), *(mean_error(of.get(key)) for key in LATENCIES)] for of in each["groups"]
+        ]
         parts.append(markdown_table(["group", "points", "TPOT", "TTFT", "E2E"], rows))
     return parts
