@@ -37,7 +37,7 @@ from studies.pages.compare_record import (
 )
 from studies.pages.page import LIBRARY
 from studies.pages.report import write_page
-from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
+from studies.pages.sweep_figures import heat_map, load_curves, trade_offs
 
 SLOS = ("p99_tbt<=0.03", "p50_ttft<=0.1")
 LOAD = WorkloadSpec(lengths="azure_conv", num_prompts=60, max_model_len=2048, request_rate=12.0)
@@ -330,18 +330,19 @@ def test_capacities_as_bars_with_what_was_published_and_their_ranges(place: Path
 
 def test_trade_offs_are_of_every_load(place: Path) -> None:
     points = read_sweep(place / "sweep", "sw").points
-    speed = named(speed_front(points).figure)
+    price, fast, slow = trade_offs(points)
+    speed = named(fast.figure)
     assert list(speed["a100"].x) == pytest.approx([50.0, 25.0]) and list(speed["a100"].y) == [200.0, 400.0]
     assert [each.split("<br>")[0] for each in speed["h100"].ids] == ["h100"] * 3
     assert list(speed["h100"].marker.size) == [6, 11, 6]  # the capacity is large
     assert list(speed["front"].x) == pytest.approx([25.0, 50.0]) and list(speed["front"].y) == [500.0, 250.0]
-    slow = slow_front(points)
     assert [line.x0 for line in slow.figure.layout.shapes] == [pytest.approx(10.0)] and "the SLO" in slow.caption
-    (price,) = price_front(points)
     drawn = named(price.figure)
     assert list(drawn["a100"].y) == pytest.approx([3.6e6 / 3600 / 200, 3.6e6 / 3600 / 400])
     assert list(drawn["a100"].x) == pytest.approx([0.025, 0.05]) and price.title == "Price against P99 TBT"
-    assert speed_front(points[2:]).figure is None and price_front([replace(points[0], usd_per_hour=None)]) == []
+    assert [each.figure for each in trade_offs(points[2:])[-2:]] == [None, None]
+    unpriced = trade_offs([replace(points[0], usd_per_hour=None)])
+    assert [each.title for each in unpriced] == [fast.title, slow.title]
 
 
 def test_latency_is_drawn_beyond_the_capacity(place: Path) -> None:

@@ -1,7 +1,7 @@
 """What the page about a calibration shows, as small arrays: held-out errors, measured beside predicted, efficiency.
 
-record = read_calibration(calibration, catalog.device("a40"), [frame])
-print(record.kinds[0].held_out["mape"], record.kinds[0].range_words)
+kinds = read_calibration(calibration, [frame])
+print(kinds[0].record["held_out"]["mape"], kinds[0].range_words)
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.results.tables import Array
-from engine.specs import DeviceSpec
 from simulator.predictor.calibration import Calibration, kind_name
 from simulator.predictor.kind import KindModel
 from studies.calibration.kinds import PAGES, KindPage, page_of
@@ -75,19 +74,8 @@ class KindRecord:
     efficiency: list[Efficiency] = field(default_factory=list)
 
 
-@dataclass(frozen=True, eq=False)
-class CalibrationRecord:
-    """All that the page shows."""
-
-    device: DeviceSpec
-    kinds: list[KindRecord]
-    lacking: list[str]  # names of the kinds that the calibration does not have
-
-
-def read_calibration(
-    calibration: Calibration, device: DeviceSpec, frames: Sequence[pd.DataFrame] = ()
-) -> CalibrationRecord:
-    """Return the record of a calibration; `frames` are measured tables to hold beside its predictions."""
+def read_calibration(calibration: Calibration, frames: Sequence[pd.DataFrame] = ()) -> list[KindRecord]:
+    """Return the record of each kind in a calibration; `frames` are measured tables to hold beside its predictions."""
     kinds = []
     for kind, model in calibration.models.items():
         record, page = calibration.records[kind], page_of(kind)
@@ -104,9 +92,13 @@ def read_calibration(
         carried_over = record["learned_on"] != calibration.device
         ranges = page.range_words(model)
         kinds.append(KindRecord(kind, page, record, carried_over, ranges, scatter, by_size, efficiency))
+    return kinds
+
+
+def lacking(calibration: Calibration) -> list[str]:
+    """Return the names of the kinds that a calibration does not have."""
     known = {kind_name(name) for name in calibration.models}
-    lacking = [page.name for kind, page in PAGES.items() if kind not in known]
-    return CalibrationRecord(device, kinds, lacking)
+    return [page.name for kind, page in PAGES.items() if kind not in known]
 
 
 def comparable(model: KindModel[Any], record: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:

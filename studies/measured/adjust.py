@@ -124,7 +124,7 @@ def adjust(
     after, residuals = before, first_residuals
     slopes = np.zeros((len(residuals), len(names)))
     for _ in range(_MOST_STEPS):
-        slopes = (np.array([each for _, each in at(x + _STEP * np.eye(len(names)))]) - residuals).T / _STEP
+        slopes = (np.array([each for _, each in at([*(x + _STEP * np.eye(len(names)))])]) - residuals).T / _STEP
         slopes[np.ix_(locked, [name not in _WAY for name in names])] = 0.0
         trials = [x + _step(slopes, residuals, x, damping) for damping in _DAMPINGS]
         found = at(trials)

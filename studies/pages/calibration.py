@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.specs import DeviceSpec, catalog
-from simulator.predictor import calibration as store
+from engine.specs import DeviceSpec
 from simulator.predictor.calibration import Calibration
-from studies.calibration.record import CalibrationRecord, KindRecord, SizeErrors, read_calibration
+from studies.calibration.record import KindRecord, SizeErrors, lacking, read_calibration
 from studies.pages.figures import BAD, BLUE, GREY, SERIES, Panel, add_line, against_measured, new_figure, value_axis
 from studies.pages.page import Page, Tone, details, facts_table, numbers_table, text
 from studies.words import ERROR_HEADS, error_cells, percent
@@ -34,59 +33,53 @@ _IN_SAMPLE = (
 )
 
 
-def report(device_name: str, frames: Sequence[pd.DataFrame], path: Path) -> Path:
-    """Write the page of a device's calibration: what ships, or a folder's."""
-    device = catalog.device(device_name)
-    return write_calibration_report(store.load_of(device), device, frames, path)
-
-
 def write_calibration_report(
     calibration: Calibration, device: DeviceSpec, frames: Sequence[pd.DataFrame], path: Path
 ) -> Path:
     """Write the page to `path` and return it; `frames` are measured tables to draw, and may be none."""
-    record = read_calibration(calibration, device, frames)
-    page = Page(f"Calibration of {record.device.name}")
-    _header(page, record)
+    kinds = read_calibration(calibration, frames)
+    page = Page(f"Calibration of {device.name}")
+    _header(page, device, kinds, lacking(calibration))
     page.cards(
         (kind.page.name, percent(kind.record["held_out"].get("mape")),
          f"mean held-out error; {kind.page.left_out(kind.record).split(';')[0]} left out")
-        for kind in record.kinds
+        for kind in kinds
     )  # fmt: skip
-    page.add(_table(record))
-    for kind in record.kinds:
+    page.add(_table(kinds))
+    for kind in kinds:
         page.add_panels(kind.page.name, panels(kind), *_about(kind))
-    page.add("<h2>Where the numbers come from</h2>" + "".join(map(_provenance, record.kinds)))
+    page.add("<h2>Where the numbers come from</h2>" + "".join(map(_provenance, kinds)))
     return page.write(path)
 
 
-def _header(page: Page, record: CalibrationRecord) -> None:
-    here = [kind.page.name for kind in record.kinds if not kind.carried_over]
-    lines: list[tuple[Tone, str]] = [("good", f"Measured on {record.device.name}: {_lower(here)}")] if here else []
-    for device in sorted({kind.record["learned_on"] for kind in record.kinds if kind.carried_over}):
-        names = [kind.page.name for kind in record.kinds if kind.carried_over and kind.record["learned_on"] == device]
-        lines.append(("unsure", f"Carried over from {device}, by the ratio of the rooflines: {_lower(names)}"))
-    if record.lacking:
-        lines.append(("bad", f"Not measured, estimated from the data sheet: {_lower(record.lacking)}"))
-    rows = sum(kind.record["provenance"]["rows"] for kind in record.kinds)
-    software = sorted({name for kind in record.kinds for name in kind.record["provenance"]["software"]})
-    from_ = sorted({source.split(" ")[0] for kind in record.kinds for source in kind.record["provenance"]["sources"]})
+def _header(page: Page, device: DeviceSpec, kinds: Sequence[KindRecord], missing: Sequence[str]) -> None:
+    here = [kind.page.name for kind in kinds if not kind.carried_over]
+    lines: list[tuple[Tone, str]] = [("good", f"Measured on {device.name}: {_lower(here)}")] if here else []
+    for other in sorted({kind.record["learned_on"] for kind in kinds if kind.carried_over}):
+        names = [kind.page.name for kind in kinds if kind.carried_over and kind.record["learned_on"] == other]
+        lines.append(("unsure", f"Carried over from {other}, by the ratio of the rooflines: {_lower(names)}"))
+    if missing:
+        lines.append(("bad", f"Not measured, estimated from the data sheet: {_lower(missing)}"))
+    rows = sum(kind.record["provenance"]["rows"] for kind in kinds)
+    software = sorted({name for kind in kinds for name in kind.record["provenance"]["software"]})
+    from_ = sorted({source.split(" ")[0] for kind in kinds for source in kind.record["provenance"]["sources"]})
     setting = f"""How long its operators take, learned from {rows:,} measurements of
 {" and ".join(from_)} ({"; ".join(software) or "software unknown"})."""
     sources: list[tuple[Tone, str, str]] = [("good", "Held out", _HELD_OUT)]
-    if any(kind.scatter for kind in record.kinds):
+    if any(kind.scatter for kind in kinds):
         sources.append(("unsure", "In-sample", _IN_SAMPLE))
-    kicker = f"Windtunnel · calibration of {record.device.name}"
-    page.header(kicker, setting, lines, sources, title=record.device.description)
+    kicker = f"Windtunnel · calibration of {device.name}"
+    page.header(kicker, setting, lines, sources, title=device.description)
 
 
 def _lower(names: Sequence[str]) -> str:
     return ", ".join(name[0].lower() + name[1:].replace(", ", " ") for name in names)
 
 
-def _table(record: CalibrationRecord) -> str:
+def _table(kinds: Sequence[KindRecord]) -> str:
     heads = ("Operator", "Measured on", "Rows", *ERROR_HEADS, "Mean over 20 µs", "Interval covers")
     rows = []
-    for kind in record.kinds:
+    for kind in kinds:
         held_out, interval = kind.record["held_out"], kind.record["interval"]
         cells = [
             kind.record["learned_on"],

@@ -13,7 +13,7 @@ from studies.pages.figures import Panel
 from studies.pages.page import Cell, Page, Tone, coloured, details, facts_table, numbers_table, ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat
-from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
+from studies.pages.sweep_figures import heat_map, load_curves, trade_offs
 from studies.words import capital, dollars, listed, number, percent, seconds, times_kind, unlike_sources
 
 _MOST_ALIKE = 4  # points that can't be told apart from the best, which are named
@@ -141,7 +141,7 @@ def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page
     if any(point.qps is not None for point in points):
         page.add_panels("Capacity", [*capacity_panels(points), *heat_map(points)])
         if any(point.loads for point in points):
-            page.add_panels("Trade-offs", [*price_front(points), speed_front(points), slow_front(points)])
+            page.add_panels("Trade-offs", trade_offs(points))
     if curves := load_curves(points):
         page.add_panels("Latency against load", curves)
     if searches:

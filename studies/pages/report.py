@@ -19,7 +19,7 @@ from studies.pages.capacity_record import read_search, read_sweep
 from studies.pages.compare import runs_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
 from studies.pages.page import Page, library_beside, with_library
-from studies.pages.plan import write_plan
+from studies.pages.plan import plan_page
 from studies.pages.run import render
 from studies.pages.validation import validation_page, validations_page
 
@@ -89,8 +89,6 @@ def _checked(path: Path, own: Path | None) -> Path:
 def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
     if kind == "study":
         return _copy(_own_page(folder, kind), path, standalone)
-    if kind == "plan":
-        return write_plan(folder, path, standalone)
     name = folder.resolve().name
     with readable(folder, kind):
         if kind == "search":
@@ -99,6 +97,8 @@ def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
             page = capacities_page([read_sweep(folder, name)], [])
         elif kind == "validation":
             page = validation_page(read_json(folder / "validation.json"))
+        elif kind == "plan":
+            page = plan_page(read_json(folder / "plan.json"))
         else:
             page = render(read_side(folder, name).record)
     return page.write(path, standalone)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,7 @@ _LAYOUT = ("model", "device", "network", "tensor_parallel_size", "pipeline_paral
 _BLUES = [[0, "rgba(63,136,197,0.08)"], [1, "rgba(63,136,197,0.85)"]]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A load of a point as a dot."""
 
     point: int
@@ -33,43 +32,31 @@ class Sample:
     y: float
 
 
-def speed_front(points: Sequence[Point]) -> Panel:
-    """Draw output tokens/s of a GPU against those of a user, 1 / mean TPOT, for each load of each point."""
-    return _of_user(points, "Tokens/s of a GPU against tokens/s of a user", "mean TPOT", lambda load: load.tpot_s)
+def trade_offs(points: Sequence[Point]) -> list[Panel]:
+    """Draw each load of each point: its price against latencies that have SLOs, and a GPU's against a user's speed.
 
-
-def slow_front(points: Sequence[Point]) -> Panel:
-    """Draw output tokens/s of a GPU against a user's in the slowest gaps, 1 / P99 TBT, with the SLO on that."""
-    bound = threshold(points, "tbt", "p99")
-    return _of_user(points, "The same in a user's slowest gaps", "P99 TBT", lambda load: load.tbt_s, bound)
-
-
-def _of_user(
-    points: Sequence[Point], title: str, gap: str, gap_s: Callable[[Load], float | None], bound: float | None = None
-) -> Panel:
-    """Draw output tokens/s of a GPU against those of a user, 1 / a gap between tokens, which may have a bound."""
-    axes = f"Tokens/s of a user (1 / {gap})", "Output tokens/s and GPU"
-    return _front(
-        points, title, axes, lambda load: 1 / each if (each := gap_s(load)) else None,
-        lambda point, load: load.tokens / point.gpus if point.gpus else None, -1, 1 / bound if bound else None,
-    )  # fmt: skip
-
-
-def price_front(points: Sequence[Point]) -> list[Panel]:
-    """Draw dollars per million output tokens against the latencies that have SLOs; nothing without prices."""
-    if not any(point.usd_per_hour for point in points):
-        return []
-    return [_price_front(points, slo) for slo in _slos(points)[: MOST_SLOS - 1]]
-
-
-def _price_front(points: Sequence[Point], slo: str) -> Panel:
-    parsed = SLO.parse(slo)
-    name = _latency_name(parsed)
-    return _front(
-        points, f"Price against {name}", (f"{name} (s)", "$ per million output tokens"),
-        lambda load: load.slos.get(slo) or None, lambda point, load: point.usd_per_million(load.tokens), 1,
-        parsed.threshold_s,
-    )  # fmt: skip
+    Prices are dollars per million output tokens, where they are known. Speeds are output tokens/s, a user's being 1 /
+    mean TPOT, and 1 / P99 TBT in the slowest gaps, with the SLO on that.
+    """
+    loads = [(i, point, load) for i, point in enumerate(points) for load in point.loads]
+    panels = []
+    for slo in _slos(points)[: MOST_SLOS - 1] if any(point.usd_per_hour for point in points) else ():
+        parsed = SLO.parse(slo)
+        title, axes = f"Price against {_name(parsed)}", (f"{_name(parsed)} (s)", "$ per million output tokens")
+        prices = [(i, load, load.slos.get(slo), point.usd_per_million(load.tokens)) for i, point, load in loads]
+        panels.append(_front(points, prices, title, axes, 1, parsed.threshold_s))
+    bound_s = threshold(points, "tbt", "p99")
+    for title, gap, name, bound in (
+        ("Tokens/s of a GPU against tokens/s of a user", "mean TPOT", "tpot_s", None),
+        ("The same in a user's slowest gaps", "P99 TBT", "tbt_s", 1 / bound_s if bound_s else None),
+    ):
+        speeds = [
+            (i, load, 1 / gap_s if (gap_s := getattr(load, name)) else None, point.gpus and load.tokens / point.gpus)
+            for i, point, load in loads
+        ]
+        axes = f"Tokens/s of a user (1 / {gap})", "Output tokens/s and GPU"
+        panels.append(_front(points, speeds, title, axes, -1, bound))
+    return panels
 
 
 def _slos(points: Sequence[Point]) -> list[str]:
@@ -79,20 +66,19 @@ def _slos(points: Sequence[Point]) -> list[str]:
     return sorted(every, key=lambda slo: -binding[slo])
 
 
-def _latency_name(slo: SLO) -> str:
+def _name(slo: SLO) -> str:
     return f"{capital(statistic_name(slo.statistic))} {find_metric(slo.metric).name}"
 
 
 def _front(
-    points: Sequence[Point], title: str, axes: tuple[str, str], x: Callable[[Load], float | None],
-    y: Callable[[Point, Load], float | None], less: int, bound: float | None = None,
+    points: Sequence[Point], every: Sequence[tuple[int, Load, float | None, float | None]], title: str,
+    axes: tuple[str, str], less: int, bound: float | None,
 ) -> Panel:  # fmt: skip
-    """Draw each load of each point as a dot, those at the capacities large, and the front of those that meet the SLOs.
+    """Draw loads as dots, those at the capacities large, and the front of those that meet the SLOs.
 
     `less` is 1 where less is better, -1 where more is; `bound` is where the SLO on the horizontal axis is.
     """
-    every = [(i, load, x(load), y(point, load)) for i, point in enumerate(points) for load in point.loads]
-    samples = [Sample(i, load, x, y) for i, load, x, y in every if x is not None and y is not None]
+    samples = [Sample(i, load, x, y) for i, load, x, y in every if x and y is not None]
     met = [each for each in samples if each.load.met]
     if not met:
         return Panel(title, "No load that meets the SLOs is known in these.", width="half")
@@ -163,7 +149,7 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
             continue
         figure.add_hline(y=parsed.threshold_s, line=BOUND)
         figure.update_xaxes(title_text=f"Load ({things}/s{' and GPU' if many else ''})", rangemode="tozero")
-        name = _latency_name(parsed)
+        name = _name(parsed)
         figure.update_yaxes(title_text=f"{name} (s)", **value_axis(np.array([*drawn, parsed.threshold_s])))
         caption = f"Dashed: {name} ≤ {seconds(parsed.threshold_s)}. Hollow: a load at which some SLO is missed."
         caption += " Dotted: the capacity." * (not many)
