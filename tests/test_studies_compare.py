@@ -24,7 +24,7 @@ from studies.capacity.search import find_capacity
 from studies.capacity.sweep import not_dominated
 from studies.capacity.trial import at_rate, simulated_trial
 from studies.pages.capacity_figures import MOST_BARS, capacity_bars, trials
-from studies.pages.capacity_record import Point, Search, _point, read_search, read_sweep, responses, threshold
+from studies.pages.capacity_record import Point, Search, _point, read_search, read_sweep, responses, thresholds
 from studies.pages.compare import run_panels
 from studies.pages.compare_record import (
     bubbles,
@@ -262,8 +262,8 @@ def test_points_of_a_sweep(place: Path) -> None:
     assert (h100.per_gpu, h100.tokens_per_gpu, h100.per_dollar, h100.published) == (2.5, 500.0, 2500.0, 4.5)
     assert crashed.qps is None and "boom" in crashed.error and crashed.per_gpu is None
     assert none.qps == 0.0 and none.tokens_per_gpu is None
-    assert threshold([a100, h100, crashed], "tbt", "p99") == 0.1
-    assert threshold([a100], "tbt", "p50") is None
+    slos = [SLO.parse(text) for point in (a100, h100, crashed) for text in point.slos]
+    assert thresholds(slos, "tbt", "p99") == [0.1] and thresholds(slos, "tbt", "p50") == []
 
 
 # -- figures -------------------------------------------------------------------------------------------------------

@@ -155,14 +155,13 @@ def _scatter(kind: KindRecord) -> Panel:
 
 
 def _by_size(kind: KindRecord, errors: SizeErrors) -> Panel:
-    figure = new_figure()
+    figure = new_figure(y="Error (%)", yaxis_nticks=7)
     how: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 6}}
     for name, values, hue in (("P95", errors.p95, GREY), ("median", errors.median, BLUE), ("bias", errors.bias, BAD)):
         how["dash"] = "dot" if name == "bias" else "solid"
         add_line(figure, 1e3 * errors.centre_s, 100 * values, name, hue, "%{y:.3~r} %", **how)
     figure.add_hline(y=0, line={"color": GREY, "width": 1})
     figure.update_xaxes(title_text="Measured time (ms)", **value_axis(1e3 * errors.centre_s))
-    figure.update_yaxes(title_text="Error (%)", nticks=7)
     points = kind.scatter
     rows = "the same rows" if points is None or points.fitted < points.total else "the same rows, in-sample"
     fewest, most = errors.count.min(), errors.count.max()

@@ -98,8 +98,7 @@ def _search_cards(search: Search) -> list[tuple[str, str, str]]:
         ("Trials", f"{len(search.trials)}", f"{given_up} given up early"),
     ]
     if point.range is not None:
-        low, high = map(number, point.range)
-        entries.insert(1, ("Range", f"{low}\N{EN DASH}{high} /s", f"over {point.range_over}"))
+        entries.insert(1, ("Range", f"{_range(point.range)} /s", f"over {point.range_over}"))
     if point.confirmed is not None:
         entries.insert(1, ("Confirmed", f"{number(point.confirmed)} {point.rate_of}/s", "on hardware"))
     if point.published is not None:

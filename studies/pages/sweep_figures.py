@@ -12,7 +12,7 @@ from engine.results.metric_table import find_metric
 from engine.results.slo import SLO
 from studies.capacity.sweep import in_words
 from studies.pages.capacity_figures import colours_of, names_of_points, series_of, things_of
-from studies.pages.capacity_record import Load, Point, threshold
+from studies.pages.capacity_record import Load, Point, thresholds
 from studies.pages.figures import BOUND, DASHES, GOOD, GREY, Panel, add_front, add_line, faded, new_figure, value_axis
 from studies.words import capital, listed, number, seconds, statistic_name
 
@@ -45,7 +45,8 @@ def trade_offs(points: Sequence[Point]) -> list[Panel]:
         title, axes = f"Price against {_name(parsed)}", (f"{_name(parsed)} (s)", "$ per million output tokens")
         prices = [(i, load, load.slos.get(slo), point.usd_per_million(load.tokens)) for i, point, load in loads]
         panels.append(_front(points, prices, title, axes, 1, parsed.threshold_s))
-    bound_s = threshold(points, "tbt", "p99")
+    slos = (SLO.parse(text) for point in points for text in point.slos)
+    bound_s = max(thresholds(slos, "tbt", "p99"), default=None)  # the loosest
     for title, gap, name, bound in (
         ("Tokens/s of a GPU against tokens/s of a user", "mean TPOT", "tpot_s", None),
         ("The same in a user's slowest gaps", "P99 TBT", "tbt_s", 1 / bound_s if bound_s else None),
