@@ -7,7 +7,7 @@ print(kinds[0].record["held_out"]["mape"], kinds[0].range_words)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,17 +26,6 @@ FEWEST_IN_BIN = 5
 MOST_CURVES = 4
 MOST_ON_CURVE = 80
 FEWEST_ON_CURVE = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Scatter:
-    """Measured and predicted times, (points,) each: every so-manieth of `total` rows in order of time."""
-
-    measured_s: Array
-    predicted_s: Array
-    total: int
-    fitted: int  # rows of sources that the model was fitted to
-    devices: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +50,19 @@ class Efficiency:
 
 
 @dataclass(frozen=True, eq=False)
+class Drawn:
+    """Measured and predicted times, (points,) each: every so-manieth of `total` rows in order of time; and their errors."""
+
+    measured_s: Array
+    predicted_s: Array
+    total: int
+    fitted: int  # rows of sources that the model was fitted to
+    devices: list[str]
+    by_size: SizeErrors
+    efficiency: list[Efficiency]
+
+
+@dataclass(frozen=True, eq=False)
 class KindRecord:
     """One kind of operator. `record` is the calibration's own, `page` what there is to say about the kind."""
 
@@ -69,9 +71,7 @@ class KindRecord:
     record: Mapping[str, Any]
     carried_over: bool
     range_words: list[str]
-    scatter: Scatter | None = None
-    by_size: SizeErrors | None = None
-    efficiency: list[Efficiency] = field(default_factory=list)
+    drawn: Drawn | None  # None without measured rows
 
 
 def read_calibration(calibration: Calibration, frames: Sequence[pd.DataFrame] = ()) -> list[KindRecord]:
@@ -79,19 +79,20 @@ def read_calibration(calibration: Calibration, frames: Sequence[pd.DataFrame] = 
     kinds = []
     for kind, model in calibration.models.items():
         record, page = calibration.records[kind], page_of(kind)
-        scatter, by_size, efficiency = None, None, list[Efficiency]()
+        drawn = None
         if (rows := comparable(model, record, frames)) is not None:
             columns = page.columns(model, rows)
             measured, predicted = rows["time_ms"].to_numpy(float) / 1e3, model.seconds(columns)
             chosen = spread_evenly(measured)
-            fitted = int(rows["source"].isin(record["provenance"]["sources"]).sum())
-            devices = sorted(map(str, rows["device"].unique()))
-            scatter = Scatter(measured[chosen], predicted[chosen], len(rows), fitted, devices)
-            by_size = errors_by_size(measured, predicted)
-            efficiency = efficiencies(*page.limits(model, rows, columns), measured, predicted)
+            drawn = Drawn(
+                measured[chosen], predicted[chosen], len(rows),
+                int(rows["source"].isin(record["provenance"]["sources"]).sum()),
+                sorted(map(str, rows["device"].unique())),
+                errors_by_size(measured, predicted),
+                efficiencies(*page.limits(model, rows, columns), measured, predicted),
+            )  # fmt: skip
         carried_over = record["learned_on"] != calibration.device
-        ranges = page.range_words(model)
-        kinds.append(KindRecord(kind, page, record, carried_over, ranges, scatter, by_size, efficiency))
+        kinds.append(KindRecord(kind, page, record, carried_over, page.range_words(model), drawn))
     return kinds
 
 

@@ -65,19 +65,18 @@ def effects(
         ]
         if not pairs:
             continue
-        changes: dict[str, float] = {}
+        spread, changes = instead == LOCK_IN, dict[str, float]()
         for measure in LATENCIES:
             ratios: dict[int, list[float]] = {}
             for number, result in pairs:
                 if measure in result and measure in before[number]:
                     ratios.setdefault(number, []).append(result[measure] / before[number][measure] - 1)
-            if ratios and instead == LOCK_IN:
-                spans = [max(0.0, *each) - min(0.0, *each) for each in ratios.values()]
+            if ratios:
+                every = ratios.values()
+                spans = [max(0.0, *each) - min(0.0, *each) if spread else each[0] for each in every]
                 changes[measure] = float(np.mean(spans))
-            elif ratios:
-                changes[measure] = float(np.mean([each[0] for each in ratios.values()]))
         points = len({number for number, _ in pairs})
-        found.append({"instead": instead, "points": points, "spread": instead == LOCK_IN, **changes})
+        found.append({"instead": instead, "points": points, "spread": spread, **changes})
     return found
 
 

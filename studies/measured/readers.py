@@ -453,12 +453,10 @@ def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
         raise InputError(f"{path}: max_concurrency {users!r}: give a whole number")
     if not (rate in (None, "inf") or _is_number(rate)):
         raise InputError(f"{path}: request_rate {rate!r}: give requests/s, or inf")
-    rate = math.inf if rate in (None, "inf") else float(rate)
-    if math.isfinite(rate) and rate > 0:
-        arrived = _poisson(rate, len(prompt))
+    arrived = np.zeros(len(prompt))
+    if _is_number(rate) and rate > 0:
+        arrived = _poisson(float(rate), len(prompt))
         assumed.append("Poisson arrivals, drawn anew")
-    else:
-        arrived = np.zeros(len(prompt))
     return Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)), assumed
 
 

@@ -156,7 +156,7 @@ def _answer(points: Sequence[Point]) -> str:
 
     Points whose times are of unlike kinds are not ranked together: the best of each kind is named.
     """
-    ranked, names = _ranked(points), _names(points)
+    ranked, names = _ranked(points), names_of_points(points)
     if len(ranked) < 2:
         return ""
     best: dict[str, Point] = {}
@@ -184,13 +184,9 @@ def _ranked(points: Sequence[Point]) -> list[Point]:
     return sorted((point for point in points if point.per_gpu), key=lambda point: -(point.per_gpu or 0.0))
 
 
-def _names(points: Sequence[Point]) -> dict[int, str]:
-    return dict(zip(map(id, points), names_of_points(points), strict=True))
-
-
 def _apart(points: Sequence[Point]) -> list[tuple[Tone, str]]:
     """Say which points can't be told apart from the best per GPU, or that it is ahead of all."""
-    ranked, names = _ranked(points), _names(points)
+    ranked, names = _ranked(points), names_of_points(points)
     drawn = bool(ranked) and "draws" in ranked[0].range_over
     unlike = unlike_sources([point.predictor for point in ranked])
     if len(ranked) < 2 or ranked[0].range is None or (unlike and not drawn):
@@ -224,7 +220,7 @@ def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
 def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
     """Return which point is the best in what."""
     things = things_of(points)
-    names = _names(points)
+    names = names_of_points(points)
     entries = []
     for title, unit, name in (
         ("Highest capacity", f"{things}/s", "qps"),
@@ -244,7 +240,7 @@ def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
 def _tables(points: Sequence[Point]) -> list[Panel]:
     ranked = sorted((point for point in points if point.qps is not None), key=lambda point: -(point.per_gpu or 0.0))
     alone = {point.gpus for point in ranked} == {1}  # then per GPU is the same again
-    names = _names(points)
+    names = names_of_points(points)
     heads, rows = ["Point"], [(names[id(point)], list[Cell]()) for point in ranked]
     columns: list[tuple[str, str, Callable[[Any], str], int]] = [  # head, what of a point, in words, 1: more is better
         (f"{capital(things_of(ranked))}/s", "qps", number, 1),

@@ -209,18 +209,16 @@ def _left_out(points: Sequence[Point], shown: Sequence[Point]) -> str:
     return "" if len(points) == len(shown) else f" The {len(shown)} highest of {len(points)}; the table has all."
 
 
-def names_of_points(points: Sequence[Point]) -> list[str]:
-    """Return each point's name in words; with its sweep's where several sweeps have points."""
+def names_of_points(points: Sequence[Point]) -> dict[int, str]:
+    """Return each point's name in words, by its id(); with its sweep's where several sweeps have points."""
     several = len({point.group for point in points}) > 1
-    return [f"{point.group}: {point.words}" if several and point.group else point.words for point in points]
+    return {id(each): f"{each.group}: {each.words}" if several and each.group else each.words for each in points}
 
 
 def labels(points: Sequence[Point]) -> list[str]:
     """Return names that fit beside bars: long ones on several lines. What has no capacity says why."""
-    return [
-        "<br>".join(_lines(name)) + (f" ({point.status})" if point.qps is None else "")
-        for name, point in zip(names_of_points(points), points, strict=True)
-    ]
+    names = names_of_points(points)
+    return ["<br>".join(_lines(names[id(each)])) + f" ({each.status})" * (each.qps is None) for each in points]
 
 
 def row_px(points: Sequence[Point]) -> int:

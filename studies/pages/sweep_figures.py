@@ -89,7 +89,7 @@ def _front(
         mine = [each for each in samples if series[each.point] == name]
         figure.add_scatter(
             x=[each.x for each in mine], y=[each.y for each in mine], name=name or "loads", mode="markers",
-            ids=[f"{names[each.point]}<br>{number(each.load.rate)} {points[each.point].rate_of}/s"
+            ids=[f"{names[id(points[each.point])]}<br>{number(each.load.rate)} {points[each.point].rate_of}/s"
                  + ", an SLO is missed" * (not each.load.met) for each in mine],
             marker={
                 "color": [colour if each.load.met else faded(colour, 0.0) for each in mine], "opacity": 1,
@@ -102,7 +102,7 @@ def _front(
     caption = f"{better} is better. A dot is a load of a point; large: its capacity; hollow: an SLO is missed."
     on = add_front(figure, np.array([(each.x, each.y) for each in met]), less)
     if len(on) > 1:
-        figure.data[-1].ids = best = [names[met[k].point] for k in on]
+        figure.data[-1].ids = best = [names[id(points[met[k].point])] for k in on]
         caption += f" Dotted: those that no other beats in both, of {listed(list(dict.fromkeys(best)), 3)}."
     if bound is not None:
         figure.add_vline(x=bound, line=BOUND)
@@ -138,8 +138,8 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
             values = [value for _, value in of]
             drawn += values
             add_line(
-                figure, [load.rate / scale for load, _ in of], values, names[i], colour,
-                f"{names[i]}<br>%{{x:.4~r}} {things}/s: %{{y:.3~r}} s<extra></extra>",
+                figure, [load.rate / scale for load, _ in of], values, names[id(point)], colour,
+                f"{names[id(point)]}<br>%{{x:.4~r}} {things}/s: %{{y:.3~r}} s<extra></extra>",
                 mode="lines+markers", dash=DASHES[series[:i].count(series[i]) % len(DASHES)],
                 marker={"color": [colour if load.met else "rgba(0,0,0,0)" for load, _ in of], "size": 8,
                         "line": {"color": colour, "width": 1.5}},
@@ -155,7 +155,7 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
         caption = f"Dashed: {name} ≤ {seconds(parsed.threshold_s)}. Hollow: a load at which some SLO is missed."
         caption += " Dotted: the capacity." * (not many)
         caption += f" The {len(shown)} best points per GPU." * (len(ranked) > len(shown))
-        legend_px = 14 * sum(len(each) for each in names) // 30 if many else 0
+        legend_px = 14 * sum(len(each) for each in names.values()) // 30 if many else 0
         panels.append(Panel(f"{name} against load", caption, figure, "half", 320 + legend_px))
     return panels
 

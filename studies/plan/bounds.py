@@ -92,7 +92,6 @@ def _fastest(
     """Return the most requests/s of any mix of batches: their tokens (n, 3), times of the slowest stage, of all."""
     from scipy.optimize import linprog  # takes longer to import than a bound to compute
 
-    count = len(table)
     rows = [np.append(-table[:, i], need) for i, need in enumerate(needs)]
     rows.append(np.append(slowest, 0.0))
     rows += [np.append(table[:, 1] * (passing > late * longest), -share * needs[1]) for longest, share in gaps]
@@ -100,7 +99,7 @@ def _fastest(
     limits[len(needs)] = 1.0  # a second of a second
     scale = np.max(np.abs(rows), axis=1, keepdims=True)
     scale[scale == 0] = 1.0
-    goal = np.zeros(count + 1)
+    goal = np.zeros(len(table) + 1)
     goal[-1] = -1.0
     found: Any = linprog(goal, A_ub=np.array(rows) / scale, b_ub=limits / scale[:, 0], method="highs")
     return max(0.0, float(found.x[-1])) if found.status == 0 else inf
