@@ -51,7 +51,7 @@ class Efficiency:
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Measured and predicted times, (points,) each: every so-manieth of `total` rows in order of time; and their errors."""
+    """Measured and predicted times, (points,) each: every so-manieth of `total` rows in order of time."""
 
     measured_s: Array
     predicted_s: Array

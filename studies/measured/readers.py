@@ -454,7 +454,7 @@ def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
     if not (rate in (None, "inf") or _is_number(rate)):
         raise InputError(f"{path}: request_rate {rate!r}: give requests/s, or inf")
     arrived = np.zeros(len(prompt))
-    if _is_number(rate) and rate > 0:
+    if isinstance(rate, int | float) and 0 < rate < math.inf:
         arrived = _poisson(float(rate), len(prompt))
         assumed.append("Poisson arrivals, drawn anew")
     return Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)), assumed

@@ -82,16 +82,11 @@ def speed_panel(made: Mapping[str, Any]) -> Panel:
     """Draw a GPU's output against the speed that a user sees: upper right is better."""
     caption = "The same fleets: what a GPU puts out against the speed that a user sees. Upper right is better."
     axes = {"user_tokens": "Tokens/s of a user, 1 / mean TPOT", "gpu_tokens": "Output tokens/s and GPU"}
-    return _scatter(made, "Throughput against a user's speed", caption, axes, -1)
+    return _scatter(made, "Throughput against a user's speed", caption, axes, -1, None)
 
 
 def _scatter(
-    made: Mapping[str, Any],
-    title: str,
-    caption: str,
-    axes: Mapping[str, str],
-    less: int,
-    threshold: float | None = None,
+    made: Mapping[str, Any], title: str, caption: str, axes: Mapping[str, str], less: int, threshold: float | None
 ) -> Panel:
     """Draw the dots that have both of the axes: their attributes, and titles."""
     known = [dot for dot in dots(made) if all(getattr(dot, name) is not None for name in axes)]
