@@ -72,8 +72,7 @@ def effects(
                 if measure in result and measure in before[number]:
                     ratios.setdefault(number, []).append(result[measure] / before[number][measure] - 1)
             if ratios:
-                every = ratios.values()
-                spans = [max(0.0, *each) - min(0.0, *each) if spread else each[0] for each in every]
+                spans = [max(0.0, *each) - min(0.0, *each) if spread else each[0] for each in ratios.values()]
                 changes[measure] = float(np.mean(spans))
         points = len({number for number, _ in pairs})
         found.append({"instead": instead, "points": points, "spread": spread, **changes})

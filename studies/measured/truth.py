@@ -33,8 +33,8 @@ def described(point: Point, predicted: Mapping[str, Any]) -> dict[str, Any]:
         found["statistic"] = point.statistic
     if isinstance(point.workload, WorkloadSpec):
         default = WorkloadSpec(request_rate=1.0)
-        spec = {key: value for key, value in asdict(point.workload).items() if value != getattr(default, key)}
-        found["workload"] = spec
+        spec = asdict(point.workload).items()
+        found["workload"] = {key: value for key, value in spec if value != getattr(default, key)}
     found["predicted"] = {name: float(f"{value:.5g}") for name, value in predicted.items()}
     return found
 

@@ -41,14 +41,6 @@ def search_page(search: Search) -> Page:
 def _search_header(page: Page, search: Search, record: Record | None) -> None:
     point = search.point
     tone: Tone = {"found": "good", "none": "bad"}.get(point.outcome, "unsure")  # type: ignore[assignment]
-    setting = f"the highest request rate at which {_conditions([point])}."
-    if record is not None:
-        first = record.summary["replicas"][0]
-        setting = (
-            f"{first['model']} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {first['device']}, {first['parallel']}, "
-            f"under the {first['scheduler']} scheduler, serving {record.summary.get('workload', 'its workload')}: "
-            f"{setting}"
-        )
     found = f"no rate meets {point.binding}" if point.outcome == "none" else f"{number(point.qps)} {point.rate_of}/s"
     answer = search.words or (point.status if point.qps is None else found)
     chips: list[tuple[Tone, str]] = [] if point.outcome == "found" else [(tone, answer)]
@@ -57,9 +49,16 @@ def _search_header(page: Page, search: Search, record: Record | None) -> None:
         answer += f". Range: {low} to {high} {point.rate_of}/s over {point.range_over}"
     if point.unsteady:
         chips.append(("unsure", f"The run at the capacity: {point.unsteady}"))
+    what = f"the highest request rate at which {_conditions([point])}."
     if record is None:
         chips.append(("unsure", "The run at the capacity is not there"))
-    setting = setting if record is not None else capital(setting)
+        setting = capital(what)
+    else:
+        first, load = record.summary["replicas"][0], record.summary.get("workload", "its workload")
+        setting = (
+            f"{first['model']} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {first['device']}, {first['parallel']}, "
+            f"under the {first['scheduler']} scheduler, serving {load}: {what}"
+        )
     page.header("Windtunnel · capacity search", setting, chips, _sources([point]),
                 title=search.name, answer=f"{capital(answer)}.")  # fmt: skip
 

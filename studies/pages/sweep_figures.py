@@ -129,8 +129,8 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
         figure = new_figure(many, hovermode="closest")
         drawn = []
         for i, point in enumerate(shown):
-            of = [(load, value) for load in point.loads if (value := load.slos.get(slo)) is not None and value > 0]
-            of = [(load, value) for load, value in of if not point.qps or load.rate < 3 * point.qps]
+            loads = [load for load in point.loads if not point.qps or load.rate < 3 * point.qps]
+            of = [(load, value) for load in loads if (value := load.slos.get(slo)) is not None and value > 0]
             if not of:
                 continue
             colour = colours.get(series[i], GREY)
