@@ -37,19 +37,22 @@ sys.path.append(str(Path(__file__).parent))  # `import checkpoints`: --import-mo
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers that share the cores would fight over them
 os.environ.setdefault("RAY_ADDRESS", "local")  # tests run side by side: none may join the cluster of another
+os.environ.setdefault("RAY_enable_worker_prestart", "0")  # they use one or two: no others are started in advance
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("hand", deadline=None)  # a shared machine stalls now and then
 settings.load_profile("hand")
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+JOBS = ("cli.search_point", "studies.published.tasks", "windtunnel.measured", "windtunnel.plan_point")
 _preload = forkserver.set_forkserver_preload
 
 
 def _with_ranks(modules: list[str]) -> None:
     """One process forks all ranks and jobs of these tests: without torch in it each rank would import it, for 2 s."""
-    first, last = "engine.worker.rank_process", "engine.worker.preloaded"
-    _preload([first, *(module for module in modules if module not in (first, last)), last])
+    first, last = ("engine.worker.rank_process", *JOBS), "engine.worker.preloaded"
+    _preload([*first, *(module for module in modules if module not in (*first, last)), last])
 
 
 forkserver.set_forkserver_preload = _with_ranks
