@@ -279,8 +279,9 @@ def test_runs_are_drawn_from_their_records(place: Path) -> None:
     assert len(panels) == 6
     ttft = named(panels["Time to first token (TTFT)"].figure)
     assert {"sarathi", "piped", "SLO p50_ttft<=0.1s"} == set(ttft)
-    np.testing.assert_allclose(ttft["piped"].y, 100 * sides[1].record.latencies["ttft"].quantiles)
-    np.testing.assert_array_equal(ttft["piped"].x, 1e3 * sides[1].record.latencies["ttft"].values_s)  # shown in ms
+    quantiles, values_s = sides[1].record.latencies["ttft"]
+    np.testing.assert_allclose(ttft["piped"].y, 100 * quantiles)
+    np.testing.assert_array_equal(ttft["piped"].x, 1e3 * values_s)  # shown in ms
     stages = named(panels["Pipeline bubbles"].figure)
     assert list(stages["sarathi"].x) == ["stage 0"] and list(stages["piped"].x) == ["stage 0", "stage 1"]
     assert named(panels["Output tokens over time"].figure)["piped"].y[-1] == sides[1].record.timeline.output_tokens[-1]

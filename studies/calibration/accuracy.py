@@ -161,7 +161,6 @@ def _notes(calibration: Calibration) -> list[str]:
     for kind, record in calibration.records.items():
         if rule := record["provenance"].get("prefixes"):
             notes.append(f"{_kind_words(kind)}: prefixes {rule}.")
-        page = page_of(kind)
         if record["learned_on"] == calibration.device and len(record["provenance"]["measured_on"]) > 1:
             names = " and ".join(record["provenance"]["measured_on"])
             notes.append(f"{_kind_words(kind)}: learned from measurements of {names} together, and so is the error.")
@@ -169,7 +168,7 @@ def _notes(calibration: Calibration) -> list[str]:
         if covers < meant - 0.03:
             notes.append(
                 f"{_kind_words(kind)}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they "
-                f"are meant to: they are too narrow for what was left out ({page.left_out(record)})."
+                f"are meant to: they are too narrow for what was left out ({page_of(kind).left_out(record)})."
             )
     return notes
 

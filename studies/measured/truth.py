@@ -74,8 +74,7 @@ def _section(each: Mapping[str, Any]) -> list[str]:
     flags = [f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in each["given"].items()]
     only = [f"--only '{each['only']}'"] if each["only"] else []
     command = " ".join(["windtunnel validate --against", each["file"], *only, *flags])
-    fitted = each["fitted"] or "nothing of this set"
-    parts = [f"```bash\n{command}\n```", f"Fitted to: {fitted}."]
+    parts = [f"```bash\n{command}\n```", f"Fitted to: {each['fitted'] or 'nothing of this set'}."]
     if each["assumed"]:
         parts.append("Assumed: " + "; ".join(each["assumed"]) + ".")
     if each.get("requests"):

@@ -154,8 +154,7 @@ def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
 def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     """Draw median TTFT against P99 TBT: a dot for each run, lines through trials of searches, and the runs' front."""
     title = "Median TTFT against P99 TBT"
-    found = ((i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides))
-    every = [each for each in found if each[2]]
+    every = [(i, side, found) for i, side in enumerate(sides) if (found := responses(side, searches.get(side.name)))]
     if not every:
         return Panel(title, NO_GAPS)
     figure = new_figure(hovermode="closest")
