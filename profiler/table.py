@@ -21,6 +21,7 @@ how      backend (vllm, nccl, flash_attention, ...), kernel, device (one a table
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -169,12 +170,15 @@ def numbers(frame: pd.DataFrame, column: str, where: str, row: str = "row") -> N
     values = frame[column]
     if values.dtype.kind in "iuf":
         return np.asarray(values.to_numpy(np.float64, na_value=np.nan))
+    with contextlib.suppress(ValueError, TypeError):  # most often all are numbers
+        pd.to_numeric(whole := values.to_numpy(object))
+        if not np.isnan(parsed := whole.astype(str).astype(np.float64)).any():
+            return parsed  # to_numeric may miss the last digit of a decimal; NumPy reads it exactly
     texts = values.astype("string").str.strip()
     texts = texts.mask(texts == "")
     judged = pd.to_numeric(texts.astype(object), errors="coerce").to_numpy(np.float64, na_value=np.nan)
     reject(frame, column, texts.notna().to_numpy() & np.isnan(judged), "is not a number", where, row)
     parsed, filled = np.full(len(values), np.nan), ~np.isnan(judged)
-    # to_numeric may miss the last digit of a decimal; NumPy reads it exactly
     parsed[filled] = texts[filled].to_numpy(object).astype(str).astype(np.float64)
     return parsed
 

@@ -72,7 +72,7 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=100, deadline=None)
 @example(  # a turn and a new conversation are sent at one time, after a batch that ends two requests
     spec=WorkloadSpec(lengths="uniform", input_len="1:20", output_len="1:12", num_prompts=13, request_rate=50.0,
                       turns=3, system_prompt_len=9, max_concurrency=3, max_model_len=LONGEST),

@@ -18,7 +18,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(num_blocks=st.integers(1, 24), block_size=st.sampled_from([1, 3, 4, 16]), steps=operations)
 def test_blocks_are_conserved_and_nothing_is_taken_on_failure(
     num_blocks: int, block_size: int, steps: list[tuple[int, int | str]]
@@ -188,7 +188,7 @@ class PrefixCaching(RuleBasedStateMachine):
             self.cache.check_integrity([request for request, _ in self.holders.values()])
 
 
-PrefixCaching.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PrefixCaching.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 test_prefix_caching = PrefixCaching.TestCase
 
 

@@ -31,7 +31,7 @@ def test_one_gpu_holds_every_parameter_once(name: str) -> None:
     assert weight_bytes(model, cut(1), 0) == 2 * model.num_parameters
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     tp=st.sampled_from([1, 2, 4, 8, 16]),
     pp=st.integers(1, 6),

@@ -173,7 +173,7 @@ def test_the_recorder_is_asked_for_the_percentiles_that_goodput_needs() -> None:
 floats = st.floats(-1e6, 1e6, allow_nan=False, width=32)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     groups=st.lists(st.lists(floats, max_size=30), min_size=1, max_size=12),
     percentiles=st.lists(st.sampled_from([0.0, 1.0, 50.0, 90.0, 99.0, 99.9, 100.0]), min_size=1, max_size=4),

@@ -213,7 +213,7 @@ by_the_book = given(
 )
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=500, deadline=None)
 @by_the_book
 def test_sarathi_and_vllm_form_the_batches_of_a_naive_scheduler(  # type: ignore[no-untyped-def]
     policy, jobs, depth, seqs, budget, block_size, spare, quarters
@@ -221,7 +221,7 @@ def test_sarathi_and_vllm_form_the_batches_of_a_naive_scheduler(  # type: ignore
     assert_as_by_the_book(policy, jobs, 1, seqs, budget, block_size, spare, quarters)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @by_the_book
 def test_so_they_do_in_a_pipeline(  # type: ignore[no-untyped-def]
     policy, jobs, depth, seqs, budget, block_size, spare, quarters
@@ -262,7 +262,7 @@ def test_preempted_requests_return_in_order_of_arrival() -> None:
 # -- conservation ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     jobs=workloads(),

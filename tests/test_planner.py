@@ -101,7 +101,7 @@ _POINTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(_POINTS, min_size=1, max_size=8))
 def test_the_cheapest_is_found_though_fleets_grow_and_jobs_crash(points: list[dict[str, Any]]) -> None:
     """Against brute force: the whole fleet of every point that can be simulated."""

@@ -37,7 +37,7 @@ def drive(workload: Workload, kind: Deployment) -> Run:
     return Run(summary, recorder.requests(), recorder.iterations_kept())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     requests=workloads,
     policy=st.sampled_from([*sorted(POLICIES), "dynamic"]),

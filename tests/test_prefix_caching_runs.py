@@ -20,7 +20,7 @@ from simulator.cluster import simulate
 Jobs = list[tuple[float, int, int, int, int, int]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     jobs=sharers,
     policy=st.sampled_from(SHARING_POLICIES),
@@ -100,7 +100,7 @@ class Memory:
                 assert self.slots.get((request.blocks[place], slot)) == self.token(request, position)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     jobs=sharers,
     policy=st.sampled_from(SHARING_POLICIES),

@@ -306,7 +306,7 @@ def seconds(predictor: Roofline, shape: BatchShape) -> float:
     return sum(predictor.stage_time(shape, stage) for stage in range(len(predictor.stages)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(MODELS), tp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2, 3]), shape=shapes)
 def test_no_batch_beats_the_data_sheet(name: str, tp: int, pp: int, shape: BatchShape) -> None:
     """Every weight is read once, every cached key and value once, and every FLOP done, by all GPUs together."""
@@ -366,7 +366,7 @@ def test_each_cached_token_costs_its_bytes(name: str) -> None:
     assert more == pytest.approx(expected, rel=1e-6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     name=st.sampled_from(MODELS),
     tp=st.sampled_from([1, 2]),

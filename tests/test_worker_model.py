@@ -289,25 +289,24 @@ def test_compiled_chains_compute_the_same(device: str, monkeypatch: pytest.Monke
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
-    def outputs(x: Tensor) -> list[Tensor]:
+    def written(x: Tensor) -> list[Tensor]:
         cos, sin = layers.rotation(torch.arange(len(x), device=device), frequencies)
-        angle = (cos + sin).mean(-1).expand(-1, 4).contiguous()
         keys, values = old.clone(), old.clone()
         slots = torch.arange(len(x), device=device) * 5 % len(old)  # 5 has no divisor in common with it
         q = layers.rotate_and_write(x.view(len(x), -1, 8), cos, sin, slots, 4, keys, values)
         heads = x.clone().view(len(x), -1, 8)
         layers.norm_heads(heads, head_weight, 2 * head_weight, 4, 2, 1e-5)
+        return [heads, q, cos, sin, keys, values]
+
+    def computed(x: Tensor) -> list[Tensor]:
+        weights = torch.linspace(0.5, 2, 4, device=device).expand(len(x), 4).contiguous()
         return [
             layers.norm(x, weight, None, 1e-5),
-            *layers.residual_norm(x, twice, None, weight, None, 1e-5),
-            *layers.residual_norm(x, twice, x, weight, weight, 1e-5),
+            *layers.residual_norm(x, 2 * x, None, weight, None, 1e-5),
+            *layers.residual_norm(x, 2 * x, x, weight, weight, 1e-5),
             layers.activate(x, "gelu_tanh"),
             layers.gated_activate(x, "silu"),
-            layers.weighted_sum(x.view(len(x), 4, 16), angle.view(len(x), 4)),
-            heads,
-            q,
-            keys,
-            values,
+            layers.weighted_sum(x.view(len(x), 4, 16), weights),
         ]
 
     weight, frequencies, old = random(64), torch.rand(3, device=device), random(256, 2, 8)
@@ -315,18 +314,22 @@ def test_compiled_chains_compute_the_same(device: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)  # a CPU's vectors would take a fifth longer to compile
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
+    graphs = 0
     try:
         for tokens in (1, 7, 33, 128):
             x = random(tokens, 64)
-            twice = 2 * x
-            layers.compile_elementwise(False)
-            plain = outputs(x)
-            layers.compile_elementwise(True)
-            for compiled, expected in zip(outputs(x), plain, strict=True):
-                torch.testing.assert_close(compiled, expected, rtol=2e-2, atol=2e-2)
-            chains = 9  # residual_norm is two, with a bias and without
-            assert counters["stats"]["unique_graphs"] - before == (chains if tokens == 1 else 2 * chains)
-            assert (plain[-1] != old).flatten(1).any(1).sum() == tokens  # and no other slot is touched
+            for chains, outputs in ((3, written), (6, computed)):  # residual_norm is two, with a bias and without
+                if device == "cpu" and tokens == 1 and outputs is computed:
+                    continue  # a C++ compiler takes over a second a graph, and one token is another graph
+                layers.compile_elementwise(False)
+                plain = outputs(x)
+                layers.compile_elementwise(True)
+                for compiled, expected in zip(outputs(x), plain, strict=True):
+                    torch.testing.assert_close(compiled, expected, rtol=2e-2, atol=2e-2)
+                graphs += chains if tokens <= 7 else 0  # those of 7 are for any more
+                assert counters["stats"]["unique_graphs"] - before == graphs
+                if outputs is written:
+                    assert (plain[-1] != old).flatten(1).any(1).sum() == tokens  # and no other slot is touched
     finally:
         layers.compile_elementwise(False)
 

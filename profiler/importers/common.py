@@ -95,11 +95,16 @@ def finish(part: Part, name: str) -> Part:
     return Part(rows, part.devices, part.notes)
 
 
+def known_as(device: str) -> str:
+    """The catalog's name of a device, which may have others there; one that it lacks is known by its own."""
+    return catalog.device(device).name if catalog.is_name("device", device) else device
+
+
 def choose_device(found: Iterable[tuple[str, ...]], device: str | None, place: Path) -> str:
     """The one device to import: `device` if it is there, else the only one found; InputError lists the choice."""
     found = set(found)
     if device is not None:
-        chosen = catalog.device(device).name if catalog.is_name("device", device) else device
+        chosen = known_as(device)
         if () in found or any(chosen in devices for devices in found):
             return chosen
         raise OtherDeviceError(

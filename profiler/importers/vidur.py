@@ -33,6 +33,7 @@ from profiler.importers.common import (
     devices_of_path,
     find,
     finish,
+    known_as,
     nothing_known,
     shorten,
 )
@@ -83,21 +84,26 @@ _ANCHORS = ("compute", "network", "cpu_overhead", "cpu_overheads")
 
 def read(place: Path, device: str | None = None, network: str | None = None) -> pd.DataFrame:
     """The tables below `place` of one device; see `profiler.importers.read_source`."""
-    known, ignored = [], []
+    known, ignored, others = [], [], set()
+    wanted = known_as(device) if device else None
     for path in find(place, ".csv", WANTED):
+        devices = _devices(path)
+        if wanted and devices and wanted not in devices:
+            others.add(devices)
+            continue  # unread: it would take longer than those that are wanted
         frame = table.read_csv(path)
         reader = next((reader for mark, reader in _READERS.items() if mark in frame), None)
         if reader is not None and not len(frame):
             raise InputError(f"{path} holds no rows: fetch it again, or delete it")
         if reader is not None:
-            known.append((path, frame, reader, _devices(path)))
+            known.append((path, frame, reader, devices))
         elif path.stem in ("mlp", "attention", "all_reduce", "send_recv"):
             raise InputError(f"{path} is no such table of Vidur: its columns are {', '.join(frame.columns)[:200]}")
         else:
             ignored.append(shorten(path, _ANCHORS))
-    if not known:
+    if not known and not others:
         raise nothing_known(place, WANTED)
-    chosen = choose_device((devices for *_, devices in known), device, place)
+    chosen = choose_device({devices for *_, devices in known} | others, device, place)
     parts = []
     for path, frame, reader, devices in known:
         if devices and chosen not in devices:
