@@ -701,11 +701,13 @@ def _report(
     from cli.calibrate import read
     from engine.results.files import check_output
     from engine.specs import catalog
-    from studies.pages.calibration import report
+    from simulator.predictor.calibration import load_of
+    from studies.pages.calibration import write_calibration_report
 
     check_output(output)
     known = catalog.device(device)
-    print(f"report: {report(device, [read(text, known) for text in source or []], output)}")
+    frames = [read(text, known) for text in source or []]
+    print(f"report: {write_calibration_report(load_of(known), known, frames, output)}")
 
 
 @calibrate.command("accuracy")

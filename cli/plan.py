@@ -64,9 +64,9 @@ def run(
 
         made = make_plan(settings, chosen, known, axes, folder=target, workers=workers, ray_address=ray_address,
                          bounds=not exhaustive, on_progress=show)  # fmt: skip
-    from studies.pages.plan import write_plan  # plotly takes longer to import than everything else
+    from studies.pages.report import write_page  # plotly takes longer to import than everything else
 
-    page = write_plan(target)
+    page = write_page([target])
     _print(made, console, time.monotonic() - started)
     crashed = [each for each in made["refused"] if each["status"] == "crashed"]
     for each in crashed[:MOST_CRASHES]:

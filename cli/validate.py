@@ -81,9 +81,9 @@ def run(config: BenchConfig, loads: str | None, output_dir: Path, *, as_json: bo
         results["version"] = version("windtunnel")
         write_config(folder, resolved(config, [replica.with_blocks(executor.num_blocks)], num_prompts))
         write_summary(folder, results, "validation.json")
-        from studies.pages.validation import write_validation
+        from studies.pages.validation import validation_page
 
-        write_validation(results, folder / "validation.html")
+        validation_page(results).write(folder / "validation.html")
     if (capacity := results["capacity"]) is not None:
         console.print(
             f"all requests at once: {capacity['engine']:.3g} requests/s on the engine, {capacity['simulated']:.3g} "

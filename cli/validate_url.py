@@ -86,9 +86,9 @@ def run(
         resolved_config = config.model_copy(update={"num_replicas": copies})
         write_config(folder, resolved(resolved_config, [replica], len(load.workload)))
         write_summary(folder, results, "validation.json")
-        from studies.pages.validation import write_validation
+        from studies.pages.validation import validation_page
 
-        write_validation(results, folder / "validation.html")
+        validation_page(results).write(folder / "validation.html")
         if found.interrupted:
             raise KeyboardInterrupt
     _print(results, console)

@@ -107,9 +107,16 @@ def mean_error(error: Mapping[str, float] | None) -> str:
 
 def effect_words(effect: Mapping[str, Any]) -> str:
     """Return what another assumption changes of predictions, in words (`studies.measured.effects`)."""
-    names = [name for name in ("tpot", "ttft", "e2e") if name in effect]
-    if effect["spread"]:
-        parts = [f"{name.upper()} spread over {percent(effect[name])}" for name in names]
-    else:
-        parts = [f"{name.upper()} {percent(effect[name], sign=True)}" for name in names]
+    spread, names = effect["spread"], [name for name in ("tpot", "ttft", "e2e") if name in effect]
+    how = "spread over " * spread
+    parts = [f"{name.upper()} {how}{percent(effect[name], sign=not spread)}" for name in names]
     return f"{', '.join(parts)} (mean of {effect['points']:,} points)"
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table whose first `left` columns are aligned to the left."""
+    if not rows:
+        return "None of these was measured."
+    marks = ["---" if i < left else "---:" for i in range(len(heads))]
+    lines = [[cell.replace("|", "/") for cell in line] for line in (heads, marks, *rows)]
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines)

@@ -23,7 +23,7 @@ from engine.specs import SchedulerSpec
 from engine.workload.workload import Workload
 from simulator.cluster import deploy, simulate
 from simulator.predictor.base import FixedTable
-from studies.capacity.trial import Hopeless, simulated_trial
+from studies.capacity.trial import hopeless, simulated_trial
 from studies.pages.run import write_report
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -156,7 +156,7 @@ def test_a_mean_is_hopeless_by_the_lower_bound_of_what_is_to_come(
         )
     )  # fmt: skip
     load = Workload("four", np.arange(4.0), np.ones(4, dtype=int), np.full(4, 2), 0)
-    watch = Hopeless([SLO("whole", "mean", 2.5)], load)
+    watch = hopeless([SLO("whole", "mean", 2.5)], load)
     after = next((count for count in (1, 2, 3) if watch(finished(count, 7.5)) is not None), None)
     assert after == hopeless_after
 
@@ -200,7 +200,7 @@ def test_an_unknown_metric_is_one_error_everywhere(table: None) -> None:
         lambda: meets(done.requests, [slo]),
         lambda: summarize(done.requests, Recorder().gaps, [slo], len(LOAD), 0),
         lambda: tbt_percentiles([slo]),
-        lambda: Hopeless([slo], LOAD),
+        lambda: hopeless([slo], LOAD),
         lambda: simulated_trial(LOAD, [SERVER], [slo], 1.0),
     ):
         with pytest.raises(InputError, match=f"unknown metric 'decode_time': .*{known}"):

@@ -15,7 +15,7 @@ from test_studies_validation import made_up_load, made_up_results
 
 from studies.pages.report import write_page
 from studies.pages.study import write_page as write_study
-from studies.pages.validation import write_validation
+from studies.pages.validation import validation_page
 from studies.published import library
 
 RECORD = Path(__file__).parents[1] / "docs" / "studies.json"
@@ -71,7 +71,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             json.loads(RECORD.read_text("utf-8"))["scheduler_ablation"]["records"],
             place / "s" / "study.html",
         ),
-        "validation": write_validation(made_up_results(made_up_load(0.5, 0.05)), place / "v" / "validation.html"),
+        "validation": validation_page(made_up_results(made_up_load(0.5, 0.05))).write(place / "v" / "validation.html"),
     }
     html = made["sweep"].read_text(encoding="utf-8")
     values = iter(["1.2&nbsp;s", "45&nbsp;ms", "-", "900&nbsp;µs"])

@@ -21,7 +21,7 @@ from simulator.cluster import deploy
 from studies.capacity.search import find_capacity
 from studies.capacity.trial import Trial, at_rate, simulated_trial
 from studies.jobs.pool import in_turn
-from studies.pages.plan import write_plan
+from studies.pages.report import write_page
 from studies.plan.answer import limits
 from studies.plan.bounds import replica_bound
 from studies.plan.planner import MOST_TRIES, Candidate, Planner
@@ -272,7 +272,7 @@ def test_the_page_starts_with_the_answer(planned: Planned) -> None:
     ]
     assert answer < order[0] and order == sorted(order)
     assert html.count("class='sort'") > 10 and "calibrated on measurements" in html
-    assert write_plan(folder, folder / "again.html").is_file()
+    assert write_page([folder], folder / "again.html").is_file()
 
 
 def test_nothing_meets_the_objectives_and_the_closest_is_told(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from simulator.predictor.calibration import Calibration
 from simulator.predictor.calibration_fit import fit
 from studies.calibration.accuracy import accuracy_markdown, targets
 from studies.calibration.kinds import page_of
-from studies.calibration.record import errors_by_size, read_calibration, spread_evenly
+from studies.calibration.record import errors_by_size, lacking, read_calibration, spread_evenly
 from studies.pages.calibration import write_calibration_report
 from studies.pages.page import LIBRARY
 from studies.words import percent
@@ -99,36 +99,37 @@ class Page(HTMLParser):
 
 
 def test_record_holds_what_was_measured_and_predicted(calibration: Calibration, frame: pd.DataFrame) -> None:
-    record = read_calibration(calibration, DEVICE, [frame])
-    assert [kind.kind for kind in record.kinds] == list(calibration.models) and len(record.kinds) == 6
-    assert record.lacking == ["Experts", "All-gather", "Reduce-scatter", "All-to-all"]
-    for kind in record.kinds:
+    kinds = read_calibration(calibration, [frame])
+    assert [kind.kind for kind in kinds] == list(calibration.models) and len(kinds) == 6
+    assert lacking(calibration) == ["Experts", "All-gather", "Reduce-scatter", "All-to-all"]
+    for kind in kinds:
         rows = frame[frame["kind"] == kind.kind]
         assert kind.record["provenance"]["rows"] == len(rows) and not kind.carried_over
-        assert kind.scatter is not None and kind.by_size is not None
-        assert kind.scatter.total == kind.scatter.fitted == len(rows)
-        assert sorted(kind.scatter.measured_s) == pytest.approx(sorted(rows["time_ms"] / 1e3))
-        assert (np.abs(np.log(kind.scatter.predicted_s / kind.scatter.measured_s)) < 0.7).all()
-        assert kind.range_words and kind.efficiency
-    gemm = record.kinds[0]
+        assert kind.drawn is not None
+        assert kind.drawn.total == kind.drawn.fitted == len(rows)
+        assert sorted(kind.drawn.measured_s) == pytest.approx(sorted(rows["time_ms"] / 1e3))
+        assert (np.abs(np.log(kind.drawn.predicted_s / kind.drawn.measured_s)) < 0.7).all()
+        assert kind.range_words and kind.drawn.efficiency
+    gemm, reduces = kinds[0], next(kind for kind in kinds if kind.kind == "all_reduce")
+    assert gemm.drawn is not None and reduces.drawn is not None
     assert gemm.range_words == ["m 1 to 2,048, k 1,024 to 4,096, n 1,024 to 12,288"]
-    curve = next(curve for curve in gemm.efficiency if curve.label.startswith("4096"))
+    curve = next(curve for curve in gemm.drawn.efficiency if curve.label.startswith("4096"))
     n = int(curve.label.split()[-1])
     (row,) = frame[(frame["k"] == 4096) & (frame["n"] == n) & (frame["m"] == 2048)].itertuples()
     assert curve.size[-1] == 2048
     assert curve.measured[-1] == pytest.approx(2 * 2048 * 4096 * n / DEVICE.peak_flops / (row.time_ms / 1e3))
-    reduce = next(kind for kind in record.kinds if kind.kind == "all_reduce").efficiency[0]
+    reduce = reduces.drawn.efficiency[0]
     time_s = frame[frame["kind"] == "all_reduce"]["time_ms"].iloc[-1] / 1e3
     assert reduce.measured[-1] == pytest.approx(2**25 / time_s)  # of two ranks each sends every byte once
 
 
 def test_tables_of_other_sources_devices_and_networks(calibration: Calibration, frame: pd.DataFrame) -> None:
     other = frame.assign(source="elsewhere", network=frame["network"].where(frame["kind"] != "send", "unknown"))
-    kinds = {kind.kind: kind for kind in read_calibration(calibration, DEVICE, [other]).kinds}
-    assert kinds["gemm"].scatter is not None and kinds["gemm"].scatter.fitted == 0
-    assert kinds["send"].scatter is None  # no curve of that network
-    elsewhere = read_calibration(calibration, DEVICE, [frame.assign(device="h100")])
-    assert all(kind.scatter is None and kind.range_words for kind in elsewhere.kinds)
+    kinds = {kind.kind: kind for kind in read_calibration(calibration, [other])}
+    assert kinds["gemm"].drawn is not None and kinds["gemm"].drawn.fitted == 0
+    assert kinds["send"].drawn is None  # no curve of that network
+    elsewhere = read_calibration(calibration, [frame.assign(device="h100")])
+    assert all(kind.drawn is None and kind.range_words for kind in elsewhere)
 
 
 def test_errors_by_size_and_even_spread() -> None:

@@ -24,7 +24,7 @@ from studies.capacity.search import find_capacity
 from studies.capacity.sweep import not_dominated
 from studies.capacity.trial import at_rate, simulated_trial
 from studies.pages.capacity_figures import MOST_BARS, capacity_bars, trials
-from studies.pages.capacity_record import Point, Search, _point, read_search, read_sweep, responses, threshold
+from studies.pages.capacity_record import Point, Search, _point, read_search, read_sweep, responses, thresholds
 from studies.pages.compare import run_panels
 from studies.pages.compare_record import (
     bubbles,
@@ -37,7 +37,7 @@ from studies.pages.compare_record import (
 )
 from studies.pages.page import LIBRARY
 from studies.pages.report import write_page
-from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
+from studies.pages.sweep_figures import heat_map, load_curves, trade_offs
 
 SLOS = ("p99_tbt<=0.03", "p50_ttft<=0.1")
 LOAD = WorkloadSpec(lengths="azure_conv", num_prompts=60, max_model_len=2048, request_rate=12.0)
@@ -262,8 +262,8 @@ def test_points_of_a_sweep(place: Path) -> None:
     assert (h100.per_gpu, h100.tokens_per_gpu, h100.per_dollar, h100.published) == (2.5, 500.0, 2500.0, 4.5)
     assert crashed.qps is None and "boom" in crashed.error and crashed.per_gpu is None
     assert none.qps == 0.0 and none.tokens_per_gpu is None
-    assert threshold([a100, h100, crashed], "tbt", "p99") == 0.1
-    assert threshold([a100], "tbt", "p50") is None
+    slos = [SLO.parse(text) for point in (a100, h100, crashed) for text in point.slos]
+    assert thresholds(slos, "tbt", "p99") == [0.1] and thresholds(slos, "tbt", "p50") == []
 
 
 # -- figures -------------------------------------------------------------------------------------------------------
@@ -279,8 +279,9 @@ def test_runs_are_drawn_from_their_records(place: Path) -> None:
     assert len(panels) == 6
     ttft = named(panels["Time to first token (TTFT)"].figure)
     assert {"sarathi", "piped", "SLO p50_ttft<=0.1s"} == set(ttft)
-    np.testing.assert_allclose(ttft["piped"].y, 100 * sides[1].record.latencies["ttft"].quantiles)
-    np.testing.assert_array_equal(ttft["piped"].x, 1e3 * sides[1].record.latencies["ttft"].values_s)  # shown in ms
+    quantiles, values_s = sides[1].record.latencies["ttft"]
+    np.testing.assert_allclose(ttft["piped"].y, 100 * quantiles)
+    np.testing.assert_array_equal(ttft["piped"].x, 1e3 * values_s)  # shown in ms
     stages = named(panels["Pipeline bubbles"].figure)
     assert list(stages["sarathi"].x) == ["stage 0"] and list(stages["piped"].x) == ["stage 0", "stage 1"]
     assert named(panels["Output tokens over time"].figure)["piped"].y[-1] == sides[1].record.timeline.output_tokens[-1]
@@ -330,18 +331,19 @@ def test_capacities_as_bars_with_what_was_published_and_their_ranges(place: Path
 
 def test_trade_offs_are_of_every_load(place: Path) -> None:
     points = read_sweep(place / "sweep", "sw").points
-    speed = named(speed_front(points).figure)
+    price, fast, slow = trade_offs(points)
+    speed = named(fast.figure)
     assert list(speed["a100"].x) == pytest.approx([50.0, 25.0]) and list(speed["a100"].y) == [200.0, 400.0]
     assert [each.split("<br>")[0] for each in speed["h100"].ids] == ["h100"] * 3
     assert list(speed["h100"].marker.size) == [6, 11, 6]  # the capacity is large
     assert list(speed["front"].x) == pytest.approx([25.0, 50.0]) and list(speed["front"].y) == [500.0, 250.0]
-    slow = slow_front(points)
     assert [line.x0 for line in slow.figure.layout.shapes] == [pytest.approx(10.0)] and "the SLO" in slow.caption
-    (price,) = price_front(points)
     drawn = named(price.figure)
     assert list(drawn["a100"].y) == pytest.approx([3.6e6 / 3600 / 200, 3.6e6 / 3600 / 400])
     assert list(drawn["a100"].x) == pytest.approx([0.025, 0.05]) and price.title == "Price against P99 TBT"
-    assert speed_front(points[2:]).figure is None and price_front([replace(points[0], usd_per_hour=None)]) == []
+    assert [each.figure for each in trade_offs(points[2:])[-2:]] == [None, None]
+    unpriced = trade_offs([replace(points[0], usd_per_hour=None)])
+    assert [each.title for each in unpriced] == [fast.title, slow.title]
 
 
 def test_latency_is_drawn_beyond_the_capacity(place: Path) -> None:

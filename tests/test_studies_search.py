@@ -19,7 +19,7 @@ from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import FixedTable
 from studies.capacity.search import Capacity, bracket, confirm, find_capacity, gpu_hours
-from studies.capacity.trial import Hopeless, Trial, at_rate, guess, judged, simulated_trial, time_limit
+from studies.capacity.trial import Trial, at_rate, guess, hopeless, judged, simulated_trial, time_limit
 
 SECONDS = 0.01  # of a batch of one token
 
@@ -173,7 +173,7 @@ def test_a_trial_ends_at_its_time_limit_and_is_judged_by_what_finished() -> None
     spec = WorkloadSpec(lengths="fixed", input_len="1", output_len="1", request_rate=1.0, num_prompts=3000)
     slos, server, rate = [SLO.parse("p50_scheduling_delay<=1")], [one_server()], 105.0
     whole = simulated_trial(at_rate(spec, rate), server, slos, rate)  # the queue grows by 5 requests/s
-    stop = time_limit(2.0, Hopeless(slos, at_rate(spec, rate)))
+    stop = time_limit(2.0, hopeless(slos, at_rate(spec, rate)))
     cut = judged(simulate(at_rate(spec, rate), server, slos=slos, stop=stop).summary, rate)
     assert cut.summary["duration"] == pytest.approx(2.0, abs=0.05) and cut.met
     assert cut.summary["completed"] < 0.1 * whole.summary["completed"]

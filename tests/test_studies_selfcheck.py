@@ -75,9 +75,9 @@ def test_profile_fit_and_validation_leave_a_few_files(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "out" / "validation.json").read_text())
     assert [load["load"] for load in results["loads"]] == [0.5, 0.85, 0.95]
     assert all(load["replay"]["same"] for load in results["loads"])
-    from studies.pages.validation import write_validation  # back home, where plotly is
+    from studies.pages.validation import validation_page  # back home, where plotly is
 
-    assert "</html>" in write_validation(results, tmp_path / "page.html").read_text()
+    assert "</html>" in validation_page(results).write(tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, deploy, simulate
 from simulator.predictor.base import RuntimePredictor
 from studies.pages.page import LIBRARY
-from studies.pages.validation import verdicts, write_validation
+from studies.pages.validation import validation_page, verdicts
 from studies.validation.compare import Pair, compare, in_words, run_pair
 from studies.validation.record import MOST_POINTS, curves, judge
 
@@ -366,7 +366,7 @@ def test_verdicts_are_of_the_load_that_is_furthest_from_its_target() -> None:
 
 def test_page_says_the_numbers_and_needs_only_the_plot_library(tmp_path: Path) -> None:
     results = made_up_results(made_up_load(0.5, 0.0789), made_up_load(0.95, 0.0789), version="9.9.9")
-    path = write_validation(results, tmp_path / "new" / "validation.html")
+    path = validation_page(results).write(tmp_path / "new" / "validation.html")
     assert sorted(each.name for each in path.parent.iterdir()) == [LIBRARY, "validation.html"]
     page = Page(path)
     assert page.references == [LIBRARY] and "default-src 'none'" in path.read_text(encoding="utf-8")
@@ -390,7 +390,7 @@ def test_what_ran_on_a_cpu_is_held_to_no_target(tmp_path: Path) -> None:
     load["batches"] = {**load["batches"], "first_difference": 0, "at_s": None}
     load["replay"] = {"engine": 9, "simulated": 8, "same": False, "first_difference": 3, "at_s": 0.1}
     changes: dict[str, Any] = {"device": "cpu", "capacity": None, "operators": {}, "host_overhead": None}
-    page = Page(write_validation(made_up_results(load, **changes), tmp_path / "validation.html"))
+    page = Page(validation_page(made_up_results(load, **changes)).write(tmp_path / "validation.html"))
     assert ("plain", "TTFT: P50 +20.0 %") in page.marked and ("unsure", "On a CPU: held to no target") in page.marked
     assert "(target" not in page.text and not any(
         "%" in words for tone, words in page.marked if tone in ("good", "bad")
@@ -430,5 +430,5 @@ def test_a_pair_of_a_real_engine_and_the_simulator(tmp_path: Path) -> None:
     assert result["replay"]["same"]
     assert sum(result["iterations"]["contributions"].values()) == pytest.approx(result["iterations"]["bias_of_time"])
     results = made_up_results({"load": None, "request_rate": 100.0, **result, "curves": curves(pair, deployment)})
-    page = Page(write_validation(json.loads(json.dumps(results)), tmp_path / "validation.html"))
+    page = Page(validation_page(json.loads(json.dumps(results))).write(tmp_path / "validation.html"))
     assert f"{result['batches']['engine']:,} batches" in page.text and page.figures == 4

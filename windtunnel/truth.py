@@ -10,7 +10,8 @@ from typing import Any
 from engine.documents import read_json
 from engine.results.files import write_json, write_whole
 from studies.measured.judge import OF_REQUESTS, by_limit, errors_of, summary
-from studies.measured.truth import SETS, SHOWN, described, render
+from studies.measured.point import LATENCIES
+from studies.measured.truth import SETS, described, render
 from windtunnel.measured import predict_points, read_points
 
 
@@ -86,7 +87,7 @@ def judged_rows(each: dict[str, Any], records: list[dict[str, Any]]) -> list[dic
 
 def _errors(records: list[dict[str, Any]]) -> dict[str, Any]:
     found = errors_of(records)
-    return {name: _rounded(found[name]) for name in SHOWN if found[name]}
+    return {name: _rounded(found[name]) for name in LATENCIES if found[name]}
 
 
 def _rounded(value: Any) -> Any:

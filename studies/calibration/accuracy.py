@@ -21,7 +21,7 @@ from engine.specs.device_folder import CALIBRATIONS, known_devices
 from simulator.predictor import calibration as store
 from simulator.predictor.calibration import Calibration
 from studies.calibration.kinds import page_of
-from studies.words import error_cells, percent
+from studies.words import error_cells, markdown_table, percent
 
 GEMM_MEAN = {"a100_pcie": 0.035, "a40": 0.045}  # over models; what was aimed at
 GEMM_WORST = 0.07
@@ -83,7 +83,7 @@ def accuracy_markdown(calibrations: Sequence[Calibration]) -> str:
     ]
     devices = [(f"### {_title(each)}", _kinds(each), *_notes(each)) for each in calibrations]
     text = Template(PAGE.read_text(encoding="utf-8")).substitute(
-        targets=_table(["device", "operator", "error", "held out", "target", ""], rows, left=3),
+        targets=markdown_table(["device", "operator", "error", "held out", "target", ""], rows, left=3),
         devices="\n\n".join(part for parts in devices for part in parts),
         models="\n\n".join(_by_model(calibrations)),
         **_learners(calibrations),
@@ -105,7 +105,7 @@ def _cold_start() -> str:
 
     rows = [[device, *(cell(kind, device) for kind in _COLD_KINDS)] for device in errors["gemm"]]
     aims = [f"at most {percent(aim)}" for _, aim in _COLD_KINDS.values()]
-    return _table(["left out", *(name for name, _ in _COLD_KINDS.values())], [*rows, ["*aimed at*", *aims]], left=1)
+    return markdown_table(["left out", *(name for name, _ in _COLD_KINDS.values())], [*rows, ["*aimed at*", *aims]])
 
 
 def targets(calibrations: Sequence[Calibration]) -> list[tuple[str, str, str, float, float]]:
@@ -146,7 +146,7 @@ def _kinds(calibration: Calibration) -> str:
             percent(record["interval"]["covers"]),
             percent(record["provenance"]["median_relative_spread"]),
         ])  # fmt: skip
-    return _table(head, rows, left=2)
+    return markdown_table(head, rows, left=2)
 
 
 def _notes(calibration: Calibration) -> list[str]:
@@ -161,7 +161,6 @@ def _notes(calibration: Calibration) -> list[str]:
     for kind, record in calibration.records.items():
         if rule := record["provenance"].get("prefixes"):
             notes.append(f"{_kind_words(kind)}: prefixes {rule}.")
-        page = page_of(kind)
         if record["learned_on"] == calibration.device and len(record["provenance"]["measured_on"]) > 1:
             names = " and ".join(record["provenance"]["measured_on"])
             notes.append(f"{_kind_words(kind)}: learned from measurements of {names} together, and so is the error.")
@@ -169,7 +168,7 @@ def _notes(calibration: Calibration) -> list[str]:
         if covers < meant - 0.03:
             notes.append(
                 f"{_kind_words(kind)}: the intervals cover {percent(covers)}, less than the {percent(meant)} that they "
-                f"are meant to: they are too narrow for what was left out ({page.left_out(record)})."
+                f"are meant to: they are too narrow for what was left out ({page_of(kind).left_out(record)})."
             )
     return notes
 
@@ -181,7 +180,7 @@ def _by_model(calibrations: Sequence[Calibration]) -> Iterable[str]:
     for calibration, each in grouped:
         ordered = sorted(each.items(), key=lambda item: -item[1])
         heads = [f"left out, on {calibration.device}", "mean over 20 us"]
-        yield _table(heads, [[name, percent(value)] for name, value in ordered], left=1)
+        yield markdown_table(heads, [[name, percent(value)] for name, value in ordered])
         fresh = _groups(calibration, "gemm", "held_out_new_shapes")
         if fresh.get("each"):
             worst = max(fresh["each"], key=lambda name: fresh["each"][name])
@@ -216,16 +215,8 @@ def _provenance(calibration: Calibration) -> str:
         origins = sorted({re.split(r"[\s@]", source, maxsplit=1)[0] for source in facts["sources"]})  # repositories
         words = [", ".join(facts[name]) or "unknown" for name in ("measured_on", "software", "kernels", "dates")]
         rows.append([_kind_words(kind), *words, f"{', '.join(origins)} ({count} table{'s' * (count != 1)})"])
-    table = _table(["operator", "measured on", "software", "kernels", "dates", "source"], rows, left=6)
+    table = markdown_table(["operator", "measured on", "software", "kernels", "dates", "source"], rows, left=6)
     return f"### Sources of {_title(calibration)}\n\n{table}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """Return a Markdown table whose first `left` columns are aligned to the left."""
-    if not rows:
-        return "None of these was measured."
-    marks = ["---" if i < left else "---:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in (head, marks, *rows))
 
 
 def _wrap(text: str) -> str:

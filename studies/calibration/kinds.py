@@ -33,7 +33,6 @@ class KindPage:
     shapes: ClassVar[str] = "shape"  # what tells the curves of efficiency apart
     moved: str | None = None  # where curves are of bandwidth: the bytes over the time; else of the roofline
     cached: ClassVar[bool] = False  # whether times may lie below the roofline
-
     left: ClassVar[str] = ""  # what was held out together, where that is always the same
 
     def left_out(self, record: Mapping[str, Any]) -> str:

@@ -1,19 +1,18 @@
 """What the page about a calibration shows, as small arrays: held-out errors, measured beside predicted, efficiency.
 
-record = read_calibration(calibration, catalog.device("a40"), [frame])
-print(record.kinds[0].held_out["mape"], record.kinds[0].range_words)
+kinds = read_calibration(calibration, [frame])
+print(kinds[0].record["held_out"]["mape"], kinds[0].range_words)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.results.tables import Array
-from engine.specs import DeviceSpec
 from simulator.predictor.calibration import Calibration, kind_name
 from simulator.predictor.kind import KindModel
 from studies.calibration.kinds import PAGES, KindPage, page_of
@@ -27,17 +26,6 @@ FEWEST_IN_BIN = 5
 MOST_CURVES = 4
 MOST_ON_CURVE = 80
 FEWEST_ON_CURVE = 5
-
-
-@dataclass(frozen=True, eq=False)
-class Scatter:
-    """Measured and predicted times, (points,) each: every so-manieth of `total` rows in order of time."""
-
-    measured_s: Array
-    predicted_s: Array
-    total: int
-    fitted: int  # rows of sources that the model was fitted to
-    devices: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +50,19 @@ class Efficiency:
 
 
 @dataclass(frozen=True, eq=False)
+class Drawn:
+    """Measured and predicted times, (points,) each: every so-manieth of `total` rows in order of time."""
+
+    measured_s: Array
+    predicted_s: Array
+    total: int
+    fitted: int  # rows of sources that the model was fitted to
+    devices: list[str]
+    by_size: SizeErrors
+    efficiency: list[Efficiency]
+
+
+@dataclass(frozen=True, eq=False)
 class KindRecord:
     """One kind of operator. `record` is the calibration's own, `page` what there is to say about the kind."""
 
@@ -70,43 +71,35 @@ class KindRecord:
     record: Mapping[str, Any]
     carried_over: bool
     range_words: list[str]
-    scatter: Scatter | None = None
-    by_size: SizeErrors | None = None
-    efficiency: list[Efficiency] = field(default_factory=list)
+    drawn: Drawn | None  # None without measured rows
 
 
-@dataclass(frozen=True, eq=False)
-class CalibrationRecord:
-    """All that the page shows."""
-
-    device: DeviceSpec
-    kinds: list[KindRecord]
-    lacking: list[str]  # names of the kinds that the calibration does not have
-
-
-def read_calibration(
-    calibration: Calibration, device: DeviceSpec, frames: Sequence[pd.DataFrame] = ()
-) -> CalibrationRecord:
-    """Return the record of a calibration; `frames` are measured tables to hold beside its predictions."""
+def read_calibration(calibration: Calibration, frames: Sequence[pd.DataFrame] = ()) -> list[KindRecord]:
+    """Return the record of each kind in a calibration; `frames` are measured tables to hold beside its predictions."""
     kinds = []
     for kind, model in calibration.models.items():
         record, page = calibration.records[kind], page_of(kind)
-        scatter, by_size, efficiency = None, None, list[Efficiency]()
+        drawn = None
         if (rows := comparable(model, record, frames)) is not None:
             columns = page.columns(model, rows)
             measured, predicted = rows["time_ms"].to_numpy(float) / 1e3, model.seconds(columns)
             chosen = spread_evenly(measured)
-            fitted = int(rows["source"].isin(record["provenance"]["sources"]).sum())
-            devices = sorted(map(str, rows["device"].unique()))
-            scatter = Scatter(measured[chosen], predicted[chosen], len(rows), fitted, devices)
-            by_size = errors_by_size(measured, predicted)
-            efficiency = efficiencies(*page.limits(model, rows, columns), measured, predicted)
+            drawn = Drawn(
+                measured[chosen], predicted[chosen], len(rows),
+                int(rows["source"].isin(record["provenance"]["sources"]).sum()),
+                sorted(map(str, rows["device"].unique())),
+                errors_by_size(measured, predicted),
+                efficiencies(*page.limits(model, rows, columns), measured, predicted),
+            )  # fmt: skip
         carried_over = record["learned_on"] != calibration.device
-        ranges = page.range_words(model)
-        kinds.append(KindRecord(kind, page, record, carried_over, ranges, scatter, by_size, efficiency))
+        kinds.append(KindRecord(kind, page, record, carried_over, page.range_words(model), drawn))
+    return kinds
+
+
+def lacking(calibration: Calibration) -> list[str]:
+    """Return the names of the kinds that a calibration does not have."""
     known = {kind_name(name) for name in calibration.models}
-    lacking = [page.name for kind, page in PAGES.items() if kind not in known]
-    return CalibrationRecord(device, kinds, lacking)
+    return [page.name for kind, page in PAGES.items() if kind not in known]
 
 
 def comparable(model: KindModel[Any], record: Mapping[str, Any], frames: Sequence[pd.DataFrame]) -> pd.DataFrame | None:

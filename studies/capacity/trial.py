@@ -26,6 +26,9 @@ from engine.scheduling.request import Request
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 
+TIME_LIMIT = "time limit"
+Watch = Callable[[Request], str | None]  # takes a finished request into account and says why the run ends, if it does
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -59,13 +62,9 @@ def simulated_trial(
     folder: Path | None = None, router: str = "round_robin", seed: int = 0,
 ) -> Trial:  # fmt: skip
     """Simulate a workload that comes at `rate`; the trial is given up when an SLO can't be met any more."""
-    stop = Hopeless(slos, workload)
+    stop = hopeless(slos, workload)
     run = simulate(workload, deployments, router=router, seed=seed, slos=slos, folder=folder, stop=stop)
     return judged(run.summary, rate, folder)
-
-
-TIME_LIMIT = "time limit"
-Watch = Callable[[Request], str | None]  # takes a finished request into account and says why the run ends, if it does
 
 
 def time_limit(seconds: float | None, watch: Watch | None = None) -> Watch | None:
@@ -117,19 +116,14 @@ def guess(spec: WorkloadSpec, deployments: Sequence[Deployment], router: str = "
     return 0.7 * throughput
 
 
-class Hopeless:
-    """Watches a run's finished requests: names the first SLO that can't be met any more, whatever the others do.
+def hopeless(slos: Sequence[SLO], workload: Workload) -> Watch:
+    """Return what watches a run's finished requests and names the first SLO that can't be met any more, whatever comes.
 
     Of n values the p-th percentile lies at place p / 100 * (n - 1) among them in order, so it is beyond its threshold
     for certain when n - floor(place) values are.
     """
-
-    def __init__(self, slos: Sequence[SLO], workload: Workload) -> None:
-        self._watched = [_Watched(slo, workload.output_tokens) for slo in slos]
-
-    def __call__(self, request: Request) -> str | None:
-        """Take a finished request into account and return the SLO that has become hopeless, if one has."""
-        return next((str(watched.slo) for watched in self._watched if watched.sees(request)), None)
+    every = [_Watched(slo, workload.output_tokens) for slo in slos]
+    return lambda request: next((str(watched.slo) for watched in every if watched.sees(request)), None)
 
 
 class _Watched:

@@ -95,7 +95,8 @@ def adjust(
     for name in names:
         if name not in UNITS and name not in known:
             raise unknown("constant", name, (*UNITS, *known))
-    figures = sum(len(figures_of(point)) for point in points)
+    rows = [(i, name) for i, point in enumerate(points) for name in figures_of(point)]
+    figures = len(rows)
     hosts = sum(name in UNITS for name in names)
     if figures <= hosts or not figures:
         raise InputError(
@@ -106,42 +107,42 @@ def adjust(
     # how sure each was before, the noise over its standard deviation, in its unit
     off = [known[name] * x[i] if name in known else max(HOST * x[i], _UNSURE) for i, name in enumerate(names)]
     sure = _NOISE / np.array(off)
+    locked = [k for k, (i, name) in enumerate(rows) if name == "ttft" and is_closed(points[i])]
+    weights = np.array([_WEIGHTS[name] for _, name in rows])
+    weights[locked] = _LOCKED_IN
 
-    def residuals_at(predictions: Predictions, place: Array) -> Array:
-        return np.concatenate([_residuals(points, predictions), sure * (np.maximum(place, 0.0) - first)])
+    def at(places: Sequence[Array]) -> list[tuple[Predictions, Array]]:
+        """Return the predictions at each place, and weighted log errors of every figure and of what was known."""
+        made = evaluate([_named(names, place) for place in places])
+        found = []
+        for predicted, place in zip(made, places, strict=True):
+            errors = [np.log(predicted[i][name] / points[i].measured[name]) for i, name in rows]
+            found.append((predicted, np.concatenate([weights * errors, sure * (np.maximum(place, 0.0) - first)])))
+        return found
 
-    locked = [i for i, (point, name) in enumerate(_figures(points)) if name == "ttft" and is_closed(point)]
-    (before,) = evaluate([_named(names, x)])
-    after, residuals = before, residuals_at(before, x)
-    first_residuals = residuals
+    ((before, first_residuals),) = at([x])
+    after, residuals = before, first_residuals
     slopes = np.zeros((len(residuals), len(names)))
     for _ in range(_MOST_STEPS):
-        trials = [x + _STEP * np.eye(len(names))[i] for i in range(len(names))]
-        found = [residuals_at(each, trial) for each, trial in zip(_at(evaluate, names, trials), trials, strict=True)]
-        slopes = (np.array(found) - residuals).T / _STEP
+        slopes = (np.array([each for _, each in at([*(x + _STEP * np.eye(len(names)))])]) - residuals).T / _STEP
         slopes[np.ix_(locked, [name not in _WAY for name in names])] = 0.0
         trials = [x + _step(slopes, residuals, x, damping) for damping in _DAMPINGS]
-        made = _at(evaluate, names, trials)
-        found = [residuals_at(each, trial) for each, trial in zip(made, trials, strict=True)]
-        best = int(np.argmin([_loss(each) for each in found]))
-        gain = 1 - _loss(found[best]) / max(_loss(residuals), 1e-12)
+        found = at(trials)
+        best = int(np.argmin([_loss(each) for _, each in found]))
+        gain = 1 - _loss(found[best][1]) / max(_loss(residuals), 1e-12)
         if gain > 0:
-            x, residuals, after = trials[best], found[best], made[best]
+            x, (after, residuals) = trials[best], found[best]
         if gain < _ENOUGH:
             break
-    share = _trusted(points, first_residuals, residuals, slopes, x)
+    loads = np.array([points[i].load_number for i, _ in rows])
+    share = _trusted(loads, first_residuals, residuals, slopes, x)
     if share < 1:
         x = first + share * (x - first)
-        (after,) = evaluate([_named(names, x)])
-        residuals = residuals_at(after, x)
+        ((after, residuals),) = at([x])
     of_data = slice(0, figures)
     margins, alike = _confidence(names, slopes, residuals, figures, slopes[of_data])
     flat = _flat(names, slopes[of_data], sure, [name in known for name in names])
     return Adjusted(dict(_named(names, x)), margins, alike, flat, share, before, after)
-
-
-def _at(evaluate: Evaluate, names: Sequence[str], trials: Sequence[Array]) -> list[Predictions]:
-    return evaluate([_named(names, trial) for trial in trials])
 
 
 def _named(names: Sequence[str], x: Array) -> dict[str, float]:
@@ -160,23 +161,6 @@ def is_closed(point: Point) -> bool:
     return bool(spec.max_concurrency if isinstance(spec, WorkloadSpec) else spec.client.max_concurrency)
 
 
-def _figures(points: Sequence[Point]) -> list[tuple[Point, str]]:
-    return [(point, name) for point in points for name in figures_of(point)]
-
-
-def _weight(point: Point, name: str) -> float:
-    return _LOCKED_IN if name == "ttft" and is_closed(point) else _WEIGHTS[name]
-
-
-def _residuals(points: Sequence[Point], predictions: Sequence[Mapping[str, Any]]) -> Array:
-    """Weighted log errors of every figure of every point."""
-    return np.array([
-        _weight(point, name) * np.log(predicted[name] / point.measured[name])
-        for point, predicted in zip(points, predictions, strict=True)
-        for name in figures_of(point)
-    ])  # fmt: skip
-
-
 def _loss(residuals: Array) -> float:
     large = np.abs(residuals) > _HUBER
     return float(np.where(large, _HUBER * (2 * np.abs(residuals) - _HUBER), residuals**2).sum())
@@ -193,12 +177,11 @@ def _step(slopes: Array, residuals: Array, x: Array, damping: float) -> Array:
     return found
 
 
-def _trusted(points: Sequence[Point], first: Array, residuals: Array, slopes: Array, x: Array) -> float:
+def _trusted(loads: Array, first: Array, residuals: Array, slopes: Array, x: Array) -> float:
     """How much of the change to take: as much as predicts the highest load best when fitted to the others alone.
 
     That fit and its predictions are by the slopes at the fit to all, without simulations. 1.0 where there is one load.
     """
-    loads = np.array([point.load_number for point in points for _ in figures_of(point)])
     if len(np.unique(loads)) < 2:
         return 1.0
     held = np.zeros(len(residuals), dtype=bool)

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from engine.workload.workload import WorkloadSpec
-from studies.measured.point import Point
+from studies.measured.point import LATENCIES, Point
 from studies.measured.sources import Alternative, source
 
 MOST = 4  # points of a source that are predicted again, for each alternative
 DELAYS_S = (0.0002, 0.0005, 0.001)  # that a client takes between an answer and the next request
 LOCK_IN = "a client that takes 0.2, 0.5 or 1 ms to send the next request"
-_MEASURES = ("tpot", "ttft", "e2e")
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,17 @@ def effects(
         ]
         if not pairs:
             continue
-        changes: dict[str, float] = {}
-        for measure in _MEASURES:
+        spread, changes = instead == LOCK_IN, dict[str, float]()
+        for measure in LATENCIES:
             ratios: dict[int, list[float]] = {}
             for number, result in pairs:
                 if measure in result and measure in before[number]:
                     ratios.setdefault(number, []).append(result[measure] / before[number][measure] - 1)
-            if ratios and instead == LOCK_IN:
-                spans = [max(0.0, *each) - min(0.0, *each) for each in ratios.values()]
+            if ratios:
+                spans = [max(0.0, *each) - min(0.0, *each) if spread else each[0] for each in ratios.values()]
                 changes[measure] = float(np.mean(spans))
-            elif ratios:
-                changes[measure] = float(np.mean([each[0] for each in ratios.values()]))
         points = len({number for number, _ in pairs})
-        found.append({"instead": instead, "points": points, "spread": instead == LOCK_IN, **changes})
+        found.append({"instead": instead, "points": points, "spread": spread, **changes})
     return found
 
 

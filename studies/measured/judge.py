@@ -46,7 +46,7 @@ def point_record(point: Point, replica: ReplicaSpec, predicted: Prediction) -> d
     if draws := [_with_e2e(point, each) for each in predicted.get("draws", ())]:
         ranges = {name: interval([each[name] for each in draws]) for name in record["error"]}
         record["range"] = ranges
-        record["covered"] = {name: _within(point.measured[name], ranges[name]) for name in ranges}
+        record["covered"] = {name: each["low"] <= point.measured[name] <= each["high"] for name, each in ranges.items()}
     if point.per_request:
         record["requests"] = _per_request(point, predicted["per_request"])
     return record
@@ -57,10 +57,6 @@ def _with_e2e(point: Point, predicted: Prediction) -> Prediction:
     if point.output_tokens is None or not {"ttft", "tpot"} <= predicted.keys():
         return predicted
     return {**predicted, "e2e": predicted["ttft"] + predicted["tpot"] * (point.output_tokens - 1)}
-
-
-def _within(value: float, limits: Mapping[str, float]) -> bool:
-    return limits["low"] <= value <= limits["high"]
 
 
 def group_of(replica: ReplicaSpec) -> str:
@@ -118,17 +114,12 @@ def errors_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _per_request(point: Point, predicted: Mapping[str, Any]) -> dict[str, Any]:
     """Return errors of the requests themselves after the warm-up, of the warm-up's mean, and of percentiles."""
     warm = point.warmup_requests
-    found: dict[str, Any] = {}
-    for name, part in (("per_request", "each"), ("cold", "cold"), ("p90", 90.0), ("p99", 99.0)):
-        entry: dict[str, float | None] = {}
-        for measure, values in point.per_request.items():
-            ours, theirs = np.asarray(predicted[measure]), values
-            if part == "each":
-                entry[measure] = float(np.mean(np.abs(ours[warm:] / theirs[warm:] - 1)))
-            elif part == "cold":
-                entry[measure] = float(ours[:warm].mean() / theirs[:warm].mean() - 1) if warm else None
-            else:
-                assert isinstance(part, float)
-                entry[measure] = float(np.percentile(ours[warm:], part) / np.percentile(theirs[warm:], part) - 1)
-        found[name] = entry
+    found: dict[str, dict[str, float | None]] = {name: {} for name in OF_REQUESTS}
+    for measure, theirs in point.per_request.items():
+        ours = np.asarray(predicted[measure])
+        found["per_request"][measure] = float(np.mean(np.abs(ours[warm:] / theirs[warm:] - 1)))
+        found["cold"][measure] = float(ours[:warm].mean() / theirs[:warm].mean() - 1) if warm else None
+        for part in (90, 99):
+            mine, real = (np.percentile(values[warm:], part) for values in (ours, theirs))
+            found[f"p{part}"][measure] = float(mine / real - 1)
     return found

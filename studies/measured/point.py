@@ -15,7 +15,8 @@ from engine.errors import InputError
 from engine.results.tables import Array
 from engine.workload.workload import Workload, WorkloadSpec
 
-MEASURES = ("tpot", "ttft", "e2e", "throughput")  # mean seconds, and output tokens/s of a run
+LATENCIES = ("tpot", "ttft", "e2e")  # mean seconds
+MEASURES = (*LATENCIES, "throughput")  # and output tokens/s of a run
 
 
 @dataclass(frozen=True, kw_only=True)

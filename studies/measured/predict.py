@@ -71,9 +71,9 @@ def _figures(job: Job, run: Run) -> tuple[dict[str, Any], Columns]:
     counted = slice(job.warmup_requests, None)
     statistic = _STATISTICS[job.statistic]
     found: dict[str, Any] = {
-        name: float(statistic(values[key][counted]))
-        for name, key in (("ttft", "ttft"), ("tpot", "tpot"), ("e2e", "e2e"))
-        if np.isfinite(values[key][counted]).any()
+        name: float(statistic(values[name][counted]))
+        for name in ("ttft", "tpot", "e2e")
+        if np.isfinite(values[name][counted]).any()
     }
     return {**found, "throughput": run.summary["output_throughput"]}, values
 

@@ -29,7 +29,7 @@ from engine.specs.checks import MOST_NUMBER, MOST_SECONDS, short
 from engine.workload.client import ClientSpec
 from engine.workload.workload import Workload, WorkloadSpec, make_workload
 from studies.measured.point import Measurements, Point
-from studies.measured.sources import Client, Source, client, source, source_for
+from studies.measured.sources import Source, client, source, source_for
 
 Settings = Mapping[str, Any]
 
@@ -100,6 +100,7 @@ class _Row:
     values: Settings
     source_name: str
     source: Source
+    client_name: str | None
     given: Settings
 
     def point(self, settings: Settings, assumed: Sequence[str] = (), **rest: Any) -> Point:
@@ -129,25 +130,26 @@ class _Row:
         except (TypeError, ValueError, KeyError):
             value = math.nan
         if not 0 < value <= MOST_NUMBER:
-            raise InputError(f"{self.path}: {key} {short(self.values.get(key))} of {self.name}: give a number above 0")
+            raise self.wrong(key, "give a number above 0")
         return value
 
     def seconds(self, key: str) -> float:
         """Return seconds of a column of milliseconds."""
         value = self.number(key) / 1e3
         if value > MOST_SECONDS:
-            raise InputError(f"{self._said(key)}: give at most {MOST_SECONDS * 1e3:,.0f} ms")
+            raise self.wrong(key, f"give at most {MOST_SECONDS * 1e3:,.0f} ms")
         return value
 
     def whole(self, key: str) -> int:
         """Return a whole number of at least 1."""
         value = self.number(key)
         if value != int(value) or value > 10_000_000:
-            raise InputError(f"{self._said(key)}: give a whole number of at least 1")
+            raise self.wrong(key, "give a whole number of at least 1")
         return int(value)
 
-    def _said(self, key: str) -> str:
-        return f"{self.path}: {key} {self.values.get(key)!r} of {self.name}"
+    def wrong(self, key: str, fix: str) -> InputError:
+        """Return an error that names a value."""
+        return InputError(f"{self.path}: {key} {short(self.values.get(key))} of {self.name}: {fix}")
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,9 @@ class _Reader:
             raise InputError(f"{path} holds no rows: give a table with at least one")
         if self.columns is not None:
             return self._requests(path, frame)
-        has = set(frame.columns)
         for form, needed in _COLUMNS.items():
-            if needed <= has:
-                reader: Callable[[Path, pd.DataFrame], Measurements] = getattr(self, f"_{form}")
-                return reader(path, frame)
+            if needed <= set(frame.columns):
+                return self._requests(path, frame) if form == "requests" else self._each_row(path, form, frame)
         raise InputError(
             f"{path} has the columns {', '.join(map(str, list(frame.columns)[:12]))}, which no known format has: for a "
             "table with a line a request give --columns time=...,prompt=...,output=...,ttft=...,e2e=..."
@@ -221,81 +221,21 @@ class _Reader:
 
     # -- formats ---------------------------------------------------------------------------------------------------
 
-    def _each_row(
-        self, path: Path, form: str, frame: pd.DataFrame, name_of: Callable[[int, Settings], str],
-        point: Callable[[_Row], Point], notes: Sequence[str] = (),
-    ) -> Measurements:  # fmt: skip
+    def _each_row(self, path: Path, form: str, frame: pd.DataFrame) -> Measurements:
         """Read a table with a point a row; a row that can't be is refused, with the reason."""
+        name_of, point = _ROWS[form]
+        frame, notes = _averaged(frame) if form == "offline" else (frame, ())
         points: list[Point] = []
         refused: list[tuple[str, str]] = []
         for place, record in enumerate(frame.to_dict("records")):
             values = {str(key): value for key, value in record.items()}
             chosen = self._source(form, {key for key, value in values.items() if _given(value)})
-            row = _Row(path, name_of(place, values), values, *chosen, self.given)
+            row = _Row(path, name_of(place, values), values, *chosen, self.client_name, self.given)
             try:
                 points.append(point(row))
             except InputError as error:
                 refused.append((row.name, str(error)))
-        return Measurements(name=path.name, format=form, points=points, assumed=tuple(notes), refused=tuple(refused))
-
-    def _silicon(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        return self._each_row(
-            path, "silicon", frame, lambda place, row: str(row.get("id") or f"row {place + 1}"), self._silicon_row
-        )
-
-    def _silicon_row(self, row: _Row) -> Point:
-        if str(row.values.get("backend", "vllm")) != "vllm":
-            raise InputError(f"backend {row['backend']}: vllm alone can be simulated")
-        isl, osl, users = map(row.whole, ("isl", "osl", "concurrency"))
-        device, note = row["system"], None
-        settings = row.source.settings(device, isl, users)
-        if row.has("backend_version"):
-            settings["engine"], note = _engine(row["backend_version"])
-        settings |= {"model": row["model_path"], "device": device, **_precision(row.values)}
-        for key, what in (("tp_size", "tensor"), ("pp_size", "pipeline"), ("attention_dp_size", "data")):
-            if row.has(key) and (ranks := row.whole(key)) > 1:
-                settings[f"{what}_parallel_size"] = ranks
-        if row.has("moe_ep_size") and row.whole("moe_ep_size") > 1:
-            settings["enable_expert_parallel"] = True
-        ttft, tpot = map(row.seconds, ("silicon_ttft_ms", "silicon_tpot_ms"))
-        how = client(self.client_name or row.source.client)
-        return row.point(
-            settings,
-            [note] if note else [],
-            workload=_closed_loop(how, isl, osl, users),
-            measured={"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (osl - 1)},
-            warmup_requests=how.warmup_requests,
-            statistic=how.statistic,
-            output_tokens=osl,
-            load=f"{users} users",
-        )
-
-    def _offline(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        keys = ["Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size"]
-        repeated = len(frame) - len(frame[keys].drop_duplicates())
-        frame = frame.assign(Latency=pd.to_numeric(frame["Latency"], errors="coerce"))
-        frame = frame.groupby(keys, sort=False, dropna=False)["Latency"].mean().reset_index()
-        notes = [f"{repeated} points stand more than once: averaged"] if repeated else []
-
-        def name_of(place: int, row: Settings) -> str:
-            gpus = row["Num of Hardware"]
-            ranks = f" TP{gpus:g}" if _is_number(gpus) else ""
-            return f"{row['Model']}{ranks} {row['Input Output Length']} tokens x {row['Batch Size']}"
-
-        return self._each_row(path, "offline", frame, name_of, self._offline_row, notes)
-
-    def _offline_row(self, row: _Row) -> Point:
-        if row["Framework"].lower() != "vllm":
-            raise InputError(f"framework {row['Framework']}: vllm alone can be simulated")
-        length, batch, gpus = map(row.whole, ("Input Output Length", "Batch Size", "Num of Hardware"))
-        latency = row.number("Latency")
-        device, assumed = row.card("Hardware")
-        own = {"model": row["Model"], "device": device, "tensor_parallel_size": gpus}
-        spec = WorkloadSpec(lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst")
-        measured = {"e2e": latency, "throughput": length * batch / latency}
-        settings = {**row.source.settings(device), **own}
-        latest = "max"  # the call that brings all prompts returns with the last request
-        return row.point(settings, assumed, workload=spec, measured=measured, statistic=latest, load=f"batch {batch}")
+        return Measurements(name=path.name, format=form, points=points, assumed=notes, refused=tuple(refused))
 
     def _requests(self, path: Path, frame: pd.DataFrame) -> Measurements:
         name, chosen = self._source("requests")
@@ -334,41 +274,16 @@ class _Reader:
             warmup = WARMUP_REQUESTS if ids and len(rows) > 2 * WARMUP_REQUESTS else 0
         if warmup >= len(rows):
             raise InputError(f"--warmup-requests {warmup}: {path} has {len(rows)} requests: give fewer")
-        measured = _means(ttft[warmup:], e2e[warmup:], workload.output_tokens[warmup:])
+        measured = {"ttft": float(ttft[warmup:].mean()), "e2e": float(e2e[warmup:].mean())}
+        gaps = workload.output_tokens[warmup:] - 1
+        if (several := gaps > 0).any():  # TPOT is of requests of two tokens and more
+            measured["tpot"] = float(((e2e - ttft)[warmup:][several] / gaps[several]).mean())
         point = Point(
             id=path.stem, settings=settings, workload=workload, measured=measured, warmup_requests=warmup,
             load="open loop", per_request={"ttft": ttft, "e2e": e2e}, source=name, assumed=tuple(chosen.assumed),
         )  # fmt: skip
         notes = [note for note in workload.notes if not note.endswith("not used")]  # columns that a trace lacks
         return Measurements(name=path.name, format="requests", points=[point], assumed=tuple(notes))
-
-    def _aggregates(self, path: Path, frame: pd.DataFrame) -> Measurements:
-        def name_of(place: int, row: Settings) -> str:
-            return f"{row.get('exp_id', place)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}"
-
-        return self._each_row(path, "aggregates", frame, name_of, self._aggregate)
-
-    def _aggregate(self, row: _Row) -> Point:
-        rate, seconds = map(row.number, ("request_rate_per_s", "stage_seconds"))
-        prompt, output = map(row.whole, ("input_tokens_about", "output_tokens_about"))
-        device, assumed = row.card("hardware")
-        settings = {**row.source.settings(device), "model": row["model"], "device": device}
-        for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
-            if row.has(key):
-                settings[setting] = row.whole(key)
-        number = row.source.num_prompts_in_turn or 0
-        later = row.values["stage_index"] if row.has("stage_index") else 0  # the stage before filled the cache
-        if not _is_number(later):
-            raise InputError(f"{row.path}: stage_index {later!r} of {row.name}: give a number from 0 on")
-        columns = {"ttft": "ttft_mean_ms", "tpot": "itl_mean_ms", "e2e": "e2e_mean_ms"}
-        return row.point(
-            settings,
-            assumed,
-            workload=_in_turn(rate, seconds, prompt, output, number),
-            measured={name: row.seconds(key) for name, key in columns.items()},
-            warmup_requests=number if later > 0 else 0,
-            load=f"{rate:g} requests/s",
-        )
 
     def _vllm(self, path: Path) -> Measurements:
         data = read_json(path, "give a result of vLLM's benchmark", _MOST_BYTES, constants=True)
@@ -417,22 +332,97 @@ def _is_run(path: Path) -> bool:
     return any((path / place / "summary.json").is_file() for place in (".", SERVER))
 
 
-def _closed_loop(how: Client, isl: int, osl: int, users: int) -> WorkloadSpec:
-    """`users` requests in the system at once, all of the same lengths or drawn from a share of them on."""
-
+def _silicon(row: _Row) -> Point:
+    if str(row.values.get("backend", "vllm")) != "vllm":
+        raise InputError(f"backend {row['backend']}: vllm alone can be simulated")
+    isl, osl, users = map(row.whole, ("isl", "osl", "concurrency"))
+    device, assumed = row["system"], list[str]()
+    settings = row.source.settings(device, isl, users)
+    if row.has("backend_version"):
+        settings["engine"], assumed = _engine(row["backend_version"])
+    settings |= {"model": row["model_path"], "device": device, **_precision(row)}
+    for key, what in (("tp_size", "tensor"), ("pp_size", "pipeline"), ("attention_dp_size", "data")):
+        if row.has(key) and (ranks := row.whole(key)) > 1:
+            settings[f"{what}_parallel_size"] = ranks
+    if row.has("moe_ep_size") and row.whole("moe_ep_size") > 1:
+        settings["enable_expert_parallel"] = True
+    ttft, tpot = map(row.seconds, ("silicon_ttft_ms", "silicon_tpot_ms"))
+    how = client(row.client_name or row.source.client)
+    # a closed loop: requests all of the same lengths, or drawn from a share of them on
     prompts, outputs = (f"{max(1, round(how.shortest * nominal))}:{nominal}" for nominal in (isl, osl))
-    return WorkloadSpec(
+    spec = WorkloadSpec(
         lengths="uniform", input_len=prompts, output_len=outputs, num_prompts=how.requests_per_user * users,
         arrival="burst", max_concurrency=users, ramp_up_s=how.ramp_up_s,
     )  # fmt: skip
+    return row.point(
+        settings, assumed, workload=spec, measured={"ttft": ttft, "tpot": tpot, "e2e": ttft + tpot * (osl - 1)},
+        warmup_requests=how.warmup_requests, statistic=how.statistic, output_tokens=osl, load=f"{users} users",
+    )  # fmt: skip
 
 
-def _in_turn(rate: float, seconds: float, prompt: int, output: int, number: int) -> Workload:
-    """Poisson arrivals of prompts of one length, `number` different ones in turn (0: all different)."""
+def _averaged(frame: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Return the means of points that stand more than once in a table of offline batches, and a note where some do."""
+    keys = ["Hardware", "Num of Hardware", "Framework", "Model", "Input Output Length", "Batch Size"]
+    repeated = len(frame) - len(frame[keys].drop_duplicates())
+    frame = frame.assign(Latency=pd.to_numeric(frame["Latency"], errors="coerce"))
+    frame = frame.groupby(keys, sort=False, dropna=False)["Latency"].mean().reset_index()
+    return frame, (f"{repeated} points stand more than once: averaged",) if repeated else ()
+
+
+def _offline_name(place: int, row: Settings) -> str:
+    gpus = row["Num of Hardware"]
+    ranks = f" TP{gpus:g}" if _is_number(gpus) else ""
+    return f"{row['Model']}{ranks} {row['Input Output Length']} tokens x {row['Batch Size']}"
+
+
+def _offline(row: _Row) -> Point:
+    if row["Framework"].lower() != "vllm":
+        raise InputError(f"framework {row['Framework']}: vllm alone can be simulated")
+    length, batch, gpus = map(row.whole, ("Input Output Length", "Batch Size", "Num of Hardware"))
+    latency = row.number("Latency")
+    device, assumed = row.card("Hardware")
+    own = {"model": row["Model"], "device": device, "tensor_parallel_size": gpus}
+    spec = WorkloadSpec(lengths="fixed", input_len=length, output_len=length, num_prompts=batch, arrival="burst")
+    measured = {"e2e": latency, "throughput": length * batch / latency}
+    settings = {**row.source.settings(device), **own}
+    latest = "max"  # the call that brings all prompts returns with the last request
+    return row.point(settings, assumed, workload=spec, measured=measured, statistic=latest, load=f"batch {batch}")
+
+
+def _aggregate(row: _Row) -> Point:
+    rate, seconds = map(row.number, ("request_rate_per_s", "stage_seconds"))
+    prompt, output = map(row.whole, ("input_tokens_about", "output_tokens_about"))
+    device, assumed = row.card("hardware")
+    settings = {**row.source.settings(device), "model": row["model"], "device": device}
+    for key, setting in (("tp", "tensor_parallel_size"), ("max_num_batched_tokens", "max_num_batched_tokens")):
+        if row.has(key):
+            settings[setting] = row.whole(key)
+    number = row.source.num_prompts_in_turn or 0
+    later = row.values["stage_index"] if row.has("stage_index") else 0  # the stage before filled the cache
+    if not _is_number(later):
+        raise row.wrong("stage_index", "give a number from 0 on")
+    # Poisson arrivals of prompts of one length, `number` different ones in turn (0: all different)
     count = max(2, round(rate * seconds))
     contents = [Content.of((1 + i % number, prompt), own(i)) for i in range(count)] if number else None
     lengths = np.full(count, prompt), np.full(count, output)
-    return Workload("open loop", _poisson(rate, count), *lengths, 0, contents=contents)
+    columns = {"ttft": "ttft_mean_ms", "tpot": "itl_mean_ms", "e2e": "e2e_mean_ms"}
+    return row.point(
+        settings, assumed, workload=Workload("open loop", _poisson(rate, count), *lengths, 0, contents=contents),
+        measured={name: row.seconds(key) for name, key in columns.items()},
+        warmup_requests=number if later > 0 else 0, load=f"{rate:g} requests/s",
+    )  # fmt: skip
+
+
+_ROWS: dict[
+    str, tuple[Callable[[int, Settings], str], Callable[[_Row], Point]]
+] = {  # what errors call a row; its point
+    "silicon": (lambda place, row: str(row.get("id") or f"row {place + 1}"), _silicon),
+    "offline": (_offline_name, _offline),
+    "aggregates": (
+        lambda i, row: f"{row.get('exp_id', i)}-{row.get('stage_index', 0)} {row['model']} {row.get('workload', '')}",
+        _aggregate,
+    ),
+}
 
 
 def _poisson(rate: float, count: int) -> Array:
@@ -463,42 +453,30 @@ def _vllm_workload(path: Path, data: Settings) -> tuple[Workload, list[str]]:
         raise InputError(f"{path}: max_concurrency {users!r}: give a whole number")
     if not (rate in (None, "inf") or _is_number(rate)):
         raise InputError(f"{path}: request_rate {rate!r}: give requests/s, or inf")
-    rate = math.inf if rate in (None, "inf") else float(rate)
-    if math.isfinite(rate) and rate > 0:
-        arrived = _poisson(rate, len(prompt))
+    arrived = np.zeros(len(prompt))
+    if isinstance(rate, int | float) and 0 < rate < math.inf:
+        arrived = _poisson(float(rate), len(prompt))
         assumed.append("Poisson arrivals, drawn anew")
-    else:
-        arrived = np.zeros(len(prompt))
     return Workload(path.stem, arrived, prompt, output, 0, client=ClientSpec(max_concurrency=users)), assumed
 
 
-def _means(ttft: Array, e2e: Array, output: Array) -> dict[str, float]:
-    """Means of requests, TPOT over those of two tokens and more."""
-    several = output > 1
-    found = {"ttft": float(ttft.mean()), "e2e": float(e2e.mean())}
-    if several.any():
-        found["tpot"] = float(((e2e - ttft)[several] / (output[several] - 1)).mean())
-    return found
-
-
-def _engine(version: str) -> tuple[str, str | None]:
+def _engine(version: str) -> tuple[str, list[str]]:
     """The preset of a vLLM version, and a note where it is the nearest one that ships."""
     known = [name for name in engine_names() if name.startswith("vllm@")]
     parts = version.split(".")
     wanted = f"vllm@{'.'.join(parts[:2])}"
     if wanted in known:
-        return wanted, None
+        return wanted, []
     try:
         number = int(parts[1])
     except (IndexError, ValueError):
         raise InputError(f"backend_version {version!r} is no version of vLLM such as 0.12.0") from None
     nearest = min(known, key=lambda name: abs(int(name.rpartition(".")[2]) - number))
-    return nearest, f"vLLM {version} behaves as {nearest.removeprefix('vllm@')}"
+    return nearest, [f"vLLM {version} behaves as {nearest.removeprefix('vllm@')}"]
 
 
-def _precision(row: Settings) -> dict[str, str]:
-    precision = str(row.get("precision") or "bf16").lower()
-    gemm = row.get("gemm_quant_mode")
+def _precision(row: _Row) -> dict[str, str]:
+    precision, gemm = str(row.values.get("precision") or "bf16").lower(), row.values.get("gemm_quant_mode")
     if precision in _PRECISIONS:
         return {"dtype": _PRECISIONS[precision]}
     return {"quantization": str(gemm) if _given(gemm) and gemm not in _PRECISIONS else precision}

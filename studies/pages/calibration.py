@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.specs import DeviceSpec, catalog
-from simulator.predictor import calibration as store
+from engine.specs import DeviceSpec
 from simulator.predictor.calibration import Calibration
-from studies.calibration.record import CalibrationRecord, KindRecord, SizeErrors, read_calibration
+from studies.calibration.kinds import KindPage
+from studies.calibration.record import Drawn, Efficiency, KindRecord, lacking, read_calibration
 from studies.pages.figures import BAD, BLUE, GREY, SERIES, Panel, add_line, against_measured, new_figure, value_axis
 from studies.pages.page import Page, Tone, details, facts_table, numbers_table, text
 from studies.words import ERROR_HEADS, error_cells, percent
@@ -34,59 +34,53 @@ _IN_SAMPLE = (
 )
 
 
-def report(device_name: str, frames: Sequence[pd.DataFrame], path: Path) -> Path:
-    """Write the page of a device's calibration: what ships, or a folder's."""
-    device = catalog.device(device_name)
-    return write_calibration_report(store.load_of(device), device, frames, path)
-
-
 def write_calibration_report(
     calibration: Calibration, device: DeviceSpec, frames: Sequence[pd.DataFrame], path: Path
 ) -> Path:
     """Write the page to `path` and return it; `frames` are measured tables to draw, and may be none."""
-    record = read_calibration(calibration, device, frames)
-    page = Page(f"Calibration of {record.device.name}")
-    _header(page, record)
+    kinds = read_calibration(calibration, frames)
+    page = Page(f"Calibration of {device.name}")
+    _header(page, device, kinds, lacking(calibration))
     page.cards(
         (kind.page.name, percent(kind.record["held_out"].get("mape")),
          f"mean held-out error; {kind.page.left_out(kind.record).split(';')[0]} left out")
-        for kind in record.kinds
+        for kind in kinds
     )  # fmt: skip
-    page.add(_table(record))
-    for kind in record.kinds:
+    page.add(_table(kinds))
+    for kind in kinds:
         page.add_panels(kind.page.name, panels(kind), *_about(kind))
-    page.add("<h2>Where the numbers come from</h2>" + "".join(map(_provenance, record.kinds)))
+    page.add("<h2>Where the numbers come from</h2>" + "".join(map(_provenance, kinds)))
     return page.write(path)
 
 
-def _header(page: Page, record: CalibrationRecord) -> None:
-    here = [kind.page.name for kind in record.kinds if not kind.carried_over]
-    lines: list[tuple[Tone, str]] = [("good", f"Measured on {record.device.name}: {_lower(here)}")] if here else []
-    for device in sorted({kind.record["learned_on"] for kind in record.kinds if kind.carried_over}):
-        names = [kind.page.name for kind in record.kinds if kind.carried_over and kind.record["learned_on"] == device]
-        lines.append(("unsure", f"Carried over from {device}, by the ratio of the rooflines: {_lower(names)}"))
-    if record.lacking:
-        lines.append(("bad", f"Not measured, estimated from the data sheet: {_lower(record.lacking)}"))
-    rows = sum(kind.record["provenance"]["rows"] for kind in record.kinds)
-    software = sorted({name for kind in record.kinds for name in kind.record["provenance"]["software"]})
-    from_ = sorted({source.split(" ")[0] for kind in record.kinds for source in kind.record["provenance"]["sources"]})
+def _header(page: Page, device: DeviceSpec, kinds: Sequence[KindRecord], missing: Sequence[str]) -> None:
+    here = [kind.page.name for kind in kinds if not kind.carried_over]
+    lines: list[tuple[Tone, str]] = [("good", f"Measured on {device.name}: {_lower(here)}")] if here else []
+    for other in sorted({kind.record["learned_on"] for kind in kinds if kind.carried_over}):
+        names = [kind.page.name for kind in kinds if kind.carried_over and kind.record["learned_on"] == other]
+        lines.append(("unsure", f"Carried over from {other}, by the ratio of the rooflines: {_lower(names)}"))
+    if missing:
+        lines.append(("bad", f"Not measured, estimated from the data sheet: {_lower(missing)}"))
+    rows = sum(kind.record["provenance"]["rows"] for kind in kinds)
+    software = sorted({name for kind in kinds for name in kind.record["provenance"]["software"]})
+    from_ = sorted({source.split(" ")[0] for kind in kinds for source in kind.record["provenance"]["sources"]})
     setting = f"""How long its operators take, learned from {rows:,} measurements of
 {" and ".join(from_)} ({"; ".join(software) or "software unknown"})."""
     sources: list[tuple[Tone, str, str]] = [("good", "Held out", _HELD_OUT)]
-    if any(kind.scatter for kind in record.kinds):
+    if any(kind.drawn for kind in kinds):
         sources.append(("unsure", "In-sample", _IN_SAMPLE))
-    kicker = f"Windtunnel · calibration of {record.device.name}"
-    page.header(kicker, setting, lines, sources, title=record.device.description)
+    kicker = f"Windtunnel · calibration of {device.name}"
+    page.header(kicker, setting, lines, sources, title=device.description)
 
 
 def _lower(names: Sequence[str]) -> str:
     return ", ".join(name[0].lower() + name[1:].replace(", ", " ") for name in names)
 
 
-def _table(record: CalibrationRecord) -> str:
+def _table(kinds: Sequence[KindRecord]) -> str:
     heads = ("Operator", "Measured on", "Rows", *ERROR_HEADS, "Mean over 20 µs", "Interval covers")
     rows = []
-    for kind in record.kinds:
+    for kind in kinds:
         held_out, interval = kind.record["held_out"], kind.record["interval"]
         cells = [
             kind.record["learned_on"],
@@ -143,15 +137,13 @@ _COLOURS = (*SERIES[:3], "#8e6bbf")
 
 def panels(kind: KindRecord) -> list[Panel]:
     """Return the figures of a kind; none where nothing measured is at hand."""
-    if kind.scatter is None or kind.by_size is None:
+    if (drawn := kind.drawn) is None:
         return []
-    found = [_scatter(kind), _by_size(kind, kind.by_size)]
-    return [*found, _efficiency(kind)] if kind.efficiency else found
+    found = [_scatter(drawn), _by_size(drawn)]
+    return [*found, _efficiency(kind.page, drawn.efficiency)] if drawn.efficiency else found
 
 
-def _scatter(kind: KindRecord) -> Panel:
-    points = kind.scatter
-    assert points is not None
+def _scatter(points: Drawn) -> Panel:
     figure = against_measured([("", BLUE, 1e3 * points.measured_s, 1e3 * points.predicted_s)])
     shown = len(points.measured_s)
     some = "" if shown == points.total else f", {shown:,} of them drawn"
@@ -161,36 +153,34 @@ def _scatter(kind: KindRecord) -> Panel:
     return Panel("Measured and predicted", caption, figure, "third", 320)
 
 
-def _by_size(kind: KindRecord, errors: SizeErrors) -> Panel:
-    figure = new_figure()
+def _by_size(points: Drawn) -> Panel:
+    errors = points.by_size
+    figure = new_figure(y="Error (%)", yaxis_nticks=7)
     how: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 6}}
     for name, values, hue in (("P95", errors.p95, GREY), ("median", errors.median, BLUE), ("bias", errors.bias, BAD)):
         how["dash"] = "dot" if name == "bias" else "solid"
         add_line(figure, 1e3 * errors.centre_s, 100 * values, name, hue, "%{y:.3~r} %", **how)
     figure.add_hline(y=0, line={"color": GREY, "width": 1})
     figure.update_xaxes(title_text="Measured time (ms)", **value_axis(1e3 * errors.centre_s))
-    figure.update_yaxes(title_text="Error (%)", nticks=7)
-    points = kind.scatter
-    rows = "the same rows" if points is None or points.fitted < points.total else "the same rows, in-sample"
+    rows = "the same rows" if points.fitted < points.total else "the same rows, in-sample"
     fewest, most = errors.count.min(), errors.count.max()
     caption = f"Absolute error, median and P95, and signed mean of {rows}; {fewest:,.0f} to {most:,.0f} a point."
     return Panel("Error by size", caption, figure, "third", 320)
 
 
-def _efficiency(kind: KindRecord) -> Panel:
-    page = kind.page
+def _efficiency(page: KindPage, curves: Sequence[Efficiency]) -> Panel:
     collective = page.moved is not None
     scale = 1e-9 if collective else 100.0
     figure = new_figure(hovermode="closest", legend_font_size=11)
-    for curve, colour in zip(kind.efficiency, _COLOURS, strict=False):
+    for curve, colour in zip(curves, _COLOURS, strict=False):
         label, hover = curve.label, "%{y:.3~r} predicted"
         add_line(figure, curve.size, scale * curve.predicted, label, colour, hover, legendgroup=label)
         figure.add_scatter(
             x=curve.size, y=scale * curve.measured, name=label, mode="markers", marker={"color": colour, "size": 4.5},
             showlegend=False, hovertemplate="%{y:.3~r} measured", legendgroup=label,
         )  # fmt: skip
-    every = np.concatenate([curve.size for curve in kind.efficiency])
-    top = scale * max(float(max(curve.measured.max(), curve.predicted.max())) for curve in kind.efficiency)
+    every = np.concatenate([curve.size for curve in curves])
+    top = scale * max(float(max(curve.measured.max(), curve.predicted.max())) for curve in curves)
     figure.update_xaxes(title_text=page.size, **_size_axis(every))
     title = "Bandwidth (GB/s)" if collective else "Share of the roofline (%)"
     figure.update_yaxes(title_text=title, range=[0, 1.06 * top])

@@ -13,7 +13,7 @@ from studies.pages.figures import Panel
 from studies.pages.page import Cell, Page, Tone, coloured, details, facts_table, numbers_table, ranges
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat
-from studies.pages.sweep_figures import heat_map, load_curves, price_front, slow_front, speed_front
+from studies.pages.sweep_figures import heat_map, load_curves, trade_offs
 from studies.words import capital, dollars, listed, number, percent, seconds, times_kind, unlike_sources
 
 _MOST_ALIKE = 4  # points that can't be told apart from the best, which are named
@@ -41,14 +41,6 @@ def search_page(search: Search) -> Page:
 def _search_header(page: Page, search: Search, record: Record | None) -> None:
     point = search.point
     tone: Tone = {"found": "good", "none": "bad"}.get(point.outcome, "unsure")  # type: ignore[assignment]
-    setting = f"the highest request rate at which {_conditions([point])}."
-    if record is not None:
-        first = record.summary["replicas"][0]
-        setting = (
-            f"{first['model']} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {first['device']}, {first['parallel']}, "
-            f"under the {first['scheduler']} scheduler, serving {record.summary.get('workload', 'its workload')}: "
-            f"{setting}"
-        )
     found = f"no rate meets {point.binding}" if point.outcome == "none" else f"{number(point.qps)} {point.rate_of}/s"
     answer = search.words or (point.status if point.qps is None else found)
     chips: list[tuple[Tone, str]] = [] if point.outcome == "found" else [(tone, answer)]
@@ -57,9 +49,16 @@ def _search_header(page: Page, search: Search, record: Record | None) -> None:
         answer += f". Range: {low} to {high} {point.rate_of}/s over {point.range_over}"
     if point.unsteady:
         chips.append(("unsure", f"The run at the capacity: {point.unsteady}"))
+    what = f"the highest request rate at which {_conditions([point])}."
     if record is None:
         chips.append(("unsure", "The run at the capacity is not there"))
-    setting = setting if record is not None else capital(setting)
+        setting = capital(what)
+    else:
+        first, load = record.summary["replicas"][0], record.summary.get("workload", "its workload")
+        setting = (
+            f"{first['model']} on {num_gpus(record)} \N{MULTIPLICATION SIGN} {first['device']}, {first['parallel']}, "
+            f"under the {first['scheduler']} scheduler, serving {load}: {what}"
+        )
     page.header("Windtunnel · capacity search", setting, chips, _sources([point]),
                 title=search.name, answer=f"{capital(answer)}.")  # fmt: skip
 
@@ -98,8 +97,7 @@ def _search_cards(search: Search) -> list[tuple[str, str, str]]:
         ("Trials", f"{len(search.trials)}", f"{given_up} given up early"),
     ]
     if point.range is not None:
-        low, high = map(number, point.range)
-        entries.insert(1, ("Range", f"{low}\N{EN DASH}{high} /s", f"over {point.range_over}"))
+        entries.insert(1, ("Range", f"{_range(point.range)} /s", f"over {point.range_over}"))
     if point.confirmed is not None:
         entries.insert(1, ("Confirmed", f"{number(point.confirmed)} {point.rate_of}/s", "on hardware"))
     if point.published is not None:
@@ -141,7 +139,7 @@ def capacities_page(sweeps: Sequence[Sweep], searches: Sequence[Search]) -> Page
     if any(point.qps is not None for point in points):
         page.add_panels("Capacity", [*capacity_panels(points), *heat_map(points)])
         if any(point.loads for point in points):
-            page.add_panels("Trade-offs", [*price_front(points), speed_front(points), slow_front(points)])
+            page.add_panels("Trade-offs", trade_offs(points))
     if curves := load_curves(points):
         page.add_panels("Latency against load", curves)
     if searches:
@@ -157,7 +155,7 @@ def _answer(points: Sequence[Point]) -> str:
 
     Points whose times are of unlike kinds are not ranked together: the best of each kind is named.
     """
-    ranked, names = _ranked(points), _names(points)
+    ranked, names = _ranked(points), names_of_points(points)
     if len(ranked) < 2:
         return ""
     best: dict[str, Point] = {}
@@ -185,13 +183,9 @@ def _ranked(points: Sequence[Point]) -> list[Point]:
     return sorted((point for point in points if point.per_gpu), key=lambda point: -(point.per_gpu or 0.0))
 
 
-def _names(points: Sequence[Point]) -> dict[int, str]:
-    return dict(zip(map(id, points), names_of_points(points), strict=True))
-
-
 def _apart(points: Sequence[Point]) -> list[tuple[Tone, str]]:
     """Say which points can't be told apart from the best per GPU, or that it is ahead of all."""
-    ranked, names = _ranked(points), _names(points)
+    ranked, names = _ranked(points), names_of_points(points)
     drawn = bool(ranked) and "draws" in ranked[0].range_over
     unlike = unlike_sources([point.predictor for point in ranked])
     if len(ranked) < 2 or ranked[0].range is None or (unlike and not drawn):
@@ -225,7 +219,7 @@ def _chips(points: Sequence[Point]) -> list[tuple[Tone, str]]:
 def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
     """Return which point is the best in what."""
     things = things_of(points)
-    names = _names(points)
+    names = names_of_points(points)
     entries = []
     for title, unit, name in (
         ("Highest capacity", f"{things}/s", "qps"),
@@ -245,7 +239,7 @@ def _best_cards(points: Sequence[Point]) -> list[tuple[str, str, str]]:
 def _tables(points: Sequence[Point]) -> list[Panel]:
     ranked = sorted((point for point in points if point.qps is not None), key=lambda point: -(point.per_gpu or 0.0))
     alone = {point.gpus for point in ranked} == {1}  # then per GPU is the same again
-    names = _names(points)
+    names = names_of_points(points)
     heads, rows = ["Point"], [(names[id(point)], list[Cell]()) for point in ranked]
     columns: list[tuple[str, str, Callable[[Any], str], int]] = [  # head, what of a point, in words, 1: more is better
         (f"{capital(things_of(ranked))}/s", "qps", number, 1),

@@ -151,23 +151,19 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
     figure = new_figure(hovermode="closest")
     own = colours or {search.name: style_of(i)[0] for i, search in enumerate(searches)}
     several, things = len(searches) > 1, things_of(search.point for search in searches)
-    known = {
-        search.name: [(trial.rate, _margins(trial, search.name if several else None)) for trial in search.trials]
-        for search in searches
-    }
-    finite = [margin for search in known.values() for _, margins in search for margin in margins.values() if margin]
-    top = 1.5 * max([1.0, *finite])
+    lines: dict[str, list[tuple[float, float]]] = {}  # of an SLO, or a search
     for search in searches:
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for rate, margins in known[search.name]:
-            for slo, margin in margins.items():
-                lines.setdefault(slo, []).append((rate, max(margin, top / _SPAN)))
-        for i, (slo, found) in enumerate(lines.items()):
-            colour = own[search.name] if several else style_of(i)[0]
-            rates, values = zip(*found, strict=True)
-            hover = f"%{{x:.4~r}} {things}/s: %{{y:.3~r}} times the threshold"
-            marker = {"size": 7, "color": colour}
-            add_line(figure, rates, values, slo, colour, hover, width=1.8, mode="lines+markers", marker=marker)
+        for trial in search.trials:
+            for name, margin in _margins(trial, search.name if several else None).items():
+                lines.setdefault(name, []).append((trial.rate, margin))
+    finite = [margin for line in lines.values() for _, margin in line if margin]
+    top = 1.5 * max([1.0, *finite])
+    for i, (name, line) in enumerate(lines.items()):
+        colour = own[name] if several else style_of(i)[0]
+        rates, values = zip(*((rate, max(margin, top / _SPAN)) for rate, margin in line), strict=True)
+        hover = f"%{{x:.4~r}} {things}/s: %{{y:.3~r}} times the threshold"
+        marker = {"size": 7, "color": colour}
+        add_line(figure, rates, values, name, colour, hover, width=1.8, mode="lines+markers", marker=marker)
     given_up = [(search, trial) for search in searches for trial in search.trials if trial.stopped_early]
     if given_up:
         figure.add_scatter(
@@ -176,15 +172,15 @@ def trials(searches: Sequence[Search], colours: Mapping[str, str] | None = None)
             marker={"symbol": "x", "size": 8, "color": GREY},
             hovertemplate=f"%{{id}} can't be met at %{{x:.4~r}} {things}/s<extra></extra>",
         )  # fmt: skip
-    for search in searches:
-        if search.point.outcome == "found" and search.point.qps:
-            name, colour = (f"capacity of {search.name}", own[search.name]) if several else ("capacity", GREY)
-            hover = f"capacity: {search.point.qps:.4g} {things}/s<extra></extra>"
-            ends = [search.point.qps] * 2, [top / _SPAN / 2, 2 * top]
-            add_line(figure, *ends, name, colour, hover, width=1.5, dash="dash", showlegend=not several)
+    found = {each.name: qps for each in searches if each.point.outcome == "found" and (qps := each.point.qps)}
+    for name, qps in found.items():
+        words, colour = (f"capacity of {name}", own[name]) if several else ("capacity", GREY)
+        hover = f"capacity: {qps:.4g} {things}/s<extra></extra>"
+        ends = [qps] * 2, [top / _SPAN / 2, 2 * top]
+        add_line(figure, *ends, words, colour, hover, width=1.5, dash="dash", showlegend=not several)
     shown = np.array([*(max(each, top / _SPAN) for each in finite), 1.0, top])
     tried = np.array([trial.rate for search in searches for trial in search.trials])
-    near = [search.point.qps for search in searches if search.point.outcome == "found" and search.point.qps]
+    near = found.values()
     seen = (tried > min(near) / _NEAR) & (tried < max(near) * _NEAR) if near else tried > 0
     span = value_axis(tried[seen], logarithmic=True)
     figure.add_hline(y=1, line={"color": GREY, "width": 1.2, "dash": "dot"})
@@ -209,18 +205,16 @@ def _left_out(points: Sequence[Point], shown: Sequence[Point]) -> str:
     return "" if len(points) == len(shown) else f" The {len(shown)} highest of {len(points)}; the table has all."
 
 
-def names_of_points(points: Sequence[Point]) -> list[str]:
-    """Return each point's name in words; with its sweep's where several sweeps have points."""
+def names_of_points(points: Sequence[Point]) -> dict[int, str]:
+    """Return each point's name in words, by its id(); with its sweep's where several sweeps have points."""
     several = len({point.group for point in points}) > 1
-    return [f"{point.group}: {point.words}" if several and point.group else point.words for point in points]
+    return {id(each): f"{each.group}: {each.words}" if several and each.group else each.words for each in points}
 
 
 def labels(points: Sequence[Point]) -> list[str]:
     """Return names that fit beside bars: long ones on several lines. What has no capacity says why."""
-    return [
-        "<br>".join(_lines(name)) + (f" ({point.status})" if point.qps is None else "")
-        for name, point in zip(names_of_points(points), points, strict=True)
-    ]
+    names = names_of_points(points)
+    return ["<br>".join(_lines(names[id(each)])) + f" ({each.status})" * (each.qps is None) for each in points]
 
 
 def row_px(points: Sequence[Point]) -> int:

@@ -6,7 +6,7 @@ print(search.point.qps, [trial.rate for trial in search.trials])
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -204,11 +204,9 @@ def responses(side: Side, search: Search | None) -> list[Response]:
     return found
 
 
-def threshold(points: Sequence[Point], metric: str, statistic: str) -> float | None:
-    """Return the bound (s) on a statistic of a metric, the loosest if the points have several; None without one."""
-    slos = [SLO.parse(text) for point in points for text in point.slos]
-    found = [slo.threshold_s for slo in slos if (slo.metric, slo.statistic) == (metric, statistic)]
-    return max(found, default=None)
+def thresholds(slos: Iterable[SLO], metric: str, statistic: str) -> list[float]:
+    """Return the different bounds (s) on a statistic of a metric, rising."""
+    return sorted({slo.threshold_s for slo in slos if (slo.metric, slo.statistic) == (metric, statistic)})
 
 
 def _trial(entry: Mapping[str, Any], search: Path) -> Tried:

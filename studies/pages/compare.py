@@ -9,7 +9,7 @@ import numpy as np
 from engine.results.metric_table import Metric, drawn_metrics
 from studies.capacity.ranges import alike
 from studies.pages.capacity_figures import capacity_bars, trials
-from studies.pages.capacity_record import Search, responses
+from studies.pages.capacity_record import Search, responses, thresholds
 from studies.pages.compare_record import Headline, Side, bubbles, differing_settings, headline, num_gpus, same_requests
 from studies.pages.figures import BOUND, Panel, add_front, add_line, faded, new_figure, style_of, unit_of, value_axis
 from studies.pages.latency_figures import NO_GAPS, Curve, latency_cdf
@@ -154,8 +154,7 @@ def _latency(sides: Sequence[Side], metric: Metric) -> Panel:
 def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     """Draw median TTFT against P99 TBT: a dot for each run, lines through trials of searches, and the runs' front."""
     title = "Median TTFT against P99 TBT"
-    found = ((i, side, responses(side, searches.get(side.name))) for i, side in enumerate(sides))
-    every = [each for each in found if each[2]]
+    every = [(i, side, found) for i, side in enumerate(sides) if (found := responses(side, searches.get(side.name)))]
     if not every:
         return Panel(title, NO_GAPS)
     figure = new_figure(hovermode="closest")
@@ -178,7 +177,8 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     if searches:
         caption += " Large: the run at the capacity; small: the other trials that ran to their end."
     values = np.array([(point.tbt_s, point.ttft_s) for _, _, points in every for point in points])
-    bounds = [_bounds(sides, "tbt", "p99"), _bounds(sides, "ttft", "p50")]
+    slos = [slo for side in sides for slo, _, _ in side.record.slos]
+    bounds = [thresholds(slos, "tbt", "p99"), thresholds(slos, "ttft", "p50")]
     figure.update_xaxes(title_text="P99 TBT (s)", **value_axis(np.array([*values[:, 0], *bounds[0]])))
     figure.update_yaxes(title_text="Median TTFT (s)", **value_axis(np.array([*values[:, 1], *bounds[1]])))
     for slo_s in bounds[0]:
@@ -190,43 +190,36 @@ def frontier(sides: Sequence[Side], searches: Mapping[str, Search]) -> Panel:
     return Panel(title, caption, figure, height_px=_height(380, sides))
 
 
-def _bounds(sides: Sequence[Side], metric: str, statistic: str) -> list[float]:
-    """Return the thresholds (s) that any of the runs has on a statistic of a metric."""
-    slos = {slo for side in sides for slo, _, _ in side.record.slos}
-    return sorted({slo.threshold_s for slo in slos if (slo.metric, slo.statistic) == (metric, statistic)})
-
-
 def output_over_time(sides: Sequence[Side]) -> list[Panel]:
     """Draw output tokens that were there by each time, of each run whose batches are known; nothing without one."""
     sides = [side for side in sides if side.record.timeline.batches]
     if not sides:
         return []
     unit_s, unit = unit_of(max(float(side.record.timeline.output_s[-1]) for side in sides))
-    figure = new_figure()
+    figure = new_figure(x=f"Time since the first arrival ({unit})", y="Output tokens")
+    figure.update_xaxes(rangemode="tozero").update_yaxes(rangemode="tozero")
     for i, side in enumerate(sides):
         (colour, dash), timeline = style_of(i), side.record.timeline
         times = timeline.output_s / unit_s
         add_line(figure, times, timeline.output_tokens, side.name, colour, "%{y:,.4~r} tokens", dash=dash)
-    figure.update_yaxes(title_text="Output tokens", rangemode="tozero")
-    figure.update_xaxes(title_text=f"Time since the first arrival ({unit})", rangemode="tozero")
     caption = "First tokens and decoded ones, added up. A flat piece is a time in which no request went on."
     return [Panel("Output tokens over time", caption, figure, "half", _height(330, sides))]
 
 
 def stage_bubbles(sides: Sequence[Side]) -> list[Panel]:
     """Draw the share of the time with requests that each pipeline stage idled, of each run; nothing without one."""
-    figure = new_figure(barmode="group", bargap=0.3, hovermode="closest")
     every = [100 * bubbles(side.record) for side in sides]
     highest = max(float(shares.max(initial=0.0)) for shares in every)
     if not highest:
         return []
+    figure = new_figure(y="Bubbles (%)", barmode="group", bargap=0.3, hovermode="closest")
+    figure.update_yaxes(range=[0, max(1.0, 1.08 * highest)])
     for i, (side, shares) in enumerate(zip(sides, every, strict=True)):
         figure.add_bar(
             x=[f"stage {j}" for j in range(len(shares))], y=shares, name=side.name,
             marker={"color": style_of(i)[0], "line": {"width": 0}},
             hovertemplate=f"{side.name}: %{{y:.3~r}} %<extra></extra>",
         )  # fmt: skip
-    figure.update_yaxes(title_text="Bubbles (%)", range=[0, max(1.0, 1.08 * highest)])
     caption = "A bubble is time that a stage idles while requests are at its replica: a share of the time that there "
     caption += "are any, mean over the replicas."
     return [Panel("Pipeline bubbles", caption, figure, "half", _height(330, sides))]

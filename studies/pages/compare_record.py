@@ -115,7 +115,6 @@ def names_of(folders: Sequence[Path]) -> list[str]:
         raise InputError(f"{twice} is there twice: give each folder once")
     if len(folders) > len(ascii_uppercase):
         raise InputError(f"{len(folders)} folders are too many to see apart: give at most {len(ascii_uppercase)}")
-    names = [path.name for path in paths]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

@@ -47,8 +47,8 @@ class Panel:
 Points = tuple[str, str, Array, Array]  # of a group: name ("": none), colour, measured and predicted values (ms)
 
 
-def new_figure(legend: bool = True, **more: Any) -> go.Figure:
-    """Return a figure without data in the pages' style, with more of a layout."""
+def new_figure(legend: bool = True, x: str = "", y: str = "", **more: Any) -> go.Figure:
+    """Return a figure without data in the pages' style, with titles of its axes, and more of a layout."""
     layout = {  # all at once: a figure takes ten times as long to update as to make
         "template": "none",
         "margin": {"l": 44, "r": 14, "t": 34 if legend else 10, "b": 46},
@@ -62,7 +62,8 @@ def new_figure(legend: bool = True, **more: Any) -> go.Figure:
         "xaxis": X_AXIS,
         "yaxis": Y_AXIS,
     }  # fmt: skip
-    return go.Figure(layout={**layout, **more})
+    titles = {f"{axis}axis_title_text": title for axis, title in (("x", x), ("y", y)) if title}
+    return go.Figure(layout={**layout, **titles, **more})
 
 
 def style_axes(figure: go.Figure) -> None:

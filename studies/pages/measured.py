@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from studies.measured.judge import groups_of
-from studies.measured.point import MEASURES
+from studies.measured.point import LATENCIES, MEASURES
 from studies.pages.figures import BAD, GREY, SERIES, Panel, against_measured
 from studies.pages.page import Page, details, facts_table, numbers_table
 from studies.words import effect_words, mean_error, percent
@@ -37,7 +37,7 @@ def write_measured(results: Mapping[str, Any], path: Path) -> Path:
         for measure in MEASURES
         if (error := results[measure]) is not None
     )
-    drawn = {measure: [each for each in records if measure in each["error"]] for measure in ("tpot", "ttft", "e2e")}
+    drawn = {measure: [each for each in records if measure in each["error"]] for measure in LATENCIES}
     page.add_panels("Predicted and measured", [_scatter(rows, measure) for measure, rows in drawn.items() if rows])
     groups = [
         (each["group"], [f"{each['count']:,}", *(mean_error(each[measure]) for measure in MEASURES)])

@@ -1,26 +1,17 @@
 """The page of a plan: the fleet and its price first, then what the times rest on, then what it was chosen from.
 
-write_plan(Path("runs/plan-Llama-3-8B-1234abcd"))
+plan_page(read_json(folder / "plan.json")).write(folder / "report.html")
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from studies.pages.compare_record import read_json, readable
 from studies.pages.page import Page, Tone, about, coloured, details, facts_table, numbers_table
 from studies.pages.plan_figures import load_panel, price_panel, speed_panel
 from studies.plan.answer import HELD, layout_words, price_range
 from studies.words import number, percent, seconds, times_kind
-
-
-def write_plan(folder: Path, path: Path | None = None, standalone: bool = False) -> Path:
-    """Write the page of a plan's folder, by default into it, and return its path."""
-    with readable(folder, "plan"):
-        page = plan_page(read_json(folder / "plan.json"))
-    return page.write(path or folder / "report.html", standalone)
 
 
 def plan_page(made: Mapping[str, Any]) -> Page:

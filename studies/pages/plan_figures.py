@@ -70,36 +70,31 @@ def price_panel(made: Mapping[str, Any]) -> Panel:
     same = (slo for slo in map(SLO.parse, made["slos"]) if (slo.statistic, slo.metric) == (statistic, metric))
     threshold = next((slo.threshold_s for slo in same), None)
     name = f"{METRICS[metric].name}, {statistic_name(statistic)}"
-    known = [dot for dot in dots(made) if dot.latency_s is not None]
     caption = (
         "Each large dot is a fleet that was simulated whole at the target rate, each small one a group of its replicas "
         "at another load of each, priced for the target rate. Lower left is better; the star is the plan."
     )
-    return _scatter(
-        "Price against latency", caption, known, "Price of the load ($/h)", f"{name} (s)",
-        [dot.usd for dot in known], [dot.latency_s or 0.0 for dot in known], 1, threshold,
-    )  # fmt: skip
+    axes = {"usd": "Price of the load ($/h)", "latency_s": f"{name} (s)"}
+    return _scatter(made, "Price against latency", caption, axes, 1, threshold)
 
 
 def speed_panel(made: Mapping[str, Any]) -> Panel:
     """Draw a GPU's output against the speed that a user sees: upper right is better."""
-    known = [dot for dot in dots(made) if dot.user_tokens is not None]
     caption = "The same fleets: what a GPU puts out against the speed that a user sees. Upper right is better."
-    return _scatter(
-        "Throughput against a user's speed", caption, known, "Tokens/s of a user, 1 / mean TPOT",
-        "Output tokens/s and GPU", [dot.user_tokens or 0.0 for dot in known], [dot.gpu_tokens for dot in known],
-        -1,
-    )  # fmt: skip
+    axes = {"user_tokens": "Tokens/s of a user, 1 / mean TPOT", "gpu_tokens": "Output tokens/s and GPU"}
+    return _scatter(made, "Throughput against a user's speed", caption, axes, -1, None)
 
 
 def _scatter(
-    title: str, caption: str, known: list[Dot], x_title: str, y_title: str, x: list[float], y: list[float],
-    less: int, threshold: float | None = None,
-) -> Panel:  # fmt: skip
+    made: Mapping[str, Any], title: str, caption: str, axes: Mapping[str, str], less: int, threshold: float | None
+) -> Panel:
+    """Draw the dots that have both of the axes: their attributes, and titles."""
+    known = [dot for dot in dots(made) if all(getattr(dot, name) is not None for name in axes)]
     if not known:
         return Panel(title, "No fleet that was simulated meets the objectives.", width="half")
+    x_title, y_title = axes.values()
     figure = new_figure(hovermode="closest")
-    values = np.column_stack([x, y])
+    values = np.array([[getattr(dot, name) for name in axes] for dot in known])
     for number_of, device in enumerate(dict.fromkeys(dot.device for dot in known)):
         mine = [i for i, dot in enumerate(known) if dot.device == device]
         figure.add_scatter(

@@ -19,7 +19,7 @@ from studies.pages.capacity_record import read_search, read_sweep
 from studies.pages.compare import runs_page
 from studies.pages.compare_record import Kind, kind_of, names_of, read_json, read_side, readable
 from studies.pages.page import Page, library_beside, with_library
-from studies.pages.plan import write_plan
+from studies.pages.plan import plan_page
 from studies.pages.run import render
 from studies.pages.validation import validation_page, validations_page
 
@@ -45,10 +45,11 @@ def write_page(folders: Sequence[Path], output: Path | None = None, standalone: 
         own = COMPARISON  # made again
     path = _checked(output or own or COMPARISON, own)
     try:
-        if len(folders) == 1:
-            return _write_one(folders[0], kinds[folders[0]], path, standalone)
-        with readable(Path(" and ".join(map(str, folders))), "comparison"):
-            page = _side_by_side(names, kinds)
+        only = kinds[folders[0]] if len(folders) == 1 else None
+        if only == "study":
+            return _copy(_own_page(folders[0], only), path, standalone)
+        with readable(Path(" and ".join(map(str, folders))), only or "comparison"):
+            page = _page_of(folders[0], only) if only else _side_by_side(names, kinds)
         return page.write(path, standalone)
     except OSError as error:
         fix = f"{'free some space, or ' * (error.errno in FULL)}give another --output"
@@ -86,22 +87,17 @@ def _checked(path: Path, own: Path | None) -> Path:
     return path
 
 
-def _write_one(folder: Path, kind: Kind, path: Path, standalone: bool) -> Path:
-    if kind == "study":
-        return _copy(_own_page(folder, kind), path, standalone)
-    if kind == "plan":
-        return write_plan(folder, path, standalone)
+def _page_of(folder: Path, kind: Kind) -> Page:
     name = folder.resolve().name
-    with readable(folder, kind):
-        if kind == "search":
-            page = search_page(read_search(folder, name))
-        elif kind == "sweep":
-            page = capacities_page([read_sweep(folder, name)], [])
-        elif kind == "validation":
-            page = validation_page(read_json(folder / "validation.json"))
-        else:
-            page = render(read_side(folder, name).record)
-    return page.write(path, standalone)
+    if kind == "search":
+        return search_page(read_search(folder, name))
+    if kind == "sweep":
+        return capacities_page([read_sweep(folder, name)], [])
+    if kind == "validation":
+        return validation_page(read_json(folder / "validation.json"))
+    if kind == "plan":
+        return plan_page(read_json(folder / "plan.json"))
+    return render(read_side(folder, name).record)
 
 
 def _copy(page: Path, path: Path, standalone: bool) -> Path:

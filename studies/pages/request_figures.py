@@ -158,10 +158,9 @@ def prefix_hits(record: Record) -> list[Panel]:
     found = record.requests
     if not len(found.hit_percent):
         return []
-    figure = new_figure(False)
+    figure = new_figure(False, y="Prompt tokens found (%)", yaxis_range=[0, 103])
     edges, shade = over_time(figure, found.hit_edges_s), faded(GOOD, 0.18)
     add_line(figure, edges, steps(found.hit_percent), "found", GOOD, "%{y:.3~r} %", fill="tozeroy", fillcolor=shade)
-    figure.update_yaxes(title_text="Prompt tokens found (%)", range=[0, 103])
     rate, evicted = record.summary.get("prefix_hit_rate"), record.summary.get("prefix_evictions")
     caption = "Share of the prompt tokens of the requests first scheduled in each bin that the prefix cache had."
     if rate is not None:
@@ -197,10 +196,9 @@ def batch_panels(summary: Mapping[str, Any]) -> list[Panel]:
         found.append(Panel("Requests' execution and preemption time", words, _spans(of_requests), "half", 260))
     if times := [each for each in summary.get("operator_times_s", ()) if each]:
         total = {name: sum(each[name] for each in times) for name in NAMES}
-        figure = new_figure()
+        figure = new_figure(x="Seconds, over all stages")
         figure.add_bar(x=list(total.values()), y=[NAMES[name] for name in total], orientation="h",
                        marker={"color": GREY}, name="time", hovertemplate="%{x:,.3~r} s")  # fmt: skip
-        figure.update_xaxes(title_text="Seconds, over all stages")
         words = "What depends on a batch's rows is the calibration's; attention is what is left."
         found.append(Panel("Time by kind of operator", words, figure, "half", 260))
     return found
@@ -214,10 +212,9 @@ def _spans(spans: Mapping[str, Sequence[Any]]) -> go.Figure:
 
 def _bars(series: Mapping[str, Iterable[Any]], names: list[str], hover: str, title: str, *colours: str) -> go.Figure:
     """Draw bars side by side for each of the names."""
-    figure = new_figure(xaxis_type="category")
+    figure = new_figure(y=title, xaxis_type="category", yaxis_rangemode="tozero")
     for colour, (name, values) in zip(colours, series.items(), strict=False):
         figure.add_bar(x=names, y=list(values), name=name, marker={"color": colour}, hovertemplate=hover)
-    figure.update_yaxes(title_text=title, rangemode="tozero")
     return figure
 
 

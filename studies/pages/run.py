@@ -19,7 +19,7 @@ from studies.pages.page import Page, Tone, details, facts_table, numbers_table, 
 from studies.pages.request_figures import batch_panels
 from studies.pages.run_figures import panels
 from studies.pages.run_record import Record, flat, read_record
-from studies.words import number, percent, seconds, size
+from studies.words import capital, number, percent, seconds, size
 
 _STATISTICS = ("mean", "median", "p90", "p95", "p99", "p99.9", "max")
 OUTSIDE = 0.1  # of the batches, from which being outside the calibrated range is a warning beside the verdict
@@ -115,7 +115,7 @@ def _setting(record: Record) -> str:
     requests = record.summary["completed"] + record.summary["failed"]
     how = "; ".join(parts) or "a server, measured from outside"
     return (
-        f"{how[0].upper()}{how[1:]}, serving {requests:,} {'request' if requests == 1 else 'requests'} "
+        f"{capital(how)}, serving {requests:,} {'request' if requests == 1 else 'requests'} "
         f"({record.summary.get('workload', 'no named workload')}) {rate}."
     )
 
@@ -124,13 +124,13 @@ def verdict(summary: Mapping[str, Any]) -> list[tuple[Tone, str]]:
     """Return the verdict and each SLO in words, each with its tone: good, bad or unsure."""
     growing = summary["saturation"]["growing"]
     tone: Tone = "unsure" if growing is None else "bad" if growing else "good"
-    lines = [(tone, summary["saturation"]["verdict"])]
+    lines = [(tone, capital(summary["saturation"]["verdict"]))]
     if (bursts := burst_finding(summary)) is not None:
         lines.append(("unsure", bursts))
     lines += [("good" if slo["met"] else "bad", describe_slo(slo)) for slo in summary["slos"]]
     if not summary["slos"]:
         lines.append(("unsure", "No SLO was set"))
-    return [(tone, text[:1].upper() + text[1:] if i == 0 else text) for i, (tone, text) in enumerate(lines)]
+    return lines
 
 
 def times_source(record: Record) -> tuple[Tone, str, str]:

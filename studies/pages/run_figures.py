@@ -111,11 +111,10 @@ def kv_use(record: Record) -> Panel:
     """Draw KV blocks in use, as a share of the replica's."""
     timeline = record.timeline
     several = len(timeline.kv_percent) > 1
-    figure = new_figure(several)
+    top = 105.0 if timeline.peak_kv_percent > 25 else None
+    figure = new_figure(several, y="KV blocks in use (%)", yaxis_range=[0, top], yaxis_rangemode="tozero")
     edges = over_time(figure, timeline.edges_s)
     _mean_and_range(figure, edges, timeline.kv_percent, "", BLUE, "%{y:.3~r} %")
-    top = 105.0 if timeline.peak_kv_percent > 25 else None
-    figure.update_yaxes(title_text="KV blocks in use (%)", range=[0, top], rangemode="tozero")
     caption = f"Share of a replica's KV cache that requests hold; the peak is {number(timeline.peak_kv_percent)} %."
     caption += " Band: lowest to highest replica." * several
     return Panel("KV cache use over time", caption, figure, "half")
@@ -125,11 +124,10 @@ def queue(record: Record) -> Panel:
     """Running and waiting requests of a replica."""
     timeline = record.timeline
     several = len(timeline.kv_percent) > 1
-    figure = new_figure()
+    figure = new_figure(y="Requests per replica" if several else "Requests", yaxis_rangemode="tozero")
     edges = over_time(figure, timeline.edges_s)
     _mean_and_range(figure, edges, timeline.num_running, "running", BLUE, "%{y:.3~r}")
     _mean_and_range(figure, edges, timeline.num_waiting, "waiting", ORANGE, "%{y:.3~r}")
-    figure.update_yaxes(title_text="Requests per replica" if several else "Requests", rangemode="tozero")
     caption = "Running requests hold KV blocks, waiting ones are in the queue; one that keeps growing means saturation."
     caption += " Bands: lowest to highest replica." * several
     return Panel("Running and waiting requests", caption, figure, "half")

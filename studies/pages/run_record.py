@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,13 +28,6 @@ NOT_SET = "not set"
 _ROUNDING = 1e-6  # s
 
 
-class Distribution(NamedTuple):
-    """Quantiles of a latency: `values_s[i]` is the quantile `quantiles[i]`."""
-
-    quantiles: Array
-    values_s: Array
-
-
 @dataclass(frozen=True, eq=False)
 class Record:
     """All that a report shows."""
@@ -42,7 +35,7 @@ class Record:
     config: dict[str, Any]
     summary: dict[str, Any]
     files: dict[str, int]  # bytes of each file in the folder
-    latencies: dict[str, Distribution]  # of each drawn metric; tbt is absent where no request has two tokens
+    latencies: dict[str, tuple[Array, Array]]  # quantiles and their values (s) of each drawn metric that has one
     arrival_rate: float | None  # requests/s as they came; None when all came at once
     timeline: Timeline
     requests: Requests
@@ -68,7 +61,7 @@ def read_record(folder: Path) -> Record:
         config=config,
         summary=summary,
         files={path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
-        latencies={metric: Distribution(*curve) for metric, curve in distributions(requests, summary).items()},
+        latencies=distributions(requests, summary),
         arrival_rate=(len(requests["arrived_s"]) - 1) / (last - first) if last > first else None,
         timeline=read_timeline(folder / "iterations.parquet", summary, first, end, requests["first_token_s"]),
         requests=read_requests(requests),

@@ -51,9 +51,8 @@ def write_page(
     for host, judgements in verdicts.items():
         missed = [each for each in judgements if each.explanation]
         if missed and host in DRAWN:
-            rows = []
-            for each in missed:
-                rows.append((each.claim, f"{each.ours} for {each.published} ({each.verdict}): {each.explanation}"))
+            why = [f"{each.ours} for {each.published} ({each.verdict}): {each.explanation}" for each in missed]
+            rows = zip([each.claim for each in missed], why, strict=True)
             count = f"{len(missed)} claim{'s' * (len(missed) > 1)}"
             page.add(details(f"Why ours differs as {host_name(host)}: {count}", facts_table(rows)))
     beside: dict[str, list[Panel]] = {}  # by figure, under each host overhead
@@ -130,12 +129,10 @@ def _claim(judgement: Judgement) -> str:
 
 def _cell(judgement: Judgement) -> Cell:
     tones: dict[str, Tone] = {"agrees": "unsure" if judgement.says_little else "good", "disagrees": "bad"}
-    words = {"depends on the draw": ", depends on the draw", "fitted": ", fitted"}.get(judgement.verdict, "")
-    return (
-        "-"
-        if judgement.verdict == "not run"
-        else (tones.get(judgement.verdict, "unsure"), judgement.ours_and_off + words)
-    )
+    if judgement.verdict == "not run":
+        return "-"
+    words = "" if judgement.verdict in tones else f", {judgement.verdict}"
+    return tones.get(judgement.verdict, "unsure"), judgement.ours_and_off + words
 
 
 def _choices_in_numbers(table: Sequence[Choice]) -> tuple[str, float, float, str | None]:

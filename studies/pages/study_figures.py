@@ -38,15 +38,14 @@ def panels(experiment: Experiment, records: Records) -> list[Panel]:
 
 def lines(series: Series, x_title: str, y_title: str, published: Series) -> go.Figure:
     """Draw a line with markers for each name, with its published values as diamonds; every x is a tick if few."""
-    figure = new_figure()
+    figure = new_figure(x=x_title, y=y_title)
     for i, (name, (xs, ys)) in enumerate(series.items()):
         colour = _colour(name, i)
         add_line(figure, xs, ys, name, colour, "%{y:.3~r}", width=2.2, mode="lines+markers", marker={"size": 6})
     _diamonds(figure, series, published)
     values = [y for each in (series, published) for _, ys in each.values() for y in ys]
-    figure.update_yaxes(title_text=y_title, **value_axis(np.array(values)))
+    figure.update_yaxes(**value_axis(np.array(values)))
     every = {x for xs, _ in series.values() for x in xs}
-    figure.update_xaxes(title_text=x_title)
     if any(isinstance(x, str) for x in every):
         figure.update_xaxes(type="category")
     elif 1 < len(every) <= 8:
@@ -129,14 +128,12 @@ def _capacity(records: Records, published: Published) -> list[Panel]:
 
 def _completions(records: Records, published: Published) -> list[Panel]:
     """Draw the decodes completed over time."""
-    figure = new_figure()
+    figure = new_figure(x="Time since the first arrival (s)", y="Decodes completed", yaxis_rangemode="tozero")
     gaps = []
     for i, (point, record) in enumerate(records.items()):
         scheduler, line = point.split("/")[-1], record["timeline"]
         add_line(figure, line["seconds"], line["decodes"], scheduler, _colour(scheduler, i), "%{y:,.0f}")
         gaps.append(f"{scheduler} {record['values']['max_tbt']:.3g} s")
-    figure.update_xaxes(title_text="Time since the first arrival (s)")
-    figure.update_yaxes(title_text="Decodes completed", rangemode="tozero")
     longest = f"Of the first draw. The longest gap between a request's tokens (median of the draws): {'; '.join(gaps)}."
     ends = []
     for i, point in enumerate(records):

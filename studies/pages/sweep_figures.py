@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from engine.results.metric_table import find_metric
 from engine.results.slo import SLO
 from studies.capacity.sweep import in_words
 from studies.pages.capacity_figures import colours_of, names_of_points, series_of, things_of
-from studies.pages.capacity_record import Load, Point, threshold
+from studies.pages.capacity_record import Load, Point, thresholds
 from studies.pages.figures import BOUND, DASHES, GOOD, GREY, Panel, add_front, add_line, faded, new_figure, value_axis
 from studies.words import capital, listed, number, seconds, statistic_name
 
@@ -23,8 +23,7 @@ _LAYOUT = ("model", "device", "network", "tensor_parallel_size", "pipeline_paral
 _BLUES = [[0, "rgba(63,136,197,0.08)"], [1, "rgba(63,136,197,0.85)"]]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A load of a point as a dot."""
 
     point: int
@@ -33,43 +32,32 @@ class Sample:
     y: float
 
 
-def speed_front(points: Sequence[Point]) -> Panel:
-    """Draw output tokens/s of a GPU against those of a user, 1 / mean TPOT, for each load of each point."""
-    return _of_user(points, "Tokens/s of a GPU against tokens/s of a user", "mean TPOT", lambda load: load.tpot_s)
+def trade_offs(points: Sequence[Point]) -> list[Panel]:
+    """Draw each load of each point: its price against latencies that have SLOs, and a GPU's against a user's speed.
 
-
-def slow_front(points: Sequence[Point]) -> Panel:
-    """Draw output tokens/s of a GPU against a user's in the slowest gaps, 1 / P99 TBT, with the SLO on that."""
-    bound = threshold(points, "tbt", "p99")
-    return _of_user(points, "The same in a user's slowest gaps", "P99 TBT", lambda load: load.tbt_s, bound)
-
-
-def _of_user(
-    points: Sequence[Point], title: str, gap: str, gap_s: Callable[[Load], float | None], bound: float | None = None
-) -> Panel:
-    """Draw output tokens/s of a GPU against those of a user, 1 / a gap between tokens, which may have a bound."""
-    axes = f"Tokens/s of a user (1 / {gap})", "Output tokens/s and GPU"
-    return _front(
-        points, title, axes, lambda load: 1 / each if (each := gap_s(load)) else None,
-        lambda point, load: load.tokens / point.gpus if point.gpus else None, -1, 1 / bound if bound else None,
-    )  # fmt: skip
-
-
-def price_front(points: Sequence[Point]) -> list[Panel]:
-    """Draw dollars per million output tokens against the latencies that have SLOs; nothing without prices."""
-    if not any(point.usd_per_hour for point in points):
-        return []
-    return [_price_front(points, slo) for slo in _slos(points)[: MOST_SLOS - 1]]
-
-
-def _price_front(points: Sequence[Point], slo: str) -> Panel:
-    parsed = SLO.parse(slo)
-    name = _latency_name(parsed)
-    return _front(
-        points, f"Price against {name}", (f"{name} (s)", "$ per million output tokens"),
-        lambda load: load.slos.get(slo) or None, lambda point, load: point.usd_per_million(load.tokens), 1,
-        parsed.threshold_s,
-    )  # fmt: skip
+    Prices are dollars per million output tokens, where they are known. Speeds are output tokens/s, a user's being 1 /
+    mean TPOT, and 1 / P99 TBT in the slowest gaps, with the SLO on that.
+    """
+    loads = [(i, point, load) for i, point in enumerate(points) for load in point.loads]
+    panels = []
+    for slo in _slos(points)[: MOST_SLOS - 1] if any(point.usd_per_hour for point in points) else ():
+        parsed = SLO.parse(slo)
+        title, axes = f"Price against {_name(parsed)}", (f"{_name(parsed)} (s)", "$ per million output tokens")
+        prices = [(i, load, load.slos.get(slo), point.usd_per_million(load.tokens)) for i, point, load in loads]
+        panels.append(_front(points, prices, title, axes, 1, parsed.threshold_s))
+    slos = (SLO.parse(text) for point in points for text in point.slos)
+    bound_s = max(thresholds(slos, "tbt", "p99"), default=None)  # the loosest
+    for title, gap, name, bound in (
+        ("Tokens/s of a GPU against tokens/s of a user", "mean TPOT", "tpot_s", None),
+        ("The same in a user's slowest gaps", "P99 TBT", "tbt_s", 1 / bound_s if bound_s else None),
+    ):
+        speeds = [
+            (i, load, 1 / gap_s if (gap_s := getattr(load, name)) else None, point.gpus and load.tokens / point.gpus)
+            for i, point, load in loads
+        ]
+        axes = f"Tokens/s of a user (1 / {gap})", "Output tokens/s and GPU"
+        panels.append(_front(points, speeds, title, axes, -1, bound))
+    return panels
 
 
 def _slos(points: Sequence[Point]) -> list[str]:
@@ -79,20 +67,19 @@ def _slos(points: Sequence[Point]) -> list[str]:
     return sorted(every, key=lambda slo: -binding[slo])
 
 
-def _latency_name(slo: SLO) -> str:
+def _name(slo: SLO) -> str:
     return f"{capital(statistic_name(slo.statistic))} {find_metric(slo.metric).name}"
 
 
 def _front(
-    points: Sequence[Point], title: str, axes: tuple[str, str], x: Callable[[Load], float | None],
-    y: Callable[[Point, Load], float | None], less: int, bound: float | None = None,
+    points: Sequence[Point], every: Sequence[tuple[int, Load, float | None, float | None]], title: str,
+    axes: tuple[str, str], less: int, bound: float | None,
 ) -> Panel:  # fmt: skip
-    """Draw each load of each point as a dot, those at the capacities large, and the front of those that meet the SLOs.
+    """Draw loads as dots, those at the capacities large, and the front of those that meet the SLOs.
 
     `less` is 1 where less is better, -1 where more is; `bound` is where the SLO on the horizontal axis is.
     """
-    every = [(i, load, x(load), y(point, load)) for i, point in enumerate(points) for load in point.loads]
-    samples = [Sample(i, load, x, y) for i, load, x, y in every if x is not None and y is not None]
+    samples = [Sample(i, load, x, y) for i, load, x, y in every if x and y is not None]
     met = [each for each in samples if each.load.met]
     if not met:
         return Panel(title, "No load that meets the SLOs is known in these.", width="half")
@@ -102,7 +89,7 @@ def _front(
         mine = [each for each in samples if series[each.point] == name]
         figure.add_scatter(
             x=[each.x for each in mine], y=[each.y for each in mine], name=name or "loads", mode="markers",
-            ids=[f"{names[each.point]}<br>{number(each.load.rate)} {points[each.point].rate_of}/s"
+            ids=[f"{names[id(points[each.point])]}<br>{number(each.load.rate)} {points[each.point].rate_of}/s"
                  + ", an SLO is missed" * (not each.load.met) for each in mine],
             marker={
                 "color": [colour if each.load.met else faded(colour, 0.0) for each in mine], "opacity": 1,
@@ -115,7 +102,7 @@ def _front(
     caption = f"{better} is better. A dot is a load of a point; large: its capacity; hollow: an SLO is missed."
     on = add_front(figure, np.array([(each.x, each.y) for each in met]), less)
     if len(on) > 1:
-        figure.data[-1].ids = best = [names[met[k].point] for k in on]
+        figure.data[-1].ids = best = [names[id(points[met[k].point])] for k in on]
         caption += f" Dotted: those that no other beats in both, of {listed(list(dict.fromkeys(best)), 3)}."
     if bound is not None:
         figure.add_vline(x=bound, line=BOUND)
@@ -142,8 +129,8 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
         figure = new_figure(many, hovermode="closest")
         drawn = []
         for i, point in enumerate(shown):
-            of = [(load, value) for load in point.loads if (value := load.slos.get(slo)) is not None and value > 0]
-            of = [(load, value) for load, value in of if not point.qps or load.rate < 3 * point.qps]
+            loads = [load for load in point.loads if not point.qps or load.rate < 3 * point.qps]
+            of = [(load, value) for load in loads if (value := load.slos.get(slo)) is not None and value > 0]
             if not of:
                 continue
             colour = colours.get(series[i], GREY)
@@ -151,8 +138,8 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
             values = [value for _, value in of]
             drawn += values
             add_line(
-                figure, [load.rate / scale for load, _ in of], values, names[i], colour,
-                f"{names[i]}<br>%{{x:.4~r}} {things}/s: %{{y:.3~r}} s<extra></extra>",
+                figure, [load.rate / scale for load, _ in of], values, names[id(point)], colour,
+                f"{names[id(point)]}<br>%{{x:.4~r}} {things}/s: %{{y:.3~r}} s<extra></extra>",
                 mode="lines+markers", dash=DASHES[series[:i].count(series[i]) % len(DASHES)],
                 marker={"color": [colour if load.met else "rgba(0,0,0,0)" for load, _ in of], "size": 8,
                         "line": {"color": colour, "width": 1.5}},
@@ -163,12 +150,12 @@ def load_curves(points: Sequence[Point]) -> list[Panel]:
             continue
         figure.add_hline(y=parsed.threshold_s, line=BOUND)
         figure.update_xaxes(title_text=f"Load ({things}/s{' and GPU' if many else ''})", rangemode="tozero")
-        name = _latency_name(parsed)
+        name = _name(parsed)
         figure.update_yaxes(title_text=f"{name} (s)", **value_axis(np.array([*drawn, parsed.threshold_s])))
         caption = f"Dashed: {name} ≤ {seconds(parsed.threshold_s)}. Hollow: a load at which some SLO is missed."
         caption += " Dotted: the capacity." * (not many)
         caption += f" The {len(shown)} best points per GPU." * (len(ranked) > len(shown))
-        legend_px = 14 * sum(len(each) for each in names) // 30 if many else 0
+        legend_px = 14 * sum(len(each) for each in names.values()) // 30 if many else 0
         panels.append(Panel(f"{name} against load", caption, figure, "half", 320 + legend_px))
     return panels
 

@@ -31,11 +31,6 @@ _TARGETS = (
 )
 
 
-def write_validation(results: Mapping[str, Any], path: Path) -> Path:
-    """Write the page of what `validation.json` holds to `path` and return it."""
-    return validation_page(results).write(path)
-
-
 def validation_page(results: Mapping[str, Any]) -> Page:
     """Make the page.
 

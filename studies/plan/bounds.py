@@ -42,29 +42,6 @@ class Bound:
     likely: float
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a request takes on average: prompt tokens to compute, decodes, and cached tokens that these read."""
-
-    prompt_tokens: float
-    decodes: float
-    cached_tokens: float
-
-    @classmethod
-    def of(cls, workload: Workload, block_size: int | None) -> Demand:
-        """Return a workload's demand for each arrival; with prefix caching (`block_size`) of what no cache can hold.
-
-        A conversation arrives once and brings all its turns.
-        """
-        prompts, decodes = workload.prompt_tokens, workload.output_tokens - 1
-        count = arrivals(workload)
-        computed = float(prompts.sum())
-        if block_size is not None and workload.contents is not None:
-            computed = float(_never_cached(workload, block_size))
-        cached = decodes * prompts + decodes * (decodes + 1) / 2
-        return cls(computed / count, float(decodes.sum()) / count, float(cached.sum()) / count)
-
-
 def replica_bound(deployment: Deployment, workload: Workload, slos: Sequence[SLO]) -> Bound:
     """Return the bound of a replica under a workload.
 
@@ -72,7 +49,7 @@ def replica_bound(deployment: Deployment, workload: Workload, slos: Sequence[SLO
     token budget are not bounded.
     """
     scheduler = deployment.scheduler
-    demand = Demand.of(workload, scheduler.block_size if scheduler.enable_prefix_caching else None)
+    needs = _needs(workload, scheduler.block_size if scheduler.enable_prefix_caching else None)
     shapes = _shapes(deployment)
     stages = range(deployment.parallel.pipeline_parallel_size)
     times = np.array([[deployment.predictor.stage_time(shape, stage) for stage in stages] for shape in shapes])
@@ -80,27 +57,41 @@ def replica_bound(deployment: Deployment, workload: Workload, slos: Sequence[SLO
                       for shape in shapes], dtype=float)  # fmt: skip
     slowest, passing = times.max(axis=1), times.sum(axis=1)
     gaps = [(slo.threshold_s, 1 - slo.percentile / 100) for slo in slos if slo.metric == "tbt" and slo.percentile]
-    likely_chunk = min(policies.largest_batch(scheduler), max(1, int(demand.prompt_tokens)))
+    likely_chunk = min(policies.largest_batch(scheduler), max(1, int(needs[0])))
     for beside in BESIDE:  # decodes that a chunk of a prompt stalls: the more, the sooner a long one is too long
         chunks = (np.abs(table[:, 0] / likely_chunk - 1) < 0.15) & (table[:, 1] >= min(beside, scheduler.max_num_seqs))
         usual = (table[:, 0] == 0) | chunks
-        likely = _fastest(table[usual], slowest[usual], passing[usual], demand, gaps, 1.0)
+        likely = _fastest(table[usual], slowest[usual], passing[usual], needs, gaps, 1.0)
         if likely > NOTHING:
             break
     policy = policies.POLICIES[scheduler.policy]
     if not (isinstance(deployment.predictor, Learned) and policy.has_budget and policy.strict_budget):
         return Bound(inf, likely)
-    return Bound(SLACK * _fastest(table, slowest, passing, demand, gaps, LATE), likely)
+    return Bound(SLACK * _fastest(table, slowest, passing, needs, gaps, LATE), likely)
+
+
+def _needs(workload: Workload, block_size: int | None) -> tuple[float, float, float]:
+    """Return what an arrival takes on average: prompt tokens to compute, decodes, and cached tokens that these read.
+
+    With prefix caching (`block_size`) only what no cache can hold is computed. A conversation arrives once and brings
+    all its turns.
+    """
+    prompts, decodes = workload.prompt_tokens, workload.output_tokens - 1
+    computed = float(prompts.sum())
+    if block_size is not None and workload.contents is not None:
+        computed = float(_never_cached(workload, block_size))
+    cached = float((decodes * prompts + decodes * (decodes + 1) / 2).sum())
+    count = arrivals(workload)
+    return computed / count, float(decodes.sum()) / count, cached / count
 
 
 def _fastest(
-    table: Array, slowest: Array, passing: Array, demand: Demand, gaps: Sequence[tuple[float, float]], late: float
-) -> float:
+    table: Array, slowest: Array, passing: Array, needs: tuple[float, float, float],
+    gaps: Sequence[tuple[float, float]], late: float,
+) -> float:  # fmt: skip
     """Return the most requests/s of any mix of batches: their tokens (n, 3), times of the slowest stage, of all."""
     from scipy.optimize import linprog  # takes longer to import than a bound to compute
 
-    count = len(table)
-    needs = (demand.prompt_tokens, demand.decodes, demand.cached_tokens)
     rows = [np.append(-table[:, i], need) for i, need in enumerate(needs)]
     rows.append(np.append(slowest, 0.0))
     rows += [np.append(table[:, 1] * (passing > late * longest), -share * needs[1]) for longest, share in gaps]
@@ -108,7 +99,7 @@ def _fastest(
     limits[len(needs)] = 1.0  # a second of a second
     scale = np.max(np.abs(rows), axis=1, keepdims=True)
     scale[scale == 0] = 1.0
-    goal = np.zeros(count + 1)
+    goal = np.zeros(len(table) + 1)
     goal[-1] = -1.0
     found: Any = linprog(goal, A_ub=np.array(rows) / scale, b_ub=limits / scale[:, 0], method="highs")
     return max(0.0, float(found.x[-1])) if found.status == 0 else inf

@@ -90,10 +90,14 @@ class Candidate:
         return self.fewest * self.usd_per_replica
 
     @property
+    def likely_count(self) -> int:
+        """Replicas that the fleet probably has."""
+        return max(self.fewest, ceil(self.bound["rate"] / self.likely * (1 - 1e-9)) if self.likely else 1)
+
+    @property
     def likely_usd(self) -> float:
         """What the fleet probably costs: the order of the search."""
-        rate = self.bound["rate"]
-        return self.usd_per_replica * max(self.fewest, rate / self.likely if self.likely else self.fewest)
+        return self.usd_per_replica * max(self.fewest, self.bound["rate"] / self.likely if self.likely else 0.0)
 
     def dismiss(self) -> None:
         """Take it out of the search: it costs too much."""
@@ -271,7 +275,7 @@ class Planner:
         under_way: deque[int] = deque()
         while True:
             waiting = [each for each in self.candidates if each.outcome == "open" and not each.asked]
-            for each in waiting if self.bounds else ():
+            for each in waiting:
                 if each.fewest_usd > self._limit(each):
                     each.dismiss()
             waiting = [each for each in waiting if each.outcome == "open"]
@@ -281,8 +285,7 @@ class Planner:
             if not waiting:
                 return
             chosen = min(waiting, key=lambda each: each.likely_usd)
-            limit = self._limit(chosen) if self.bounds else inf
-            likely = max(chosen.fewest, ceil(self.rate / chosen.likely * (1 - 1e-9)) if chosen.likely else 1)
+            limit, likely = self._limit(chosen), chosen.likely_count
             most = ceil(REACH * likely) if self.bounds else None
             if most is not None and limit < inf:
                 most = min(most, floor(limit / chosen.usd_per_replica * (1 + 1e-9)))
@@ -314,17 +317,16 @@ class Planner:
                 return
             tried.add(chosen)
             chosen.outcome = "open"
-            likely = max(chosen.fewest, ceil(self.rate / chosen.likely)) if chosen.likely else chosen.fewest
             most = floor(limit / chosen.usd_per_replica * (1 - 1e-9 if known else 1 + 1e-9))
             number = len(self._given)
-            yield self._job(chosen, "size", least=chosen.fewest, likely=likely, most=most)
+            yield self._job(chosen, "size", least=chosen.fewest, likely=chosen.likely_count, most=most)
             yield from self._result(number)
             if chosen.outcome == "open":
                 chosen.dismiss()
 
     def _limit(self, candidate: Candidate) -> float:
-        """Return the price above which a candidate is of no interest."""
-        held = self.holding
+        """Return the price above which a candidate is of no interest; infinite without bounds, or any that holds."""
+        held = self.holding if self.bounds else []
         own = min((each.usd_per_hour for each in held if each.device == candidate.device), default=inf)
         return min(own, FAR * held[0].usd_per_hour) if held else inf
 

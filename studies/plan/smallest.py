@@ -48,18 +48,13 @@ def smallest_fleet(
     if top is not None and count > 0.8 * top:
         count = top  # one trial says whether it is worth it
     low, high = floor - step, None  # known not to hold, to hold
-    asked = False
     for _ in range(MOST_STEPS):
         if holds(count):
             high = count
         else:
-            low = count
-            if count == top:
+            first, low = low < floor, count
+            if count == top or (first and high is None and not possible()):
                 return Smallest(None, low)
-            if not asked and high is None:
-                asked = True
-                if not possible():
-                    return Smallest(None, low)
         if high is None:
             count = step * ceil(max(count * GROWTH, count + step) / step)
             count = count if top is None else min(count, top)

@@ -46,26 +46,22 @@ class Shuffled(RuntimePredictor):
         self.description = f"placebo: the times of other batches ({predictor.description})"
         rng = np.random.default_rng(seed)
         self._decodes, self._prompts = (_derangement(rng, len(sizes)) for sizes in (DECODES, PROMPTS))
-        self._known: dict[tuple[bool, int, int], float] = {}
-
-    def _size(self, shape: BatchShape) -> tuple[bool, int]:
-        """Whether the batch has prompts, and which size it has the time of."""
-        sizes, dealt = (PROMPTS, self._prompts) if shape.prefills else (DECODES, self._decodes)
-        place = min(range(len(sizes)), key=lambda i: abs(np.log2(shape.num_tokens / sizes[i])))
-        return bool(shape.prefills), sizes[dealt[place]]
+        self._known: dict[tuple[BatchShape, int], float] = {}
 
     def dealt(self, shape: BatchShape) -> BatchShape:
         """Return the batch whose time this one has: a whole prompt, or decodes of CONTEXT tokens."""
-        prompts, size = self._size(shape)
-        if prompts:
+        sizes, dealt = (PROMPTS, self._prompts) if shape.prefills else (DECODES, self._decodes)
+        place = min(range(len(sizes)), key=lambda i: abs(np.log2(shape.num_tokens / sizes[i])))
+        size = sizes[dealt[place]]
+        if shape.prefills:
             return BatchShape(size, 0, 0, ((size, 0),), 1, 0)
         return BatchShape(size, size, size * CONTEXT, (), size, size)
 
     def stage_time(self, shape: BatchShape, stage: int) -> float:
         """Seconds of a batch of another size."""
-        place = (*self._size(shape), stage)
+        place = self.dealt(shape), stage
         if (found := self._known.get(place)) is None:
-            found = self._known[place] = self.predictor.stage_time(self.dealt(shape), stage)
+            found = self._known[place] = self.predictor.stage_time(*place)
         return found
 
     def stage_times(self, shape: BatchShape, stage: int, repeats: int) -> list[float]:

@@ -23,7 +23,7 @@ from engine.workload.workload import WorkloadSpec, make_workload
 from simulator.cluster import Deployment, simulate
 from studies.capacity.ranges import STEPS
 from studies.capacity.search import TOLERANCE, Capacity, find_capacity, fine_capacity
-from studies.capacity.trial import Hopeless, Trial, at_rate, guess, judged, time_limit
+from studies.capacity.trial import Trial, at_rate, guess, hopeless, judged, time_limit
 from studies.published.experiment import METRICS
 from studies.published.operation_split import split
 from studies.published.points import Point
@@ -47,7 +47,7 @@ def _search(point: Point, deployment: Deployment) -> dict[str, Any]:
     def search(spec: WorkloadSpec, start: float, steps: Sequence[float]) -> Capacity:
         def trial(rate: float) -> Trial:
             workload = at_rate(spec, rate)
-            run = simulate(workload, kinds, slos=slos, stop=time_limit(limit_s, Hopeless(slos, workload)))
+            run = simulate(workload, kinds, slos=slos, stop=time_limit(limit_s, hopeless(slos, workload)))
             found = judged(run.summary, rate)
             if found.met and spec.seed == point.seed:
                 best[:] = [run]

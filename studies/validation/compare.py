@@ -65,9 +65,8 @@ def run_pair(
         compute.append(max(time.end - time.start for time in times))
 
     ours, theirs = (None if folder is None else folder / name for name in ("engine", "simulated"))
-    if ours is not None and theirs is not None:
-        ours.mkdir(parents=True)
-        theirs.mkdir(parents=True)
+    for place in filter(None, (ours, theirs)):
+        place.mkdir(parents=True)
     engine = serve(workload, deployment.replica, executor, seed=seed, slos=slos, folder=ours,
                    on_progress=on_progress, on_batch=on_batch, clock=clock)  # fmt: skip
     simulated = simulate(workload, [deployment], seed=seed, slos=slos, folder=theirs)
