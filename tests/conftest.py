@@ -82,8 +82,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What all tests share is never garbage: looked through again and again it took a worker 7 s, 4 of them here."""
+    """What all tests share is never garbage: with the usual thresholds a worker looked for some for 7 s."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     gc.enable()
 
 
