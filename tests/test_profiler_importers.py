@@ -250,6 +250,7 @@ def test_broken_sources_are_named(tmp_path: Path) -> None:
     save(tmp_path / "other" / "a.parquet", [{"a": 1}])
     broken("vidur", tmp_path / "other", "holds no table that is known here")
     broken("aiconfigurator", tmp_path / "other", "holds no table that is known here")
+    broken("vidur", save(tmp_path / "compute", [{"a": 1}]), "holds no table that is known here")  # named as a folder is
 
     mlp = tmp_path / "a40" / "mlp.csv"
     save(mlp, [{"version": 1}])

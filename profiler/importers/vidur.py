@@ -124,7 +124,7 @@ def _devices(path: Path) -> tuple[str, ...]:
     if path.parent.name in NETWORKS:
         return (NETWORKS[path.parent.name][0],)
     parts = shorten(path, _ANCHORS).split("/")
-    if parts[0] in _ANCHORS:
+    if len(parts) > 1 and parts[0] in _ANCHORS:
         name = parts[1].removesuffix(".csv").split("_")[0].casefold()
         return DEVICES.get(name, (name,))
     return devices_of_path(path)
