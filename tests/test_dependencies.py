@@ -60,7 +60,7 @@ def test_every_dependency_has_bounds_and_the_locked_one_lies_within() -> None:
 
 
 def test_ci_installs_what_is_locked() -> None:
-    assert "-e '.[dev]' -c constraints.txt" in (ROOT / ".ci" / "run").read_text("utf-8")
+    assert "-c constraints.txt -e '.[dev]'" in (ROOT / "tests" / "run.sh").read_text("utf-8")
 
 
 @pytest.mark.skipif("WINDTUNNEL_TEST_LOWEST" not in os.environ, reason="takes minutes, and a package index")
