@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(place: Path) -> Path:
     """A model, its profile on this machine, and the calibration fitted to that."""
     done = windtunnel(
-        "profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "4s", "--output-dir", "profile",
+        "profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "2s", "--output-dir", "profile",
         cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -113,7 +113,7 @@ def test_a_calibration_of_another_machine_is_refused(folder: Path) -> None:
 
 
 def test_an_interrupted_profile_goes_on(folder: Path) -> None:
-    command = ["profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "3s", "--output-dir", "begun"]
+    command = ["profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "2s", "--output-dir", "begun"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "cli", *command], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
