@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_workers import FakeWorkers, VirtualTime
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import random_examples
 from random_runs import assert_same, deployment, rows
 
 from engine.errors import InputError
@@ -72,7 +73,7 @@ specs = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @example(  # a turn and a new conversation are sent at one time, after a batch that ends two requests
     spec=WorkloadSpec(lengths="uniform", input_len="1:20", output_len="1:12", num_prompts=13, request_rate=50.0,
                       turns=3, system_prompt_len=9, max_concurrency=3, max_model_len=LONGEST),

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_workers import LENGTHS, expected, serve
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from random_examples import random_examples
 from random_runs import assert_same, deployment, workloads
 from replaying import assert_same_times, composition, replay
 
@@ -45,7 +46,7 @@ def test_there_are_such_examples() -> None:
     assert "shortest_first" in examples()
 
 
-shared = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+shared = random_examples(80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @shared

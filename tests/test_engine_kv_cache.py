@@ -1,9 +1,10 @@
 """KV blocks: none is ever lost or held twice, a request that does not fit takes none, and what is found is right."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from random_examples import random_examples
 
 from engine.scheduling.kv_cache import KVCache
 from engine.scheduling.request import Request
@@ -18,7 +19,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@random_examples(200)
 @given(num_blocks=st.integers(1, 24), block_size=st.sampled_from([1, 3, 4, 16]), steps=operations)
 def test_blocks_are_conserved_and_nothing_is_taken_on_failure(
     num_blocks: int, block_size: int, steps: list[tuple[int, int | str]]
@@ -46,7 +47,7 @@ def test_blocks_are_conserved_and_nothing_is_taken_on_failure(
         cache.check_integrity(holders)
 
 
-@settings(max_examples=200, deadline=None)
+@random_examples(200)
 @given(
     num_blocks=st.integers(1, 50),
     block_size=st.sampled_from([1, 4, 16]),
@@ -188,7 +189,7 @@ class PrefixCaching(RuleBasedStateMachine):
             self.cache.check_integrity([request for request, _ in self.holders.values()])
 
 
-PrefixCaching.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PrefixCaching.TestCase.settings = random_examples(100, stateful_step_count=40)
 test_prefix_caching = PrefixCaching.TestCase
 
 

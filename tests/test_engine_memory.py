@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from random_examples import random_examples
 
 from engine.errors import InputError
 from engine.replica_spec import resolve
@@ -31,7 +32,7 @@ def test_one_gpu_holds_every_parameter_once(name: str) -> None:
     assert weight_bytes(model, cut(1), 0) == 2 * model.num_parameters
 
 
-@settings(max_examples=200)
+@random_examples(200)
 @given(
     tp=st.sampled_from([1, 2, 4, 8, 16]),
     pp=st.integers(1, 6),

@@ -4,8 +4,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import random_examples
 
 from engine.results.metrics import (
     SKETCH_K,
@@ -173,7 +174,7 @@ def test_the_recorder_is_asked_for_the_percentiles_that_goodput_needs() -> None:
 floats = st.floats(-1e6, 1e6, allow_nan=False, width=32)
 
 
-@settings(max_examples=200, deadline=None)
+@random_examples(200)
 @given(
     groups=st.lists(st.lists(floats, max_size=30), min_size=1, max_size=12),
     percentiles=st.lists(st.sampled_from([0.0, 1.0, 50.0, 90.0, 99.0, 99.9, 100.0]), min_size=1, max_size=4),
@@ -189,7 +190,7 @@ def test_percentiles_of_groups_are_those_of_numpy(groups: list[list[float]], per
     np.testing.assert_array_equal(values, before)
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(blocks=st.lists(st.lists(st.floats(0, 1e3, width=32), max_size=40), min_size=1, max_size=6))
 def test_gaps_kept_exactly_have_numpys_statistics(blocks: list[list[float]]) -> None:
     gaps = Gaps()

@@ -5,8 +5,9 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from hypothesis import event, example, given, settings
+from hypothesis import event, example, given
 from hypothesis import strategies as st
+from random_examples import random_examples
 
 from engine.errors import InputError
 from engine.scheduling.policies import POLICIES, BatchPlan, Sarathi, resolve
@@ -213,7 +214,7 @@ by_the_book = given(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@random_examples(500)
 @by_the_book
 def test_sarathi_and_vllm_form_the_batches_of_a_naive_scheduler(  # type: ignore[no-untyped-def]
     policy, jobs, depth, seqs, budget, block_size, spare, quarters
@@ -221,7 +222,7 @@ def test_sarathi_and_vllm_form_the_batches_of_a_naive_scheduler(  # type: ignore
     assert_as_by_the_book(policy, jobs, 1, seqs, budget, block_size, spare, quarters)
 
 
-@settings(max_examples=250, deadline=None)
+@random_examples(250)
 @by_the_book
 def test_so_they_do_in_a_pipeline(  # type: ignore[no-untyped-def]
     policy, jobs, depth, seqs, budget, block_size, spare, quarters
@@ -262,7 +263,7 @@ def test_preempted_requests_return_in_order_of_arrival() -> None:
 # -- conservation ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=600, deadline=None)
+@random_examples(600)
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     jobs=workloads(),
@@ -367,7 +368,7 @@ def test_every_token_is_computed_once_and_every_limit_holds(  # type: ignore[no-
     assert not (scheduler.running or scheduler.waiting or scheduler.prefilling or scheduler.decoding)
 
 
-@settings(max_examples=500, deadline=None)
+@random_examples(500)
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     jobs=workloads(),
@@ -453,7 +454,7 @@ class Speculating(Sarathi):
         return BatchPlan(chunks=[*entries, *self.take_chunks(scheduler, sum(tokens for _, tokens in entries))])
 
 
-@settings(max_examples=200, deadline=None)
+@random_examples(200)
 @given(
     jobs=workloads(),
     depth=st.integers(1, 2),

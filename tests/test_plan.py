@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import random_examples
 from typer.testing import CliRunner
 
 import cli.main
@@ -111,7 +112,7 @@ class Truth:
         return {"status": "done", "trial": trial, "batch": {}, "curve": []}
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(
     st.lists(
         st.tuples(st.integers(1, 39), st.floats(0, 3), st.booleans(), st.integers(1, 8), st.sampled_from([1, 2, 5]),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from device_files import DEVICE_YAML
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import random_examples
 from typer.testing import CliRunner
 
 import cli.main
@@ -101,7 +102,7 @@ _POINTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(st.lists(_POINTS, min_size=1, max_size=8))
 def test_the_cheapest_is_found_though_fleets_grow_and_jobs_crash(points: list[dict[str, Any]]) -> None:
     """Against brute force: the whole fleet of every point that can be simulated."""
@@ -125,7 +126,7 @@ def test_the_cheapest_is_found_though_fleets_grow_and_jobs_crash(points: list[di
     assert all("RuntimeError" in each["traceback"] and "broken" in each["why"] for each in crashed)
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(st.lists(_POINTS, min_size=1, max_size=8), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_the_answer_is_the_same_however_many_processes_work(
     points: list[dict[str, Any]], workers: int, order: random.Random

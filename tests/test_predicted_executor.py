@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import random_examples
 from random_runs import deployment, rows, with_async, workloads
 
 from engine.results.recorder import Recorder, Run
@@ -37,7 +38,7 @@ def drive(workload: Workload, kind: Deployment) -> Run:
     return Run(summary, recorder.requests(), recorder.iterations_kept())
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(
     requests=workloads,
     policy=st.sampled_from([*sorted(POLICIES), "dynamic"]),
@@ -126,7 +127,7 @@ def test_requests_are_submitted_and_aborted_between_steps() -> None:
         scheduler.kv_cache.check_integrity([])
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(
     jobs=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=8),
     policy=st.sampled_from(sorted(POLICIES)),

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_examples import random_examples
 from random_runs import SHARING_POLICIES, assert_same, deployment, rows, sharers, sharing, with_async
 from test_predicted_executor import drive
 
@@ -20,7 +21,7 @@ from simulator.cluster import simulate
 Jobs = list[tuple[float, int, int, int, int, int]]
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(
     jobs=sharers,
     policy=st.sampled_from(SHARING_POLICIES),
@@ -100,7 +101,7 @@ class Memory:
                 assert self.slots.get((request.blocks[place], slot)) == self.token(request, position)
 
 
-@settings(max_examples=250, deadline=None)
+@random_examples(250)
 @given(
     jobs=sharers,
     policy=st.sampled_from(SHARING_POLICIES),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import random_examples
 
 from engine.results.tables import Array
 from engine.scheduling.request import BatchShape
@@ -308,7 +309,7 @@ def seconds(predictor: Roofline, shape: BatchShape) -> float:
     return sum(predictor.stage_time(shape, stage) for stage in range(len(predictor.stages)))
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(name=st.sampled_from(MODELS), tp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2, 3]), shape=shapes)
 def test_no_batch_beats_the_data_sheet(name: str, tp: int, pp: int, shape: BatchShape) -> None:
     """Every weight is read once, every cached key and value once, and every FLOP done, by all GPUs together."""
@@ -368,7 +369,7 @@ def test_each_cached_token_costs_its_bytes(name: str) -> None:
     assert more == pytest.approx(expected, rel=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(
     name=st.sampled_from(MODELS),
     tp=st.sampled_from([1, 2]),
@@ -394,7 +395,7 @@ def test_more_work_never_takes_less_time(  # type: ignore[no-untyped-def]
         assert seconds(predictor, later) >= time
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(name=st.sampled_from(MODELS), shape=shapes, repeats=st.integers(1, 8))
 def test_times_of_repeats_are_the_times_one_by_one(name: str, shape: BatchShape, repeats: int) -> None:
     predictor = roofline(name, 2, 2)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import random_examples
 from random_runs import Affine, assert_same, deployment, with_async, workloads
 
 from engine.scheduling.policies import POLICIES
@@ -14,7 +15,7 @@ from engine.workload.workload import Workload
 from simulator.cluster import simulate
 
 
-@settings(max_examples=100, deadline=None)
+@random_examples(100)
 @given(
     requests=workloads,
     policy=st.sampled_from([*sorted(POLICIES), "dynamic"]),

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_examples import random_examples
 
 from engine.errors import InputError
 from engine.results.metric_table import METRICS
@@ -150,7 +151,7 @@ SLOS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=60)
+@random_examples(60)
 @given(
     SLOS,
     st.lists(st.tuples(st.floats(0, 0.3), st.integers(1, 30), st.integers(1, 12)), min_size=2, max_size=40),

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from random_examples import random_examples
 from torch import Tensor
 
 from engine.errors import InputError
@@ -123,7 +124,7 @@ decode_lists = st.lists(st.integers(1, 70), max_size=4)
 prefill_lists = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 40)), max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@random_examples(60)
 @given(
     heads=st.sampled_from(HEADS),
     head_dim=st.sampled_from([8, 16, 64]),
