@@ -62,14 +62,12 @@ def _has_attention(frame: pd.DataFrame) -> bool:
     return bool(frame["kind"].isin(_POOLED).any())
 
 
-def _attention_elsewhere(text: str, device: DeviceSpec, select: Selection) -> list[pd.DataFrame]:
-    """Return the attention of the first other device that a source has beside the tables of `device`."""
+def _attention_elsewhere(text: str, frame: pd.DataFrame, device: DeviceSpec, select: Selection) -> list[pd.DataFrame]:
+    """Return the attention of the first other device that a source has beside `frame`, its tables of `device`."""
+    there = frame.attrs.get("devices", ())
     for other in catalog.DEVICES.values():
-        frame = read(text, other, select)
-        if frame["device"].eq(device.name).all() or not frame["device"].eq(other.name).all():
-            continue
-        if _has_attention(frame):
-            return [frame[frame["kind"].isin(_POOLED)]]
+        if other.name in there and other != device and _has_attention(found := read(text, other, select)):
+            return [found[found["kind"].isin(_POOLED)]]
     return []
 
 
@@ -113,8 +111,8 @@ def fit(
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         frames = [read(source, device, select) for source in sources]
         if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
-            lacking = [source for source, frame in zip(sources, frames, strict=True) if not _has_attention(frame)]
-            frames += [frame for source in lacking for frame in _attention_elsewhere(source, device, select)]
+            lacking = [each for each in zip(sources, frames, strict=True) if not _has_attention(each[1])]
+            frames += [found for each in lacking for found in _attention_elsewhere(*each, device, select)]
         for frame in frames:
             for note in frame.attrs.get("notes", []):
                 console.print(f"note: {note}", style="dim")

@@ -99,7 +99,8 @@ def read(
                   for product, rows in frame.groupby("device")]  # fmt: skip
     if not found:
         raise nothing_known(place, WANTED)
-    chosen = choose_device((file.devices for file in found), device, place)
+    devices = {file.devices for file in found}
+    chosen = choose_device(devices, device, place)
     mine = [file for file in found if chosen in file.devices]
     notes: list[str] = []
     wanted = _versions(mine, select, chosen, place, notes)
@@ -134,7 +135,7 @@ def read(
     if ignored:
         notes.append(f"left out for their unknown columns: {', '.join(ignored)}")
     parts[-1].notes.extend(notes)
-    return assemble(parts, chosen, place)
+    return assemble(parts, chosen, devices, place)
 
 
 @dataclass(frozen=True)

@@ -117,15 +117,18 @@ def choose_device(found: Iterable[tuple[str, ...]], device: str | None, place: P
     raise InputError(f"{place} holds tables of {_names(found)}: choose one (device=...)")
 
 
-def assemble(parts: Iterable[Part], device: str, place: Path) -> pd.DataFrame:
-    """The calibration table of all parts that may be of `device`; their notes are in `attrs["notes"]`."""
+def assemble(parts: Iterable[Part], device: str, found: Iterable[tuple[str, ...]], place: Path) -> pd.DataFrame:
+    """The calibration table of all parts that may be of `device`, of those of the devices that were `found`.
+
+    `attrs["notes"]` has the parts' notes, `attrs["devices"]` the names of the devices.
+    """
     mine = [part for part in parts if not part.devices or device in part.devices]
     rows = pd.concat([part.rows for part in mine], ignore_index=True).assign(device=device)
     result = table.validate(rows, f"the import of {place}")
     notes = [note for part in mine for note in part.notes]
     if others := {name for part in mine for name in part.devices} - {device}:
         notes.append(f"taken to be of {device}; its place does not tell it from {', '.join(sorted(others))}")
-    result.attrs["notes"] = notes
+    result.attrs.update(notes=notes, devices=sorted({name for devices in found for name in devices}))
     return result
 
 

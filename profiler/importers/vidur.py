@@ -103,7 +103,8 @@ def read(place: Path, device: str | None = None, network: str | None = None) -> 
             ignored.append(shorten(path, _ANCHORS))
     if not known and not others:
         raise nothing_known(place, WANTED)
-    chosen = choose_device({devices for *_, devices in known} | others, device, place)
+    found = {devices for *_, devices in known} | others
+    chosen = choose_device(found, device, place)
     parts = []
     for path, frame, reader, devices in known:
         if devices and chosen not in devices:
@@ -116,7 +117,7 @@ def read(place: Path, device: str | None = None, network: str | None = None) -> 
         parts.append(finish(Part(rows, devices, [f"{name}: {note}" for note in notes]), name))
     if ignored:
         parts[-1].notes.append(f"left out for their unknown columns: {', '.join(ignored)}")
-    return assemble(parts, chosen, place)
+    return assemble(parts, chosen, found, place)
 
 
 def _devices(path: Path) -> tuple[str, ...]:
