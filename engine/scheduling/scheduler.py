@@ -149,11 +149,17 @@ class Scheduler:
         window = self.sliding_window
         num_decodes = num_sampled = num_tokens = growth = len(decodes)
         everyone = num_decodes == len(self.decoding)
+        to_window = UNBOUNDED  # runs until the next request fills the window: so long `growth` holds
         if window is None:
             kv_tokens = (self._kv_tokens if everyone else sum([r.start for r in decodes])) + num_tokens
         else:
-            kv_tokens = sum([min(r.start + 1, window) for r in decodes])
-            growth = sum([r.start + 1 < window for r in decodes])
+            starts = [r.num_computed_tokens + r.num_in_flight_tokens for r in decodes]
+            if max(starts, default=0) + 1 >= window:
+                starts = [start for start in starts if start + 1 < window]
+            if starts:
+                to_window = window - max(starts)
+            growth = len(starts)
+            kv_tokens = sum(starts) + growth + window * (num_decodes - growth)
         left = self._left if everyone else 0
         if not left:
             if self.async_scheduling:
@@ -194,7 +200,7 @@ class Scheduler:
         caching = kv_cache.prefix_caching
         if stable and caching:
             stable = not self._cache_matters()
-        repeats = self._repeats(plan, left) if stable else 1
+        repeats = self._repeats(plan, min(left, to_window)) if stable else 1
         kv_blocks = kv_cache.num_blocks - kv_cache.num_free
         batch = Batch(decodes, chunks, completing, shape, kv_blocks, left, repeats)
         self._in_flight.append(batch)
@@ -602,10 +608,7 @@ class Scheduler:
             repeats = min(repeats, (request.num_tokens - request.start - 1) // tokens)
         if repeats <= 1:
             return 1
-        window = self.sliding_window
-        if window is not None:  # `decode_kv_growth` holds until the next request fills the window
-            repeats = min([repeats, *(window - r.start for r in plan.decodes if r.start + 1 < window)])
-        return min(repeats, self.rounds()) if repeats > 1 else 1
+        return min(repeats, self.rounds())
 
 
 def _output_left(request: Request) -> int:
