@@ -165,7 +165,7 @@ def profile_step(device: str, seconds: float, output_dir: Path) -> str:
     spec = ProfileSpec(
         device=device_here("cuda" if device == "cuda" else "cpu"), models=(case.model,), tensor_parallel_sizes=(1,),
         dtype=case.dtype, limits=case.limits, block_size=case.scheduler.block_size,
-        budget_s=max(1.0, seconds - SETTLE_S),
+        budget_s=max(5.0, seconds - SETTLE_S),
     )  # fmt: skip
     session = run_profile(spec, output_dir / "profile", on_progress)
     return f"{len(session.samples):,} measurements on {session.provenance['hardware']}"

@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(place: Path) -> Path:
     """A model, its profile on this machine, and the calibration fitted to that."""
     done = windtunnel(
-        "profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "2s", "--output-dir", "profile",
+        "profile", "--device", "cpu", "--models", "tiny", *SIZES, "--budget", "4s", "--output-dir", "profile",
         cwd=place,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

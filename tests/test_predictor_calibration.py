@@ -314,6 +314,15 @@ def test_the_tables_are_made_in_time_to_wait_for(shipped: Path) -> None:
     assert 0 < asked < 30_000
 
 
+@pytest.mark.parametrize("seconds", [5e-6, 5e-5])
+def test_a_kind_with_one_row_is_too_few_to_measure_an_error_on(seconds: float) -> None:
+    frame = tables()
+    one = frame[frame["kind"] == "all_reduce"].iloc[:1].assign(time_ms=1e3 * seconds)
+    several = pd.concat([frame[frame["kind"] == "send"], one], ignore_index=True)
+    with pytest.raises(InputError, match=r"^all reduce: too few rows \(1\) .*--budget"):
+        calibration_fit.fit(DEVICE, [several], on_progress=lambda line: None)
+
+
 def test_the_command_line_fits_shows_and_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = Path(__file__).parents[2] / "shared" / "data" / "vidur" / "profiling"
     if not data.exists():

@@ -84,9 +84,9 @@ def held_out(names: pd.Series, folds: Array, measured: Array, predicted: Array) 
     """Errors over all held-out rows, over the longer ones, and by what was left out together."""
     long = measured > LONG_S
     by_group = {
-        str(name): errors(measured[long & mine], predicted[long & mine])["mape"]
+        str(name): found["mape"]
         for name in sorted(names.unique())
-        if (mine := (names == name).to_numpy())[long].any()
+        if (found := errors(measured[mine := long & (names == name).to_numpy()], predicted[mine]))["count"]
     }
     worst = max(by_group, key=lambda name: by_group[name], default="")
     return {

@@ -77,7 +77,7 @@ def _learned(name: str, device: DeviceSpec, rows: pd.DataFrame) -> KindModel[Any
 def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callable[[str], None] = print) -> Calibration:
     """Learn every kind that the tables have, and measure its error on folds that are held out in turn.
 
-    Raises InputError if the tables have nothing for this device.
+    Raises InputError if the tables have nothing for this device, or too little of a kind to hold any of it out.
     """
     records: dict[str, dict[str, Any]] = {}
     for kind, rows in gather(frames, device).items():
@@ -91,6 +91,11 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
             if not out.all():
                 model = model_of(learned_on).fit(rows[~out].reset_index(drop=True))
                 predicted[out] = model.seconds(model.columns_of(rows[out]))
+        if not np.isfinite(predicted).any():
+            raise InputError(
+                f"{in_words(kind)}: too few rows ({len(rows)}) to hold some out and measure an error: profile for longer "
+                f"(--budget), or add tables that have more"
+            )
         measured = rows["time_ms"].to_numpy(float) / 1e3
         records[kind] = {
             "learned_on": learned_on.name,
