@@ -93,8 +93,8 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
                 predicted[out] = model.seconds(model.columns_of(rows[out]))
         if not np.isfinite(predicted).any():
             raise InputError(
-                f"{in_words(kind)}: too few rows ({len(rows)}) to hold some out and measure an error: profile for longer "
-                f"(--budget), or add tables that have more"
+                f"{in_words(kind)}: too few rows ({len(rows)}) to hold some out and measure an error: profile for "
+                f"longer (--budget), or add tables that have more"
             )
         measured = rows["time_ms"].to_numpy(float) / 1e3
         records[kind] = {
