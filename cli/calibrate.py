@@ -63,10 +63,11 @@ def _has_attention(frame: pd.DataFrame) -> bool:
 
 
 def _attention_elsewhere(text: str, frame: pd.DataFrame, device: DeviceSpec, select: Selection) -> list[pd.DataFrame]:
-    """Return the attention of the first other device that a source has beside `frame`, its tables of `device`."""
-    there = frame.attrs.get("devices", ())
+    """Return the attention of the first other device that a source has, where `frame` is all it has of `device`."""
     for other in catalog.DEVICES.values():
-        if other.name in there and other != device and _has_attention(found := read(text, other, select)):
+        if other.name not in frame.attrs["devices"] or other.name == device.name:
+            continue
+        if _has_attention(found := read(text, other, select)):
             return [found[found["kind"].isin(_POOLED)]]
     return []
 
@@ -111,8 +112,9 @@ def fit(
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         frames = [read(source, device, select) for source in sources]
         if not any(_has_attention(frame[frame["device"] == device.name]) for frame in frames):
-            lacking = [each for each in zip(sources, frames, strict=True) if not _has_attention(each[1])]
-            frames += [found for each in lacking for found in _attention_elsewhere(*each, device, select)]
+            for source, frame in zip(sources, frames.copy(), strict=True):
+                if not _has_attention(frame):
+                    frames += _attention_elsewhere(source, frame, device, select)
         for frame in frames:
             for note in frame.attrs.get("notes", []):
                 console.print(f"note: {note}", style="dim")

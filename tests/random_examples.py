@@ -1,4 +1,4 @@
-"""How many random examples a property is tried on."""
+"""How many random examples a property is tried on, where they are many."""
 
 from typing import Any
 

@@ -202,7 +202,7 @@ def test_impossible_tables_are_refused(change, message):
         LengthDistribution("x", "", max_total, **arrays)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 60), st.integers(100, 4000), st.integers(0, 9))
 def test_draws_within_a_limit_are_those_drawn_without_it_less_the_long_ones(n, limit, seed):
     at = load("azure_code").at

@@ -91,7 +91,7 @@ def test_clipping_shortens_the_prompt_first_and_drops_nothing(trace):
     assert clipped.num_dropped == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 9000), st.integers(0, 5))
 def test_clipped_lengths_stay_possible(clip_tokens, seed):
     whole = poisson(seed=seed, num_prompts=200)
@@ -105,7 +105,7 @@ def test_clipped_lengths_stay_possible(clip_tokens, seed):
 # Arrivals
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["poisson", "gamma", "static"]),
     st.floats(1e-3, 1e3),

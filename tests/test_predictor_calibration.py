@@ -19,6 +19,7 @@ from profiler.operators import inventory
 from simulator.cluster import deploy, simulate
 from simulator.predictor import calibration as store
 from simulator.predictor import calibration_fit
+from simulator.predictor.calibration_errors import held_out
 from simulator.predictor.learned import learned
 from simulator.predictor.tables import TableMaker
 
@@ -314,13 +315,24 @@ def test_the_tables_are_made_in_time_to_wait_for(shipped: Path) -> None:
     assert 0 < asked < 30_000
 
 
-@pytest.mark.parametrize("seconds", [5e-6, 5e-5])
-def test_a_kind_with_one_row_is_too_few_to_measure_an_error_on(seconds: float) -> None:
+def test_a_kind_of_one_row_is_too_few_to_measure_an_error_on() -> None:
     frame = tables()
-    one = frame[frame["kind"] == "all_reduce"].iloc[:1].assign(time_ms=1e3 * seconds)
-    several = pd.concat([frame[frame["kind"] == "send"], one], ignore_index=True)
-    with pytest.raises(InputError, match=r"^all reduce: too few rows \(1\) .*--budget"):
+    several = pd.concat([frame[frame["kind"] == "send"], frame[frame["kind"] == "all_reduce"].iloc[:1]])
+    with pytest.raises(InputError, match=r"^all reduce: one row is too few .*--budget"):
         calibration_fit.fit(DEVICE, [several], on_progress=lambda line: None)
+
+
+def test_models_of_the_same_shapes_have_no_error_on_new_ones() -> None:
+    frame = tables()
+    gemm = frame[(frame["kind"] == "gemm") & (frame["model"] == "model0") & (frame["tensor_parallel_size"] == 1)]
+    twins = pd.concat([gemm, gemm.assign(model="its twin")], ignore_index=True)
+    record = calibration_fit.fit(DEVICE, [twins], on_progress=lambda line: None).records["gemm"]
+    assert record["held_out"]["count"] == len(twins) and "held_out_new_shapes" not in record
+
+
+def test_a_group_that_nothing_predicts_is_left_out_of_the_errors() -> None:
+    found = held_out(pd.Series(["a", "a", "b"]), np.array([0, 0, 1]), np.ones(3), np.array([np.nan, np.nan, 1.1]))
+    assert found["count"] == 1 and found["groups_over_20us"]["each"] == {"b": pytest.approx(0.1)}
 
 
 def test_the_command_line_fits_shows_and_evaluates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

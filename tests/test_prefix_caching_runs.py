@@ -54,7 +54,7 @@ def test_repeats_equal_single_steps_and_the_driver(
     assert driven.summary["recomputed_tokens"] == fast.summary["replicas"][0]["recomputed_tokens"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     jobs=sharers,
     policy=st.sampled_from(SHARING_POLICIES),

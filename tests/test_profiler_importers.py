@@ -1,5 +1,6 @@
 """The importers of published measurements: miniature files in each native form, and the real ones where they are."""
 
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cli.main import run
 from engine.errors import InputError
 from engine.specs import ParallelSpec, catalog
 from profiler.importers import read_source, vidur
@@ -108,6 +110,17 @@ def attention_row(chunk: int, cached: int, batch: int, tp: int = 2, kv_heads: in
         | {"batch_size": batch, "prefill_chunk_size": chunk, "kv_cache_size": cached, "is_prefill": chunk > 0}
         | {"attention_backend": "AttentionBackend.FLASH_ATTENTION"}
     )
+
+
+def test_a_fit_takes_the_attention_of_another_device_of_the_source(tmp_path: Path) -> None:
+    for device in ("a40", "h100"):
+        save(tmp_path / "compute" / device / "o" / "m" / "mlp.csv", [mlp_row(tokens) for tokens in (1, 8, 64, 512)])
+    rows = [attention_row(0, cached, batch, ms=1e-6 * batch * cached) for batch in (1, 4, 16) for cached in (512, 4096)]
+    save(tmp_path / "compute" / "h100" / "o" / "m" / "attention.csv", rows)
+    fit = ["calibrate", "fit", "--device", "a40", "--source", f"vidur:{tmp_path}", "--output-dir", f"{tmp_path}/mine"]
+    assert run(fit) == (0, "")
+    records = {path.stem: json.loads(path.read_text("utf-8")) for path in (tmp_path / "mine").glob("*.json")}
+    assert records["attention_decode"]["learned_on"] == "h100_sxm" and records["gemm"]["learned_on"] == "a40"
 
 
 def test_vidur_attention(tmp_path: Path) -> None:

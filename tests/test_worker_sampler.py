@@ -113,7 +113,7 @@ def test_masked_tokens_are_never_drawn():
     assert set(tokens.tolist()) == {7, 8}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     order=st.permutations(range(12)),
     size=st.integers(1, 12),

@@ -143,9 +143,9 @@ class Batch:
     They are kept in two lists, in the scheduler's order: `decodes`, the requests of which one token is computed, the
     last that is known, and `chunks`, entries of anything else. Requests whose last known token is computed have their
     next token sampled: the decodes and, of the chunks, those that are `completing` their prompts (or recomputes). The
-    batch may run `repeats` times before anything can change from inside (a request reaching its last token, a prompt
-    its end, the KV blocks running out), so a driver that sees no arrival may commit that many at once. None of
-    `decodes` has its last token in fewer runs than `left`.
+    batch may run `repeats` times before anything can change from inside (a request reaching its last token or filling
+    the sliding window, a prompt its end, the KV blocks running out), so a driver that sees no arrival may commit that
+    many at once. None of `decodes` has its last token in fewer runs than `left`.
     """
 
     decodes: Sequence[Request]

@@ -601,14 +601,11 @@ class Scheduler:
                 finished.append(request)
         return finished
 
-    def _repeats(self, plan: BatchPlan, left: int) -> int:
-        """How often the batch may run before a request or a prompt ends or the blocks may run out."""
-        repeats = left
+    def _repeats(self, plan: BatchPlan, most: int) -> int:
+        """How often, at most `most` times, the batch may run before a prompt ends or the blocks may run out."""
         for request, tokens in plan.chunks:
-            repeats = min(repeats, (request.num_tokens - request.start - 1) // tokens)
-        if repeats <= 1:
-            return 1
-        return min(repeats, self.rounds())
+            most = min(most, (request.num_tokens - request.start - 1) // tokens)
+        return min(most, self.rounds()) if most > 1 else 1
 
 
 def _output_left(request: Request) -> int:

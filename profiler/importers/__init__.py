@@ -36,8 +36,8 @@ def read_source(
 
     `device` chooses among the devices found, or names the one of files whose place does not tell; `network` names the
     network of the collectives instead of what their place tells; `select` chooses software, dtypes and window where a
-    source has several. `attrs["notes"]` lists what was left out, combined or assumed, `attrs["devices"]` all devices
-    that were found. Raises InputError if there is no such table, or what is wrong with it.
+    source has several. `attrs["notes"]` lists what was left out, combined or assumed, `attrs["devices"]` the devices
+    that it has, or that its folders name. Raises InputError if there is no such table, or what is wrong with it.
     """
     if kind not in SOURCES:
         raise unknown("source", kind, SOURCES)

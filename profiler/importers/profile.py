@@ -20,6 +20,7 @@ def read(place: Path, device: str | None, network: str | None) -> pd.DataFrame:
     found = str(frame["device"].iloc[0])
     if device is not None and device != found:
         raise InputError(f"{place} was measured on {found}, not on {device}: give --device {found}, or another source")
+    frame.attrs["devices"] = [found]
     if place.is_dir():
         frame.attrs["graph_decodes"] = profile_settings(place)["provenance"].get("graph_decodes", 0)
     if network is not None:

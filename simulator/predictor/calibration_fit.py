@@ -83,6 +83,11 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
     for kind, rows in gather(frames, device).items():
         learned_on, model_of = _learned_on(device, rows), KINDS[kind_name(kind)]
         on_progress(f"{in_words(kind)}: {len(rows):,} rows, measured on {learned_on.name}")
+        if len(rows) < 2:
+            raise InputError(
+                f"{in_words(kind)}: one row is too few to hold some out and measure an error: profile for longer "
+                f"(--budget), or add tables that have more"
+            )
         names = model_of.groups(rows)
         folds = _folds(names)
         predicted = np.full(len(rows), np.nan)
@@ -91,11 +96,6 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
             if not out.all():
                 model = model_of(learned_on).fit(rows[~out].reset_index(drop=True))
                 predicted[out] = model.seconds(model.columns_of(rows[out]))
-        if not np.isfinite(predicted).any():
-            raise InputError(
-                f"{in_words(kind)}: too few rows ({len(rows)}) to hold some out and measure an error: profile for "
-                f"longer (--budget), or add tables that have more"
-            )
         measured = rows["time_ms"].to_numpy(float) / 1e3
         records[kind] = {
             "learned_on": learned_on.name,
@@ -104,8 +104,10 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
         }
         shapes = model_of.shared_shapes(rows)
         if shapes is not None and names.nunique() > 1:
-            predicted = _without_shared_shapes(model_of(learned_on), rows, shapes, folds)
-            records[kind]["held_out_new_shapes"] = held_out(names, folds, measured, predicted)
+            anew = _without_shared_shapes(model_of(learned_on), rows, shapes, folds)
+            if np.isfinite(anew).any():  # not all groups have the same shapes
+                predicted = anew
+                records[kind]["held_out_new_shapes"] = held_out(names, folds, measured, predicted)
         records[kind]["interval"] = interval(measured, predicted, folds)
     overheads = [frame for frame in frames if (frame["operator"] == OVERHEAD).any()]
     host = fit_overhead(overheads[0], name=f"measured_{device.name}") if overheads else None
