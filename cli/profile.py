@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TextColumn
 from cli.engine import engine_device
 from cli.output import ProgressBar
 from engine.errors import InputError
+from engine.executors.start import need
 from engine.replica_spec import dtype_on
 from engine.results.folders import owned
 from engine.specs import catalog
@@ -65,6 +66,7 @@ def run(
         max_length=length,
         kv_tokens=max(usual.kv_tokens, length),
     )
+    need("torch", "engine")
     sizes = tuple(_positive(text, "--tensor-parallel-sizes") for text in tensor_parallel_sizes.split(","))
     seconds = duration(budget)
     with owned(output_dir, ours=(PROFILE_FILE,)):

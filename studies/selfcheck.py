@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import InputError
-from engine.executors.start import start
+from engine.executors.start import need, start
 from engine.replica_spec import resolve
 from engine.results.folders import owned
 from engine.results.run_folder import write_summary
@@ -93,6 +93,7 @@ def selfcheck(device: str, budget_s: float, output_dir: Path, steps: tuple[str, 
     """
     if device not in CASES:
         raise InputError(f"device {device!r}: give cuda or cpu")
+    need("torch", "engine")
     if budget_s < (least := ceil(round(least_budget(device, steps), 3))):
         raise InputError(f"--budget {budget_s:g}s is too short on {device}: give at least {least}s")
     with owned(output_dir):

@@ -138,6 +138,18 @@ def test_an_interrupted_profile_goes_on(folder: Path) -> None:
     assert (folder / "begun" / "operators.csv").exists()
 
 
+@pytest.mark.parametrize("command", [["profile", "--models", "phi-2"], ["selfcheck"]])
+def test_without_torch_it_says_what_to_install(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.executors.start.find_spec", lambda name: None)
+    done = windtunnel(*command, "--device", "cpu", "--output-dir", "out", cwd=tmp_path)
+    assert done.returncode == 2
+    wanted = "error: this needs the package torch, which is not installed: pip install -e '.[engine]'"
+    assert done.stderr.splitlines() == [wanted]
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", [["show"], ["report", "--output", "page.html"], ["evaluate", "--test", "profile"]])
 def test_ones_own_calibration_is_shown_and_tried(folder: Path, command: list[str]) -> None:
     done = windtunnel("calibrate", *command, "--device", "mine", cwd=folder)

@@ -338,7 +338,8 @@ def test_a_folder_that_cannot_be_one_is_refused_by_every_command(
     before = sorted(map(str, tmp_path.rglob("*")))
     for folder in BAD_FOLDERS:
         code, said = run([*command, "--output-dir", folder])
-        assert (code, said.count("\n")) == (2, 0) and said.endswith("give another --output-dir"), (folder, code, said)
+        assert (code, said.count("\n")) == (2, 0), (folder, code, said)
+        assert said.endswith("give another --output-dir") and said.count("give another") == 1, (folder, said)
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 

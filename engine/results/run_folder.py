@@ -49,6 +49,8 @@ def run_folder(target: Path) -> Iterator[Path]:
             raise InputError(f"output folder {target} {what}: give another --output-dir")
         if len(target.name.encode("utf-8", "replace")) > MOST_TARGET:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))  # before it has run
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise cant_write(target, error) from None
     with _unowned(target):

@@ -82,12 +82,12 @@ def fit(device: DeviceSpec, frames: Sequence[pd.DataFrame], on_progress: Callabl
     records: dict[str, dict[str, Any]] = {}
     for kind, rows in gather(frames, device).items():
         learned_on, model_of = _learned_on(device, rows), KINDS[kind_name(kind)]
-        on_progress(f"{in_words(kind)}: {len(rows):,} rows, measured on {learned_on.name}")
         if len(rows) < 2:
             raise InputError(
                 f"{in_words(kind)}: one row is too few to hold some out and measure an error: profile for longer "
                 f"(--budget), or add tables that have more"
             )
+        on_progress(f"{in_words(kind)}: {len(rows):,} rows, measured on {learned_on.name}")
         names = model_of.groups(rows)
         folds = _folds(names)
         predicted = np.full(len(rows), np.nan)
