@@ -66,9 +66,9 @@ def run(
         max_length=length,
         kv_tokens=max(usual.kv_tokens, length),
     )
-    need("torch", "engine")
     sizes = tuple(_positive(text, "--tensor-parallel-sizes") for text in tensor_parallel_sizes.split(","))
     seconds = duration(budget)
+    need("torch", "engine")
     with owned(output_dir, ours=(PROFILE_FILE,)):
         from profiler.profile import ProfileSpec, device_here, run_profile  # imports torch
 
